@@ -1,0 +1,238 @@
+"""Image files to 8-bit sRGB pixels, the way a viewer shows them: turned by their EXIF orientation, on white where
+transparent, 16-bit values scaled, grey, palette and CMYK converted, embedded ICC profiles followed.
+
+Pillow opens, inspects and converts; OpenCV decodes plain JPEGs (three times as fast, the same bits) at a half, a
+quarter or an eighth where that is still no smaller than wanted, and resizes. What a file cannot give is an
+ImageError with the file's name; no other exception leaves this module for a file's sake.
+"""
+
+import io
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageCms
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OPTIONAL_EXTENSIONS = (".avif", ".jxl")
+"""Read where the installed Pillow can."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_REDUCED = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+_CV2_INTERPOLATION = {
+    "area": cv2.INTER_AREA,
+    "nearest": cv2.INTER_NEAREST_EXACT,
+    "bilinear": cv2.INTER_LINEAR,
+    "linear": cv2.INTER_LINEAR,
+    "bicubic": cv2.INTER_CUBIC,
+    "cubic": cv2.INTER_CUBIC,
+}
+_PILLOW_INTERPOLATION = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
+
+
+class ImageError(Exception):
+    """An image file that cannot be used."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(path, reason)
+
+
+def image_extensions() -> tuple[str, ...]:
+    """The endings of files that are taken for images, in lower case."""
+    known = Image.registered_extensions()
+    return (*IMAGE_EXTENSIONS, *(ending for ending in OPTIONAL_EXTENSIONS if ending in known))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) as the image is looked at, from the file's header alone."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (height, width) if _orientation(image) >= 5 else (width, height)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError(str(path), _reason(error, path)) from error
+
+
+def load_image(path: Path, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB pixels. With `at_least` (width, height), a large JPEG may come at 1/2, 1/4 or 1/8 of its size, but no
+    smaller than that; its cosine transform then does the averaging, within a grey level of resizing it whole.
+    """
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            orientation, profile = _orientation(image), image.info.get("icc_profile")
+            # A JPEG without its end is cut off: OpenCV would fill up with grey, Pillow says so.
+            if image.format == "JPEG" and image.mode == "RGB" and data.endswith(b"\xff\xd9"):
+                wanted = at_least[::-1] if at_least and orientation >= 5 else at_least
+                pixels = _decode_jpeg(data, _reduction(image.size, wanted))
+                converted = Image.fromarray(pixels)
+            else:
+                converted = _flat(image)
+            if profile:
+                converted = _in_srgb(converted, profile, grey=image.mode in ("1", "L", "LA", "I", "I;16"))
+            if converted.mode != "RGB":
+                converted = converted.convert("RGB")
+        if orientation in _TURNS:
+            converted = converted.transpose(_TURNS[orientation])
+        return np.asarray(converted)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError(str(path), _reason(error, path)) from error
+
+
+def load_crop(
+    path: Path,
+    *,
+    size: tuple[int, int],
+    resized: tuple[int, int],
+    left_top: tuple[int, int],
+    bucket: tuple[int, int],
+    interpolation: str | None,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The bucket's pixels of an image that was `size` when the dataset was looked into."""
+    pixels = load_image(path, at_least=None if interpolation else resized)
+    height, width = pixels.shape[:2]
+    by = max(1, round(size[0] / width))
+    if (-(-size[0] // by), -(-size[1] // by)) != (width, height):
+        raise ImageError(str(path), f"its size is no longer {size[0]}x{size[1]}: it was changed during the run")
+    return resize_and_crop(pixels, resized, left_top, bucket, interpolation)
+
+
+def resize_and_crop(
+    pixels: UInt8[np.ndarray, "_ _ 3"],
+    resized: tuple[int, int],
+    left_top: tuple[int, int],
+    bucket: tuple[int, int],
+    interpolation: str | None = None,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The bucket's pixels: resized, then cut. Without an `interpolation` (resize_interpolation) OpenCV's area
+    averaging where neither side grows, else Pillow's Lanczos, as the reference does.
+    """
+    height, width = pixels.shape[:2]
+    if (width, height) != resized:
+        shrinks = width >= resized[0] and height >= resized[1]
+        name = interpolation or ("area" if shrinks else "lanczos")
+        if name in _CV2_INTERPOLATION:
+            pixels = cv2.resize(pixels, resized, interpolation=_CV2_INTERPOLATION[name])
+        else:
+            pixels = np.asarray(Image.fromarray(pixels).resize(resized, _PILLOW_INTERPOLATION[name]))
+    left, top = left_top
+    return pixels[top : top + bucket[1], left : left + bucket[0]]
+
+
+def jitter_color(pixels: UInt8[np.ndarray, "H W 3"], rng: random.Random) -> UInt8[np.ndarray, "H W 3"]:
+    """color_aug: one image in three changes a little, half of those in hue (by up to 8 of OpenCV's 180 degrees),
+    half in gamma (0.95 to 1.05). The reference raises values of 0 to 255 to that power, which darkens by up to a
+    quarter or clips the highlights; ours are of 0 to 1.
+    """
+    if rng.random() > 0.33:
+        return pixels
+    if rng.random() > 0.5:
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
+        hsv[..., 0] = (hsv[..., 0] + rng.uniform(-8, 8)) % 180
+        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    table = (np.arange(256) / 255) ** rng.uniform(0.95, 1.05) * 255
+    return np.rint(table).astype(np.uint8)[pixels]
+
+
+def _orientation(image: Image.Image) -> int:
+    # The base class's: that of PNG files would decode the whole image in search of a tag behind it, which
+    # browsers do not look for either.
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+
+
+def _reduction(size: tuple[int, int], wanted: tuple[int, int] | None) -> int:
+    """The largest of 8, 4, 2 and 1 by which `size` can be divided and still cover `wanted`."""
+    if wanted is None:
+        return 1
+    return next((by for by in (8, 4, 2) if size[0] // by >= wanted[0] and size[1] // by >= wanted[1]), 1)
+
+
+def _decode_jpeg(data: bytes, reduction: int) -> UInt8[np.ndarray, "H W 3"]:
+    flags = _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if pixels is None:
+        raise OSError("broken JPEG data")
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """The image as RGB (or CMYK, where it is) of 8 bits, without transparency."""
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        ground.alpha_composite(image)
+        image = ground
+    return image if image.mode == "CMYK" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image; Pillow would clip it at 255."""
+    values = np.asarray(image).astype(np.int64)
+    grey = Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _in_srgb(image: Image.Image, profile: bytes, *, grey: bool) -> Image.Image:
+    """`image` seen through its ICC profile; unchanged where the profile is broken or of another kind of image."""
+    transform, space = _transform(profile)
+    if transform is None or (space == "CMYK") != (image.mode == "CMYK") or (space == "GRAY" and not grey):
+        return image
+    return transform.apply(image.getchannel(0) if space == "GRAY" else image)
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform | None, str]:
+    """The conversion to sRGB (None where there is nothing to convert) and the colour space it is from."""
+    space = profile[16:20].decode("latin-1").strip()
+    mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
+    if mode is None:
+        return None, space
+    # Relative colorimetric with black point compensation, as Photoshop; no cache, which threads would share.
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE
+    intent, target = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.createProfile("sRGB")
+    try:
+        transform = ImageCms.buildTransform(io.BytesIO(profile), target, mode, "RGB", intent, flags)
+    except ImageCms.PyCMSError:
+        return None, space
+    if space == "RGB":
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        colors = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+        moved = np.asarray(transform.apply(Image.fromarray(colors))).astype(np.int64) - colors
+        if np.abs(moved).max() <= 1:
+            return None, space
+    return transform, space
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image of a known format"
+    return f"not readable as an image ({error or type(error).__name__})"

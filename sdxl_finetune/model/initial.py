@@ -1,0 +1,68 @@
+"""New models with random weights, of any size: for tests, benchmarks and trying things out without a GPU.
+
+They have the whole CLIP vocabulary, so that real captions work, and latents of about the scale of SDXL's. Nothing
+in them knows anything.
+"""
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdxl_finetune.model.architecture import SCALING_FACTOR, Architecture, TextSize, te1_config, vae_config
+from sdxl_finetune.model.keymap import LOGIT_SCALE, module_name
+from sdxl_finetune.model.sdxl import SDXL
+
+
+def text_size(width: int, layers: int) -> TextSize:
+    """A text encoder with CLIP's proportions."""
+    return TextSize(width=width, layers=layers, mlp_width=4 * width, projection=width)
+
+
+TINY = Architecture(
+    unet_widths=(32, 64, 128),
+    unet_layers=(2, 2, 2),
+    transformer_layers=(0, 1, 2),
+    middle_transformer_layers=2,
+    time_width=128,
+    te1=text_size(64, 3),
+    te2=text_size(128, 3),
+    vae_widths=(32, 32, 64, 64),
+    vae_layers=1,
+)
+"""About 8 million parameters in the U-Net and 14 million in the encoders, most of them in the vocabulary."""
+
+SMALL = Architecture(
+    unet_widths=(96, 192, 384),
+    unet_layers=(2, 2, 2),
+    transformer_layers=(0, 1, 2),
+    middle_transformer_layers=2,
+    time_width=384,
+    te1=text_size(128, 6),
+    te2=text_size(256, 6),
+    vae_widths=(32, 64, 128, 128),
+    vae_layers=2,
+)
+"""About 70 million parameters in the U-Net."""
+
+
+@torch.no_grad()
+def build_initial(built: Architecture, seed: int) -> tuple[SDXL, AutoencoderKL]:
+    """A model and its VAE in float32, as the libraries initialise them; the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SDXL(built)
+        whole = CLIPTextModel(CLIPTextConfig(**te1_config(built)))
+        tensors = {module_name("te1", name): tensor.detach() for name, tensor in whole.named_parameters()}
+        tensors[LOGIT_SCALE] = torch.tensor(100.0).log()
+        model.unused = {name: tensors[name] for name in model.unused_names()}
+        vae = AutoencoderKL(**vae_config(built)).eval().requires_grad_(False)
+        _scale_latents(vae, torch.rand(4, 3, 64, 64) * 2 - 1)
+    return model, vae
+
+
+def _scale_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Makes `latents * SCALING_FACTOR` of such images have a deviation of 1, and the decoder expect them so."""
+    deviation = vae.encode(images).latent_dist.mean.std()
+    for parameter in vae.quant_conv.parameters():
+        parameter[:4] /= deviation * SCALING_FACTOR
+    vae.post_quant_conv.weight *= SCALING_FACTOR

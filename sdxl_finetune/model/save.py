@@ -1,0 +1,103 @@
+"""Saving an SDXL checkpoint as the reference writes it: the same keys, shapes and dtypes, in a single .safetensors or
+.ckpt file or a diffusers folder.
+
+Tensors are converted and written one at a time, so that saving needs no memory to speak of (except .ckpt: a pickle
+holds everything at once). Nothing here is atomic: the caller gives a temporary path (`files.atomic_path`).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from typing_extensions import assert_never
+
+from sdxl_finetune.model.folder import save_folder
+from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap, Place, module_name, put
+from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.model.tensorfile import Source, write_safetensors
+
+SaveAs = Literal["safetensors", "ckpt", "diffusers", "diffusers_safetensors"]
+"""The reference's values of `save_model_as`."""
+
+
+def save_checkpoint(
+    path: Path,
+    model: SDXL,
+    vae: AutoencoderKL,
+    *,
+    save_as: SaveAs,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    epoch: int = 0,
+    global_step: int = 0,
+) -> None:
+    """Writes the model at `path`, every tensor in `dtype` (None: as it is in memory).
+
+    `metadata` goes into .safetensors files, `epoch` and `global_step` into a .ckpt. Values beyond the range of
+    float16 become infinite: ask `saturated` first.
+    """
+    match save_as:
+        case "safetensors":
+            write_safetensors(path, single_file_tensors(model, vae, dtype), metadata)
+        case "ckpt":
+            state = {key: source.read() for key, source in single_file_tensors(model, vae, dtype).items()}
+            torch.save({"state_dict": state, "epoch": epoch, "global_step": global_step}, path)
+        case "diffusers" | "diffusers_safetensors":
+            tensors = {
+                name: _source([(Place(name), tensor)], _target(model, name, dtype))
+                for name, tensor in _tensors(model, vae)
+                if name != LOGIT_SCALE
+            }
+            save_folder(path, model.architecture, tensors, metadata, safe=save_as == "diffusers_safetensors")
+        case _:
+            assert_never(save_as)
+
+
+def single_file_tensors(model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None) -> dict[str, Source]:
+    """Every tensor of a single-file checkpoint by its key, converted when it is read."""
+    keymap = KeyMap(model.architecture.layout)
+    parts: dict[str, list[tuple[Place, Tensor]]] = defaultdict(list)
+    targets: dict[str, torch.dtype | None] = {}
+    for name, tensor in _tensors(model, vae):
+        place = keymap.place(name)
+        parts[place.key].append((place, tensor))
+        targets[place.key] = _target(model, name, dtype)
+    return {key: _source(group, targets[key]) for key, group in parts.items()}
+
+
+def saturated(model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None) -> list[str]:
+    """The names (see keymap) of tensors with finite values that are beyond the range of `dtype`."""
+    if dtype != torch.float16:
+        return []
+    largest = torch.finfo(dtype).max
+    found = []
+    for name, tensor in _tensors(model, vae):
+        low, high = tensor.aminmax()
+        # Only a tensor with such values, or with infinite or undefined ones, is looked at twice.
+        if not (low >= -largest and high <= largest) and bool((tensor.isfinite() & (tensor.abs() > largest)).any()):
+            found.append(name)
+    return found
+
+
+def _tensors(model: SDXL, vae: AutoencoderKL) -> Iterator[tuple[str, Tensor]]:
+    """All tensors by name."""
+    for part, module in (("unet", model.unet), ("te1", model.te1), ("te2", model.te2), ("vae", vae)):
+        for name, parameter in module.named_parameters():
+            yield module_name(part, name), parameter.detach()
+    yield from model.unused.items()
+
+
+def _target(model: SDXL, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """What to write a tensor in: when nothing is asked for, those that SDXL does not use go with the encoders."""
+    return model.te1.dtype if dtype is None and name in model.unused else dtype
+
+
+def _source(parts: list[tuple[Place, Tensor]], dtype: torch.dtype | None) -> Source:
+    first = parts[0][1]
+    dtype = dtype or first.dtype
+    shape = put([(place, tensor.to("meta")) for place, tensor in parts]).shape
+    return Source(shape=tuple(shape), dtype=dtype, read=lambda: put(parts).to(dtype).contiguous())

@@ -1,0 +1,169 @@
+"""Files of tensors, one tensor at a time: opened without reading the values, written without holding them.
+
+Whatever the file is (.safetensors, .ckpt), opening it gives a `Source` for every tensor: shape and dtype now, the
+values when asked, mapped from the file. Writing takes the same, so that neither way needs more than one tensor
+of memory beyond the model. The writer puts the bytes where the safetensors library would.
+"""
+
+import functools
+import json
+import math
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sdxl_finetune.problems import Problem, UserError
+
+_DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+_WRITTEN = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+"""In the order in which the safetensors library knows them; it stores the last first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One tensor that can be read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+def source_of(tensor: Tensor) -> Source:
+    return Source(shape=tuple(tensor.shape), dtype=tensor.dtype, read=lambda: tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFile:
+    """The tensors of one file, by key, and what else it says."""
+
+    tensors: Mapping[str, Source]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    epoch: int | None = None
+    """Of a .ckpt that says so."""
+    global_step: int | None = None
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """The tensors of a .safetensors file or of a pickled state dict (.ckpt, .pt, .pth, .bin).
+
+    Unpickling reads weights only: a file that wants to run code is refused. UserError when the file is damaged.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise UserError(Problem("the file is empty", file=str(path)))
+    if start.startswith(b"version https://git-lfs"):
+        message = "this is a Git LFS pointer, a note of where the file is: fetch the file itself (`git lfs pull`)"
+        raise UserError(Problem(message, file=str(path)))
+    if start.startswith(b"GGUF"):
+        raise UserError(Problem("this is a GGUF file, quantised weights, which cannot be trained", file=str(path)))
+    if start.lstrip()[:1] == b"<":
+        raise UserError(Problem("this is a web page, not a model: the download went wrong", file=str(path)))
+    # By the content: .safetensors files under the name .ckpt are common.
+    if start[8:9] == b"{":
+        return _open_safetensors(path)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        if path.suffix == ".safetensors":
+            raise UserError(Problem("this is no .safetensors file but a .ckpt: rename it", file=str(path)))
+        return _open_pickle(path)
+    raise UserError(Problem("the file is damaged or no checkpoint: fetch or save it again", file=str(path)))
+
+
+def _open_safetensors(path: Path) -> TensorFile:
+    try:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        message = f"the file is damaged or incomplete ({error}): fetch or save it again"
+        raise UserError(Problem(message, file=str(path))) from None
+    tensors = {}
+    unknown = set()
+    for key in opened.keys():  # noqa: SIM118 (it is no mapping)
+        part = opened.get_slice(key)
+        dtype = _DTYPES.get(part.get_dtype())
+        if dtype is None:
+            unknown.add(part.get_dtype())
+        else:
+            read = functools.partial(opened.get_tensor, key)
+            tensors[key] = Source(shape=tuple(part.get_shape()), dtype=dtype, read=read)
+    if unknown:
+        message = f"the file holds tensors of a type that cannot be trained: {', '.join(sorted(unknown))}"
+        raise UserError(Problem(message, file=str(path)))
+    return TensorFile(tensors=tensors, metadata=opened.metadata() or {})
+
+
+def _open_pickle(path: Path) -> TensorFile:
+    try:
+        content = _unpickle(path)
+    except pickle.UnpicklingError:
+        message = (
+            "the file holds more than tensors, which is not unpickled because it could run any code: "
+            "convert it to .safetensors with a tool that you trust it to"
+        )
+        raise UserError(Problem(message, file=str(path))) from None
+    except (RuntimeError, EOFError, KeyError, OSError, ValueError) as error:
+        message = f"the file is damaged or no checkpoint ({str(error).splitlines()[0]}): fetch or save it again"
+        raise UserError(Problem(message, file=str(path))) from None
+    outer = content if isinstance(content, dict) else {}
+    inner = outer.get("state_dict", outer)
+    tensors = {key: source_of(value) for key, value in inner.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(Problem("the file holds no tensors by name", file=str(path)))
+    epoch, step = (value if isinstance(value := outer.get(name), int) else None for name in ("epoch", "global_step"))
+    return TensorFile(tensors=tensors, epoch=epoch, global_step=step)
+
+
+def _unpickle(path: Path) -> Any:
+    """The file's content, its tensors mapped where the format allows (torch's zip format, since 1.6)."""
+    with path.open("rb") as file:
+        mapped = file.read(4) == b"PK\x03\x04"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> None:
+    """Writes `tensors`, each read and gone before the next; float16, bfloat16, float32 and int64."""
+    order = list(_WRITTEN)
+    keys = sorted(tensors, key=lambda key: (-order.index(tensors[key].dtype), key))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key in keys:
+        source = tensors[key]
+        begin, end = end, end + math.prod(source.shape) * source.dtype.itemsize
+        header[key] = {
+            "dtype": _WRITTEN[source.dtype],
+            "shape": list(source.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in keys:
+            _write_bytes(file, tensors[key])
+        assert file.tell() == 8 + len(text) + end
+
+
+def _write_bytes(file: BinaryIO, source: Source) -> None:
+    tensor = source.read().detach().to("cpu").contiguous()
+    assert tuple(tensor.shape) == source.shape
+    assert tensor.dtype == source.dtype
+    file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,117 @@
+"""Where scalars and previews are shown: TensorBoard and Weights & Biases, behind the same methods.
+
+Which of them: log_with; without it TensorBoard, when there is a logging_dir. Runs are named after log_tracker_name
+("finetuning" by default), and log_tracker_config holds arguments for the trackers, one table each, as in the
+reference.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import toml
+from PIL.Image import Image
+
+from sdxl_finetune.config import Config
+from sdxl_finetune.output.metadata import shareable
+from sdxl_finetune.problems import Problem, UserError
+
+DEFAULT_NAME = "finetuning"
+
+
+class Tracker(Protocol):
+    """One place to show a run. Steps count from the start of training."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def epoch_loss(self, loss: float, epoch: int, step: int) -> None: ...
+
+    def image(self, index: int, image: Image, prompt: str, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def build_trackers(config: Config, directory: Path | None) -> list[Tracker]:
+    """The trackers that the config asks for; UserError if one cannot start."""
+    chosen = config.log_with or ("tensorboard" if directory else None)
+    if chosen in ("tensorboard", "all") and directory is None:
+        raise UserError(Problem("TensorBoard needs logging_dir", key="log_with", value=chosen))
+    arguments = _tracker_arguments(config)
+    trackers: list[Tracker] = []
+    if chosen in ("wandb", "all"):
+        trackers.append(WeightsAndBiases(config, directory, arguments.get("wandb", {})))
+    if chosen in ("tensorboard", "all") and directory:
+        trackers.append(TensorBoard(config, directory, arguments.get("tensorboard", {})))
+    return trackers
+
+
+def _tracker_arguments(config: Config) -> dict[str, dict[str, Any]]:
+    if config.log_tracker_config is None:
+        return {}
+    try:
+        return toml.loads(config.log_tracker_config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            Problem(f"cannot be read: {error}", key="log_tracker_config", value=str(config.log_tracker_config))
+        ) from error
+
+
+class TensorBoard:
+    """Event files in a folder of the run directory."""
+
+    def __init__(self, config: Config, directory: Path, arguments: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = directory / (config.log_tracker_name or DEFAULT_NAME)
+        self._writer: Any = SummaryWriter(str(folder), **({"flush_secs": 20} | dict(arguments)))
+        if config.log_config:
+            self._writer.add_text("config", f"```toml\n{toml.dumps(shareable(config))}\n```")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def epoch_loss(self, loss: float, epoch: int, step: int) -> None:
+        self._writer.add_scalar("loss/epoch", loss, epoch)
+
+    def image(self, index: int, image: Image, prompt: str, step: int) -> None:
+        self._writer.add_image(f"sample_{index}", np.asarray(image), step, dataformats="HWC")
+        self._writer.add_text(f"sample_{index}/prompt", prompt, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run at wandb.ai (or offline, as wandb itself is told)."""
+
+    def __init__(self, config: Config, directory: Path | None, arguments: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            remedy = "wandb is not installed; pip install wandb, or take tensorboard"
+            raise UserError(Problem(remedy, key="log_with", value=config.log_with)) from error
+        self._wandb = wandb
+        if config.wandb_api_key:
+            wandb.login(key=config.wandb_api_key)
+        settings = {
+            "project": config.log_tracker_name or DEFAULT_NAME,
+            "name": config.wandb_run_name,
+            "dir": str(directory) if directory else None,
+            "config": shareable(config) if config.log_config else None,
+        }
+        self._run = wandb.init(**(settings | dict(arguments)))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def epoch_loss(self, loss: float, epoch: int, step: int) -> None:
+        # Its steps may not go back, so that an epoch's loss stands at the epoch's last step.
+        self._run.log({"loss/epoch": loss, "epoch": epoch}, step=step)
+
+    def image(self, index: int, image: Image, prompt: str, step: int) -> None:
+        self._run.log({f"sample_{index}": self._wandb.Image(image, caption=prompt)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()

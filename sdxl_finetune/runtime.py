@@ -1,0 +1,164 @@
+"""Where a run takes place: processes, device and precision through accelerate, the shared seed, and signals.
+
+The config decides over `accelerate config`: a precision or an accumulation that was set there and differs is said
+and not used. Accelerate prepares the model and the optimizer only; batches, accumulation windows and the learning
+rate are functions of the step and need no wrapping.
+"""
+
+import datetime
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast_object_list,
+)
+
+from sdxl_finetune.batch import Batch
+from sdxl_finetune.config import Config
+from sdxl_finetune.problems import Problem, UserError
+
+logger = logging.getLogger(__name__)
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """Joins the processes of an `accelerate launch`, or stands alone. Raises UserError for a precision that the
+    device does not have.
+    """
+    _say_overruled(config)
+    handlers: list[KwargsHandler] = [
+        DistributedDataParallelKwargs(
+            gradient_as_bucket_view=config.ddp_gradient_as_bucket_view, static_graph=config.ddp_static_graph
+        )
+    ]
+    if config.ddp_timeout:
+        handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=config.ddp_timeout)))
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        # Given as a plugin because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win over a plain number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=handlers,
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        remedy = "float16 cannot be trained on a CPU, where it has no gradient scaler; use bf16 or no"
+        raise UserError(Problem(remedy, key="mixed_precision", value="fp16"))
+    if config.mixed_precision == "bf16" and accelerator.device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            remedy = f"{torch.cuda.get_device_name()} has no bfloat16; use fp16"
+            raise UserError(Problem(remedy, key="mixed_precision", value="bf16"))
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def _say_overruled(config: Config) -> None:
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
+    if asked != config.mixed_precision:
+        logger.warning(
+            "accelerate was launched with mixed_precision=%s; the config's mixed_precision=%s is used",
+            asked,
+            config.mixed_precision,
+        )
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", str(config.gradient_accumulation_steps)):
+        logger.warning(
+            "accelerate was launched with gradient_accumulation_steps=%s; the config's %d is used",
+            steps,
+            config.gradient_accumulation_steps,
+        )
+
+
+def shared_seed(config: Config) -> int:
+    """The run's seed: the config's, or one that the first process draws and all share."""
+    if config.seed is not None:
+        return config.seed
+    drawn = [secrets.randbelow(2**31)]
+    broadcast_object_list(drawn)
+    logger.info("seed %d (drawn, as none was given)", drawn[0])
+    return drawn[0]
+
+
+def weight_dtype(config: Config) -> torch.dtype:
+    """The precision in which the trained weights are held."""
+    return torch.bfloat16 if config.full_bf16 else torch.float32
+
+
+class OutOfMemory(Exception):
+    """The device, or the machine, has less memory than the batch needs; the message says what to change."""
+
+
+@contextmanager
+def name_the_batch(batch: Batch, config: Config) -> Iterator[None]:
+    """Turns running out of memory within it into OutOfMemory, which names the bucket and the batch."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch has a class of its own for devices only; on a CPU its allocator and oneDNN say it in words.
+        words = ("allocate memory", "could not create a primitive")
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(
+            word in str(error) for word in words
+        ):
+            raise
+        height, width = batch.target_size[0].tolist()
+        remedies = [f"lower train_batch_size (now {config.train_batch_size})"]
+        if not config.gradient_checkpointing:
+            remedies.insert(0, "gradient_checkpointing = true")
+        if not (config.use_8bit_adam or config.optimizer_type.lower().endswith("8bit")):
+            remedies.append('optimizer_type = "AdamW8bit"')
+        if not config.full_bf16:
+            remedies.append('full_bf16 = true with mixed_precision = "bf16"')
+        remedies.append("a lower resolution or max_bucket_reso")
+        raise OutOfMemory(
+            f"out of memory in step {batch.position.step + 1}: {len(batch.weights)} images of bucket {width}x{height}, "
+            f"{config.max_token_length} tokens. What saves memory: {'; '.join(remedies)}"
+        ) from error
+
+
+class Interrupt(BaseException):
+    """The run was asked to stop by `signal`, at the end of a step; no Exception handler may swallow it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+
+    @property
+    def exit_status(self) -> int:
+        return 128 + self.number
+
+
+class StopRequest:
+    """What SIGINT and SIGTERM leave behind: the first asks the run to stop after this step, a second kills it."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def check(self) -> None:
+        """Raises Interrupt if a stop was asked for."""
+        if self.number is not None:
+            raise Interrupt(self.number)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        if self.number is not None:
+            raise Interrupt(number)
+        self.number = number
+        logger.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within it, SIGINT and SIGTERM end the run between two steps."""
+    request = StopRequest()
+    previous = {number: signal.signal(number, request._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

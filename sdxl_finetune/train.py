@@ -1,0 +1,108 @@
+"""The training loop. It reads from top to bottom as the algorithm does; what it is made of is built in run.py.
+
+Everything that happens every so often is decided from the step's position alone. Nothing in `training_steps` waits
+for the device: losses and norms stay there and are read a few steps later by the log.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdxl_finetune.batch import Batch, Position
+from sdxl_finetune.config import Config
+from sdxl_finetune.milestones import preview_if_due, save_final, save_if_due
+from sdxl_finetune.objective import image_losses
+from sdxl_finetune.optim.optimizer import set_lr
+from sdxl_finetune.output.log import NonFiniteLoss
+from sdxl_finetune.run import Run, build_run
+from sdxl_finetune.runtime import Interrupt, OutOfMemory, StopRequest, name_the_batch, stop_on_signals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step that was made."""
+
+    position: Position
+    loss: Tensor
+    """Mean loss of the step's images, over all ranks; on the device, not waited for."""
+    grad_norm: Tensor
+    """Of all trained parameters before clipping; likewise."""
+    rates: dict[str, float]
+    """Learning rate of each group in this step."""
+    images: int
+    """Trained on, over all ranks."""
+    data_wait: float
+    """Seconds that the step waited for its batches."""
+
+
+def train(config: Config) -> int:
+    """Trains as `config` says; returns the exit status. Raises UserError for the user's mistakes."""
+    try:
+        with stop_on_signals() as stop, build_run(config) as run:
+            train_and_save(run, stop)
+    except (NonFiniteLoss, OutOfMemory) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupt as interrupt:
+        return interrupt.exit_status
+    return 0
+
+
+def train_and_save(run: Run, stop: StopRequest) -> None:
+    """The run from its first step to its final weights."""
+    preview_if_due(run, step=0, epoch=0)
+    for step in training_steps(run):
+        done, epoch = step.position.step + 1, run.epoch_ended_by(step.position)
+        run.log.step(
+            step=done,
+            epoch=step.position.epoch + 1,
+            loss=step.loss,
+            grad_norm=step.grad_norm,
+            lr=step.rates,
+            images=step.images,
+            data_wait_seconds=step.data_wait,
+        )
+        preview_if_due(run, step=done, epoch=None)
+        save_if_due(run, step=done, epoch=epoch)
+        if epoch is not None:
+            preview_if_due(run, step=done, epoch=epoch)
+        stop.check()
+    save_final(run)
+
+
+def training_steps(run: Run) -> Iterator[Step]:
+    """Makes the run's optimizer steps, one after the other, and yields each."""
+    config, accelerator, optimizer = run.config, run.accelerator, run.optimizer
+    loss, images, data_wait = torch.zeros((), device=accelerator.device), 0, 0.0
+    for waited, batch in timed(run.batches()):
+        position = batch.position
+        with name_the_batch(batch, config):
+            batch = batch.to(accelerator.device)
+            with nullcontext() if position.last_micro else accelerator.no_sync(run.model):
+                losses = image_losses(run.model, batch, run.latents(batch), run.schedule, config)
+                micro_loss = (losses * batch.weights).sum()
+                accelerator.backward(micro_loss)
+            loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
+            if not position.last_micro:
+                continue
+            rates = {group.name: run.lr(position.step, group.lr) for group in run.groups}
+            set_lr(optimizer, list(rates.values()))
+            grad_norm = accelerator.clip_grad_norm_(run.trained, config.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loss = accelerator.reduce(loss, "mean")
+        yield Step(position=position, loss=loss, grad_norm=grad_norm, rates=rates, images=images, data_wait=data_wait)
+        loss, images, data_wait = torch.zeros_like(loss), 0, 0.0
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[tuple[float, Batch]]:
+    """Each batch with the seconds that it was waited for."""
+    started = time.perf_counter()
+    for batch in batches:
+        yield time.perf_counter() - started, batch
+        started = time.perf_counter()

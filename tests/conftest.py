@@ -1,0 +1,38 @@
+"""Shared by all tests: shapes and types of annotated functions are checked at run time, and the golden data."""
+
+import gzip
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Tests run side by side; threads that wait for one another on too few cores make them many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "1")
+
+# Only the layers whose values are tensors: pydantic checks the config by itself.
+CHECKED = ["batch", "diffusion", "data", "model", "optim", "objective"]
+install_import_hook([f"sdxl_finetune.{name}" for name in CHECKED], "beartype.beartype")
+
+import pytest  # noqa: E402  (after the hook)
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # a plugin may have imported torch before the variable was set
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@cache
+def _load(name: str):
+    data = (GOLDEN / name).read_bytes()
+    return json.loads(gzip.decompress(data) if name.endswith(".gz") else data)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden(name): the parsed JSON of a file in tests/golden; golden.path is the folder."""
+    _load.path = GOLDEN
+    return _load

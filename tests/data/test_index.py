@@ -1,0 +1,160 @@
+"""The index holds what is in the folders, in order, or says what is wrong with every file at once."""
+
+import logging
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from sdxl_finetune.data import index as index_module
+from sdxl_finetune.data.index import build_index, regularized_repeats
+from sdxl_finetune.data.sampler import build_plan
+from sdxl_finetune.problems import UserError
+
+
+def test_rows(tmp_path: Path, subset, dataset, write_images) -> None:
+    write_images(tmp_path / "a", {"10.PNG": (64, 64), "2.jpg": (160, 64), "b é.webp": (40, 80)})
+    (tmp_path / "a" / "2.txt").write_text("a cat, sitting", encoding="utf-8")
+    (tmp_path / "a" / "notes.md").write_text("not an image")
+    (tmp_path / "a" / "folder.png").mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    (tmp_path / "b").mkdir()
+    Image.new("RGB", (100, 50)).save(tmp_path / "b" / "turned.jpg", exif=exif)
+    (tmp_path / "b" / "turned.txt").write_text("")
+    first = subset(tmp_path / "a", num_repeats=3, class_tokens="cls", caption_extension=".txt", flip_aug=True)
+    second = subset(tmp_path / "b", caption_extension=".txt")
+    built = build_index([dataset(first, second)], tmp_path / "cache", on_bad_image="stop")
+    for index in (built, pickle.loads(pickle.dumps(built))):
+        entries = [index[row] for row in range(len(index))]
+        assert [entry.path.name for entry in entries] == ["10.PNG", "2.jpg", "b é.webp", "turned.jpg"]
+        assert [entry.caption for entry in entries] == ["cls", "a cat, sitting", "cls", ""]
+        assert [entry.size for entry in entries] == [(64, 64), (160, 64), (40, 80), (50, 100)]
+        assert [(entry.bucket.width, entry.bucket.height) for entry in entries] == [
+            (64, 64), (96, 32), (32, 96), (32, 96),
+        ]  # fmt: skip
+        assert [entry.resized for entry in entries] == [(64, 64), (96, 38), (48, 96), (48, 96)]
+        assert index.repeats.tolist() == [3, 3, 3, 1] and index.flips.tolist() == [True, True, True, False]
+        assert entries[3].subset == second
+    assert len(pickle.dumps(built)) < 3000
+    assert built.describe().splitlines() == [
+        "4 images, 10 with repeats, in 3 buckets; 1 enlarged, 0 skipped",
+        "bucket 32x96: 2 images, 4 with repeats",
+        "bucket 64x64: 1 images, 3 with repeats",
+        "bucket 96x32: 1 images, 3 with repeats",
+    ]
+    assert built[3].load((0, 0)).shape == (96, 32, 3)
+
+
+def test_the_same_content_is_the_same_file(tmp_path: Path, subset, dataset, write_images) -> None:
+    for folder in ("here", "there"):
+        write_images(tmp_path / folder, {"a.png": (64, 64), "b.png": (90, 64)})
+    cache = tmp_path / "cache"
+    here, again, there = (
+        build_index([dataset(subset(tmp_path / folder))], cache, on_bad_image="stop")
+        for folder in ("here", "here", "there")
+    )
+    assert here.path == again.path == there.path and len(list(cache.iterdir())) == 1
+    assert here[0].path != there[0].path
+    (tmp_path / "there" / "a.caption").write_text("changed")
+    changed = build_index([dataset(subset(tmp_path / "there"))], cache, on_bad_image="stop")
+    assert changed.fingerprint != here.fingerprint != here.without([0]).fingerprint
+
+
+def break_files(folder: Path) -> None:
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("no image")
+    (folder / "good.caption").write_bytes(b"\xff\xfe\xff")
+
+
+@pytest.mark.parametrize("in_process", [0, 100])
+def test_all_bad_files_are_named(
+    tmp_path: Path, subset, dataset, write_images, caplog, monkeypatch, in_process: int
+) -> None:
+    monkeypatch.setattr(index_module, "IN_PROCESS", in_process)
+    write_images(tmp_path / "a", {"good.png": (64, 64), "fine.png": (64, 64)})
+    write_images(tmp_path / "b", {"sliver.png": (9000, 1), "fine.png": (64, 64)})
+    break_files(tmp_path / "a")
+    datasets = [
+        dataset(subset(tmp_path / "a")),
+        dataset(subset(tmp_path / "b"), resolution=(512, 512), min_bucket_reso=256, max_bucket_reso=1024),
+    ]
+    with pytest.raises(UserError) as caught:
+        build_index(datasets, tmp_path / "cache", on_bad_image="stop")
+    files = [Path(problem.file).name for problem in caught.value.problems]
+    assert files == ["empty.png", "good.caption", "text.jpg", "sliver.png"]
+    assert not (tmp_path / "cache").exists()
+    with caplog.at_level(logging.WARNING):
+        index = build_index(datasets, tmp_path / "cache", on_bad_image="skip")
+    assert [index[row].path for row in range(len(index))] == [tmp_path / "a/fine.png", tmp_path / "b/fine.png"]
+    assert all(name in caplog.text for name in files) and len(caplog.records) == 1
+    assert "4 skipped" in index.describe()
+    assert index[1].bucket.dataset == 1
+
+
+def test_nothing_to_train_on(tmp_path: Path, subset, dataset, write_images) -> None:
+    (tmp_path / "empty").mkdir()
+    folders = [subset(tmp_path / "empty"), subset(tmp_path / "missing")]
+    with pytest.raises(UserError) as caught:
+        build_index([dataset(*folders)], tmp_path / "cache", on_bad_image="skip")
+    assert [Path(problem.file).name for problem in caught.value.problems] == ["empty", "missing"]
+    write_images(tmp_path / "a", {"a.png": (64, 64)})
+    index = build_index([dataset(subset(tmp_path / "a"))], tmp_path / "cache", on_bad_image="stop")
+    with pytest.raises(UserError, match="no image is left"):
+        index.without([0])
+    break_files(tmp_path / "empty")
+    with pytest.raises(UserError, match="no image is left"):
+        build_index([dataset(subset(tmp_path / "empty"))], tmp_path / "cache", on_bad_image="skip")
+
+
+def test_no_upscale_too_small(tmp_path: Path, subset, dataset, write_images) -> None:
+    """differences.md: images too narrow for bucket_no_upscale."""
+    write_images(tmp_path / "a", {"a.png": (64, 64), "small.png": (31, 200)})
+    with pytest.raises(UserError, match=r"small\.png: 31x200 has too short a side"):
+        build_index([dataset(subset(tmp_path / "a"), bucket_no_upscale=True)], tmp_path / "cache", on_bad_image="stop")
+
+
+def test_golden_datasets(tmp_path: Path, golden, subset, dataset) -> None:
+    """Buckets, resized sizes, repeats and the number of batches of the reference's own runs."""
+    data = golden("batches.json")
+    folders = {name: part["images"] for name, part in data["dreambooth"]["subsets"].items()}
+    folders["R"] = data["dreambooth_with_regularisation"]["subsets"]["R"]["images"]
+    for folder, images in folders.items():
+        (tmp_path / folder).mkdir()
+        for name, size in images.items():
+            Image.new("1", size).save(tmp_path / folder / name)
+    subsets = {
+        "A": subset(tmp_path / "A", num_repeats=2),
+        "B": subset(tmp_path / "B"),
+        "R": subset(tmp_path / "R", num_repeats=3, is_reg=True, class_tokens="cls"),
+    }
+    options = {"resolution": (1024, 1024), "min_bucket_reso": 256, "max_bucket_reso": 1536, "batch_size": 5}
+    runs = [("dreambooth", "AB", {}), ("dreambooth_with_regularisation", "ABR", {})]
+    runs += [("dreambooth_no_upscale", "AB", {"bucket_no_upscale": True})]
+    for name, used, more in runs:
+        expected = data[name]["datasets"][0]
+        built = dataset(*(subsets[key] for key in used), **options, **more)
+        index = build_index([built], tmp_path / "cache", on_bad_image="stop")
+        plan = build_plan(index, ranks=1, accumulation=1, seed=0)
+        assert plan.batches_per_epoch == expected["length_batches"]
+        images = [index[row] for row in range(len(index))]
+        buckets = {entry.path.name: [entry.bucket.width, entry.bucket.height] for entry in images}
+        assert buckets == expected.get("bucket_reso_per_image", buckets)
+        resized = {entry.path.name: list(entry.resized) for entry in images}
+        assert resized == expected.get("resized_size_per_image", resized)
+        repeats = {entry.path.name: index.repeats[row] for row, entry in enumerate(images)}
+        assert repeats == expected.get("num_repeats", repeats)
+        counts = np.bincount(index.bucket, index.repeats).astype(int).tolist()
+        assert counts == [bucket["count"] for bucket in expected["bucket_info"]["buckets"].values()]
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted", "expected"),
+    [([3] * 5, 60, [12] * 5), ([1, 1, 1], 4, [2, 1, 1]), ([2, 2, 2], 3, [2, 2, 0]), ([2, 1], 0, [0, 0])],
+)
+def test_regularization_images(own: list[int], wanted: int, expected: list[int]) -> None:
+    repeats = np.array([wanted, *own], np.int32)
+    is_regularization = np.array([False] + [True] * len(own))
+    assert regularized_repeats(repeats, is_regularization).tolist() == [wanted, *expected]

@@ -1,0 +1,48 @@
+"""A file of SDXL's real size: recognised from its header, and opened by diffusers with the configurations we write.
+
+The file is sparse (all zeros), so it takes no room, and diffusers maps it, so it takes no memory.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from sdxl_finetune.model.architecture import FULL
+from sdxl_finetune.model.folder import save_configs
+from sdxl_finetune.model.load import inspect_checkpoint
+
+
+@pytest.fixture(scope="module")
+def full_path(golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("full") / "sdxl.safetensors"
+    header, end = {}, 0
+    for key, shape, _ in golden("checkpoint_keys.json.gz")["keys_fp16"]:
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def test_architecture_is_known_without_reading(full_path: Path) -> None:
+    found = inspect_checkpoint(full_path)
+    assert found.kind is None
+    assert found.architecture == FULL
+
+
+def test_diffusers_opens_it_offline(full_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    save_configs(tmp_path, FULL, {})
+    pipeline = StableDiffusionXLPipeline.from_single_file(
+        full_path, config=str(tmp_path), local_files_only=True, torch_dtype=torch.float16
+    )
+    assert sum(parameter.numel() for parameter in pipeline.unet.parameters()) == 2_567_463_684
+    assert pipeline.text_encoder_2.config.num_hidden_layers == 32
+    assert pipeline.vae.config.scaling_factor == 0.13025
+    assert pipeline.tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]

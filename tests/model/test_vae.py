@@ -1,0 +1,41 @@
+"""The VAE's two directions against the reference's, and its draws."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sdxl_finetune.model.load import Loaded
+from sdxl_finetune.model.vae import decode, encode, pixels_per_latent
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def test_encode_and_decode_are_the_references(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
+    mean = encode(golden_model.vae, golden_tensors["vae.image"])
+    assert relative_error(mean, golden_tensors["vae.latent_mean"]) < 1e-4
+    decoded = decode(golden_model.vae, golden_tensors["vae.latent_mean"])
+    assert relative_error(decoded, golden_tensors["vae.decoded"]) < 1e-4
+
+
+def test_noise_is_scaled_by_the_deviation(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
+    image, vae = golden_tensors["vae.image"], golden_model.vae
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 4, 8, 12), dtype=np.float32))
+    mean = encode(vae, image)
+    torch.testing.assert_close(encode(vae, image, noise) - mean, mean - encode(vae, image, -noise))
+    deviation = vae.encode(image).latent_dist.std
+    torch.testing.assert_close(encode(vae, image, noise), mean + deviation * noise)
+
+
+def test_autocast_does_not_reach_the_vae(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
+    plain = encode(golden_model.vae, golden_tensors["vae.image"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(encode(golden_model.vae, golden_tensors["vae.image"]), plain)
+
+
+def test_facts(golden_model: Loaded) -> None:
+    assert pixels_per_latent(golden_model.vae) == 8
+    assert golden_model.vae.config.scaling_factor == pytest.approx(0.13025)
+    assert not any(parameter.requires_grad for parameter in golden_model.vae.parameters())

@@ -1,0 +1,218 @@
+"""Every learning rate of the reference, step by step; what it refuses is refused with a remedy."""
+
+import ast
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.optimization import get_wsd_schedule
+
+from sdxl_finetune.config import Config
+from sdxl_finetune.optim.lr import ARGUMENTS, build_lr, steps_of
+from sdxl_finetune.problems import UserError
+
+CASES = 92
+BASE = 3e-5
+ADAFACTOR, ADAFACTOR_WITH_ANOTHER_OPTIMIZER = 82, 83
+INTEGER_WARMUP_ON_TWO_PROCESSES = (63, 65, 67, 68)
+REMEDIES = {
+    "constant": "has no warm-up",
+    "cosine_with_min_lr": "lr_scheduler_min_lr_ratio",
+    "piecewise_constant": "1:100",
+    "cosine_with_restarts": "have options of their own",
+    "cosine": "has no warm-up",
+    "reduce_lr_on_plateau": "no such schedule",
+    "nonsense": "use one of constant, ",
+    "adafactor": "adafactor:3e-5",
+    "adafactor:3e-05": "only for optimizer_type = Adafactor",
+    "cosine_warmup_with_min_lr": "did you mean cosine_with_min_lr",
+}
+
+
+def config(**options) -> Config:
+    return Config.model_construct(**{"learning_rate": BASE, **options})
+
+
+def golden_config(case: dict, number: int) -> Config:
+    """The options of a golden case: as parsed, and the arguments of its command line."""
+    options = {**case["parsed"], "lr_scheduler": case["lr_scheduler"]}
+    words = iter(case["cli"])
+    for word in words:
+        if word == "--lr_scheduler_type":
+            options["lr_scheduler_type"] = next(words)
+        elif word == "--lr_scheduler_args":
+            pairs = (pair.partition("=") for pair in words)
+            options["lr_scheduler_args"] = {key: ast.literal_eval(value) for key, _, value in pairs}
+    for key, value in case.get("set_after_parsing", {}).items():
+        options[key] = ast.literal_eval(value)
+    if number == ADAFACTOR:
+        options["optimizer_type"] = "Adafactor"
+    return config(**options)
+
+
+@pytest.mark.parametrize("number", range(CASES))
+def test_case(golden, number: int) -> None:
+    data = golden("lr.json.gz")
+    assert len(data["cases"]) == CASES
+    case, (first_base, second_base, third_base) = data["cases"][number], data["group_base_lrs"]
+    assert first_base == BASE
+    assert second_base == third_base
+    options, total, processes = golden_config(case, number), case["max_train_steps"], case["num_processes"]
+    if "raised" in case:
+        with pytest.raises(UserError, match=REMEDIES[case["lr_scheduler"]]):
+            build_lr(options, total)
+        return
+    lr = build_lr(options, total)
+    # accelerate steps the reference's scheduler once for each process, so ours has every second of its rates.
+    first, second = case["group0_lr"][::processes], case.get("group1_and_2_lr", [])[::processes]
+    if number in INTEGER_WARMUP_ON_TWO_PROCESSES:
+        # docs/differences.md: a warm-up in steps is in optimizer steps on any number of processes. The
+        # reference's of 20 is over after 10 of them.
+        assert first[10] == max(first)
+        options = options.model_copy(update={"lr_warmup_steps": 10})
+        assert lr(10, BASE) == pytest.approx(BASE / 2)
+        assert lr(20, BASE) == BASE
+        lr = build_lr(options, total)
+    if number == ADAFACTOR:
+        # Adafactor then sizes its own steps, and the reference's scheduler reads them back.
+        first, second = first[:1], [BASE]
+        second_base = BASE
+    for step, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert lr(step, first_base) == pytest.approx(one, rel=1e-9, abs=1e-19), step
+        assert lr(step, second_base) == pytest.approx(other, rel=1e-9, abs=1e-19), step
+
+
+NAMES = sorted(set(ARGUMENTS) - {"piecewise_constant"})
+
+
+@given(
+    name=st.sampled_from(NAMES),
+    total=st.integers(1, 500),
+    warmup=st.one_of(st.integers(0, 300), st.floats(0, 1)),
+    decay=st.integers(0, 100),
+    cycles=st.integers(1, 5),
+    step=st.integers(0, 600),
+)
+def test_rates_are_proportional_finite_and_within_bounds(name, total, warmup, decay, cycles, step) -> None:
+    lr = build_lr(
+        config(
+            lr_scheduler=name,
+            lr_warmup_steps=0 if name == "constant" else warmup,
+            lr_decay_steps=decay,
+            lr_scheduler_num_cycles=cycles,
+            lr_scheduler_min_lr_ratio=0.1,
+        ),
+        total,
+    )
+    rate = lr(step, BASE)
+    assert math.isfinite(rate)
+    assert 0 <= rate <= BASE * (1 + 1e-12)
+    assert lr(step, 7 * BASE) == pytest.approx(7 * rate)
+    assert lr(step, BASE) == rate
+
+
+@pytest.mark.parametrize("warmup_type", ["linear", "cosine", "1-sqrt"])
+@pytest.mark.parametrize("decay_type", ["linear", "cosine", "1-sqrt"])
+def test_shapes_of_warmup_stable_decay_are_transformers(warmup_type, decay_type) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=BASE)
+    shapes = {"warmup_type": warmup_type, "decay_type": decay_type}
+    theirs = get_wsd_schedule(optimizer, 10, 20, num_training_steps=50, min_lr_ratio=0.2, **shapes)
+    ours = build_lr(
+        config(
+            lr_scheduler="warmup_stable_decay",
+            lr_warmup_steps=10,
+            lr_decay_steps=20,
+            lr_scheduler_min_lr_ratio=0.2,
+            lr_scheduler_args=shapes,
+        ),
+        50,
+    )
+    for step in range(60):
+        assert ours(step, BASE) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+def test_lowest_rates_may_be_given_as_rates() -> None:
+    lowest = {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": {"min_lr": 3e-6}}
+    assert build_lr(config(**lowest), 100)(100, BASE) == pytest.approx(3e-6)
+    end = {"lr_scheduler": "polynomial", "lr_scheduler_args": {"lr_end": 3e-6}}
+    assert build_lr(config(**end), 100)(100, BASE) == pytest.approx(3e-6)
+    assert build_lr(config(**end), 100)(50, BASE) == pytest.approx(1.65e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": "1:ten,0.1"}}, "1:100"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": "1:10,0.5:20"}}, "1:100"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": 0.1}}, "1:100"),
+        (
+            {
+                "lr_scheduler": "piecewise_constant",
+                "lr_scheduler_args": {"step_rules": "1:10,0.1"},
+                "lr_warmup_steps": 5,
+            },
+            "piecewise_constant has no warm-up",
+        ),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "must be higher"),
+        ({"lr_scheduler": "polynomial", "lr_scheduler_args": {"lr_end": "low"}}, "are numbers"),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": {"min_lr": 1.0}}, "must be higher"),
+        (
+            {
+                "lr_scheduler": "cosine_with_min_lr",
+                "lr_scheduler_args": {"min_lr": 0.0},
+                "learning_rate": 0.0,
+            },
+            "must be higher",
+        ),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_scheduler_args": {"decay_type": "log"}}, "1-sqrt"),
+        ({"lr_scheduler": "linear", "lr_scheduler_args": {"last_epoch": 5}}, "linear takes none"),
+        ({"lr_scheduler": "cosine:3"}, "no such schedule"),
+        ({"lr_scheduler": "adafactor:...", "optimizer_type": "adafactor"}, "adafactor:3e-5"),
+        ({"lr_scheduler_type": "NoSuchLR"}, "no such class"),
+        ({"lr_scheduler_type": "no.such.module.LR"}, "no such class"),
+        ({"lr_scheduler_type": "math.sin"}, "not a scheduler"),
+        ({"lr_scheduler_type": "StepLR"}, "step_size"),
+        ({"lr_scheduler_type": "ReduceLROnPlateau"}, "metrics"),
+        (
+            {"lr_scheduler_type": "CyclicLR", "lr_scheduler_args": {"base_lr": 1e-6, "max_lr": 1e-4}},
+            "cycle_momentum",
+        ),
+        (
+            {
+                "lr_scheduler_type": "OneCycleLR",
+                "lr_scheduler_args": {"max_lr": 1e-4, "total_steps": 20, "cycle_momentum": False},
+            },
+            "20",
+        ),
+    ],
+)
+def test_refusals(options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        build_lr(config(**options), 100)
+
+
+def test_all_problems_are_said_at_once() -> None:
+    with pytest.raises(UserError) as refused:
+        build_lr(config(lr_scheduler="adafactor", lr_warmup_steps=5), 100)
+    assert len(refused.value.problems) == 3
+
+
+def test_a_torch_class_may_be_asked_in_any_order() -> None:
+    options = config(lr_scheduler_type="StepLR", lr_scheduler_args={"step_size": 10, "gamma": 0.5})
+    forwards, anyhow = build_lr(options, 40), build_lr(options, 40)
+    expected = {step: forwards(step, BASE) for step in range(40)}
+    for step in (39, 0, 25, 25, 10, 9, 30):
+        assert anyhow(step, BASE) == expected[step]
+        assert anyhow(step, 1e-6) == pytest.approx(expected[step] / 30)
+
+
+def test_steps_of() -> None:
+    assert steps_of(20, 200) == 20
+    assert steps_of(0.1, 200) == 20
+    assert steps_of(1.0, 200) == 200
+    assert steps_of(0.0, 200) == 0
+    assert steps_of(0.29, 100) == 28, "rounded down, as in the reference"

@@ -1,0 +1,84 @@
+"""The layout keeps: layers, no cycles, sizes, no stubs, nothing heavy where --help passes."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sdxl_finetune"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAYERS = [
+    {"problems", "files", "seeding"},
+    {"batch", "config"},
+    {"data", "diffusion", "model", "optim", "runtime"},
+    {"objective"},
+    {"output"},
+    {"run"},
+    {"milestones"},
+    {"train"},
+    {"tools"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MAY_SHARE = {"problems", "files", "seeding", "batch", "config"}
+"""Lower layers whose members may import one another."""
+MAX_FILE, MAX_FUNCTION, MAX_PACKAGE, MAX_TRAIN = 400, 60, 9000, 150
+
+
+def module_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """The parts of this package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names = [node.module or ""]
+            if node.module == "sdxl_finetune":
+                names = [f"sdxl_finetune.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("sdxl_finetune.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    own = module_of(path)
+    if own == "__init__":
+        return
+    for other in imports(path) - {own}:
+        below = LEVEL[other] < LEVEL[own]
+        assert below or {own, other} <= MAY_SHARE, f"{own} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_sizes(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MAX_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION, node.name
+    assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text)
+
+
+def test_package_size() -> None:
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in FILES}
+    assert sum(lines.values()) <= MAX_PACKAGE
+    assert lines[PACKAGE / "train.py"] <= MAX_TRAIN
+
+
+@pytest.mark.parametrize("module", ["cli", "config", "problems"])
+def test_starts_without_heavy_imports(module: str) -> None:
+    heavy = "{'torch', 'numpy', 'diffusers', 'transformers', 'accelerate', 'pyarrow', 'cv2', 'PIL'}"
+    code = f"import sys, sdxl_finetune.{module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
