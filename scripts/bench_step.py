@@ -17,7 +17,7 @@ from photos import write_photos
 from sdxl_finetune.config import load_config
 from sdxl_finetune.run import Run, build_run
 from sdxl_finetune.tools.model import main as model_tool
-from sdxl_finetune.train import training_steps
+from sdxl_finetune.train import record, training_steps
 
 
 def main() -> None:
@@ -72,16 +72,7 @@ def measure(run: Run, count: int) -> tuple[float, float]:
     steps = training_steps(run)
     for number in range(count + 5):
         started = time.perf_counter()
-        step = next(steps)
-        run.log.step(
-            step=step.position.step + 1,
-            epoch=step.position.epoch + 1,
-            loss=step.loss,
-            grad_norm=step.grad_norm,
-            lr=step.rates,
-            images=step.images,
-            data_wait_seconds=step.data_wait,
-        )
+        record(run, next(steps))
         synchronize(run)
         middle = time.perf_counter()
         bare_step(run, batch, latents)

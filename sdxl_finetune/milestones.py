@@ -4,14 +4,19 @@ When, and under which name, is decided by pure functions of the position (output
 they meet the run. Neither changes anything about training.
 """
 
+import logging
+from collections.abc import Sequence
 from datetime import datetime
 
 from sdxl_finetune.optim.optimizer import averaged_weights
 from sdxl_finetune.output.metadata import build_metadata
-from sdxl_finetune.output.prompts import preview_due
+from sdxl_finetune.output.prompts import Prompt, load_prompts, preview_due
 from sdxl_finetune.output.sample import draw_previews
 from sdxl_finetune.output.weights import Due, final_weights, save_weights, weights_due
+from sdxl_finetune.problems import UserError
 from sdxl_finetune.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 def preview_if_due(run: Run, *, step: int, epoch: int | None) -> None:
@@ -27,11 +32,12 @@ def preview_if_due(run: Run, *, step: int, epoch: int | None) -> None:
         epoch=epoch,
     )
     if due and run.prompts and run.accelerator.is_main_process:
+        prompts = _current_prompts(run)
         with run.log.pause(), averaged_weights(run.optimizer):
             previews = draw_previews(
                 run.sdxl,
                 run.vae,
-                run.prompts,
+                prompts,
                 config=config,
                 tokenizer=run.tokenizer,
                 schedule=run.schedule,
@@ -43,6 +49,16 @@ def preview_if_due(run: Run, *, step: int, epoch: int | None) -> None:
             )
             for drawn in previews:
                 run.log.image(drawn.index, drawn.image, drawn.prompt.prompt, step)
+
+
+def _current_prompts(run: Run) -> Sequence[Prompt]:
+    """The prompts as the file has them now, as in the reference: it may be edited during a run."""
+    assert run.config.sample_prompts is not None
+    try:
+        return load_prompts(run.config.sample_prompts)
+    except UserError as error:
+        logger.warning("the prompts that the run began with are drawn again: %s", error)
+        return run.prompts
 
 
 def save_if_due(run: Run, *, step: int, epoch: int | None) -> None:

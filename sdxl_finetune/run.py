@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sdxl_finetune.batch import Batch, Position
 from sdxl_finetune.config import Config, load_datasets
 from sdxl_finetune.data.dataset import TrainingDataset, load_batches
-from sdxl_finetune.data.index import Index, build_index
+from sdxl_finetune.data.index import Index, build_index, report_bad_images
 from sdxl_finetune.data.latents import LatentStore, build_store, cache_latents
 from sdxl_finetune.data.sampler import Plan, build_plan
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
@@ -40,7 +40,6 @@ from sdxl_finetune.output.log import Log, console, run_directory
 from sdxl_finetune.output.metadata import load_thumbnail
 from sdxl_finetune.output.prompts import Prompt, load_prompts
 from sdxl_finetune.output.weights import kind_to_save
-from sdxl_finetune.problems import UserError
 from sdxl_finetune.runtime import build_accelerator, shared_seed, weight_dtype
 
 logger = logging.getLogger(__name__)
@@ -217,13 +216,9 @@ def _encode_all(
 
     store = build_store(index, cache_dir(config))
     bad = cache_latents(store, encode_on_device, batch_size=config.vae_batch_size)
-    if bad and config.on_bad_image == "stop":
-        raise UserError(list(bad.values()))
-    if bad:
-        listed = "\n".join(map(str, bad.values()))
-        logger.warning("%d images are skipped (on_bad_image = skip):\n%s", len(bad), listed)
+    report_bad_images(list(bad.values()), config.on_bad_image)
     vae.to("cpu")
-    return index.without(list(bad)), store
+    return index.without(bad), store
 
 
 def _prepare(

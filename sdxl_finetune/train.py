@@ -58,15 +58,7 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
     preview_if_due(run, step=0, epoch=0)
     for step in training_steps(run):
         done, epoch = step.position.step + 1, run.epoch_ended_by(step.position)
-        run.log.step(
-            step=done,
-            epoch=step.position.epoch + 1,
-            loss=step.loss,
-            grad_norm=step.grad_norm,
-            lr=step.rates,
-            images=step.images,
-            data_wait_seconds=step.data_wait,
-        )
+        record(run, step)
         preview_if_due(run, step=done, epoch=None)
         save_if_due(run, step=done, epoch=epoch)
         if epoch is not None:
@@ -98,6 +90,19 @@ def training_steps(run: Run) -> Iterator[Step]:
         loss = accelerator.reduce(loss, "mean")
         yield Step(position=position, loss=loss, grad_norm=grad_norm, rates=rates, images=images, data_wait=data_wait)
         loss, images, data_wait = torch.zeros_like(loss), 0, 0.0
+
+
+def record(run: Run, step: Step) -> None:
+    """Gives the step to the log, which reads its loss when it has arrived."""
+    run.log.step(
+        step=step.position.step + 1,
+        epoch=step.position.epoch + 1,
+        loss=step.loss,
+        grad_norm=step.grad_norm,
+        lr=step.rates,
+        images=step.images,
+        data_wait_seconds=step.data_wait,
+    )
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[float, Batch]]:

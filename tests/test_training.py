@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sdxl_finetune.config import load_config
+from sdxl_finetune.milestones import preview_if_due
 from sdxl_finetune.objective import image_losses
 from sdxl_finetune.run import build_run
 from sdxl_finetune.tools.model import main as model_tool
@@ -146,6 +147,19 @@ def test_images_are_encoded_as_they_come_without_a_cache(work) -> None:
     steps = [*FLOAT32, "--max_train_epochs", "2", "--sample_prompts", "", "--no-cache_latents_to_disk"]
     assert run(*steps, "--no-cache_latents", "--random_crop", "--on_bad_image", "skip") == 0
     assert all(math.isfinite(row["loss"]) for row in metrics(work))
+
+
+def test_prompts_may_be_edited_during_a_run(work, caplog) -> None:
+    options = [*FLOAT32, "--sample_every_n_epochs", "", "--sample_every_n_steps", "1", "--seed", "5"]
+    config = load_config(arguments(*options), program="sdxl-train")
+    assert config is not None
+    with build_run(config) as built:
+        Path("prompts.txt").write_text("one prompt --w 64 --h 64 --s 2 --d 1\n")
+        preview_if_due(built, step=1, epoch=None)
+        assert [path.name.split("_")[2] for path in Path("out/sample").iterdir()] == ["00"]
+        Path("prompts.txt").write_text("broken --w many\n")
+        preview_if_due(built, step=2, epoch=None)
+    assert len(list(Path("out/sample").iterdir())) == 3 and "prompts.txt:1" in caplog.text
 
 
 def test_signals_end_the_run_after_a_step(work) -> None:

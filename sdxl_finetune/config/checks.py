@@ -61,6 +61,9 @@ def find_remarks(config: Config) -> Findings:
     """What a user may not expect, though it is no mistake."""
     if config.cache_latents_to_disk:
         yield "cache_latents_to_disk", "for now latents are kept in memory, not on the disk"
+    if config.full_bf16:
+        message = "weights are rounded to bf16 after each step, as in the reference: small updates are lost"
+        yield "full_bf16", f"{message}; full_bf16 = false keeps them, at twice the memory for weights"
     if config.max_train_epochs and config.max_train_steps != Config.model_fields["max_train_steps"].default:
         yield "max_train_steps", "has no effect, because max_train_epochs wins"
     if config.sample_every_n_epochs and config.sample_every_n_steps:
@@ -95,7 +98,11 @@ def _training(c: Config) -> Findings:
         )
     if c.lr_scheduler_type:
         return
-    if c.lr_scheduler == "cosine_with_min_lr" and c.lr_scheduler_min_lr_ratio is None:
+    if (
+        c.lr_scheduler == "cosine_with_min_lr"
+        and c.lr_scheduler_min_lr_ratio is None
+        and "min_lr" not in c.lr_scheduler_args
+    ):
         yield f"{options} lr_scheduler_min_lr_ratio", "needs lr_scheduler_min_lr_ratio, as 0.1"
     if c.lr_scheduler == "piecewise_constant" and "step_rules" not in c.lr_scheduler_args:
         yield f"{options} lr_scheduler_args", "needs lr_scheduler_args = [\"step_rules='1:50,0.5:100,0.1'\"]"

@@ -40,7 +40,7 @@ class NoiseOptions(Options):
     noise_offset: float | None = Field(None, ge=0)
     """Strength of one random shift per image and channel added to the noise; 0: none."""
     noise_offset_random_strength: bool = False
-    """Draw the strength of each image's shift between 0 and `noise_offset`."""
+    """Draw the strength between 0 and `noise_offset`, anew for each micro-batch."""
     adaptive_noise_scale: float | None = None
     """Times the latent's mean absolute value, added to `noise_offset`; needs it and `cache_latents`."""
     multires_noise_iterations: int | None = Field(None, ge=0)
@@ -50,7 +50,7 @@ class NoiseOptions(Options):
     ip_noise_gamma: float | None = Field(None, ge=0)
     """Strength of extra noise in the model's input alone (Ning et al., arXiv 2301.11706); 0: none."""
     ip_noise_gamma_random_strength: bool = False
-    """Draw the strength of that extra noise between 0 and `ip_noise_gamma`."""
+    """Draw the strength between 0 and `ip_noise_gamma`, anew for each micro-batch."""
     min_timestep: int | None = Field(None, ge=0, le=999)
     """First timestep that is trained; unset: 0."""
     max_timestep: int | None = Field(None, ge=1, le=1000)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from jaxtyping import Bool, Int32, UInt8
 from tqdm import tqdm
 
@@ -203,6 +204,8 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, *, on_bad_image: s
     report_bad_images(problems, on_bad_image)
     if not np.any(table["repeats"]):
         raise UserError("no image is left to train on")
+    if uncaptioned := pa.compute.sum(pa.compute.equal(table["caption"], "")).as_py():
+        logger.warning("%d of %d images have no caption, or an empty one", uncaptioned, table.num_rows)
     table = table.combine_chunks()
     path = cache_dir / f"{_digest(table)}.index"
     if not path.exists():
