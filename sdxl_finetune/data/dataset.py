@@ -12,6 +12,7 @@ import signal
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from typing import Protocol
 
 import cv2
@@ -204,7 +205,7 @@ def load_batches(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else the loader draws from the main process's own
     )
-    with _stop_signals_blocked():
+    with _stop_signals_blocked() if workers else contextlib.nullcontext():
         running = iter(loader)
     # Workers ignore SIGTERM, by which an exiting process would otherwise end them: it would wait for ever. torch ends
     # them when nothing refers to the iterator any more, which an exception's traceback may do for long.
@@ -232,6 +233,7 @@ def _stop_signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # else the first process starts it, which unblocks both signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

@@ -20,15 +20,6 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 OPTIONAL_EXTENSIONS = (".avif", ".jxl")
 """Read where the installed Pillow can."""
 
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -80,20 +71,18 @@ def load_image(path: Path, at_least: tuple[int, int] | None = None) -> UInt8[np.
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             orientation, profile = _orientation(image), image.info.get("icc_profile")
+            grey = image.mode in ("1", "L", "LA", "I", "I;16")
             # A JPEG without its end is cut off: OpenCV would fill up with grey, Pillow says so.
             if image.format == "JPEG" and image.mode == "RGB" and data.endswith(b"\xff\xd9"):
                 wanted = at_least[::-1] if at_least and orientation >= 5 else at_least
                 pixels = _decode_jpeg(data, _reduction(image.size, wanted))
-                converted = Image.fromarray(pixels)
+                if profile and _transform(profile)[0]:
+                    pixels = np.asarray(_in_srgb(Image.fromarray(pixels), profile, grey=grey))
             else:
-                converted = _flat(image)
-            if profile:
-                converted = _in_srgb(converted, profile, grey=image.mode in ("1", "L", "LA", "I", "I;16"))
-            if converted.mode != "RGB":
-                converted = converted.convert("RGB")
-        if orientation in _TURNS:
-            converted = converted.transpose(_TURNS[orientation])
-        return np.asarray(converted)
+                flat = _flat(image)
+                converted = _in_srgb(flat, profile, grey=grey) if profile else flat
+                pixels = np.asarray(converted if converted.mode == "RGB" else converted.convert("RGB"))
+        return _turned(pixels, orientation)
     except MemoryError:
         raise
     except Exception as error:
@@ -159,6 +148,17 @@ def _orientation(image: Image.Image) -> int:
     # The base class's: that of PNG files would decode the whole image in search of a tag behind it, which
     # browsers do not look for either.
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+
+
+def _turned(pixels: UInt8[np.ndarray, "_ _ 3"], orientation: int) -> UInt8[np.ndarray, "H W 3"]:
+    """As it is seen: 5 to 8 exchange rows and columns, then some are mirrored left to right or top to bottom."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _reduction(size: tuple[int, int], wanted: tuple[int, int] | None) -> int:

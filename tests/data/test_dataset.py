@@ -195,7 +195,7 @@ def test_a_bad_image_stops_the_run(index: Index, loaded) -> None:
     broken = index[3].path
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(UserError) as caught:
-        loaded(build(index), 20, workers=2)
+        loaded(build(index), 20, workers=1)
     (problem,) = caught.value.problems
     assert problem.file == str(broken) and "\n" not in str(problem) and "Traceback" not in str(problem)
 
