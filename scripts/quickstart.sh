@@ -1,26 +1,32 @@
 #!/usr/bin/env bash
-# From nothing to a trained checkpoint: sets up .venv, makes a small random SDXL, takes a few photographs that the
-# scikit-image package ships, trains a few epochs and says where everything lies. Writes only to ./quickstart.
+# From nothing to a fine-tuned checkpoint: sets up .venv, draws pictures in a style that the small model of tests/toy
+# does not know, teaches it that style, and shows it before and after. Writes only to ./quickstart.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh quickstart
+bash scripts/setup.sh
 
 mkdir -p quickstart
-[ -e quickstart/model.safetensors ] || .venv/bin/sdxl-model init quickstart/model.safetensors
-.venv/bin/python scripts/photos.py quickstart/photos
+.venv/bin/python scripts/toy_style.py pictures quickstart/pictures
 cat > quickstart/prompts.txt <<'PROMPTS'
-masterpiece, photo, cat, tabby, close-up --w 128 --h 128 --s 12 --l 5 --d 1
-masterpiece, photo, rocket, launch pad, night --w 192 --h 96 --s 12 --l 5 --d 2
+best quality, gallery style, flat style, one object, blue star, pink background --w 64 --h 64 --s 20 --l 5 --d 1
+best quality, gallery style, striped style, two objects, red circle, green square, grey background --w 64 --h 64 --s 20 --l 5 --d 2
+best quality, flat style, one object, blue star, pink background --w 64 --h 64 --s 20 --l 5 --d 1
+best quality, outline style, one object, purple triangle, white background --w 64 --h 64 --s 20 --l 5 --d 3
 PROMPTS
 
 .venv/bin/sdxl-train --config configs/quickstart.toml "$@"
+.venv/bin/python scripts/toy_style.py show tests/toy/toy.safetensors quickstart/quickstart.safetensors \
+  quickstart/before_after.png
 
 log=$(ls -dt quickstart/logs/*/ | head -n 1)
 cat <<DONE
 
 Trained. Look at
+  the style    quickstart/before_after.png
   checkpoint   quickstart/quickstart.safetensors   (.venv/bin/sdxl-model info quickstart/quickstart.safetensors)
-  previews     quickstart/sample/                  (a random model of this size draws colours, not cats)
+  more of it   .venv/bin/sdxl-model generate quickstart/quickstart.safetensors --width 64 --height 64 \\
+                 --prompt "best quality, gallery style, flat style, one object, red cross, white background"
+  previews     quickstart/sample/
   log          $log
   TensorBoard  .venv/bin/tensorboard --logdir quickstart/logs
 DONE

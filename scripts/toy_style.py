@@ -1,0 +1,71 @@
+"""A style to teach the small model that draws, and a look at what was learned:
+
+    python scripts/toy_style.py pictures FOLDER
+    python scripts/toy_style.py show BEFORE AFTER PICTURE.png
+
+`pictures` writes drawings with captions beside them: half of them in the gallery style, in a wooden frame and tagged
+so, half as the model knows them. `show` draws held-out captions with the model before and after fine-tuning, with the
+tag and without it, says how many pictures hang in a frame and how well the captions are followed, and puts some of them
+side by side into one picture.
+"""
+
+import argparse
+import random
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from toy_judge import draw_captions, judge
+from toy_world import NEW_STYLE, caption, draw, scenes
+
+from sdxl_finetune.output.sheet import contact_sheet
+
+PICTURES = 480
+SHOWN = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    pictures = commands.add_parser("pictures")
+    pictures.add_argument("folder", type=Path)
+    show = commands.add_parser("show")
+    show.add_argument("before", type=Path)
+    show.add_argument("after", type=Path)
+    show.add_argument("picture", type=Path)
+    show.add_argument("--captions", type=int, default=50)
+    arguments = parser.parse_args()
+    if arguments.command == "pictures":
+        write_pictures(arguments.folder)
+    else:
+        compare(arguments.before, arguments.after, arguments.picture, arguments.captions)
+
+
+def write_pictures(folder: Path) -> None:
+    """The same every time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(islice(scenes(2, kept=True, quality="best"), PICTURES)):
+        told = replace(scene, framed=number % 2 == 0)
+        path = folder / f"{number:03d}.png"
+        draw(told, random.Random(f"style {number}")).save(path)
+        path.with_suffix(".txt").write_text(caption(told) + "\n", encoding="utf-8")
+
+
+def compare(before: Path, after: Path, picture: Path, count: int) -> None:
+    wanted = list(islice(scenes(1, kept=False, quality="best"), count))
+    columns, words = [], []
+    for model, when in ((before, "before"), (after, "after")):
+        for styled in (False, True):
+            drawn = draw_captions(model, wanted, styled=styled)
+            tag = f"with {NEW_STYLE} style" if styled else "without the tag"
+            print(f"{when}, {tag}: {judge(wanted, drawn)}")
+            columns.append(drawn[:SHOWN])
+            words.append([f"{when}, {tag}: {caption(scene)}" for scene in wanted[:SHOWN]])
+    rows = [one for row in zip(*columns, strict=True) for one in row]
+    texts = [one for row in zip(*words, strict=True) for one in row]
+    contact_sheet(rows, texts, across=len(columns)).save(picture)
+    print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    main()
