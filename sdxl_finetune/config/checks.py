@@ -35,13 +35,19 @@ EXCLUDES = {
     "random_crop": ("cache_latents",),
     "use_8bit_adam": ("use_lion_optimizer", "optimizer_type"),
     "use_lion_optimizer": ("optimizer_type",),
+    "ema_decay": ("ema_half_life",),
 }
 
 
 def find_problems(config: Config) -> Findings:
     """Everything that keeps `config` from being trained as it stands."""
+    data = () if config.dataset_config is None else ("train_data_dir", "resolution")
     for option, meaning in REQUIRED.items():
-        if getattr(config, option) is None:
+        if (
+            getattr(config, option) is None
+            and option not in data
+            and not (option == "train_data_dir" and config.in_json)
+        ):
             yield option, f"is needed: {meaning}"
     for option, others in NEEDS.items():
         for other in others:
@@ -59,8 +65,11 @@ def find_problems(config: Config) -> Findings:
 
 def find_remarks(config: Config) -> Findings:
     """What a user may not expect, though it is no mistake."""
-    if config.cache_latents_to_disk:
-        yield "cache_latents_to_disk", "for now latents are kept in memory, not on the disk"
+    for option in ("train_data_dir", "reg_data_dir", "in_json"):
+        if config.dataset_config and getattr(config, option):
+            yield option, "has no effect, because dataset_config says which images"
+    if config.in_json and config.reg_data_dir and not config.dataset_config:
+        yield "reg_data_dir", "has no effect with in_json, as in the reference; dataset_config can have both"
     if config.full_bf16:
         message = "weights are rounded to bf16 after each step, as in the reference: small updates are lost"
         yield "full_bf16", f"{message}; full_bf16 = false keeps them, at twice the memory for weights"
@@ -147,16 +156,22 @@ def _files(c: Config) -> Findings:
                 option,
                 f"no such file or folder (nothing is downloaded; the working directory is {Path.cwd()})",
             )
-    for option in ("sample_prompts", "log_tracker_config"):
+    for option in ("sample_prompts", "log_tracker_config", "in_json", "dataset_config"):
         path = getattr(c, option)
         if path and not path.is_file():
             yield option, f"no such file (the working directory is {Path.cwd()})"
     picture = c.metadata_thumbnail
     if picture and not picture.startswith("data:") and not Path(picture).is_file():
         yield "metadata_thumbnail", "no such file, and not a data URL"
-    problem = find_folders(c.train_data_dir).problem if c.train_data_dir else None
-    if problem:
-        yield "train_data_dir", problem
+    if c.dataset_config:
+        return
+    for option in ("reg_data_dir",) if c.in_json else ("train_data_dir", "reg_data_dir"):
+        folder = getattr(c, option)
+        problem = find_folders(folder).problem if folder else None
+        if problem:
+            yield option, problem
+    if c.in_json and c.train_data_dir and not c.train_data_dir.is_dir():
+        yield "train_data_dir", f"no such folder (the working directory is {Path.cwd()})"
 
 
 def _writable(folder: Path | None) -> bool:

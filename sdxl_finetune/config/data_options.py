@@ -14,6 +14,14 @@ class DataOptions(Options):
 
     train_data_dir: FilePath | None = None
     """Folder of images, or of folders `N_words`: N repeats an epoch, words for images without caption."""
+    reg_data_dir: FilePath | None = None
+    """Regularisation images, likewise: as many of them as of the others, in each epoch."""
+    in_json: FilePath | None = None
+    """Captions and tags of the images in `train_data_dir`, .json or .jsonl, in place of caption files."""
+    dataset_config: FilePath | None = None
+    """TOML or JSON file of several datasets, in place of `train_data_dir`."""
+    dataset_repeats: int = Field(1, ge=1)
+    """Times that each image is used in an epoch, where no folder's name and no `dataset_config` says it."""
     resolution: Resolution | None = None
     """Pixels that images are trained at: side of a square, or width and height; with buckets their area."""
     train_batch_size: int = Field(1, ge=1)
@@ -87,14 +95,25 @@ class BucketOptions(Options):
     """Never enlarge an image: a bucket for each size, `min_bucket_reso` and `max_bucket_reso` unused."""
 
 
+class HoldOutOptions(Options):
+    """Validation"""
+
+    validation_split: float = Field(0.0, ge=0, le=1)
+    """Share of the images, 0 to 1, that is not trained on but validated; 1 in a dataset of its own. (0: none.)"""
+    validation_seed: int = 0
+    """Chooses the images that are held out, and their noise; apart from `seed`, so that runs can be compared."""
+
+
 class LatentOptions(Options):
     """Latents"""
 
     cache_latents: bool = False
-    """Encode every image once before training, not at each use."""
+    """Encode every image once before training, not at each use; in memory."""
     cache_latents_to_disk: bool = False
-    """Keep encoded images on the disk (for now: in memory); turns `cache_latents` on."""
+    """Keep encoded images in `cache_dir` for the next run; turns `cache_latents` on."""
     vae_batch_size: int = Field(1, ge=1)
     """Images encoded at a time while caching."""
+    skip_cache_check: bool = False
+    """Take images and captions to be as they were last time, for millions that nobody has changed."""
     cache_dir: FilePath | None = None
     """Folder of dataset index and latent cache; unset: `cache` in `output_dir`. (Ours.)"""

@@ -1,4 +1,4 @@
-"""Datasets: which folders of images are trained on, how often, and with which options.
+"""What a dataset is, and which folders of images make one.
 
 A folder `N_words` in `train_data_dir` is used N times an epoch, and images in it that have no caption file
 get the words (the reference's DreamBooth folders). Without such a folder the images directly in it are the
@@ -6,37 +6,38 @@ dataset, once an epoch (ours; the reference needs a metadata file for that). Fol
 the first image is found: listing five million names is the index's work.
 """
 
-import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pydantic import Field
 
 from sdxl_finetune.config.data_options import (
     AugmentationOptions,
     BucketOptions,
     CaptionOptions,
+    HoldOutOptions,
     Interpolation,
 )
 from sdxl_finetune.config.fields import Resolution
-from sdxl_finetune.config.options import Config
-from sdxl_finetune.problems import Problem, UserError
 
-logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Endings of image files, in any case of letters."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+"""Endings of image files, in any case of letters; .avif where Pillow reads it."""
 
 
-class Subset(CaptionOptions, AugmentationOptions):
+class Subset(CaptionOptions, AugmentationOptions, HoldOutOptions):
     """A folder of images with the options that may differ from folder to folder."""
 
-    image_dir: Path
+    image_dir: Path = Path()
+    metadata_file: Path | None = None
+    """Names, captions and tags of the images, in place of what lies in the folder."""
     num_repeats: int
-    """Times that each image is used in an epoch, at least 1."""
+    """Times that each image is used in an epoch."""
     class_tokens: str | None
     """Caption of images that have no caption file."""
     is_reg: bool = False
     """Regularisation images."""
+    resize_interpolation: Interpolation | None = None
 
 
 class Dataset(BucketOptions):
@@ -44,9 +45,8 @@ class Dataset(BucketOptions):
 
     resolution: Resolution
     """Pixels, (width, height)."""
-    batch_size: int
+    batch_size: int = Field(ge=1)
     """Images per process in one micro-batch."""
-    resize_interpolation: Interpolation | None
     subsets: tuple[Subset, ...]
 
 
@@ -54,37 +54,11 @@ class Dataset(BucketOptions):
 class Folders:
     """What lies in a `train_data_dir`."""
 
-    used: list[tuple[Path, int, str | None]] = field(default_factory=list)
-    """Folder, repeats, class tokens; ordered by name."""
+    used: list[tuple[Path, int | None, str | None]] = field(default_factory=list)
+    """Folder, repeats if its name says them, class tokens; ordered by name."""
     remarks: list[str] = field(default_factory=list)
     """What the user may not expect."""
     problem: str | None = None
-
-
-def load_datasets(config: Config) -> tuple[Dataset, ...]:
-    """The datasets of a config, as the folders on the disk are now.
-
-    Raises UserError when there is nothing to train on; says which folders are not used.
-    """
-    assert config.train_data_dir is not None and config.resolution is not None
-    folders = find_folders(config.train_data_dir)
-    for remark in folders.remarks:
-        logger.warning("%s", remark)
-    if folders.problem:
-        raise UserError(Problem(folders.problem, "train_data_dir", str(config.train_data_dir)))
-    shared = {name: getattr(config, name) for name in Subset.model_fields if name in Config.model_fields}
-    buckets = {name: getattr(config, name) for name in BucketOptions.model_fields}
-    dataset = Dataset(
-        **buckets,
-        resolution=config.resolution,
-        batch_size=config.train_batch_size,
-        resize_interpolation=config.resize_interpolation,
-        subsets=tuple(
-            Subset(**shared, image_dir=path, num_repeats=repeats, class_tokens=words)
-            for path, repeats, words in folders.used
-        ),
-    )
-    return (dataset,)
 
 
 def find_folders(root: Path) -> Folders:
@@ -107,7 +81,7 @@ def find_folders(root: Path) -> Folders:
             other.append(name)
     loose = holds_images(root)
     if loose and not found.used:
-        found.used.append((root, 1, None))
+        found.used.append((root, None, None))
     elif loose:
         found.remarks.append(f"images directly in {root} are not used, because it has folders N_words")
     if other:

@@ -37,6 +37,23 @@ class SavingOptions(Options):
     """Keep only files that were saved by step within the last so many steps."""
 
 
+class ResumeOptions(Options):
+    """Training states, from which a run goes on exactly"""
+
+    save_state: bool = False
+    """Save the training state with all saved weights."""
+    save_state_on_train_end: bool = False
+    """Save the training state at the end."""
+    save_last_n_epochs_state: int | None = Field(None, ge=1)
+    """Keep only the newest so many states that were saved by epoch; unset: `save_last_n_epochs`."""
+    save_last_n_steps_state: int | None = Field(None, ge=1)
+    """Keep only states that were saved by step within the last so many steps; unset: `save_last_n_steps`."""
+    resume: FilePath | None = None
+    """Go on from a training state or from saved weights: a path, or `auto` for the newest of this `output_name`."""
+    resume_at_next_epoch: bool = False
+    """If images, captions or batches have changed, resume at the next epoch and do not refuse. (Ours.)"""
+
+
 class MetadataOptions(Options):
     """Metadata of saved weights"""
 

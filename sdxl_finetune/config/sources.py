@@ -46,17 +46,7 @@ def read_file(name: str) -> tuple[dict[str, Given], list[Problem], list[Problem]
     Raises UserError when the file cannot be read at all.
     """
     path = config_path(name)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message, _, place = str(error).partition(" (at ")
-        numbers = "".join(f":{number}" for number in re.findall(r"\d+", place))
-        raise UserError(Problem(f"not valid TOML: {message}", file=f"{path}{numbers}")) from None
-    except UnicodeDecodeError:
-        raise UserError(Problem("not a UTF-8 text file", file=str(path))) from None
-    except OSError as error:
-        raise UserError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from None
+    tables, text = parse_toml(path)
     lines = _line_numbers(text)
     given: dict[str, Given] = {}
     problems, remarks = [], []
@@ -74,6 +64,21 @@ def read_file(name: str) -> tuple[dict[str, Given], list[Problem], list[Problem]
             remarks.append(Problem(f"wins over the value at {given[key].place}", key, shown, place))
         given[key] = Given(value, place)
     return given, problems, remarks
+
+
+def parse_toml(path: Path) -> tuple[dict[str, Any], str]:
+    """The content of a TOML file, and its text. Raises UserError when it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return tomllib.loads(text), text
+    except tomllib.TOMLDecodeError as error:
+        message, _, place = str(error).partition(" (at ")
+        numbers = "".join(f":{number}" for number in re.findall(r"\d+", place))
+        raise UserError(Problem(f"not valid TOML: {message}", file=f"{path}{numbers}")) from None
+    except UnicodeDecodeError:
+        raise UserError(Problem("not a UTF-8 text file", file=str(path))) from None
+    except OSError as error:
+        raise UserError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from None
 
 
 def _line_numbers(text: str) -> dict[tuple[str, str], int]:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from sdxl_finetune.config.data_options import HoldOutOptions
 from sdxl_finetune.config.fields import (
     Arguments,
     BlockRates,
@@ -124,6 +125,36 @@ class LrOptions(Options):
     """Steps of the inverse_sqrt schedule's scale; unset: the warm-up steps."""
     lr_scheduler_min_lr_ratio: float | None = Field(None, ge=0, le=1)
     """Lowest rate of cosine_with_min_lr and warmup_stable_decay, as a share of the highest."""
+
+
+class AverageOptions(Options):
+    """Moving average of the weights"""
+
+    ema_decay: float | None = Field(None, ge=0, le=1)
+    """Share of a moving average of the weights that stays at each step, as 0.999; unset: no average. (Ours.)"""
+    ema_half_life: float | None = Field(None, ge=1)
+    """The same in images: after so many, what was learned counts half in the average. (Ours.)"""
+    ema_previews: bool = True
+    """Draw previews with the average, if there is one. (Ours.)"""
+    ema_validation: bool = True
+    """Validate the average, if there is one. (Ours.)"""
+    ema_save: bool = True
+    """Save the average, if there is one; states hold both. (Ours.)"""
+    ema_on_cpu: bool = False
+    """Keep the average in the machine's memory: slower, and 4 bytes a parameter less on a GPU. (Ours.)"""
+
+
+class ValidationOptions(HoldOutOptions):
+    """Validation"""
+
+    validate_every_n_steps: int | None = Field(None, ge=0)
+    """Validate after every so many optimizer steps."""
+    validate_every_n_epochs: int | None = Field(None, ge=0)
+    """Validate after every so many epochs; unset, and no steps either: after each. Wins over steps."""
+    max_validation_steps: int | None = Field(None, ge=1)
+    """Batches of a validation, at most; unset: all."""
+    validation_timesteps: int = Field(4, ge=1, le=1000)
+    """Timesteps, evenly spread, at which each held out image is looked at. (Ours.)"""
 
 
 class LengthOptions(Options):

@@ -95,6 +95,15 @@ def tag_limit(rules: Subset, count: int, *, step: int, max_steps: int) -> int:
     return math.floor(step * ((count - rules.token_warmup_min) / end)) + rules.token_warmup_min
 
 
+def caption_paths(image: Path, rules: Subset) -> list[Path]:
+    """The files in which the caption of an image is looked for, in this order."""
+    extension = "." + rules.caption_extension.removeprefix(".")
+    names = [image.stem]
+    if face := FACE_NAME.fullmatch(image.stem):
+        names.append(face.group(1))
+    return [image.with_name(name + extension) for name in names]
+
+
 def read_caption(image: Path, rules: Subset) -> str:
     """The text of the caption file beside `image`: its lines, stripped, without the empty ones.
 
@@ -104,12 +113,7 @@ def read_caption(image: Path, rules: Subset) -> str:
     there a byte order mark is not text, an empty first line does not empty the caption, and an empty file is
     no error.
     """
-    extension = "." + rules.caption_extension.removeprefix(".")
-    names = [image.stem]
-    if face := FACE_NAME.fullmatch(image.stem):
-        names.append(face.group(1))
-    for name in names:
-        path = image.with_name(name + extension)
+    for path in caption_paths(image, rules):
         try:
             lines = path.read_bytes().decode("utf-8-sig").replace("\r", "\n").split("\n")
         except (FileNotFoundError, IsADirectoryError):

@@ -28,7 +28,7 @@ from sdxl_finetune.data.buckets import crop_left_top, mirrored_left
 from sdxl_finetune.data.captions import caption
 from sdxl_finetune.data.images import ImageError, jitter_color
 from sdxl_finetune.data.index import Entry, Index
-from sdxl_finetune.data.latents import CHANNELS, LatentStore, to_tensor
+from sdxl_finetune.data.latents import CHANNELS, LatentStore, to_images
 from sdxl_finetune.data.sampler import MicroBatch
 from sdxl_finetune.data.tokens import Tokens
 from sdxl_finetune.problems import Problem, UserError
@@ -58,13 +58,13 @@ Draw = Callable[[Position, tuple[int, int, int, int], Tensor | None], Draws]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch, and what is wrong with images that it should have held."""
+    """A batch, and what is wrong with images that it should have held; without a batch, with more than an image."""
 
-    batch: Batch
+    batch: Batch | None
     problems: tuple[Problem, ...]
 
     def pin_memory(self) -> "Loaded":
-        return replace(self, batch=self.batch.pin_memory())
+        return replace(self, batch=self.batch and self.batch.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,20 @@ class TrainingDataset(TorchDataset):
     draw: Draw
     seed: int
     max_steps: int
+    all_latents: bool = False
+    """Whether `draw` wants the cached latents, those of all ranks."""
     pixels_per_latent: int = 8
     rank: int = 0
     ranks: int = 1
 
     def __getitem__(self, micro: MicroBatch) -> Loaded:
+        # An exception that leaves a worker arrives as another, with the worker's traceback for a message.
+        try:
+            return self._load(micro)
+        except UserError as error:
+            return Loaded(None, error.problems)
+
+    def _load(self, micro: MicroBatch) -> Loaded:
         position, count = micro.position, len(micro.items)
         views = [self._view(position, slot, row) for slot, row in enumerate(micro.items.tolist())]
         # A rank left without an image takes the first one at weight 0, so that all ranks compute one shape.
@@ -112,17 +121,18 @@ class TrainingDataset(TorchDataset):
         latents = images = None
         problems: tuple[Problem, ...] = ()
         if self.latents is not None:
-            mirrored = [view.mirrored for view in views]
-            latents = torch.from_numpy(self.latents.read(micro.items.tolist(), mirrored)).float()
+            latents = self._read_latents(micro, views, range(count) if self.all_latents else slots)
         else:
             images, readable, problems = self._load_images(position, {slot: views[slot] for slot in slots})
             weights *= readable
-        draws = self.draw(position, shape, latents)
+        draws = self.draw(position, shape, latents if self.all_latents else None)
+        if latents is not None and self.all_latents:
+            latents = latents[slots]
         mine = [views[slot] for slot in slots]
         tokens = self.tokenize([self._caption(position, slot, views[slot].entry) for slot in slots])
         batch = Batch(
             position=position,
-            latents=None if latents is None else latents[slots],
+            latents=latents,
             images=images,
             encoding_noise=None if images is None else self._encoding_noise(position, slots, shape),
             noise=draws.noise[slots],
@@ -138,6 +148,13 @@ class TrainingDataset(TorchDataset):
             images_in_step=count,
         )
         return Loaded(batch, problems)
+
+    def _read_latents(
+        self, micro: MicroBatch, views: Sequence[View], slots: Sequence[int]
+    ) -> Float32[Tensor, "k 4 h w"]:
+        assert self.latents is not None
+        rows = [int(micro.items[slot]) for slot in slots]
+        return torch.from_numpy(self.latents.read(rows, [views[slot].mirrored for slot in slots])).float()
 
     def _encoding_noise(
         self, position: Position, slots: list[int], shape: tuple[int, int, int, int]
@@ -176,7 +193,7 @@ class TrainingDataset(TorchDataset):
                 rng = position_random(self.seed, "color", position.step, position.micro, slot)
                 pixels = jitter_color(pixels, rng)
             loaded.append(pixels[:, ::-1] if view.mirrored else pixels)
-        return to_tensor(np.stack(loaded)), torch.tensor(readable), tuple(problems)
+        return to_images(torch.from_numpy(np.stack(loaded))), torch.tensor(readable), tuple(problems)
 
 
 def load_batches(
@@ -214,7 +231,7 @@ def load_batches(
     named: set[Problem] = set()
     try:
         while (loaded := next(running, None)) is not None:
-            if loaded.problems and on_bad_image == "stop":
+            if loaded.batch is None or (loaded.problems and on_bad_image == "stop"):
                 raise UserError(loaded.problems)
             for problem in set(loaded.problems) - named:
                 logger.warning("skipped: %s", problem)

@@ -63,12 +63,15 @@ def image_size(path: Path) -> tuple[int, int]:
         raise ImageError(str(path), _reason(error, path)) from error
 
 
-def load_image(path: Path, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels. With `at_least` (width, height), a large JPEG may come at 1/2, 1/4 or 1/8 of its size, but no
-    smaller than that; its cosine transform then does the averaging, within a grey level of resizing it whole.
+def load_image(
+    path: Path, at_least: tuple[int, int] | None = None, data: bytes | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB pixels; `data` is the file's content if that was read. With `at_least` (width, height), a large JPEG may come
+    at 1/2, 1/4 or 1/8 of its size, but no smaller than that; its cosine transform then does the averaging, within a
+    grey level of resizing it whole.
     """
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if data is None else data
         with Image.open(io.BytesIO(data)) as image:
             orientation, profile = _orientation(image), image.info.get("icc_profile")
             grey = image.mode in ("1", "L", "LA", "I", "I;16")
@@ -97,9 +100,10 @@ def load_crop(
     left_top: tuple[int, int],
     bucket: tuple[int, int],
     interpolation: str | None,
+    data: bytes | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The bucket's pixels of an image that was `size` when the dataset was looked into."""
-    pixels = load_image(path, at_least=None if interpolation else resized)
+    pixels = load_image(path, at_least=None if interpolation else resized, data=data)
     height, width = pixels.shape[:2]
     by = max(1, round(size[0] / width))
     if (-(-size[0] // by), -(-size[1] // by)) != (width, height):
@@ -142,6 +146,14 @@ def jitter_color(pixels: UInt8[np.ndarray, "H W 3"], rng: random.Random) -> UInt
         return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     table = (np.arange(256) / 255) ** rng.uniform(0.95, 1.05) * 255
     return np.rint(table).astype(np.uint8)[pixels]
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether a file's pixels are seen as they are stored: not turned, transparent, 16-bit or in other colours."""
+    with Image.open(io.BytesIO(data)) as image:
+        profile = image.info.get("icc_profile")
+        usual = not image.has_transparency_data and not image.mode.startswith("I")
+        return usual and _orientation(image) <= 1 and not (profile and _transform(profile)[0])
 
 
 def _orientation(image: Image.Image) -> int:

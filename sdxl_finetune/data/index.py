@@ -10,46 +10,26 @@ import hashlib
 import json
 import logging
 import os
-import signal
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from jaxtyping import Bool, Int32, UInt8
-from tqdm import tqdm
+from jaxtyping import Bool, Int, Int32, UInt8
 
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.data.buckets import place_images
-from sdxl_finetune.data.captions import read_caption
-from sdxl_finetune.data.images import ImageError, image_extensions, image_size, load_crop
+from sdxl_finetune.data.images import load_crop
+from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.problems import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 512
-"""Files that one task of the scan looks into."""
-IN_PROCESS = 4096
-"""Up to so many images (a second) are looked into without starting processes; threads would only wait for one
-another, since reading a header is Python's work."""
-FOUND = pa.schema(
-    {
-        "subset": pa.int32(),
-        "name": pa.large_binary(),  # file names need not be text
-        "caption": pa.large_string(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-    }
-)
-"""What the scan finds out about an image."""
 MAX_RESIZED_PIXELS = 1 << 27
 """An image may become so large before the crop (400 MB); only a sliver of an image becomes larger."""
 
@@ -76,9 +56,9 @@ class Entry:
     bucket: Bucket
     interpolation: str | None
 
-    def load(self, left_top: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-        """The pixels in the bucket, with so much cut off at the left and top of the resized image. Raises
-        ImageError.
+    def load(self, left_top: tuple[int, int], data: bytes | None = None) -> UInt8[np.ndarray, "H W 3"]:
+        """The pixels in the bucket, with so much cut off at the left and top of the resized image; of the file's
+        content, if given. Raises ImageError.
         """
         return load_crop(
             self.path,
@@ -87,6 +67,7 @@ class Entry:
             left_top=left_top,
             bucket=(self.bucket.width, self.bucket.height),
             interpolation=self.interpolation,
+            data=data,
         )
 
 
@@ -114,46 +95,76 @@ class Index:
             path=subset.image_dir / os.fsdecode(self._table["name"][row].as_py()),
             caption=self._table["caption"][row].as_py(),
             subset=subset,
-            size=(int(self._numbers("width")[row]), int(self._numbers("height")[row])),
-            resized=(int(self._numbers("resized_width")[row]), int(self._numbers("resized_height")[row])),
+            size=(int(self.numbers("width")[row]), int(self.numbers("height")[row])),
+            resized=(int(self.numbers("resized_width")[row]), int(self.numbers("resized_height")[row])),
             bucket=bucket,
-            interpolation=self.datasets[bucket.dataset].resize_interpolation,
+            interpolation=subset.resize_interpolation,
         )
 
     @property
     def subset(self) -> Int32[np.ndarray, " n"]:
         """Each image's subset, counted over all datasets."""
-        return self._numbers("subset")
+        return self.numbers("subset")
 
     @property
     def bucket(self) -> Int32[np.ndarray, " n"]:
         """Each image's place in `buckets`."""
-        return self._numbers("bucket")
+        return self.numbers("bucket")
 
     @cached_property
     def repeats(self) -> Int32[np.ndarray, " n"]:
         """How often each image is used in an epoch."""
-        repeats = self._numbers("repeats")
+        repeats = self.numbers("repeats")
         if self.excluded:
             repeats = repeats.copy()
             repeats[list(self.excluded)] = 0
         return repeats
 
     @cached_property
+    def held_out(self) -> Bool[np.ndarray, " n"]:
+        """Whether an image is for validation, which is then not trained on."""
+        held_out = self.numbers("held_out") > 0
+        if self.excluded:
+            held_out = held_out.copy()
+            held_out[list(self.excluded)] = False
+        return held_out
+
+    @property
+    def used(self) -> Bool[np.ndarray, " n"]:
+        """Whether an image is trained on or validated."""
+        return (self.repeats > 0) | self.held_out
+
+    @cached_property
     def flips(self) -> Bool[np.ndarray, " n"]:
         """Whether an image is used mirrored as well."""
         return np.array([subset.flip_aug for subset in self._subsets])[self.subset]
+
+    @property
+    def interpolations(self) -> tuple[list[str | None], Int[np.ndarray, " n"]]:
+        """The ways of resizing that are asked for, and each image's place among them."""
+        own: list[str | None] = [subset.resize_interpolation for subset in self._subsets]
+        ways = sorted(set(own), key=str)
+        return ways, np.array([ways.index(way) for way in own])[self.subset]
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         return tuple(Bucket(*bucket) for bucket in json.loads(self._table.schema.metadata[b"buckets"]))
 
-    @property
-    def fingerprint(self) -> str:
-        """The same for the same images, sizes, captions and repeats, wherever they lie."""
-        if not self.excluded:
-            return self.path.stem
-        return hashlib.blake2b(f"{self.path.stem} {self.excluded}".encode(), digest_size=12).hexdigest()
+    def facts(self) -> dict[str, str | int]:
+        """What is trained on, wherever it lies: numbers, and digests of what has to be the same for the same images in
+        the same order.
+        """
+        table = self._table
+        repeats = hashlib.blake2b(self.repeats.tobytes(), digest_size=4).hexdigest()
+        return {
+            "images": int((self.repeats > 0).sum()),
+            "images with repeats": int(self.repeats.sum()),
+            "names of images": digest_of(table, ["subset", "name"], 4),
+            "captions": digest_of(table, ["caption"], 4),
+            "sizes and buckets": digest_of(table, ["width", "height", "resized_width", "resized_height", "bucket"], 4),
+            "files": digest_of(table, ["bytes"], 4),
+            "repeats": repeats,
+        }
 
     def without(self, rows: Iterable[int]) -> "Index":
         """The index with these rows used no more; row numbers stay. Raises UserError if none is left."""
@@ -164,15 +175,16 @@ class Index:
 
     def describe(self) -> str:
         """What was found, for the log: the images, then a line for each bucket."""
-        used = self.repeats > 0
-        enlarged = (self._numbers("resized_width") > self._numbers("width")) | (
-            self._numbers("resized_height") > self._numbers("height")
+        used = self.used
+        enlarged = (self.numbers("resized_width") > self.numbers("width")) | (
+            self.numbers("resized_height") > self.numbers("height")
         )
         images = np.bincount(self.bucket[used], minlength=len(self.buckets))
         occurrences = np.bincount(self.bucket, self.repeats, len(self.buckets)).astype(np.int64)
         lines = [
             f"{used.sum()} images, {occurrences.sum()} with repeats, in {len(self.buckets)} buckets;"
             f" {(enlarged & used).sum()} enlarged, {self.bad_files + len(self.excluded)} skipped"
+            + (f", {self.held_out.sum()} held out for validation" if self.held_out.any() else "")
         ]
         lines += [
             f"bucket {bucket.width}x{bucket.height}: {image} images, {occurrence} with repeats"
@@ -188,26 +200,37 @@ class Index:
     def _subsets(self) -> tuple[Subset, ...]:
         return tuple(chain.from_iterable(dataset.subsets for dataset in self.datasets))
 
-    def _numbers(self, name: str) -> Int32[np.ndarray, " n"]:
+    def paths(self) -> Iterator[str]:
+        """Of every image file, absolute."""
+        folders = [str(subset.image_dir.absolute()) for subset in self._subsets]
+        for number, name in zip(self.subset.tolist(), self._table["name"].to_pylist(), strict=True):
+            yield os.path.join(folders[number], os.fsdecode(name))  # noqa: PTH118 (millions)
+
+    def numbers(self, name: str) -> Int[np.ndarray, " n"]:
+        """One of the columns of the file; `bytes` and `mtime` (nanoseconds) are those of the image files."""
         return self._table[name].chunk(0).to_numpy()
 
 
-def build_index(datasets: Sequence[Dataset], cache_dir: Path, *, on_bad_image: str) -> Index:
+def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str, *, skip_check: bool = False) -> Index:
     """Looks into every image (its header) and caption, places the images in buckets and writes the index.
+
+    With `skip_check`, images and captions are taken to be as they were when they were last looked into.
 
     Raises UserError for a folder without images, and, if `on_bad_image` is "stop", naming every file that cannot
     be used; with "skip" they are named in one warning and left out. Other ranks take the Index from the first.
     """
-    tasks = _list_images([subset for dataset in datasets for subset in dataset.subsets])
-    problems: list[Problem] = []
-    table = _place(_scan(tasks, problems), datasets, problems)
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    found, problems = scan(subsets, cache_dir, skip_check=skip_check)
+    table = _place(found, datasets, problems)
     report_bad_images(problems, on_bad_image)
     if not np.any(table["repeats"]):
         raise UserError("no image is left to train on")
     if uncaptioned := pa.compute.sum(pa.compute.equal(table["caption"], "")).as_py():
         logger.warning("%d of %d images have no caption, or an empty one", uncaptioned, table.num_rows)
     table = table.combine_chunks()
-    path = cache_dir / f"{_digest(table)}.index"
+    buckets = str(table.schema.metadata[b"buckets"])
+    name = hashlib.blake2b(f"{buckets} {digest_of(table)}".encode(), digest_size=12).hexdigest()
+    path = cache_dir / f"{name}.index"
     if not path.exists():
         with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
             writer.write_table(table)
@@ -240,78 +263,14 @@ def regularized_repeats(
     return result
 
 
-def _list_images(subsets: Sequence[Subset]) -> list[tuple[int, Subset, list[str]]]:
-    """The files to look into: (subset number, subset, names in order), up to CHUNK at a time."""
-    tasks: list[tuple[int, Subset, list[str]]] = []
-    problems: list[Problem] = []
-    for number, subset in enumerate(subsets):
-        names = _image_names(subset.image_dir, problems)
-        tasks += [(number, subset, names[start : start + CHUNK]) for start in range(0, len(names), CHUNK)]
-    if problems:
-        raise UserError(problems)
-    return tasks
-
-
-def _image_names(folder: Path, problems: list[Problem]) -> list[str]:
-    endings = image_extensions()
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.name.lower().endswith(endings) and entry.is_file()]
-    except OSError as error:
-        problems.append(Problem(f"cannot be listed: {error.strerror}", file=str(folder)))
-        return []
-    if not names:
-        problems.append(Problem(f"holds no images ({' '.join(endings)})", file=str(folder)))
-    return sorted(names)
-
-
-def _scan(tasks: list[tuple[int, Subset, list[str]]], problems: list[Problem]) -> pa.Table:
-    """The readable images, as FOUND, in the order of the tasks; what is wrong with others goes to `problems`."""
-    total = sum(len(names) for _, _, names in tasks)
-    batches = []
-    with tqdm(total=total, desc="reading captions and sizes", unit=" images", disable=None) as progress:
-        for batch, failed in _inspect_all(tasks, total):
-            batches.append(batch)
-            problems += failed
-            progress.update(batch.num_rows + len(failed))
-    return pa.Table.from_batches(batches, FOUND)
-
-
-def _inspect_all(
-    tasks: list[tuple[int, Subset, list[str]]], total: int
-) -> Iterator[tuple[pa.RecordBatch, list[Problem]]]:
-    if total <= IN_PROCESS:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield from map(_inspect, tasks)
-        return
-    processes = min(os.cpu_count() or 1, len(tasks))
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_quietly) as pool:
-        yield from pool.map(_inspect, tasks)
-
-
-def _start_quietly() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
-
-
-def _inspect(task: tuple[int, Subset, list[str]]) -> tuple[pa.RecordBatch, list[Problem]]:
-    """The readable ones of these images, and what is wrong with the others."""
-    number, subset, names = task
-    rows, problems = [], []
-    for name in names:
-        path = subset.image_dir / name
-        try:
-            width, height = image_size(path)
-            caption = read_caption(path, subset)
-        except ImageError as error:
-            problems.append(Problem(error.reason, file=error.path))
-        except UserError as error:
-            problems.extend(error.problems)
-        else:
-            values = (number, os.fsencode(name), caption, width, height)
-            rows.append(dict(zip(FOUND.names, values, strict=True)))
-    return pa.RecordBatch.from_pylist(rows, FOUND), problems
+def hold_out(names: Sequence[bytes], subset: Subset) -> Int[np.ndarray, " k"]:
+    """Places of the images that are not trained on: the share validation_split, to a whole image and at least one.
+    Which ones is a matter of their file names and validation_seed, so that it stays when others come and go.
+    """
+    seed = str(subset.validation_seed).encode()
+    digests = [hashlib.blake2b(os.path.basename(name), digest_size=8, key=seed).digest() for name in names]  # noqa: PTH119
+    first = np.argsort(np.array(digests, "S8"), kind="stable")
+    return np.sort(first[: max(1, round(subset.validation_split * len(names)))])
 
 
 def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]) -> pa.Table:
@@ -323,22 +282,27 @@ def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]
     repeats = np.array([subset.num_repeats for subset in subsets], np.int32)[subset]
     regularization = np.array([subset.is_reg for subset in subsets])[subset]
     bucket, resized = np.zeros_like(sizes), np.zeros_like(sizes)
-    kept = np.ones(len(sizes), bool)
+    kept, held_out = np.ones(len(sizes), bool), np.zeros(len(sizes), bool)
+    for number, one in enumerate(subsets):
+        if one.validation_split and len(rows := np.flatnonzero(subset == number)):
+            held = rows[hold_out(table["name"].take(rows).to_pylist(), one)]
+            held_out[held], repeats[held] = True, 0
     for number, dataset in enumerate(datasets):
         rows = np.flatnonzero(owner == number)
         placement = place_images(sizes[rows], dataset)
         bucket[rows], resized[rows] = placement.bucket, placement.resized
         kept[rows] = (bucket[rows].min(axis=1) > 0) & (resized[rows].prod(axis=1) <= MAX_RESIZED_PIXELS)
         rows = rows[kept[rows]]
+        rows = rows[~held_out[rows]]
         repeats[rows] = regularized_repeats(repeats[rows], regularization[rows])
     for row in np.flatnonzero(~kept).tolist():
         path = subsets[subset[row]].image_dir / os.fsdecode(table["name"][row].as_py())
         message = _misfit(*(tuple(array[row].tolist()) for array in (sizes, bucket, resized)))
         problems.append(Problem(message, file=str(path)))
-    names = ["repeats", "resized_width", "resized_height", "bucket"]
+    names = ["repeats", "held_out", "resized_width", "resized_height", "bucket"]
     keys = (owner.astype(np.int64) << 48) + (bucket[:, 0] << 24) + bucket[:, 1]
     keys, numbers = np.unique(keys[kept], return_inverse=True)
-    arrays = [repeats[kept], resized[kept, 0], resized[kept, 1], numbers]
+    arrays = [repeats[kept], held_out[kept], resized[kept, 0], resized[kept, 1], numbers]
     table = table if kept.all() else table.filter(pa.array(kept))
     for name, array in zip(names, arrays, strict=True):
         table = table.append_column(name, pa.array(array.astype(np.int32)))
@@ -353,13 +317,3 @@ def _misfit(size: tuple[int, int], bucket: tuple[int, int], resized: tuple[int, 
         f"{size[0]}x{size[1]} is too narrow: to fill a bucket of {bucket[0]}x{bucket[1]} it would have to be"
         f" enlarged to {resized[0]}x{resized[1]}"
     )
-
-
-def _digest(table: pa.Table) -> str:
-    digest = hashlib.blake2b(repr(sorted(table.schema.metadata.items())).encode(), digest_size=12)
-    for name in table.column_names:
-        digest.update(name.encode())
-        for buffer in table[name].chunk(0).buffers():
-            if buffer is not None:
-                digest.update(buffer)
-    return digest.hexdigest()

@@ -56,6 +56,8 @@ class Plan:
     accumulation: int
     """Micro-batches of one optimizer step (gradient_accumulation_steps)."""
     seed: int
+    origin: tuple[int, int] = (0, 0)
+    """The step and the epoch that the plan begins with: a run whose images changed goes on under a new plan."""
 
     @cached_property
     def batches_per_epoch(self) -> int:
@@ -65,9 +67,20 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return -(-self.batches_per_epoch // self.accumulation)
 
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and which of its windows the step is; for the count of steps that are done, the
+        number of epochs that are done, and the steps made in the next.
+        """
+        epochs, window = divmod(step - self.origin[0], self.steps_per_epoch)
+        return self.origin[1] + epochs, window
+
+    def steps_until(self, epochs: int) -> int:
+        """Steps of a run when so many epochs are done."""
+        return self.origin[0] + max(0, epochs - self.origin[1]) * self.steps_per_epoch
+
     def epoch(self, epoch: int) -> Epoch:
-        """The batches of `epoch`. The first of all is the one with the most pixels, so that a run for which the
-        memory is too small ends in its first minute.
+        """The batches of `epoch`. The first of the plan is the one with the most pixels, so that a run for which
+        the memory is too small ends in its first minute.
         """
         rng = position_rng(self.seed, "order", epoch)
         rows = np.repeat(np.arange(len(self.bucket), dtype=np.int32), self.repeats)
@@ -84,7 +97,7 @@ class Plan:
         starts = (ends - self._occurrences)[bucket] + within * self.batch_sizes[bucket]
         sizes = np.minimum(self.batch_sizes[bucket], ends[bucket] - starts)
         order = rng.permutation(len(starts))
-        if epoch == 0:
+        if epoch == self.origin[1]:
             first = int(np.argmax((self.areas[bucket] * sizes)[order]))
             order[: first + 1] = np.roll(order[: first + 1], 1)
         return Epoch(rows=rows, starts=starts[order], sizes=sizes[order])
@@ -93,7 +106,7 @@ class Plan:
         """Those of optimizer steps `first_step` to `last_step` (not included), over as many epochs as that takes."""
         current = -1
         for step in range(first_step, last_step):
-            epoch, window = divmod(step, self.steps_per_epoch)
+            epoch, window = self.place(step)
             if epoch != current:
                 current, order = epoch, self.epoch(epoch)
             first = window * self.accumulation
@@ -108,7 +121,7 @@ class Plan:
         return np.bincount(self.bucket, self.repeats, len(self.areas)).astype(np.int64)
 
 
-def build_plan(index: Index, *, ranks: int, accumulation: int, seed: int) -> Plan:
+def build_plan(index: Index, *, ranks: int, accumulation: int, seed: int, origin: tuple[int, int] = (0, 0)) -> Plan:
     """The plan of a run of `ranks` processes, each with the batch size of the images' dataset."""
     sizes = [dataset.batch_size * ranks for dataset in index.datasets]
     return Plan(
@@ -118,4 +131,5 @@ def build_plan(index: Index, *, ranks: int, accumulation: int, seed: int) -> Pla
         areas=np.array([bucket.width * bucket.height for bucket in index.buckets], np.int64),
         accumulation=accumulation,
         seed=seed,
+        origin=origin,
     )

@@ -137,7 +137,8 @@ def test_files_and_folders(tmp_path):
         ({"learning_rate_te2": 1e-6, "train_text_encoder": True}, None),
         ({"enable_bucket": True, "min_bucket_reso": 100}, "min_bucket_reso"),
         ({"enable_bucket": True, "max_bucket_reso": 1000}, "max_bucket_reso"),
-        ({"cache_latents_to_disk": True}, "cache_latents_to_disk"),
+        ({"dataset_config": "d.toml", "in_json": "m.json"}, "in_json"),
+        ({"in_json": "m.json", "reg_data_dir": "r"}, "reg_data_dir"),
         ({}, None),
     ],
 )

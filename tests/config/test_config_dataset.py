@@ -26,7 +26,7 @@ def test_folders_of_the_reference(golden, tmp_path):
 def test_images_directly_in_the_folder(tmp_path):
     images(tmp_path, "A.JPG", "b.txt", "other/c.webp")
     found = find_folders(tmp_path)
-    assert found.used == [(tmp_path, 1, None)]
+    assert found.used == [(tmp_path, None, None)]
     assert found.remarks == ["folders not used, because they are not named N_words (5_cat): other"]
 
 
@@ -70,7 +70,7 @@ def test_options_reach_the_dataset(tmp_path):
     )
     (dataset,) = load_datasets(config)
     (subset,) = dataset.subsets
-    assert (dataset.resolution, dataset.batch_size, dataset.resize_interpolation) == ((1024, 768), 5, "area")
+    assert (dataset.resolution, dataset.batch_size, subset.resize_interpolation) == ((1024, 768), 5, "area")
     assert (dataset.min_bucket_reso, dataset.max_bucket_reso) == (100, 1030)  # buckets round them
     assert (subset.shuffle_caption, subset.keep_tokens, subset.flip_aug) == (True, 4, True)
     assert (subset.caption_extension, subset.token_warmup_step, subset.is_reg) == (".txt", 0.5, False)

@@ -12,7 +12,9 @@ from sdxl_finetune.config.fields import Shown, expected, kinds
 from sdxl_finetune.config.foreign import FOREIGN, OFF, REFERENCE, is_off
 from sdxl_finetune.config.options import GROUPS
 
-OURS = {"cache_dir", "on_bad_image"}
+AVERAGE = {"ema_decay", "ema_half_life", "ema_previews", "ema_validation", "ema_save", "ema_on_cpu"}
+VALIDATION = {name for name in Config.model_fields if name.startswith("valid")} | {"max_validation_steps"}
+OURS = {*VALIDATION, "cache_dir", "on_bad_image", "resume_at_next_epoch", *AVERAGE}
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,20 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
-from PIL import Image
 
 from sdxl_finetune.config import Dataset, Subset
+from sdxl_finetune.data.latents import (
+    Encoding,
+    LatentStore,
+    Report,
+    build_store,
+    encode_images,
+    lacking,
+    locate,
+    name_rows,
+)
+from sdxl_finetune.data.shards import Library, Shard, ShardWriter, open_shards
 
 
 @pytest.fixture
@@ -29,7 +37,6 @@ def dataset() -> Callable[..., Dataset]:
             "min_bucket_reso": 32,
             "max_bucket_reso": 128,
             "bucket_reso_steps": 32,
-            "resize_interpolation": None,
         }
         return Dataset(**{**defaults, **options}, subsets=subsets)
 
@@ -37,13 +44,20 @@ def dataset() -> Callable[..., Dataset]:
 
 
 @pytest.fixture
-def write_images() -> Callable[[Path, dict[str, tuple[int, int]]], None]:
-    """write_images(folder, {name: (width, height)}): smooth colourful pictures, each its own."""
+def cache_latents(tmp_path: Path) -> Callable[..., tuple[LatentStore, Report, list[Shard]]]:
+    """cache_latents(index, encode, folder=None, parts=1, **job): what encode_dataset does, on one process."""
 
-    def write(folder: Path, sizes: dict[str, tuple[int, int]]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (name, size) in enumerate(sizes.items()):
-            small = np.random.default_rng(number).integers(0, 256, (4, 4, 3), np.uint8)
-            Image.fromarray(cv2.resize(small, size, interpolation=cv2.INTER_CUBIC)).save(folder / name)
+    def cache(index, encode, *, folder=None, parts=1, **options):
+        shards = open_shards(folder, "vae", check=True) if folder else []
+        names, library = name_rows(index), Library(shards)
+        rows = lacking(index, locate(index, names, library))
+        settings = {"pixels_per_latent": 8, "batch_size": 2, "threads": 2, **options}
+        job = Encoding(index=index, names=names, library=library, encode=encode, **settings)
+        for part in range(parts):
+            with ShardWriter(folder, "vae", part, tmp_path) as writer:
+                assert sum(encode_images(job, rows[part::parts], writer)) == len(rows[part::parts])
+            shards += writer.shards
+        store = build_store(index, names, shards, pixels_per_latent=8, scratch=tmp_path)
+        return store, job.report, shards
 
-    return write
+    return cache

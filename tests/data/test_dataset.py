@@ -20,7 +20,7 @@ from sdxl_finetune.batch import Batch, Position
 from sdxl_finetune.data.dataset import TrainingDataset, load_batches
 from sdxl_finetune.data.images import load_image, resize_and_crop
 from sdxl_finetune.data.index import Index, build_index
-from sdxl_finetune.data.latents import build_store, cache_latents
+from sdxl_finetune.data.latents import to_images
 from sdxl_finetune.data.sampler import MicroBatch, Plan, build_plan
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.draws import Draws
@@ -133,16 +133,15 @@ def test_color_augmentation_reaches_the_images(index: Index, subset, dataset, tm
     assert 1 <= changed <= 14
 
 
-def encode(images: Tensor, noise: Tensor) -> Tensor:
-    means = torch.nn.functional.avg_pool2d(images, 8)
-    return torch.cat([means, means.mean(1, keepdim=True)], 1) + 0.1 * noise
+def encode(pixels: Tensor, noise: Tensor):
+    means = torch.nn.functional.avg_pool2d(to_images(pixels), 8)
+    latents = (torch.cat([means, means.mean(1, keepdim=True)], 1) + 0.1 * noise).half()
+    return lambda: latents
 
 
 @pytest.fixture
-def cached(index: Index, tmp_path: Path) -> TrainingDataset:
-    store = build_store(index, tmp_path)
-    assert cache_latents(store, encode, batch_size=4) == {}
-    return build(index, latents=store)
+def cached(index: Index, cache_latents) -> TrainingDataset:
+    return build(index, latents=cache_latents(index, encode)[0], all_latents=True)
 
 
 def test_cached_latents(index: Index, cached: TrainingDataset) -> None:
@@ -159,6 +158,20 @@ def test_cached_latents(index: Index, cached: TrainingDataset) -> None:
         shared = [build(index, latents=cached.latents, rank=rank, ranks=2)[micro].batch for rank in (0, 1)]
         assert torch.equal(rows(shared, "latents"), batch.latents)
     assert mirrored > 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_latent_ends_the_run_with_its_own_message(
+    index: Index, cache_latents, tmp_path: Path, workers: int
+) -> None:
+    store, _, shards = cache_latents(index, encode, folder=tmp_path / "disk")
+    for shard in shards:
+        with shard.path.open("r+b") as file:
+            file.seek(shard.start)
+            file.write(bytes(200))
+    settings = {"workers": workers, "pin_memory": False, "on_bad_image": "skip"}
+    with pytest.raises(UserError, match=r"^[^\n]*the latent of .* is damaged[^\n]*start again[^\n]*$"):
+        list(load_batches(build(index, latents=store), plan(index).micro_batches(0, 20), **settings))
 
 
 @pytest.fixture
@@ -220,7 +233,7 @@ from sdxl_finetune.data.index import build_index
 from sdxl_finetune.config import Dataset, Subset
 if __name__ == "__main__":
     folder = Subset(image_dir=Path(sys.argv[2]), num_repeats=9, class_tokens=None)
-    data = Dataset(resolution=(64, 64), batch_size=1, resize_interpolation=None, subsets=(folder,))
+    data = Dataset(resolution=(64, 64), batch_size=1, subsets=(folder,))
     index = build_index([data], Path(sys.argv[3]), on_bad_image="stop")
     batches = test_dataset.load_batches(
         test_dataset.build(index), test_dataset.plan(index).micro_batches(0, 50),

@@ -1,5 +1,6 @@
 """The index holds what is in the folders, in order, or says what is wrong with every file at once."""
 
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from sdxl_finetune.data import index as index_module
+from sdxl_finetune.data import scan as scan_module
 from sdxl_finetune.data.index import build_index, regularized_repeats
 from sdxl_finetune.data.sampler import build_plan
 from sdxl_finetune.problems import UserError
@@ -56,11 +57,16 @@ def test_the_same_content_is_the_same_file(tmp_path: Path, subset, dataset, writ
         build_index([dataset(subset(tmp_path / folder))], cache, on_bad_image="stop")
         for folder in ("here", "here", "there")
     )
-    assert here.path == again.path == there.path and len(list(cache.iterdir())) == 1
-    assert here[0].path != there[0].path
+    assert here.path == again.path and len(list(cache.glob("*.index"))) == 2
+    assert here.facts() == again.facts() == there.facts() and here[0].path != there[0].path
     (tmp_path / "there" / "a.caption").write_text("changed")
     changed = build_index([dataset(subset(tmp_path / "there"))], cache, on_bad_image="stop")
-    assert changed.fingerprint != here.fingerprint != here.without([0]).fingerprint
+    differing = {fact for fact, value in changed.facts().items() if value != here.facts()[fact]}
+    assert differing == {"captions"}
+    less = here.without([0]).facts()
+    assert {fact for fact, value in less.items() if value != here.facts()[fact]} == {
+        "images", "images with repeats", "repeats",
+    }  # fmt: skip
 
 
 def break_files(folder: Path) -> None:
@@ -73,7 +79,7 @@ def break_files(folder: Path) -> None:
 def test_all_bad_files_are_named(
     tmp_path: Path, subset, dataset, write_images, caplog, monkeypatch, in_process: int
 ) -> None:
-    monkeypatch.setattr(index_module, "IN_PROCESS", in_process)
+    monkeypatch.setattr(scan_module, "IN_PROCESS", in_process)
     write_images(tmp_path / "a", {"good.png": (64, 64), "fine.png": (64, 64)})
     write_images(tmp_path / "b", {"sliver.png": (9000, 1), "fine.png": (64, 64)})
     break_files(tmp_path / "a")
@@ -85,7 +91,7 @@ def test_all_bad_files_are_named(
         build_index(datasets, tmp_path / "cache", on_bad_image="stop")
     files = [Path(problem.file).name for problem in caught.value.problems]
     assert files == ["empty.png", "good.caption", "text.jpg", "sliver.png"]
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("*.index"))
     with caplog.at_level(logging.WARNING):
         index = build_index(datasets, tmp_path / "cache", on_bad_image="skip")
     assert [index[row].path for row in range(len(index))] == [tmp_path / "a/fine.png", tmp_path / "b/fine.png"]
@@ -127,14 +133,20 @@ def test_golden_datasets(tmp_path: Path, golden, subset, dataset) -> None:
         (tmp_path / folder).mkdir()
         for name, size in images.items():
             Image.new("1", size).save(tmp_path / folder / name)
+    fine_tuning = data["fine_tuning"]
+    (tmp_path / "F").mkdir()
+    for name, size in fine_tuning["images"].items():
+        Image.new("1", size).save(tmp_path / "F" / name)
+    (tmp_path / "F.json").write_text(json.dumps(fine_tuning["metadata"]))
     subsets = {
+        "F": subset(tmp_path / "F", metadata_file=tmp_path / "F.json"),
         "A": subset(tmp_path / "A", num_repeats=2),
         "B": subset(tmp_path / "B"),
         "R": subset(tmp_path / "R", num_repeats=3, is_reg=True, class_tokens="cls"),
     }
     options = {"resolution": (1024, 1024), "min_bucket_reso": 256, "max_bucket_reso": 1536, "batch_size": 5}
     runs = [("dreambooth", "AB", {}), ("dreambooth_with_regularisation", "ABR", {})]
-    runs += [("dreambooth_no_upscale", "AB", {"bucket_no_upscale": True})]
+    runs += [("dreambooth_no_upscale", "AB", {"bucket_no_upscale": True}), ("fine_tuning", "F", {})]
     for name, used, more in runs:
         expected = data[name]["datasets"][0]
         built = dataset(*(subsets[key] for key in used), **options, **more)
@@ -150,6 +162,34 @@ def test_golden_datasets(tmp_path: Path, golden, subset, dataset) -> None:
         assert repeats == expected.get("num_repeats", repeats)
         counts = np.bincount(index.bucket, index.repeats).astype(int).tolist()
         assert counts == [bucket["count"] for bucket in expected["bucket_info"]["buckets"].values()]
+    captions = {entry.path.name: entry.caption for entry in images}
+    assert captions == fine_tuning["captions"]
+
+
+def test_golden_two_datasets(tmp_path: Path, golden, subset, dataset) -> None:
+    """Each has its resolution and batch size, and no batch is of both."""
+    data = golden("batches.json")
+    for folder in "AB":
+        (tmp_path / folder).mkdir()
+        for name, size in data["dreambooth"]["subsets"][folder]["images"].items():
+            Image.new("1", size).save(tmp_path / folder / name)
+    first = dataset(
+        subset(tmp_path / "A"), resolution=(1024, 1024), min_bucket_reso=256, max_bucket_reso=1536, batch_size=5
+    )
+    second = dataset(
+        subset(tmp_path / "B"), resolution=(512, 512), min_bucket_reso=256, max_bucket_reso=1024, batch_size=2
+    )
+    index = build_index([first, second], tmp_path / "cache", on_bad_image="stop")
+    expected = data["two_datasets"]
+    counts = np.bincount(index.bucket, index.repeats).astype(int).tolist()
+    wanted = [bucket for part in expected["datasets"] for bucket in part["bucket_info"]["buckets"].values()]
+    assert counts == [bucket["count"] for bucket in wanted]
+    assert [[one.width, one.height] for one in index.buckets] == [bucket["resolution"] for bucket in wanted]
+    plan = build_plan(index, ranks=1, accumulation=1, seed=0)
+    assert plan.batches_per_epoch == sum(expected["lengths"])
+    for batch in plan.micro_batches(0, plan.steps_per_epoch):
+        (owner,) = {index[row].bucket.dataset for row in batch.items.tolist()}
+        assert len(batch.items) <= (5, 2)[owner]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def write_run(config: Config, directory: Path | None, *, rank: int = 0, losses: 
                 data_wait_seconds=0.25,
             )
         logging.getLogger("sdxl_finetune.anything").warning("a message")
-        log.image(1, Image.new("RGB", (16, 8), "red"), "a red picture", step=len(losses))
+        log.previews([(1, Image.new("RGB", (16, 8), "red"), "a red picture")], step=len(losses))
 
 
 def events(directory: Path, name: str = "finetuning") -> EventAccumulator:

@@ -104,7 +104,7 @@ def test_samplers_draw_what_the_model_knows(name: str, v_parameterization: bool,
 
     generator = torch.Generator().manual_seed(0)
     sampler = build_sampler(name, schedule, v_parameterization=v_parameterization)
-    drawn = denoise(predict, sampler, 20, torch.randn(1, 4, 8, 8, generator=generator), generator)
+    drawn = denoise(predict, sampler, 20, torch.randn(1, 4, 8, 8, generator=generator), [generator])
     assert (drawn - known).abs().max() < 0.2
     assert (drawn - known).abs().mean() < 0.03
 
@@ -116,7 +116,7 @@ def test_previews_are_those_of_diffusers_pipeline(tiny, name: str, scale: float)
     model, vae = tiny[0].eval(), tiny[1]
     prompt = Prompt(prompt="a cat", negative_prompt="a dog", width=64, height=96, steps=3, scale=scale, sampler=name)
     sampler = build_sampler(name, SCHEDULE, v_parameterization=False)
-    ours = draw_latents(model, TOKENIZER, sampler, prompt, seed=5)
+    ours = draw_latents(model, TOKENIZER, sampler, [prompt], seeds=[5])
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=None,
@@ -163,11 +163,11 @@ def test_pictures_are_saved_under_the_references_names(tiny, tmp_path: Path) -> 
         assert image.size == (64, 96)
         assert image.text["parameters"] == (
             "a (cat:1.2)\nNegative prompt: blurry, 日本\n"
-            "Steps: 2, Sampler: ddim, CFG scale: 5.0, Seed: 42, Size: 64x96, Model: m"
+            "Steps: 2, Sampler: DDIM, CFG scale: 5.0, Seed: 42, Size: 64x96, Model: m"
         )
         assert np.array_equal(np.asarray(image), np.asarray(previews[0].image))
     with Image.open(previews[1].path) as image:
-        assert f"Sampler: euler_a, CFG scale: 7.5, Seed: {previews[1].seed}," in image.text["parameters"]
+        assert f"Sampler: Euler a, CFG scale: 7.5, Seed: {previews[1].seed}," in image.text["parameters"]
 
 
 def test_pictures_depend_on_seeds_and_nothing_else(tiny, tmp_path: Path) -> None:

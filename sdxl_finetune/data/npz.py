@@ -1,0 +1,86 @@
+"""Latents that the reference left beside an image, `name_{width}x{height}_sdxl.npz` or the older `name.npz`.
+
+It trusts them whatever bucket, image or VAE they were made for; here each is taken only where it is what would be
+encoded. Names, arrays and the crop that it notes are in tests/golden/cache_format.json (its library/strategy_base.py
+and strategy_sd.py).
+"""
+
+import io
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float16
+
+from sdxl_finetune.data.images import is_plain
+from sdxl_finetune.data.index import Entry
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A file that is not taken."""
+
+    path: Path
+    reason: str
+
+
+def find_npz(entry: Entry) -> Path | None:
+    """The file that the reference would take, or would if it turned the image as it is seen."""
+    width, height = entry.size
+    endings = [".npz", *(f"_{w:04d}x{h:04d}_sdxl.npz" for w, h in ((width, height), (height, width)))]
+    paths = (entry.path.with_name(entry.path.stem + ending) for ending in endings)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_npz(
+    entry: Entry, data: bytes, shape: tuple[int, int, int], mirrored: Iterable[bool]
+) -> dict[bool, Float16[np.ndarray, "4 h w"]] | Unfit | None:
+    """The latents of an image file with this content, as it is or mirrored; None without a file."""
+    path = find_npz(entry)
+    if path is None:
+        return None
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name != "alpha_mask"}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        return Unfit(path, f"damaged ({type(error).__name__})")
+    names = {flip: "latents_flipped" if flip else "latents" for flip in mirrored}
+    if reason := _misfit(entry, path, data, arrays, shape, list(names.values())):
+        return Unfit(path, reason)
+    return {flip: arrays[name].astype(np.float16) for flip, name in names.items()}
+
+
+def _misfit(
+    entry: Entry, path: Path, data: bytes, arrays: dict[str, np.ndarray], shape: tuple[int, int, int], names: list[str]
+) -> str | None:
+    """Why the arrays are not the latents of the image, if they are not."""
+    known = {"latents", "original_size", "crop_ltrb"} <= arrays.keys()
+    if not known or any(array.dtype.kind not in "fiu" for array in arrays.values()) or arrays["crop_ltrb"].size != 4:
+        return "no latents of SDXL"
+    if not set(names) <= arrays.keys():
+        return "without the mirrored latents that flip_aug needs"
+    wanted = [arrays[name] for name in names]
+    if any(array.shape != shape for array in wanted):
+        return "made for another bucket"
+    if arrays["original_size"].tolist() != list(entry.size):
+        return "made of an image of another size"
+    if not np.allclose(arrays["crop_ltrb"], noted_crop(entry.size, (entry.bucket.width, entry.bucket.height))):
+        return "made with another crop"
+    if path.stat().st_mtime_ns < entry.path.stat().st_mtime_ns:
+        return "older than the image"
+    if not all((np.abs(array) <= np.finfo(np.float16).max).all() for array in wanted):
+        return "not finite"
+    if not is_plain(data):
+        return "of an image that the reference sees otherwise (turned, transparent, 16-bit or with a colour profile)"
+    return None
+
+
+def noted_crop(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, float, float, float]:
+    """crop_ltrb as the reference notes it: left, top, right and bottom of the image fitted into the bucket."""
+    ratio = size[0] / size[1]
+    fits_width = bucket[0] / bucket[1] <= ratio
+    width, height = (float(bucket[0]), bucket[0] / ratio) if fits_width else (bucket[1] * ratio, float(bucket[1]))
+    left, top = (bucket[0] - width) // 2, (bucket[1] - height) // 2
+    return left, top, left + width, top + height

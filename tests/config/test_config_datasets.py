@@ -1,0 +1,187 @@
+"""dataset_config, in_json and reg_data_dir: what the reference makes of them, and mistakes are told."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import toml
+
+from sdxl_finetune.config import Config, Dataset, load_config, load_datasets
+from sdxl_finetune.config.fields import plain
+from sdxl_finetune.problems import UserError
+
+FOLDER = {"subsets": [{"image_dir": "d"}]}
+MORE_ACCEPTED = [
+    {"resolution": [768], **FOLDER},
+    {"resolution": "768", **FOLDER},
+    {"network_multiplier": 1, **FOLDER},
+    {"caption_extension": ".txt", "subsets": [{"metadata_file": "m.json"}]},
+    {"subsets": [{"metadata_file": "m.json"}, {"image_dir": "d"}]},
+]
+"""Datasets that the reference refuses for the form of a value, or for folders beside metadata files."""
+REFUSED = [
+    {"num_repeats": True, **FOLDER},
+    {"batch_size": 0, **FOLDER},
+    {"face_crop_aug_range": [1.0, 2.0], **FOLDER},
+    {"subsets": []},
+    {},
+]
+"""Datasets that the reference takes, and that mean nothing, or something that we do not have."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in "def":
+        Path(name).mkdir()
+    Path("m.json").write_text("{}")
+    return tmp_path
+
+
+def datasets(content: dict, *options: str) -> tuple[Dataset, ...]:
+    Path("d.json").write_text(json.dumps(content))
+    config = load_config(
+        ["--dataset_config", "d.json", "--pretrained_model_name_or_path", ".", "--output_dir", "out", *options],
+        program="sdxl-train",
+    )
+    assert config is not None
+    return load_datasets(config)
+
+
+def test_examples_of_the_reference(folder, golden) -> None:
+    seen = 0
+    for case in golden("config.json")["dataset_config"]["examples"]:
+        content, options = case["config"], case["cli"]
+        given = content.get("datasets", [])
+        resolution = [] if "--resolution" in options else ["--resolution", "64", "--min_bucket_reso", "32"]
+        masked = "alpha_mask" in json.dumps(case["config"]) or "--alpha_mask" in options
+        refused = "raised" in case or masked or not given or any(one in REFUSED for one in given)
+        if refused and not any(one in MORE_ACCEPTED for one in given):
+            with pytest.raises(UserError):
+                datasets(content, *resolution, *options)
+            continue
+        found = datasets(content, *resolution, *options)
+        seen += 1
+        for dataset, expected in zip(found, case.get("datasets", found), strict=True):
+            if "raised" in case:
+                continue
+            for name, value in expected["params"].items():
+                if name in Dataset.model_fields:
+                    assert getattr(dataset, name) == (tuple(value) if isinstance(value, list) else value), case
+            for subset, wanted in zip(dataset.subsets, expected["subsets"], strict=True):
+                for name in subset.model_fields_set | wanted.keys():
+                    if name in ("image_dir", "metadata_file"):
+                        assert str(getattr(subset, name) or "") in (wanted.get(name) or "."), case
+                    elif name in wanted:
+                        found_value = getattr(subset, name)
+                        assert ("" if found_value is None else found_value) == wanted[name], (case, name)
+    assert seen > 15
+
+
+def test_values_fall_back(folder) -> None:
+    """Subset, dataset, general, config; false and 0 count as given."""
+    content = {
+        "general": {"keep_tokens": 1, "flip_aug": True, "num_repeats": 3},
+        "datasets": [
+            {
+                "keep_tokens": 2,
+                "resolution": 64,
+                "batch_size": 3,
+                "subsets": [{"image_dir": "d"}, {"image_dir": "e", "keep_tokens": 0}],
+            },
+            {"resolution": [96, 128], "subsets": [{"image_dir": "d", "flip_aug": False, "num_repeats": 5}]},
+        ],
+    }
+    first, second = datasets(content, "--train_batch_size", "7", "--shuffle_caption", "--min_bucket_reso", "32")
+    assert [(one.resolution, one.batch_size) for one in (first, second)] == [((64, 64), 3), ((96, 128), 7)]
+    subsets = [*first.subsets, *second.subsets]
+    assert [one.keep_tokens for one in subsets] == [2, 0, 1]
+    assert [one.flip_aug for one in subsets] == [True, True, False]
+    assert [one.num_repeats for one in subsets] == [3, 3, 5]
+    assert all(one.shuffle_caption for one in subsets)
+
+
+def test_a_toml_file_reads_the_same(folder) -> None:
+    content = {"general": {"flip_aug": True}, "datasets": [{"resolution": 64, "subsets": [{"image_dir": "d"}]}]}
+    Path("d.toml").write_text(toml.dumps(content))
+    config = Config(dataset_config="d.toml", min_bucket_reso=32)
+    assert load_datasets(config) == datasets(content, "--min_bucket_reso", "32")
+
+
+def test_all_mistakes_are_told_with_file_and_key(folder) -> None:
+    content = {
+        "genral": {},
+        "general": {"keep_token": 1},
+        "datasets": [
+            {
+                "resolution": 64,
+                "batch_size": "4",
+                "subsets": [{"image_dir": "nowhere"}, {"image_dir": "d", "flip_aug": 1}],
+            },
+            {
+                "subsets": [
+                    {"class_tokens": "cat"},
+                    {"metadata_file": "none.json"},
+                    {"image_dir": "d", "alpha_mask": True},
+                ]
+            },
+        ],
+    }
+    with pytest.raises(UserError) as caught:
+        datasets(content)
+    assert {problem.file for problem in caught.value.problems} == {"d.json"}
+    told = {problem.key: problem.message for problem in caught.value.problems}
+    assert told.keys() == {
+        "file.genral",
+        "general.keep_token",
+        "datasets[0].batch_size",
+        "datasets[0].subsets[0].image_dir",
+        "datasets[0].subsets[1].flip_aug",
+        "datasets[1].resolution",
+        "datasets[1].subsets[0].image_dir",
+        "datasets[1].subsets[1].metadata_file",
+        "datasets[1].subsets[2].alpha_mask",
+    }
+    assert told["general.keep_token"] == "unknown key; did you mean keep_tokens?"
+    assert told["file.genral"] == "unknown key; did you mean general?"
+    assert "no such folder" in told["datasets[0].subsets[0].image_dir"]
+
+
+@pytest.mark.parametrize("text", ["[[datasets]", "x = 1", "datasets = 3", "[[datasets]]\nsubsets = 1"])
+def test_files_that_are_none(folder, text: str) -> None:
+    Path("d.toml").write_text(text)
+    with pytest.raises(UserError, match=r"d\.toml"):
+        load_datasets(Config(dataset_config="d.toml", resolution=64))
+
+
+def test_caching_does_not_go_with_changed_images(folder) -> None:
+    content = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": "d", "color_aug": True}]}]}
+    assert datasets(content, "--min_bucket_reso", "32")[0].subsets[0].color_aug
+    with pytest.raises(UserError, match=r"color_aug = True: does not go with cache_latents"):
+        datasets(content, "--min_bucket_reso", "32", "--cache_latents")
+
+
+def test_what_the_reference_passes_over_is_said(folder, caplog) -> None:
+    subsets = [{"image_dir": "d"}, {"image_dir": "d", "num_repeats": 4}, {"image_dir": "e", "num_repeats": 0}]
+    with caplog.at_level(logging.WARNING):
+        (dataset,) = datasets({"datasets": [{"resolution": 64, "subsets": subsets, "cache_info": True}]})
+    assert [(one.image_dir.name, one.num_repeats) for one in dataset.subsets] == [("d", 1)]
+    for words in ("d is named again", "e is not used: num_repeats is 0", "cache_info has no effect"):
+        assert words in caplog.text
+
+
+def test_in_json_and_regularisation_images(folder) -> None:
+    (Path("d") / "2_cat").mkdir()
+    (Path("d") / "2_cat" / "a.avif").touch()
+    (Path("e") / "b.png").touch()
+    shared = {"train_data_dir": "d", "resolution": 64}
+    (dataset,) = load_datasets(Config(**shared, reg_data_dir="e", dataset_repeats=3))
+    assert [(one.image_dir.name, one.num_repeats, one.is_reg) for one in dataset.subsets] == [
+        ("2_cat", 2, False),
+        ("e", 3, True),
+    ]
+    (dataset,) = load_datasets(Config(**shared, in_json="m.json", dataset_repeats=3, caption_prefix="x"))
+    (subset,) = dataset.subsets
+    assert (subset.metadata_file, subset.image_dir, subset.num_repeats) == (Path("m.json"), Path("d"), 3)
+    assert plain(subset.caption_prefix) == "x"

@@ -1,0 +1,151 @@
+"""A scan opens only what has changed since the last one, and finds what a new one would find."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from sdxl_finetune.config import Subset
+from sdxl_finetune.data import scan as scan_module
+from sdxl_finetune.data.scan import digest_of, scan
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_images) -> Path:
+    write_images(tmp_path / "images", {f"{number}.png": (64, 64 + number) for number in range(6)})
+    for number in range(4):
+        (tmp_path / "images" / f"{number}.txt").write_text(f"caption {number}")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Callable[..., tuple[dict[str, list], set[str]]]:
+    """look(subset): what a scan with a memory finds, by column, and which files it opened."""
+    opened: set[str] = set()
+    watching = False
+
+    def watch(event: str, arguments: tuple) -> None:
+        if watching and event == "open" and isinstance(arguments[0], (str, Path)) and Path(arguments[0]).exists():
+            opened.add(Path(arguments[0]).name)
+
+    sys.addaudithook(watch)
+
+    def run(*subsets: Subset, cache: Path = tmp_path / "cache", **options) -> tuple[dict[str, list], set[str]]:
+        nonlocal watching
+        opened.clear()
+        watching = True
+        try:
+            table, problems = scan(subsets, cache, **options)
+        finally:
+            watching = False
+        assert not problems
+        content = table.to_pydict()
+        content["name"] = [name.decode() for name in content["name"]]
+        return content, {name for name in opened if name.endswith((".png", ".txt", ".jpg"))}
+
+    return run
+
+
+def test_only_what_changed_is_opened(folder: Path, look, subset, write_images, tmp_path: Path) -> None:
+    rules = subset(folder, caption_extension=".txt")
+    first, opened = look(rules)
+    assert opened == {*(f"{number}.png" for number in range(6)), *(f"{number}.txt" for number in range(4))}
+    assert look(rules) == (first, set())
+    write_images(folder, {"1.png": (99, 64), "9.jpg": (64, 64)})
+    (folder / "2.txt").write_text("another")
+    (folder / "3.txt").unlink()
+    (folder / "4.txt").write_text("a new one")
+    (folder / "0.png").unlink()
+    os.utime(folder / "5.png", ns=(1, 1))
+    found, opened = look(rules)
+    assert opened == {"1.png", "2.txt", "4.txt", "5.png", "9.jpg"}
+    assert found == look(rules, cache=tmp_path / "another")[0]
+    assert found["name"] == ["1.png", "2.png", "3.png", "4.png", "5.png", "9.jpg"]
+    assert found["caption"] == ["caption 1", "another", "", "a new one", "", ""]
+    assert found["width"][0] == 99
+    assert look(rules) == (found, set())
+
+
+def test_what_is_asked_for_is_part_of_the_memory(folder: Path, look, subset) -> None:
+    look(subset(folder, caption_extension=".txt"))
+    assert look(subset(folder, caption_extension=".caption"))[0]["caption"] == [""] * 6
+    assert look(subset(folder, class_tokens="cls"))[0]["caption"] == ["cls"] * 6
+    both, _ = look(subset(folder), subset(folder, caption_extension=".txt"))
+    assert both["caption"] == [""] * 6 + [f"caption {number}" for number in range(4)] + [""] * 2
+
+
+def test_captions_of_a_metadata_file_are_read_each_time(folder: Path, look, subset, tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    rules = subset(folder, metadata_file=path)
+    path.write_text(json.dumps({f"{number}.png": {"caption": "a"} for number in range(3)}))
+    assert look(rules)[0]["caption"] == ["a"] * 3
+    path.write_text(json.dumps({f"{number}.png": {"caption": "b"} for number in (4, 2)}))
+    found, opened = look(rules)
+    assert (found["name"], found["caption"], opened) == (["2.png", "4.png"], ["b", "b"], {"4.png"})
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text", "another table"])
+def test_a_damaged_file_is_named_and_not_trusted(folder: Path, look, subset, tmp_path, caplog, damage: str) -> None:
+    rules = subset(folder, caption_extension=".txt")
+    first, _ = look(rules)
+    (path,) = (tmp_path / "cache" / "scans").glob("*.scan")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"caption 2")
+    data[at] ^= 1
+    content = {"flip": bytes(data), "cut": bytes(data[: at + 3]), "empty": b"", "text": b"no Arrow file"}
+    if damage == "another table":
+        with pa.ipc.new_file(str(path), scan_module.FOUND) as writer:
+            writer.write_table(scan_module.FOUND.empty_table())
+    else:
+        path.write_bytes(content[damage])
+    with caplog.at_level(logging.WARNING):
+        found, opened = look(rules)
+    assert found == first and len(opened) == 10
+    assert f"{path} is damaged" in caplog.text
+    caplog.clear()
+    assert look(rules) == (first, set()) and not caplog.text
+
+
+def test_without_the_check_nothing_is_looked_at(folder: Path, look, subset) -> None:
+    rules = subset(folder, caption_extension=".txt")
+    first, _ = look(rules, skip_check=True)
+    assert len(first["name"]) == 6
+    (folder / "0.txt").write_text("changed")
+    (folder / "1.png").unlink()
+    assert look(rules, skip_check=True) == (first, set())
+    found, opened = look(rules)
+    assert opened == {"0.txt"} and found["name"] == ["0.png", "2.png", "3.png", "4.png", "5.png"]
+
+
+def test_an_unreadable_image_is_looked_at_again(folder: Path, look, subset, tmp_path: Path) -> None:
+    (folder / "7.png").write_bytes(b"")
+    table, problems = scan([subset(folder)], tmp_path / "cache")
+    assert table.num_rows == 6 and [Path(problem.file).name for problem in problems] == ["7.png"]
+    Image.new("RGB", (70, 80)).save(folder / "7.png")
+    found, opened = look(subset(folder))
+    assert opened == {"7.png"} and (found["width"][6], found["height"][6]) == (70, 80)
+
+
+def test_processes_find_the_same(folder: Path, look, subset, monkeypatch) -> None:
+    rules = subset(folder, caption_extension=".txt")
+    monkeypatch.setattr(scan_module, "CHUNK", 2)
+    first, _ = look(rules)
+    (folder / "2.txt").write_text("another")
+    monkeypatch.setattr(scan_module, "IN_PROCESS", -1)
+    found, _ = look(rules)
+    assert found["caption"] == ["caption 0", "caption 1", "another", "caption 3", "", ""]
+    for column in ("name", "width", "height", "bytes", "mtime"):
+        assert found[column] == first[column]
+
+
+def test_a_digest_is_of_the_values(tmp_path: Path) -> None:
+    table = pa.table({"a": pa.array([1, 2], pa.int32()), "b": pa.array(["x", "y"])})
+    other = pa.table({"a": pa.array([1, 2], pa.int32()), "b": pa.array(["x", "z"])})
+    assert digest_of(table) != digest_of(other)
+    assert digest_of(table, ["a"]) == digest_of(other, ["a"]) != digest_of(table, ["b"])

@@ -1,0 +1,69 @@
+"""TensorBoard's page of a run, opened in a real Chromium where one is installed."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sdxl_finetune.config import Config
+from sdxl_finetune.output.log import Log
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TAGS = {"loss", "loss/t000-249", "grad_norm/unet", "update/unet", "lr/unet", "validation/loss", "previews"}
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[str]:
+    """The address at which it serves the logs in `folder`."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0", "--load_fast", "false"]
+    with (folder / "server.txt").open("w+") as said:
+        server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=said, stderr=said)
+        try:
+            for _ in range(600):
+                if found := re.search(r"http://127\.0\.0\.1:\d+/", (folder / "server.txt").read_text()):
+                    break
+                assert server.poll() is None, (folder / "server.txt").read_text()
+                time.sleep(0.1)
+            yield found.group()
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: TensorBoard's page is not opened")
+def test_a_browser_shows_the_run(tmp_path: Path) -> None:
+    with Log(Config(logging_dir=tmp_path), tmp_path / "run", rank=0) as log:
+        log.begin(steps=4, steps_per_epoch=2)
+        for step in range(1, 5):
+            log.step(
+                step=step,
+                epoch=1,
+                loss=torch.tensor(1 / step),
+                grad_norm=torch.tensor(1.0),
+                lr={"unet": 1e-5},
+                images=4,
+                data_wait_seconds=0.1,
+                measured={name: torch.tensor(0.5) for name in ("loss/t000-249", "grad_norm/unet", "update/unet")},
+            )
+        log.validation({"loss": 0.5}, step=4, epoch=2)
+        log.previews([(0, Image.new("RGB", (64, 64), "red"), "a red picture")], step=4)
+    with tensorboard(tmp_path) as address, tempfile.TemporaryDirectory() as profile:
+        quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+        asked = [CHROMIUM, *quiet, f"--user-data-dir={profile}", "--window-size=1600,6000"]
+        asked += [
+            "--virtual-time-budget=30000",
+            "--dump-dom",
+            f"{address}?tagFilter=loss%7Cnorm%7Cupdate%7Clr%7Cpreviews#timeseries",
+        ]
+        shown = subprocess.run(asked, capture_output=True, text=True, timeout=240)
+    cards = set(re.findall(r'title="([^"]+)"', shown.stdout))
+    assert cards >= TAGS, shown.stdout[-3000:]
