@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -24,6 +24,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    _remove(temporary)
     try:
         yield temporary
         if temporary.is_dir():
@@ -31,17 +32,45 @@ def atomic_path(final: Path) -> Iterator[Path]:
                 if path.is_file():
                     _flush(path)
             replaced = final.with_name(f".{final.name}.{os.getpid()}.old.tmp")
+            _remove(replaced)
             if final.exists():
                 final.rename(replaced)
             temporary.rename(final)
-            if replaced.is_dir():
-                shutil.rmtree(replaced)
+            _remove(replaced)
         else:
             _flush(temporary)
             temporary.replace(final)
         _flush(final.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def remove_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> list[Path]:
+    """Removes what processes that were killed left of files and folders whose names `is_ours`; returns it. What a
+    process that still runs is writing stays.
+    """
+    removed = []
+    for path in folder.glob(".*.tmp"):
+        final, _, process = path.name[1:].removesuffix(".tmp").removesuffix(".old").rpartition(".")
+        # Process numbers come again, in containers at once: what bears our own was not made by us.
+        if process.isdecimal() and is_ours(final) and (int(process) == os.getpid() or not _runs(int(process))):
+            _remove(path)
+            removed.append(path)
+    return removed
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

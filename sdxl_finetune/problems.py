@@ -1,7 +1,15 @@
 """What is wrong with the user's input: collected, then said all at once, never as a traceback."""
 
+import json
+import os
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+SECONDS_FOR_THE_FIRST = 8
+"""So much later than the first process the others speak: what all of them find wrong is then said once."""
 
 
 @dataclass(frozen=True)
@@ -36,3 +44,19 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
+
+
+def say_errors(*errors: object, cause: bool = True) -> None:
+    """Prints why this process ends, a line each, and tells the launcher of several processes. It shows as the root
+    cause what the first of them to fail has left in the file that it gave each (torch's elastic launcher); an end
+    that is no `cause` but follows from another's is dated later.
+    """
+    now = int(time.time()) + (0 if cause else 3600)
+    if os.environ.get("RANK", "0") != "0":
+        # If the first process fails as well, the launcher ends this one meanwhile.
+        time.sleep(SECONDS_FOR_THE_FIRST)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if told := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = {"message": "\n".join(map(str, errors)), "timestamp": now}
+        Path(told).write_text(json.dumps(reason), encoding="utf-8")

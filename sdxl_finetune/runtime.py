@@ -10,8 +10,10 @@ import logging
 import os
 import secrets
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +30,9 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.problems import Problem, UserError
 
 logger = logging.getLogger(__name__)
+
+SAME_SIGNAL = 1.0
+"""Seconds within which a signal that comes again is taken for the same."""
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -95,17 +100,19 @@ class OutOfMemory(Exception):
     """The device, or the machine, has less memory than the batch needs; the message says what to change."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has a class of its own for devices only; on a CPU its allocator and oneDNN say it in words."""
+    words = ("allocate memory", "could not create a primitive")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
 @contextmanager
 def name_the_batch(batch: Batch, config: Config) -> Iterator[None]:
     """Turns running out of memory within it into OutOfMemory, which names the bucket and the batch."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch has a class of its own for devices only; on a CPU its allocator and oneDNN say it in words.
-        words = ("allocate memory", "could not create a primitive")
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(
-            word in str(error) for word in words
-        ):
+        if not is_out_of_memory(error):
             raise
         height, width = batch.target_size[0].tolist()
         remedies = [f"lower train_batch_size (now {config.train_batch_size})"]
@@ -135,21 +142,30 @@ class Interrupt(BaseException):
 
 
 class StopRequest:
-    """What SIGINT and SIGTERM leave behind: the first asks the run to stop after this step, a second kills it."""
+    """What SIGINT and SIGTERM leave behind: the first asks the run to stop after this step, a second ends it at once.
+
+    Launchers pass on a signal that the terminal has sent to all, so that the second counts from a second later on.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._since = 0.0
 
     def check(self) -> None:
         """Raises Interrupt if a stop was asked for."""
         if self.number is not None:
             raise Interrupt(self.number)
 
+    def end(self) -> NoReturn:
+        """Raises Interrupt: this process, or another of the run, was asked to stop."""
+        raise Interrupt(self.number or signal.SIGTERM)
+
     def _receive(self, number: int, _frame: object) -> None:
-        if self.number is not None:
+        if self.number is None:
+            self.number, self._since = number, time.monotonic()
+            logger.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
+        elif time.monotonic() - self._since > SAME_SIGNAL:
             raise Interrupt(number)
-        self.number = number
-        logger.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
 
 
 @contextmanager

@@ -4,9 +4,9 @@ Everything that happens every so often is decided from the step's position alone
 for the device: losses and norms stay there and are read a few steps later by the log.
 """
 
-import sys
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,12 +15,24 @@ from torch import Tensor
 
 from sdxl_finetune.batch import Batch, Position
 from sdxl_finetune.config import Config
-from sdxl_finetune.milestones import preview_if_due, save_final, save_if_due
+from sdxl_finetune.milestones import (
+    begin,
+    is_finished,
+    preview_if_due,
+    save_final,
+    save_if_due,
+    save_interrupted,
+    validate_if_due,
+)
 from sdxl_finetune.objective import image_losses
+from sdxl_finetune.optim.meter import Meter
 from sdxl_finetune.optim.optimizer import set_lr
 from sdxl_finetune.output.log import NonFiniteLoss
+from sdxl_finetune.problems import say_errors
 from sdxl_finetune.run import Run, build_run
 from sdxl_finetune.runtime import Interrupt, OutOfMemory, StopRequest, name_the_batch, stop_on_signals
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,10 @@ class Step:
     """Mean loss of the step's images, over all ranks; on the device, not waited for."""
     grad_norm: Tensor
     """Of all trained parameters before clipping; likewise."""
+    stop: Tensor
+    """Positive if any rank was asked to stop before the step ended; likewise."""
+    measured: Mapping[str, Tensor]
+    """More about the step; likewise."""
     rates: dict[str, float]
     """Learning rate of each group in this step."""
     images: int
@@ -43,10 +59,10 @@ class Step:
 def train(config: Config) -> int:
     """Trains as `config` says; returns the exit status. Raises UserError for the user's mistakes."""
     try:
-        with stop_on_signals() as stop, build_run(config) as run:
+        with stop_on_signals() as stop, build_run(config, stop) as run:
             train_and_save(run, stop)
     except (NonFiniteLoss, OutOfMemory) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_errors(error)
         return 1
     except Interrupt as interrupt:
         return interrupt.exit_status
@@ -55,22 +71,36 @@ def train(config: Config) -> int:
 
 def train_and_save(run: Run, stop: StopRequest) -> None:
     """The run from its first step to its final weights."""
-    preview_if_due(run, step=0, epoch=0)
-    for step in training_steps(run):
+    if is_finished(run):
+        logger.info("nothing is left to do: %d steps are made and saved", run.steps)
+        return
+    begin(run)
+    stop.check()
+    for step in training_steps(run, stop):
         done, epoch = step.position.step + 1, run.epoch_ended_by(step.position)
         record(run, step)
         preview_if_due(run, step=done, epoch=None)
-        save_if_due(run, step=done, epoch=epoch)
         if epoch is not None:
             preview_if_due(run, step=done, epoch=epoch)
-        stop.check()
+        validate_if_due(run, step=done, epoch=epoch)
+        state_saved = save_if_due(run, step=done, epoch=epoch)
+        if stop_is_due(run, stop):
+            if not state_saved:
+                save_interrupted(run, step=done)
+            stop.end()
     save_final(run)
 
 
-def training_steps(run: Run) -> Iterator[Step]:
+def stop_is_due(run: Run, stop: StopRequest) -> bool:
+    """Whether to stop after this step: of several ranks all or none, when they all know that one was asked to."""
+    return run.log.stop_seen if run.accelerator.num_processes > 1 else stop.number is not None
+
+
+def training_steps(run: Run, stop: StopRequest) -> Iterator[Step]:
     """Makes the run's optimizer steps, one after the other, and yields each."""
     config, accelerator, optimizer = run.config, run.accelerator, run.optimizer
     loss, images, data_wait = torch.zeros((), device=accelerator.device), 0, 0.0
+    meter = Meter(run.groups, accelerator.device)
     for waited, batch in timed(run.batches()):
         position = batch.position
         with name_the_batch(batch, config):
@@ -79,16 +109,31 @@ def training_steps(run: Run) -> Iterator[Step]:
                 losses = image_losses(run.model, batch, run.latents(batch), run.schedule, config)
                 micro_loss = (losses * batch.weights).sum()
                 accelerator.backward(micro_loss)
+            meter.add_losses(losses.detach(), batch.timesteps, batch.weights)
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
             if not position.last_micro:
                 continue
             rates = {group.name: run.lr(position.step, group.lr) for group in run.groups}
             set_lr(optimizer, list(rates.values()))
-            grad_norm = accelerator.clip_grad_norm_(run.trained, config.max_grad_norm or float("inf"))
-            optimizer.step()
+            accelerator.unscale_gradients(optimizer)
+            grad_norm = meter.clip_gradients(config.max_grad_norm)
+            with meter.watch_updates():
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        loss = accelerator.reduce(loss, "mean")
-        yield Step(position=position, loss=loss, grad_norm=grad_norm, rates=rates, images=images, data_wait=data_wait)
+            if run.average:
+                run.average.update(position.step, images)
+        asked = torch.full_like(loss, stop.number or 0)
+        loss, asked, *sums = accelerator.reduce(torch.cat([torch.stack([loss, asked]), meter.sums]), "mean")
+        yield Step(
+            position=position,
+            loss=loss,
+            grad_norm=grad_norm,
+            stop=asked,
+            measured=meter.take(torch.stack(sums)),
+            rates=rates,
+            images=images,
+            data_wait=data_wait,
+        )
         loss, images, data_wait = torch.zeros_like(loss), 0, 0.0
 
 
@@ -102,6 +147,8 @@ def record(run: Run, step: Step) -> None:
         lr=step.rates,
         images=step.images,
         data_wait_seconds=step.data_wait,
+        stop=step.stop,
+        measured=step.measured,
     )
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -17,8 +18,11 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "1")
 CHECKED = ["batch", "diffusion", "data", "model", "optim", "objective"]
 install_import_hook([f"sdxl_finetune.{name}" for name in CHECKED], "beartype.beartype")
 
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402  (after the hook)
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)  # a plugin may have imported torch before the variable was set
 
@@ -36,3 +40,16 @@ def golden():
     """golden(name): the parsed JSON of a file in tests/golden; golden.path is the folder."""
     _load.path = GOLDEN
     return _load
+
+
+@pytest.fixture
+def write_images() -> Callable[..., None]:
+    """write_images(folder, {name: (width, height)}, seed=0): smooth colourful pictures, each its own."""
+
+    def write(folder: Path, sizes: dict[str, tuple[int, int]], seed: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, (name, size) in enumerate(sizes.items(), seed):
+            small = np.random.default_rng(number).integers(0, 256, (4, 4, 3), np.uint8)
+            Image.fromarray(cv2.resize(small, size, interpolation=cv2.INTER_CUBIC)).save(folder / name)
+
+    return write

@@ -20,6 +20,7 @@ from sdxl_finetune.config import load_config
 from sdxl_finetune.milestones import preview_if_due
 from sdxl_finetune.objective import image_losses
 from sdxl_finetune.run import build_run
+from sdxl_finetune.tools.cache import cache
 from sdxl_finetune.tools.model import main as model_tool
 from sdxl_finetune.train import train
 
@@ -206,8 +207,10 @@ resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
 train()
 """
     large = ["--resolution", "512", "--max_bucket_reso", "512", "--train_batch_size", "8", "--sample_prompts", ""]
-    line = [sys.executable, "-c", start, *arguments(*FLOAT32, *large)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    asked = arguments(*FLOAT32, *large)
+    config = load_config(asked, program="sdxl-cache")
+    assert config is not None and cache(config) == 0
+    done = subprocess.run([sys.executable, "-c", start, *asked], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: out of memory in step 1: ") and "of bucket 512x512" in last

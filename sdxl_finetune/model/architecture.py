@@ -137,11 +137,20 @@ def te2_config(built: Architecture) -> dict[str, Any]:
 
 def vae_config(built: Architecture) -> dict[str, Any]:
     """Arguments of diffusers' AutoencoderKL."""
+    return _vae_config(built.vae_widths, built.vae_layers)
+
+
+def read_vae_config(vae: Named) -> dict[str, Any]:
+    """The same of the VAE with these tensors."""
+    return _vae_config(_vae_widths(vae), vae.layout.vae_layers)
+
+
+def _vae_config(widths: tuple[int, ...], layers: int) -> dict[str, Any]:
     return {
-        "block_out_channels": list(built.vae_widths),
-        "down_block_types": ["DownEncoderBlock2D" for _ in built.vae_widths],
-        "up_block_types": ["UpDecoderBlock2D" for _ in built.vae_widths],
-        "layers_per_block": built.vae_layers,
+        "block_out_channels": list(widths),
+        "down_block_types": ["DownEncoderBlock2D" for _ in widths],
+        "up_block_types": ["UpDecoderBlock2D" for _ in widths],
+        "layers_per_block": layers,
         "latent_channels": 4,
         "norm_num_groups": 32,
         "sample_size": 1024,

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from sdxl_finetune.model.architecture import Architecture, read_architecture, vae_config
+from sdxl_finetune.model.architecture import Architecture, read_architecture, read_vae_config
 from sdxl_finetune.model.folder import open_folder, open_vae
 from sdxl_finetune.model.foreign import kind_of
 from sdxl_finetune.model.keymap import LOGIT_SCALE, VAE, module_name
@@ -61,27 +61,46 @@ def load_checkpoint(path: Path, *, dtype: torch.dtype | None, vae_path: Path | N
             named_vae = Named(open_vae(_existing(Path(vae_path))))
     with _about(path), torch.device("meta"):
         model = SDXL(read_architecture(named, named_vae))
-        vae = AutoencoderKL(**vae_config(model.architecture))
     with _about(path):
         parts = {"unet": model.unet, "te1": model.te1, "te2": model.te2}
         _check(parts, named, model.unused_names())
         for part, module in parts.items():
             _fill(part, module, named, dtype or exact_dtype(opened.tensors))
         model.unused = {name: named.read(name).clone() for name in model.unused_names() if name in named}
+    vae = _build_vae(named_vae, vae_path or path)
+    with _about(path):
         _warn_of_rest(named, {**parts, "vae": vae}, model.unused)
-    with _about(vae_path or path):
-        _check({"vae": vae}, named_vae, ())
-        _fill("vae", vae, named_vae, torch.float32)
     refill_positions(model.te1)
     refill_positions(model.te2)
     return Loaded(
         model=model,
-        vae=vae.eval().requires_grad_(False),
+        vae=vae,
         format=format_,
         metadata=opened.metadata,
         epoch=opened.epoch,
         global_step=opened.global_step,
     )
+
+
+def load_vae(path: Path, vae_path: Path | None = None) -> AutoencoderKL:
+    """Only the VAE that `load_checkpoint` loads, likewise."""
+    if vae_path is None:
+        opened, _ = open_checkpoint(Path(path))
+        with _about(path):
+            if kind := kind_of(opened.tensors):
+                raise UserError(f"this is {kind}, not an SDXL base model")
+            return _build_vae(Named(opened.tensors), path)
+    with _about(vae_path):
+        return _build_vae(Named(open_vae(_existing(Path(vae_path)))), vae_path)
+
+
+def _build_vae(named: Named, path: Path) -> AutoencoderKL:
+    with _about(path):
+        with torch.device("meta"):
+            vae = AutoencoderKL(**read_vae_config(named))
+        _check({"vae": vae}, named, ())
+        _fill("vae", vae, named, torch.float32)
+    return vae.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,15 +57,17 @@ def save_checkpoint(
             assert_never(save_as)
 
 
-def single_file_tensors(model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None) -> dict[str, Source]:
-    """Every tensor of a single-file checkpoint by its key, converted when it is read."""
+def single_file_tensors(
+    model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None, *, exact: bool = False
+) -> dict[str, Source]:
+    """Every tensor of a single-file checkpoint by its key, converted when it is read; or, if `exact`, as it is."""
     keymap = KeyMap(model.architecture.layout)
     parts: dict[str, list[tuple[Place, Tensor]]] = defaultdict(list)
     targets: dict[str, torch.dtype | None] = {}
     for name, tensor in _tensors(model, vae):
         place = keymap.place(name)
         parts[place.key].append((place, tensor))
-        targets[place.key] = _target(model, name, dtype)
+        targets[place.key] = None if exact else _target(model, name, dtype)
     return {key: _source(group, targets[key]) for key, group in parts.items()}
 
 

@@ -5,6 +5,9 @@ it is used by every forward; tensors that a checkpoint holds but SDXL never uses
 written back as they came.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int64
@@ -106,3 +109,15 @@ def size_ids(
 ) -> Int64[Tensor, "k 6"]:
     """The six numbers of SDXL's size conditioning (section 2.2 of the paper), in the order of its label embedding."""
     return torch.cat([original_size, crop_top_left, target_size], dim=1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it no dropout and no checkpointing; each module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

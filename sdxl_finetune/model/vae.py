@@ -4,6 +4,7 @@ Latents here are unscaled: what the encoder's distribution gives. The U-Net work
 which `vae.config.scaling_factor` says (0.13025). Sides of images are multiples of `pixels_per_latent(vae)`.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,15 @@ from torch import Tensor
 def pixels_per_latent(vae: AutoencoderKL) -> int:
     """Along one side: 8 for SDXL's four levels."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def vae_identity(vae: AutoencoderKL) -> str:
+    """The same for the same weights, whatever file they came from."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} ".encode())
+        digest.update(tensor.float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

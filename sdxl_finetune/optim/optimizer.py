@@ -100,10 +100,13 @@ def build_optimizer(config: Config, groups: Sequence[Group]) -> torch.optim.Opti
         {"params": list(group.parameters.values()), "lr": None if relative_step else group.lr} for group in groups
     ]
     try:
-        return cls(parameters, lr=None if relative_step else config.learning_rate, **arguments)  # type: ignore[call-arg]
+        optimizer = cls(parameters, lr=None if relative_step else config.learning_rate, **arguments)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         given = {key: repr(value) for key, value in arguments.items()}
         raise UserError(Problem(f"{name} refuses them: {error}", key="optimizer_args", value=given)) from error
+    if hasattr(optimizer, "train"):
+        optimizer.train()  # the schedule-free ones refuse to step before it
+    return optimizer
 
 
 def _argument_problems(name: str, cls: type, arguments: dict[str, Any]) -> list[Problem]:

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,9 +28,13 @@ from tqdm import tqdm
 
 from sdxl_finetune.config import Config, to_toml
 from sdxl_finetune.files import atomic_path
+from sdxl_finetune.output.history import METRICS, go_back, last_losses, note_save
 from sdxl_finetune.output.metadata import versions
+from sdxl_finetune.output.sheet import contact_sheet
 from sdxl_finetune.output.trackers import build_trackers
 from sdxl_finetune.problems import Problem, UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -93,10 +97,17 @@ class _Step:
     peak_memory_bytes: int
 
 
-def run_directory(config: Config, now: datetime) -> Path | None:
-    """`logging_dir/{log_prefix}{timestamp}`, where a new run writes; one rank decides and tells the others."""
+def run_directory(config: Config, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
+    """Where a run writes: `logging_dir/{log_prefix}{timestamp}`; or, for one `resumed` from a save, the folder of that
+    name, cut back to that step, if it is there and knows of the save. One rank decides and tells the others.
+    """
     if config.logging_dir is None:
         return None
+    if resumed:
+        name, step = resumed
+        if go_back(config.logging_dir / name, step):
+            return config.logging_dir / name
+        logger.warning("%s holds no log of the run up to step %d; a new one begins", config.logging_dir / name, step)
     return config.logging_dir / f"{config.log_prefix or ''}{now:%Y%m%d%H%M%S}"
 
 
@@ -143,21 +154,26 @@ class Log:
     With `with`, the reason for the end is what left the block: nothing, or the exception.
     """
 
-    def __init__(self, config: Config, directory: Path | None, *, rank: int) -> None:
+    def __init__(self, config: Config, directory: Path | None, *, rank: int, done: int = 0) -> None:
+        """`done` steps were made before, by the run that this one goes on from."""
         self._directory = directory
         self._rank = rank
         self._delayed: DelayedScalars[_Step] = DelayedScalars()
         self._losses: deque[float] = deque()
         self._loss_sum = 0.0
-        self._last_step = 0
+        self._last_step = self._done = done
         self._steps = self._steps_per_epoch = 1
+        self._first_epoch_at, self._epochs = 0, 1
+        self._next_save: Callable[[int], int] | None = None
+        self.stop_seen = False
+        """Whether a step has arrived in which some rank was asked to stop: all ranks see it at the same step."""
         self._progress: tqdm | None = None
         self._since = time.perf_counter()
         self._file = self._metrics = None
         self._closed = False
         if directory:
             _make_directory(directory)
-        self._trackers = build_trackers(config, directory) if rank == 0 else []
+        self._trackers = build_trackers(config, directory, done) if rank == 0 else []
         if directory:
             self._file = logging.FileHandler(directory / f"console_rank{rank}.log", encoding="utf-8")
             self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
@@ -165,7 +181,8 @@ class Log:
         if directory and rank == 0:
             _write(directory / "config.toml", to_toml(config))
             _write(directory / "versions.json", json.dumps(versions(), indent=2) + "\n")
-            self._metrics = (directory / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+            (directory / "ended.json").unlink(missing_ok=True)
+            self._metrics = (directory / METRICS).open("a", buffering=1, encoding="utf-8")
 
     def __enter__(self) -> "Log":
         return self
@@ -175,14 +192,33 @@ class Log:
     ) -> None:
         self.close("finished" if error is None else f"{type(error).__name__}: {error}")
 
-    def begin(self, *, steps: int, steps_per_epoch: int) -> None:
-        """Training starts now, and will take `steps` optimizer steps."""
-        self._steps, self._steps_per_epoch = steps, steps_per_epoch
-        self._losses = deque(maxlen=steps_per_epoch)
+    @property
+    def name(self) -> str | None:
+        """Of the run's folder in logging_dir."""
+        return self._directory.name if self._directory else None
+
+    def begin(
+        self,
+        *,
+        steps: int,
+        steps_per_epoch: int,
+        first_epoch_at: int = 0,
+        epochs: int = 1,
+        next_save: Callable[[int], int] | None = None,
+    ) -> None:
+        """Training starts now, and ends when the run has made `steps` optimizer steps, in its epoch `epochs`. Epochs
+        are counted off from the step `first_epoch_at`; `next_save` says after which step there is something to save.
+        """
+        self._steps, self._steps_per_epoch, self._first_epoch_at = steps, steps_per_epoch, first_epoch_at
+        self._epochs, self._next_save = epochs, next_save
+        past = last_losses(self._directory, steps_per_epoch) if self._directory and self._done else ()
+        self._losses, self._loss_sum = deque(past, maxlen=steps_per_epoch), math.fsum(past)
         if self._rank == 0:
             # A terminal is redrawn, a file grows by each line.
             interval = 0.2 if sys.stderr.isatty() else 30.0
-            self._progress = tqdm(total=steps, desc="steps", smoothing=0.05, mininterval=interval, maxinterval=60)
+            self._progress = tqdm(
+                total=steps, initial=self._done, desc="steps", smoothing=0.05, mininterval=interval, maxinterval=60
+            )
         self._since = time.perf_counter()
 
     def step(
@@ -195,9 +231,12 @@ class Log:
         lr: Mapping[str, float],
         images: int,
         data_wait_seconds: float,
+        stop: Tensor | None = None,
+        measured: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Records an optimizer step that has been asked of the device. `step` and `epoch` count from 1; `lr` is by
-        the reference's name of the part ("unet", "text_encoder1", ...); `images` over all ranks. Raises
+        the reference's name of the part ("unet", "text_encoder1", ...); `images` over all ranks; `stop` is positive
+        if a rank was asked to stop; `measured` is whatever else, left out where it is not a number. Raises
         NonFiniteLoss for this step or, on a GPU, an earlier one.
         """
         now = time.perf_counter()
@@ -210,8 +249,9 @@ class Log:
             data_wait_seconds=data_wait_seconds,
             peak_memory_bytes=peak_memory_bytes(loss.device),
         )
-        scalars = {"loss": loss} if grad_norm is None else {"loss": loss, "grad_norm": grad_norm}
-        self._read(self._delayed.push(record, scalars))
+        scalars = {"loss": loss, "grad_norm": grad_norm, "stop": stop, **(measured or {})}
+        given = {name: scalar for name, scalar in scalars.items() if scalar is not None}
+        self._read(self._delayed.push(record, given))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -228,11 +268,35 @@ class Log:
         """
         self._read(self._delayed.flush())
 
-    def image(self, index: int, image: Image, prompt: str, step: int) -> None:
-        """Shows the preview of the prompt at `index` of the prompt file, drawn after `step` steps."""
+    def note_save(self, step: int) -> None:
+        """The weights or the state of `step` are about to be saved: a run that goes on from them will cut the log
+        off here. Raises NonFiniteLoss.
+        """
         self.flush()
         for tracker in self._trackers:
-            tracker.image(index, image, prompt, step)
+            tracker.flush()
+        if self._metrics and self._directory:
+            note_save(self._directory, step)
+
+    def previews(self, drawn: Sequence[tuple[int, Image, str]], step: int) -> None:
+        """Shows the previews of prompts by their place in the prompt file, drawn after `step` steps: each on its own,
+        and all on one sheet.
+        """
+        self.flush()
+        sheet = contact_sheet([image for _, image, _ in drawn], [prompt for *_, prompt in drawn], across=4)
+        for tracker in self._trackers:
+            for index, image, prompt in drawn:
+                tracker.image(f"sample_{index}", image, prompt, step)
+            tracker.image("previews", sheet, "", step)
+
+    def validation(self, losses: Mapping[str, float], *, step: int, epoch: int) -> None:
+        """The losses of a validation after `step` steps, the last in `epoch` (0: none yet), by what they are of."""
+        logger.info("validation after step %d: loss %.5g", step, losses["loss"])
+        if self._metrics:
+            row = {"step": step, "epoch": epoch, "validation": _without_infinities(dict(losses))}
+            self._metrics.write(json.dumps(row) + "\n")
+        for tracker in self._trackers:
+            tracker.scalars({f"validation/{name}": loss for name, loss in losses.items()}, step)
 
     def close(self, reason: str) -> None:
         """Writes what is still to be written and why the run ended; does nothing the second time."""
@@ -256,6 +320,8 @@ class Log:
     def _read(self, arrived: list[tuple[_Step, dict[str, float]]]) -> None:
         for record, scalars in arrived:
             self._last_step = record.step
+            self.stop_seen |= scalars.pop("stop", 0.0) > 0
+            scalars = {name: value for name, value in scalars.items() if "/" not in name or not math.isnan(value)}
             average = self._average(scalars["loss"])
             if self._rank == 0:
                 self._write_step(record, scalars, average)
@@ -282,12 +348,15 @@ class Log:
         rates = {f"lr/{part}": rate for part, rate in record.lr.items()}
         for tracker in self._trackers:
             tracker.scalars({**scalars, **rates, **speed}, record.step)
-            if record.step % self._steps_per_epoch == 0 or record.step == self._steps:
-                tracker.epoch_loss(average, record.epoch, record.step)
+            if (record.step - self._first_epoch_at) % self._steps_per_epoch == 0 or record.step == self._steps:
+                # Summed anew: a run that was resumed in the epoch has added up other sums.
+                tracker.epoch_loss(math.fsum(self._losses) / len(self._losses), record.epoch, record.step)
         if self._progress is not None:
-            self._progress.set_postfix_str(
-                f"avr_loss={average:.4g}, images/s={record.images_per_second:.3g}", refresh=False
-            )
+            parts = [f"epoch {record.epoch}/{self._epochs}", f"avr_loss={average:.4g}"]
+            parts += [f"images/s={record.images_per_second:.3g}"]
+            if self._next_save and record.step < self._steps:
+                parts += [f"next save in {self._next_save(record.step) - record.step} steps"]
+            self._progress.set_postfix_str(", ".join(parts), refresh=False)
             self._progress.update(record.step - self._progress.n)
 
 

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import mimetypes
 import platform
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,20 @@ LOCAL = {"metadata_thumbnail"}
 
 
 def build_metadata(
-    config: Config, *, epoch: int, step: int, seed: int, now: datetime, thumbnail: str | None = None
+    config: Config,
+    *,
+    epoch: int,
+    step: int,
+    seed: int,
+    now: datetime,
+    thumbnail: str | None = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """The metadata of weights saved after `step` optimizer steps and `epoch` whole epochs, from the start of training.
 
-    `now` is the time of saving, with its time zone (modelspec.date is written without it, as in the reference);
-    `thumbnail` is what `load_thumbnail` gave.
+    `resume` is what else a run needs to know to go on from them (see resume.py); `now` is the time of saving, with
+    its time zone (modelspec.date is written without it, as in the reference); `thumbnail` is what `load_thumbnail`
+    gave.
     """
     own = {
         "version": sdxl_finetune.__version__,
@@ -54,6 +63,7 @@ def build_metadata(
         "seed": str(seed),
         "versions": json.dumps(versions(), sort_keys=True),
         "config": json.dumps(shareable(config), sort_keys=True, ensure_ascii=False),
+        "resume": json.dumps(resume or {}, sort_keys=True),
     }
     return modelspec(config, now=now, thumbnail=thumbnail) | {PREFIX + name: value for name, value in own.items()}
 

@@ -59,11 +59,12 @@ class Prompt:
     """None: the run's `sample_sampler`."""
 
 
-def load_prompts(path: Path) -> tuple[Prompt, ...]:
-    """The prompts of a .txt, .toml or .json file, in order. Raises UserError with everything that is wrong in
-    it; warns of options that do not exist or that SDXL does not have (`--g`, `--cn`, ...), which the
-    reference skips.
+def load_prompts(path: Path, default: Prompt | None = None) -> tuple[Prompt, ...]:
+    """The prompts of a .txt, .toml or .json file, in order, what they do not say from `default`. Raises UserError
+    with everything that is wrong in it; warns of options that do not exist or that SDXL does not have (`--g`,
+    `--cn`, ...), which the reference skips.
     """
+    default = default or Prompt(prompt="")
     try:
         text = path.read_text(encoding="utf-8-sig")
         match path.suffix.lower():
@@ -79,7 +80,7 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(Problem(reason, key="sample_prompts", file=str(path))) from error
     problems: list[Problem] = []
-    prompts = tuple(_prompt(where, values, problems) for where, values in entries)
+    prompts = tuple(_prompt(where, values, default, problems) for where, values in entries)
     if problems:
         raise UserError(problems)
     unknown: dict[str, str] = {}
@@ -129,38 +130,38 @@ def _toml_prompts(data: dict[str, Any]) -> list[Any]:
     return [common | subset for subset in subsets]
 
 
-def _prompt(where: str, values: Mapping[str, Any], problems: list[Problem]) -> Prompt:
+def _prompt(where: str, values: Mapping[str, Any], default: Prompt, problems: list[Problem]) -> Prompt:
     """Reads one entry; what cannot be read is added to `problems` and its default taken."""
 
-    def number(key: str, default: Any, lowest: int, highest: int, kind: type[int | float] = int) -> Any:
+    def number(key: str, usual: Any, lowest: int, highest: int, kind: type[int | float] = int) -> Any:
         if (value := values.get(key)) is None:
-            return default
+            return usual
         parsed = _number(value, kind)
         if parsed is not None and lowest <= parsed <= highest:
             return parsed
         message = f"must be a number from {lowest} to {highest}"
         problems.append(Problem(message, key=key, value=value, file=where))
-        return default
+        return usual
 
-    def text(key: str, default: str | None) -> str | None:
+    def text(key: str, usual: str | None) -> str | None:
         value = values.get(key)
         if value is not None and not isinstance(value, str):
             problems.append(Problem("must be text", key=key, value=value, file=where))
-        return value if isinstance(value, str) else default
+        return value if isinstance(value, str) else usual
 
-    sampler = text("sample_sampler", None)
+    sampler = text("sample_sampler", default.sampler)
     if sampler is not None and sampler not in SAMPLERS:
         message = f"is no sampler: one of {', '.join(SAMPLERS)}"
         problems.append(Problem(message, key="sample_sampler", value=sampler, file=where))
-    width, height = (number(key, 512, 0, LARGEST_SIDE) for key in ("width", "height"))
-    seed = number("seed", None, -LARGEST_SEED, LARGEST_SEED)
+    width, height = (number(key, getattr(default, key), 0, LARGEST_SIDE) for key in ("width", "height"))
+    seed = number("seed", default.seed, -LARGEST_SEED, LARGEST_SEED)
     return Prompt(
         prompt=text("prompt", "") or "",
-        negative_prompt=text("negative_prompt", None),
+        negative_prompt=text("negative_prompt", default.negative_prompt),
         width=max(64, width - width % 8),
         height=max(64, height - height % 8),
-        steps=min(max(1, number("sample_steps", 30, 0, 10**6)), MOST_STEPS),
-        scale=number("scale", 7.5, 0, 1000, float),
+        steps=min(max(1, number("sample_steps", default.steps, 0, 10**6)), MOST_STEPS),
+        scale=number("scale", default.scale, 0, 1000, float),
         seed=None if seed is None or seed < 0 else seed,
         sampler=sampler,
     )

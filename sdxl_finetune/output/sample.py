@@ -24,13 +24,13 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float, Int64
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.schedule import FIRST_BETA, LAST_BETA, TIMESTEPS, Schedule
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.model.sdxl import SDXL, evaluating
 from sdxl_finetune.model.vae import decode
 from sdxl_finetune.output.prompts import Prompt, preview_name
 from sdxl_finetune.seeding import position_sequence
@@ -51,6 +51,18 @@ SAMPLERS: Mapping[str, str] = {
     "dpmsingle": "DPMSolverSinglestepScheduler",
 }
 """The reference's names and diffusers' classes; k_x is x."""
+UI_NAMES = {
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "lms": "LMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm_2": "DPM2",
+    "dpm_2_a": "DPM2 a",
+    "dpmsolver++": "DPM++ 2M",
+}
+"""What AUTOMATIC1111 calls those of them that it has."""
 TERMINAL = 2.0**-24
 """Stands for a terminal alpha-bar of 0, where the samplers that work on sigma would divide by it (as in diffusers)."""
 
@@ -97,15 +109,15 @@ def build_sampler(name: str, schedule: Schedule, *, v_parameterization: bool) ->
 
 
 def denoise(
-    predict: Callable[[Float[Tensor, "1 4 h w"], Int64[Tensor, ""]], Float[Tensor, "1 4 h w"]],
+    predict: Callable[[Float[Tensor, "n 4 h w"], Int64[Tensor, ""]], Float[Tensor, "n 4 h w"]],
     sampler: Any,
     steps: int,
-    noise: Float[Tensor, "1 4 h w"],
-    generator: torch.Generator,
-) -> Float[Tensor, "1 4 h w"]:
-    """Latents out of `noise` of unit variance, in `steps` steps of `sampler`, which draws from `generator`."""
+    noise: Float[Tensor, "n 4 h w"],
+    generators: list[torch.Generator],
+) -> Float[Tensor, "n 4 h w"]:
+    """Latents out of `noise` of unit variance, in `steps` steps of `sampler`, which draws from an image's generator."""
     sampler.set_timesteps(steps, device=noise.device)
-    draws = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
+    draws = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
     latents = noise * sampler.init_noise_sigma
     for timestep in sampler.timesteps:
         # The U-Net was trained at whole timesteps; some samplers stop between two.
@@ -115,35 +127,34 @@ def denoise(
 
 
 def draw_latents(
-    model: SDXL, tokenizer: Tokenizer, sampler: Any, prompt: Prompt, seed: int
-) -> Float[Tensor, "1 4 h w"]:
-    """The latents of a prompt, scaled as the U-Net sees them. The text is encoded once.
+    model: SDXL, tokenizer: Tokenizer, sampler: Any, prompts: Sequence[Prompt], seeds: Sequence[int]
+) -> Float[Tensor, "n 4 h w"]:
+    """The latents of prompts that differ in text only, scaled as the U-Net sees them. The texts are encoded once.
 
     Guidance (Ho and Salimans, arXiv 2207.12598) moves away from the negative prompt, empty if there is none, and is
     off at a scale of 1 and less. (words:1.3) are weighted, as the reference's previews do.
     """
     device = next(model.parameters()).device
-    guided = prompt.scale > 1
-    texts = [prompt.negative_prompt or "", prompt.prompt] if guided else [prompt.prompt]
+    prompt, guided = prompts[0], prompts[0].scale > 1
+    texts = [one.negative_prompt or "" for one in prompts] * guided + [one.prompt for one in prompts]
     tokens = dataclasses.replace(tokenizer, weighted=True)(texts)
     hidden, pooled = model.encode_text(*(part.to(device) for part in tokens if part is not None))
     size = [prompt.height, prompt.width]
     sizes = torch.tensor([[*size, 0, 0, *size]], device=device).expand(len(texts), -1)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        count = len(texts)
-        predicted = model.predict(
-            latents.expand(count, -1, -1, -1), timestep.to(device).expand(count), hidden, pooled, sizes
-        )
+        both = torch.cat([latents, latents]) if guided else latents
+        predicted = model.predict(both, timestep.to(device).expand(len(texts)), hidden, pooled, sizes)
         if not guided:
             return predicted
         away, towards = predicted.chunk(2)
         return away + prompt.scale * (towards - away)
 
     # Drawn on the CPU, so that a seed gives the same picture on every device.
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1, 4, prompt.height // 8, prompt.width // 8, generator=generator)
-    return denoise(predict, sampler, prompt.steps, noise.to(device), generator)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = 4, prompt.height // 8, prompt.width // 8
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return denoise(predict, sampler, prompt.steps, noise.to(device), generators)
 
 
 def draw_previews(
@@ -171,14 +182,14 @@ def draw_previews(
     assert config.output_dir is not None
     folder, device = config.output_dir / "sample", next(model.parameters()).device
     drawn: list[tuple[int, int, Tensor]] = []
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for index in range(rank, len(prompts), ranks):
             prompt = prompts[index]
             with _one_line_if_it_fails(index, prompt), autocast():
                 chosen = _position_seed(seed, step, index) if prompt.seed is None else prompt.seed
                 name = prompt.sampler or config.sample_sampler
                 sampler = build_sampler(name, schedule, v_parameterization=config.v_parameterization)
-                drawn.append((index, chosen, draw_latents(model, tokenizer, sampler, prompt, chosen)))
+                drawn.append((index, chosen, draw_latents(model, tokenizer, sampler, [prompt], [chosen])))
     previews = []
     with torch.no_grad(), _on(vae, device):
         for index, chosen, latents in drawn:
@@ -187,7 +198,8 @@ def draw_previews(
                 name = preview_name(config.output_name, epoch=epoch, step=step, index=index, time=now, seed=prompt.seed)
                 image = to_image(vae, latents)
                 preview = Preview(index=index, prompt=prompt, seed=chosen, image=image, path=folder / name)
-                save_preview(preview, config)
+                text = parameters(prompt, chosen, prompt.sampler or config.sample_sampler, config.output_name)
+                save_picture(preview.path, image, text)
                 previews.append(preview)
     return previews
 
@@ -201,27 +213,27 @@ def to_image(vae: AutoencoderKL, latents: Float[Tensor, "1 4 h w"]) -> Image.Ima
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def save_preview(preview: Preview, config: Config) -> None:
-    """Writes the picture whole or not at all, with its parameters in the text that web UIs read back."""
+def save_picture(path: Path, image: Image.Image, text: str) -> None:
+    """Writes the picture whole or not at all, with its `parameters` in the text that web UIs read back."""
     information = PngInfo()
-    information.add_text("parameters", parameters(preview, config))
-    with atomic_path(preview.path) as temporary:
-        preview.image.save(temporary, format="PNG", pnginfo=information)
+    information.add_text("parameters", text)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=information)
 
 
-def parameters(preview: Preview, config: Config) -> str:
-    """How the picture was drawn, in AUTOMATIC1111's form."""
-    prompt = preview.prompt
+def parameters(prompt: Prompt, seed: int, sampler: str, model: str | None, model_hash: str | None = None) -> str:
+    """How a picture is drawn, in AUTOMATIC1111's form; the hash is the first ten digits of the file's SHA-256."""
     lines = [prompt.prompt]
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")
     settings = {
         "Steps": prompt.steps,
-        "Sampler": prompt.sampler or config.sample_sampler,
+        "Sampler": UI_NAMES.get(sampler.removeprefix("k_"), sampler),
         "CFG scale": prompt.scale,
-        "Seed": preview.seed,
+        "Seed": seed,
         "Size": f"{prompt.width}x{prompt.height}",
-        "Model": config.output_name,
+        "Model hash": model_hash,
+        "Model": model,
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
@@ -238,18 +250,6 @@ def _one_line_if_it_fails(index: int, prompt: Prompt) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         logger.error("no preview of prompt %d (%s): %s: %s", index, prompt.prompt, type(error).__name__, reason)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it no dropout and no checkpointing; each module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -27,13 +27,16 @@ class Tracker(Protocol):
 
     def epoch_loss(self, loss: float, epoch: int, step: int) -> None: ...
 
-    def image(self, index: int, image: Image, prompt: str, step: int) -> None: ...
+    def image(self, tag: str, image: Image, prompt: str, step: int) -> None: ...
+
+    def flush(self) -> None:
+        """Everything shown so far is in the files, as far as there are any."""
 
     def close(self) -> None: ...
 
 
-def build_trackers(config: Config, directory: Path | None) -> list[Tracker]:
-    """The trackers that the config asks for; UserError if one cannot start."""
+def build_trackers(config: Config, directory: Path | None, done: int = 0) -> list[Tracker]:
+    """The trackers that the config asks for; UserError if one cannot start. The run goes on after `done` steps."""
     chosen = config.log_with or ("tensorboard" if directory else None)
     if chosen in ("tensorboard", "all") and directory is None:
         raise UserError(Problem("TensorBoard needs logging_dir", key="log_with", value=chosen))
@@ -42,7 +45,7 @@ def build_trackers(config: Config, directory: Path | None) -> list[Tracker]:
     if chosen in ("wandb", "all"):
         trackers.append(WeightsAndBiases(config, directory, arguments.get("wandb", {})))
     if chosen in ("tensorboard", "all") and directory:
-        trackers.append(TensorBoard(config, directory, arguments.get("tensorboard", {})))
+        trackers.append(TensorBoard(config, directory, arguments.get("tensorboard", {}), done))
     return trackers
 
 
@@ -60,12 +63,14 @@ def _tracker_arguments(config: Config) -> dict[str, dict[str, Any]]:
 class TensorBoard:
     """Event files in a folder of the run directory."""
 
-    def __init__(self, config: Config, directory: Path, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config, directory: Path, arguments: Mapping[str, Any], done: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = directory / (config.log_tracker_name or DEFAULT_NAME)
-        self._writer: Any = SummaryWriter(str(folder), **({"flush_secs": 20} | dict(arguments)))
-        if config.log_config:
+        # The purge is for a TensorBoard that has read what the interrupted run wrote after its last save.
+        settings = {"flush_secs": 20, "purge_step": done + 1 if done else None} | dict(arguments)
+        self._writer: Any = SummaryWriter(str(folder), **settings)
+        if config.log_config and not done:
             self._writer.add_text("config", f"```toml\n{toml.dumps(shareable(config))}\n```")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -75,9 +80,13 @@ class TensorBoard:
     def epoch_loss(self, loss: float, epoch: int, step: int) -> None:
         self._writer.add_scalar("loss/epoch", loss, epoch)
 
-    def image(self, index: int, image: Image, prompt: str, step: int) -> None:
-        self._writer.add_image(f"sample_{index}", np.asarray(image), step, dataformats="HWC")
-        self._writer.add_text(f"sample_{index}/prompt", prompt, step)
+    def image(self, tag: str, image: Image, prompt: str, step: int) -> None:
+        self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+        if prompt:
+            self._writer.add_text(f"{tag}/prompt", prompt, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -101,7 +110,12 @@ class WeightsAndBiases:
             "dir": str(directory) if directory else None,
             "config": shareable(config) if config.log_config else None,
         }
+        known = directory / "wandb_run" if directory else None
+        if known and known.is_file():
+            settings |= {"id": known.read_text(encoding="utf-8"), "resume": "allow"}
         self._run = wandb.init(**(settings | dict(arguments)))
+        if known:
+            known.write_text(self._run.id, encoding="utf-8")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
@@ -110,8 +124,11 @@ class WeightsAndBiases:
         # Its steps may not go back, so that an epoch's loss stands at the epoch's last step.
         self._run.log({"loss/epoch": loss, "epoch": epoch}, step=step)
 
-    def image(self, index: int, image: Image, prompt: str, step: int) -> None:
-        self._run.log({f"sample_{index}": self._wandb.Image(image, caption=prompt)}, step=step)
+    def image(self, tag: str, image: Image, prompt: str, step: int) -> None:
+        self._run.log({tag: self._wandb.Image(image, caption=prompt)}, step=step)
+
+    def flush(self) -> None:
+        """Its steps cannot be taken back, so there is nothing to keep them apart for."""
 
     def close(self) -> None:
         self._run.finish()

@@ -8,6 +8,7 @@ and nothing older is removed before.
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,14 +49,22 @@ def weights_due(config: Config, *, epoch: int | None, step: int, epochs: int) ->
     """The numbered files to save after an optimizer step, the `step`-th of the run. `epoch` is the number of the
     epoch that it ends, None within an epoch; `epochs` is how many there will be.
     """
+    keep_epochs, keep_steps = config.save_last_n_epochs, config.save_last_n_steps
+    return due_after(config, epoch=epoch, step=step, epochs=epochs, keep_epochs=keep_epochs, keep_steps=keep_steps)
+
+
+def due_after(
+    config: Config, *, epoch: int | None, step: int, epochs: int, keep_epochs: int | None, keep_steps: int | None
+) -> list[Due]:
+    """The same for whatever is saved with the weights, of which so many are kept."""
     due = []
     every = config.save_every_n_steps
     if every and step % every == 0:
-        old = replaced_step(step, every, config.save_last_n_steps)
+        old = replaced_step(step, every, keep_steps)
         due.append(Due(name=step_name(config, step), replaces=None if old is None else step_name(config, old)))
     every = epochs_between_saves(config, epochs)
     if every and epoch and epoch % every == 0 and epoch < epochs:
-        old = replaced_epoch(epoch, every, config.save_last_n_epochs)
+        old = replaced_epoch(epoch, every, keep_epochs)
         due.append(Due(name=epoch_name(config, epoch), replaces=None if old is None else epoch_name(config, old)))
     return due
 
@@ -96,6 +105,13 @@ def step_name(config: Config, step: int) -> str:
     return f"{config.output_name or 'at'}-step{step:08d}"
 
 
+def saved_names(config: Config) -> re.Pattern[str]:
+    """Matches the names under which this config saves, without extension."""
+    name = config.output_name and re.escape(config.output_name)
+    alternatives = rf"{name or 'epoch'}-\d{{6,}}|{name or 'at'}-step\d{{8,}}|{name or 'last'}"
+    return re.compile(rf"(?:{alternatives})(?:{TOO_LARGE})?")
+
+
 def kind_to_save(config: Config, loaded: Literal["safetensors", "ckpt", "diffusers"]) -> SaveAs:
     """How weights are saved: save_model_as, else as the model that was loaded, a folder with safetensors in it.
     use_safetensors turns either way of pickling into safetensors.
@@ -111,6 +127,18 @@ def kind_to_save(config: Config, loaded: Literal["safetensors", "ckpt", "diffuse
 def path_of(directory: Path, name: str, kind: SaveAs) -> Path:
     """Where the weights of that name lie: a file, or a folder for the diffusers kinds."""
     return directory / (name if kind.startswith("diffusers") else f"{name}.{kind}")
+
+
+def exist(directory: Path, name: str, kind: SaveAs) -> bool:
+    """Whether there are weights of that name, or of the one that they get if they are too large for float16."""
+    return any(path_of(directory, one, kind).exists() for one in (name, name + TOO_LARGE))
+
+
+def remove_replaced(due: Due, directory: Path, kind: SaveAs) -> None:
+    """Removes the weights that those which were due have taken the place of."""
+    if due.replaces:
+        for old in (due.replaces, due.replaces + TOO_LARGE):
+            remove(path_of(directory, old, kind))
 
 
 def save_weights(
@@ -145,13 +173,11 @@ def save_weights(
             temporary, model, vae, save_as=kind, dtype=dtype, metadata=metadata, epoch=epoch, global_step=step
         )
     logger.info("saved %s", path)
-    if due.replaces:
-        for old in (due.replaces, due.replaces + TOO_LARGE):
-            _remove(path_of(directory, old, kind))
+    remove_replaced(due, directory, kind)
     return path
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Removes a file or folder, if it is there; a failure is no reason to end a run."""
     try:
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""`sdxl-model`: makes small random models, says what a checkpoint is, converts between layouts and precisions.
+"""`sdxl-model`: makes small random models, says what a checkpoint is, converts between layouts and precisions, draws.
 
 Nothing is imported that `--help` does not need; each command imports what it works with.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_finetune.files import atomic_path
+from sdxl_finetune.output.prompts import SAMPLERS
 from sdxl_finetune.problems import Problem, UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def main(argv: list[str]) -> int:
             _info(arguments.model)
         case "convert":
             _convert(arguments)
+        case "generate" | "compare":
+            _picture(arguments)
     return 0
 
 
@@ -58,11 +61,63 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("model", type=Path, help="file or diffusers folder to read")
     convert.add_argument("output", type=Path, help="file (.safetensors, .ckpt) or diffusers folder to write")
     convert.add_argument("--vae", type=Path, help="VAE (file or folder) to put in place of the model's own")
+    _add_pictures(commands)
     for command in (init, convert):
         command.add_argument("--save_precision", choices=tuple(PRECISIONS), help="default: fp16 (init), as it is")
         command.add_argument("--save_model_as", choices=FORMATS, help="default: by the name of the output")
         command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     return parser
+
+
+def _add_pictures(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    generate = commands.add_parser("generate", help="draw pictures")
+    generate.add_argument("model", type=Path, help="file or diffusers folder")
+    generate.add_argument("--output", type=Path, default=Path("generated"), help="folder for the pictures (generated)")
+    compare = commands.add_parser("compare", help="one page of the same prompts and seeds through several checkpoints")
+    compare.add_argument("models", type=Path, nargs="+", metavar="model", help="files or diffusers folders")
+    compare.add_argument("--output", type=Path, default=Path("compare.html"), help="page to write (compare.html)")
+    for command in (generate, compare):
+        prompts = "prompt file as for sample_prompts, whose own options win"
+        command.add_argument("--prompts", type=Path, metavar="FILE", help=prompts)
+        command.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
+        command.add_argument("--negative_prompt", help="what to keep away from")
+        for side in ("width", "height"):
+            command.add_argument(f"--{side}", type=_side, default=1024, help="pixels, a multiple of 8 (1024)")
+        command.add_argument("--steps", type=_count, default=28, help="of the sampler (28)")
+        command.add_argument("--scale", type=float, default=5.0, help="strength of classifier-free guidance (5)")
+        command.add_argument("--sampler", choices=SAMPLERS, default="euler_a", metavar="NAME", help=", ".join(SAMPLERS))
+        command.add_argument("--seed", type=_seed, help="of the first picture of each prompt; drawn if not given")
+        command.add_argument("--images", type=_count, default=1, help="pictures of each prompt, seed after seed (1)")
+        command.add_argument("--batch_size", type=_count, default=1, help="pictures drawn at a time (1)")
+        command.add_argument("--max_token_length", type=int, choices=(75, 150, 225), default=225, help="tokens (225)")
+        command.add_argument("--precision", choices=tuple(PRECISIONS), help="of the model: float, on a GPU bf16")
+        command.add_argument("--vae", type=Path, help="VAE (file or folder) to draw with")
+        command.add_argument("--v_parameterization", action="store_true", help="if the file does not say it itself")
+        command.add_argument("--zero_terminal_snr", action="store_true", help="if the file does not say it itself")
+
+
+def _picture(arguments: argparse.Namespace) -> None:
+    from sdxl_finetune.tools.generate import compare, generate
+
+    if arguments.command == "compare":
+        compare(arguments)
+    else:
+        generate(arguments, auto_v2(arguments.model).lower() if arguments.model.is_file() else None)
+
+
+def _count(text: str) -> int:
+    return _numbers_from(1, text)[0]
+
+
+def _seed(text: str) -> int:
+    return _numbers_from(0, text)[0]
+
+
+def _side(text: str) -> int:
+    side = _count(text)
+    if side % 8 or side < 64:
+        raise argparse.ArgumentTypeError(f"{text}: a multiple of 8, at least 64, is needed")
+    return side
 
 
 def _numbers(text: str) -> tuple[int, ...]:

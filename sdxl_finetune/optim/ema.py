@@ -1,0 +1,76 @@
+"""A moving average of the trained weights, which draws and generalises better than the last of them.
+
+    average <- d average + (1 - d) weights          after each optimizer step
+
+d is ema_decay, or falls to a half in ema_half_life images (Karras et al., arXiv 2312.02696, section 3.1, on averages
+that are counted in images). Early in a run it is held to (1 + n) / (10 + n) after n steps, so that what training began
+with does not stay for long. The average is float32, since bf16 would round its small steps away. Every rank keeps it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sdxl_finetune.config import Config
+from sdxl_finetune.optim.groups import Group
+
+
+class MovingAverage:
+    """The average of the parameters of these groups; it begins with their values."""
+
+    def __init__(self, groups: Sequence[Group], config: Config) -> None:
+        self._config = config
+        self._parameters = {
+            f"{group.name}.{name}": parameter for group in groups for name, parameter in group.parameters.items()
+        }
+        device = torch.device("cpu") if config.ema_on_cpu else None
+        self.averages = {
+            name: parameter.detach().to(device or parameter.device, torch.float32, copy=True)
+            for name, parameter in self._parameters.items()
+        }
+
+    def decay(self, step: int, images: int) -> float:
+        """Share of the average that stays after the optimizer step `step` (from 0) on so many images."""
+        config = self._config
+        if config.ema_half_life is not None:
+            asked = 0.5 ** (images / config.ema_half_life)
+        else:
+            assert config.ema_decay is not None
+            asked = config.ema_decay
+        return min(asked, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int, images: int) -> None:
+        """Takes in the weights after the optimizer step `step`."""
+        share = 1 - self.decay(step, images)
+        for name, parameter in self._parameters.items():
+            average = self.averages[name]
+            average.lerp_(parameter.to(average, non_blocking=True), share)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the model holds the average; afterwards it holds the very tensors of before."""
+        trained = {name: parameter.data for name, parameter in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            parameter.data = self.averages[name].to(parameter.device, parameter.dtype)
+        try:
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = trained[name]
+
+    def load(self, kept: Mapping[str, Tensor]) -> list[str]:
+        """Goes on from what a training state has kept; returns the names of which it has nothing."""
+        missing = [name for name in self.averages if name not in kept]
+        for name, average in self.averages.items():
+            if name in kept:
+                average.copy_(kept[name])
+        return missing
+
+
+def build_average(groups: Sequence[Group], config: Config) -> MovingAverage | None:
+    """The average, if the config asks for one."""
+    asked = config.ema_decay is not None or config.ema_half_life is not None
+    return MovingAverage(groups, config) if asked else None

@@ -1,0 +1,156 @@
+"""`sdxl-model generate` and `compare`: pictures of any checkpoint, drawn as previews are while it trains.
+
+What the file says of itself is taken for granted: v-prediction by modelspec.prediction_type, zero terminal SNR by the
+config that this project writes into it. A picture depends on model, prompt, options and seed, not on the batch that it
+is drawn in (but for rounding).
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from sdxl_finetune.data.tokens import build_tokenizer
+from sdxl_finetune.diffusion.schedule import build_schedule
+from sdxl_finetune.files import atomic_path
+from sdxl_finetune.model.load import Loaded, load_checkpoint
+from sdxl_finetune.output.prompts import Prompt, load_prompts
+from sdxl_finetune.output.sample import build_sampler, draw_latents, parameters, save_picture, to_image
+from sdxl_finetune.problems import Problem, UserError
+
+logger = logging.getLogger(__name__)
+
+LARGEST_SEED = 2**32
+STYLE = """
+body { font: 14px sans-serif; margin: 1em; background: #fff; color: #222 }
+table { border-collapse: collapse } th, td { padding: 4px; vertical-align: top; text-align: left; max-width: 20em }
+thead th { position: sticky; top: 0; background: #fff } img { display: block; width: 100%; min-width: 96px }
+"""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One picture to draw."""
+
+    prompt: Prompt
+    seed: int
+
+
+def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
+    """Draws every prompt `images` times into the folder `output`. Raises UserError."""
+    wanted = _wanted(arguments)
+    loaded = _load(arguments.model, arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    first = _next_number(arguments.output)
+    for number, (one, image) in enumerate(_draw(loaded, wanted, arguments), first):
+        sampler = one.prompt.sampler or arguments.sampler
+        path = arguments.output / f"{number:05d}-{one.seed}.png"
+        save_picture(path, image, parameters(one.prompt, one.seed, sampler, arguments.model.stem, model_hash))
+    print(f"wrote {len(wanted)} pictures into {arguments.output}")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Writes one HTML page: a row for each prompt and seed, a column for each checkpoint. Raises UserError."""
+    wanted = _wanted(arguments)
+    columns = []
+    for model in arguments.models:
+        loaded = _load(model, arguments)
+        columns.append([_embedded(image) for _, image in _draw(loaded, wanted, arguments, about=model.name)])
+        del loaded
+    head = "".join(f"<th>{html.escape(str(model))}</th>" for model in arguments.models)
+    rows = []
+    for one, *pictures in zip(wanted, *columns, strict=True):
+        said = html.escape(parameters(one.prompt, one.seed, one.prompt.sampler or arguments.sampler, None))
+        cells = "".join(f'<td><img src="{picture}" alt=""></td>' for picture in pictures)
+        rows.append(f"<tr><td>{said.replace(chr(10), '<br>')}</td>{cells}</tr>")
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    page = f'<!doctype html><meta charset="utf-8"><title>Checkpoints compared</title><style>{STYLE}</style>{table}\n'
+    with atomic_path(arguments.output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(f"wrote {arguments.output}: {len(wanted)} pictures of each of {len(arguments.models)} checkpoints")
+
+
+def _wanted(arguments: argparse.Namespace) -> list[Wanted]:
+    """Every picture, with its seed: the prompt's, the option's, or one that is drawn; then the numbers after it."""
+    default = Prompt(
+        prompt="",
+        negative_prompt=arguments.negative_prompt,
+        width=arguments.width,
+        height=arguments.height,
+        steps=arguments.steps,
+        scale=arguments.scale,
+    )
+    prompts = [replace(default, prompt=prompt) for prompt in arguments.prompt]
+    if arguments.prompts:
+        prompts += load_prompts(arguments.prompts, default)
+    if not prompts:
+        raise UserError(Problem("is needed, or --prompts: what to draw", key="prompt"))
+    drawn = secrets.randbelow(LARGEST_SEED) if arguments.seed is None else arguments.seed
+    return [
+        Wanted(prompt, (drawn if prompt.seed is None else prompt.seed) + number)
+        for prompt in prompts
+        for number in range(arguments.images)
+    ]
+
+
+def _load(path: Path, arguments: argparse.Namespace) -> Loaded:
+    gpu = torch.cuda.is_available()
+    name = arguments.precision or ("bf16" if gpu else "float")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}[name]
+    loaded = load_checkpoint(path, dtype=dtype, vae_path=arguments.vae)
+    device = torch.device("cuda" if gpu else "cpu")
+    loaded.model.to(device).eval()
+    loaded.vae.to(device)
+    return loaded
+
+
+@torch.no_grad()
+def _draw(
+    loaded: Loaded, wanted: Sequence[Wanted], arguments: argparse.Namespace, about: str = "drawing"
+) -> Iterator[tuple[Wanted, Image.Image]]:
+    """The pictures in order; those next to each other that differ in text and seed only share batches."""
+    predicts_v = arguments.v_parameterization or loaded.metadata.get("modelspec.prediction_type") == "v"
+    trained = json.loads(loaded.metadata.get("sdxl_finetune.config", "{}"))
+    zero = arguments.zero_terminal_snr or bool(trained.get("zero_terminal_snr"))
+    tokenizer = build_tokenizer(max_token_length=arguments.max_token_length, weighted_captions=True)
+    schedule = build_schedule(zero_terminal_snr=zero)
+    with tqdm(total=len(wanted), desc=about, unit=" images", disable=None) as progress:
+        for (name, *_), run in groupby(wanted, lambda one: _shared(one.prompt, arguments.sampler)):
+            alike = list(run)
+            for start in range(0, len(alike), arguments.batch_size):
+                batch = alike[start : start + arguments.batch_size]
+                sampler = build_sampler(str(name), schedule, v_parameterization=predicts_v)
+                prompts, seeds = [one.prompt for one in batch], [one.seed for one in batch]
+                latents = draw_latents(loaded.model, tokenizer, sampler, prompts, seeds)
+                if not latents.isfinite().all():
+                    message = "the model gives values that are infinite or not a number"
+                    raise UserError(Problem(f"{message}: try float", key="precision", value=arguments.precision))
+                for one, latent in zip(batch, latents, strict=True):
+                    yield one, to_image(loaded.vae, latent[None])
+                progress.update(len(batch))
+
+
+def _shared(prompt: Prompt, sampler: str) -> tuple[object, ...]:
+    return prompt.sampler or sampler, prompt.width, prompt.height, prompt.steps, prompt.scale
+
+
+def _next_number(folder: Path) -> int:
+    numbers = [int(path.name.partition("-")[0]) for path in folder.glob("[0-9]*-*.png")]
+    return max(numbers, default=-1) + 1
+
+
+def _embedded(image: Image.Image) -> str:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -1,0 +1,66 @@
+"""The moving average of the weights: its formula, its precision, and that training does not notice it."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from sdxl_finetune.config import Config
+from sdxl_finetune.optim.ema import build_average
+from sdxl_finetune.optim.groups import Group
+
+
+def groups_of(value: float, dtype: torch.dtype = torch.float32) -> list[Group]:
+    return [Group("unet", {"a": Parameter(torch.full((3,), value, dtype=dtype))}, 1e-3)]
+
+
+def test_without_an_option_there_is_none() -> None:
+    assert build_average(groups_of(1.0), Config()) is None
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_it_follows_its_formula(on_cpu: bool) -> None:
+    groups = groups_of(0.0)
+    average = build_average(groups, Config(ema_decay=0.7, ema_on_cpu=on_cpu))
+    expected = 0.0
+    for step in range(40):
+        groups[0].parameters["a"].data.fill_(math.sin(step))
+        average.update(step, 5)
+        decay = min(0.7, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * math.sin(step)
+        assert average.averages["unet.a"].tolist() == pytest.approx([expected] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("images", [1, 8, 64])
+def test_a_half_life_is_counted_in_images(images: int) -> None:
+    """After 640 images a jump of the weights is half in the average, whatever the batch size."""
+    groups = groups_of(0.0)
+    average = build_average(groups, Config(ema_half_life=640))
+    groups[0].parameters["a"].data.fill_(1.0)
+    for step in range(10_000, 10_000 + 640 // images):
+        average.update(step, images)
+    assert average.averages["unet.a"].tolist() == pytest.approx([0.5] * 3, abs=1e-4)
+
+
+def test_bf16_weights_have_a_float32_average() -> None:
+    groups = groups_of(1.0, torch.bfloat16)
+    average = build_average(groups, Config(ema_decay=0.9999))
+    groups[0].parameters["a"].data.fill_(2.0)
+    for step in range(10**6, 10**6 + 100):
+        average.update(step, 1)
+    assert average.averages["unet.a"].tolist() == pytest.approx([2 - 0.9999**100] * 3, rel=1e-5)
+    with average.in_place():
+        assert groups[0].parameters["a"].dtype == torch.bfloat16
+
+
+def test_training_gets_its_own_tensors_back() -> None:
+    groups = groups_of(1.0)
+    parameter = groups[0].parameters["a"]
+    average = build_average(groups, Config(ema_decay=0.5))
+    parameter.data.fill_(3.0)
+    before = parameter.data_ptr()
+    with pytest.raises(ZeroDivisionError), average.in_place():
+        assert parameter.tolist() == [1.0] * 3
+        raise ZeroDivisionError
+    assert parameter.data_ptr() == before and parameter.tolist() == [3.0] * 3

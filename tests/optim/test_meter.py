@@ -1,0 +1,67 @@
+"""What is measured of a step is what it says it is."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from sdxl_finetune.optim.groups import Group
+from sdxl_finetune.optim.meter import SAMPLE, Meter
+
+
+def groups_of() -> list[Group]:
+    torch.manual_seed(0)
+    parts = {"unet": (3, 5), "text_encoder1": (7,)}
+    return [
+        Group(name, {f"{name}{at}": Parameter(torch.randn(shape)) for at in range(3)}, 1e-3)
+        for name, shape in parts.items()
+    ]
+
+
+def test_losses_are_told_apart_by_timestep() -> None:
+    meter = Meter(groups_of(), torch.device("cpu"))
+    losses, timesteps = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 249, 250, 999])
+    meter.add_losses(losses, timesteps, torch.ones(4))
+    meter.add_losses(torch.tensor([100.0, 6.0]), torch.tensor([500, 999]), torch.tensor([0.0, 0.2]))
+    found = {name: value.item() for name, value in meter.take(meter.sums).items()}
+    assert math.isnan(found.pop("loss/t500-749")), "no image was there"
+    assert found == {"loss/t000-249": 1.5, "loss/t250-499": 4.0, "loss/t750-999": 7.0}
+    assert all(math.isnan(value) for value in meter.take(meter.sums).values())
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])
+def test_gradients_are_clipped_together_and_measured_apart(max_norm: float) -> None:
+    groups, expected = groups_of(), groups_of()
+    for number, (group, other) in enumerate(zip(groups, expected, strict=True)):
+        for one, same in zip(group.parameters.values(), other.parameters.values(), strict=True):
+            one.grad = torch.full_like(one, number + 1.0)
+            same.grad = one.grad.clone()
+    groups[0].parameters["unet0"].grad = expected[0].parameters["unet0"].grad = None
+    meter = Meter(groups, torch.device("cpu"))
+    total = meter.clip_gradients(max_norm)
+    every = [one for group in expected for one in group.parameters.values()]
+    assert total == pytest.approx(torch.nn.utils.clip_grad_norm_(every, max_norm or math.inf).item(), rel=1e-6)
+    for one, same in zip([one for group in groups for one in group.parameters.values()], every, strict=True):
+        assert one.grad is None or torch.allclose(one.grad, same.grad, rtol=1e-6)
+    found = meter.take(meter.sums)
+    assert found["grad_norm/unet"] == pytest.approx(math.sqrt(30))
+    assert found["grad_norm/text_encoder1"] == pytest.approx(math.sqrt(4 * 21))
+
+
+def test_updates_are_measured_relative_to_the_weights() -> None:
+    groups = groups_of()
+    meter = Meter(groups, torch.device("cpu"))
+    with meter.watch_updates():
+        for one in groups[0].parameters.values():
+            one.data *= 1.01
+    found = meter.take(meter.sums)
+    assert found["update/unet"] == pytest.approx(0.01, rel=1e-4) and found["update/text_encoder1"] == 0
+
+
+def test_a_part_of_large_tensors_is_measured_by_one() -> None:
+    group = Group("unet", {str(at): Parameter(torch.ones(SAMPLE + 1 + at)) for at in range(3)}, 1e-3)
+    meter = Meter([group], torch.device("cpu"))
+    with meter.watch_updates():
+        group.parameters["0"].data += 1
+    assert meter.take(meter.sums)["update/unet"] == pytest.approx(1.0)
