@@ -90,7 +90,7 @@ def job(index: Index, encode, arguments: argparse.Namespace) -> tuple[Encoding, 
     names, library = name_rows(index), Library([])
     rows = lacking(index, locate(index, names, library))
     settings = {"pixels_per_latent": 8, "batch_size": arguments.batch_size, "threads": arguments.threads}
-    return Encoding(index=index, names=names, library=library, encode=encode, **settings), rows
+    return Encoding(index=index, names=names, known=library, encode=encode, **settings), rows
 
 
 def rate(images: Iterator, count: int) -> float:

@@ -15,6 +15,7 @@ import torch
 from photos import write_photos
 
 from sdxl_finetune.config import load_config
+from sdxl_finetune.objective import batch_latents
 from sdxl_finetune.run import Run, build_run
 from sdxl_finetune.tools.model import main as model_tool
 from sdxl_finetune.train import record, training_steps
@@ -67,7 +68,7 @@ def prepared(folder: Path, arguments: argparse.Namespace):
 def measure(run: Run, count: int) -> tuple[float, float]:
     """Median seconds of a step of the loop and of a bare step, taken in turn after a warm-up."""
     batch = next(iter(run.batches())).to(run.accelerator.device)
-    latents = run.latents(batch)
+    latents = batch_latents(batch, run.vae)
     loop_times, bare_times = [], []
     steps = training_steps(run)
     for number in range(count + 5):

@@ -20,7 +20,7 @@ from toy_world import NEW_STYLE, caption, draw, scenes
 
 from sdxl_finetune.output.sheet import contact_sheet
 
-PICTURES = 480
+PICTURES = 960
 SHOWN = 5
 
 

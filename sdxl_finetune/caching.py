@@ -102,7 +102,7 @@ def encode_dataset(
         job = Encoding(
             index=index,
             names=names,
-            library=library,
+            known=library,
             encode=_encode_on(accelerator.device, vae),
             pixels_per_latent=pixels_per_latent(vae),
             batch_size=config.vae_batch_size,

@@ -7,6 +7,7 @@ reference's choices of target, loss function and weighting.
 Everything random is in the batch, so that this is a plain function of weights and batch.
 """
 
+from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,6 +16,18 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.diffusion.loss import elementwise_loss, huber_threshold
 from sdxl_finetune.diffusion.schedule import Schedule, add_noise, velocity
 from sdxl_finetune.diffusion.weights import loss_weight
+from sdxl_finetune.model.vae import encode
+
+
+def batch_latents(batch: Batch, vae: AutoencoderKL, *, drawn: bool = True) -> Float[Tensor, "k 4 h w"]:
+    """The batch's latents as the U-Net sees them. Images that have none cached are encoded: each latent is drawn from
+    the encoder's distribution with the batch's noise, or is its mean.
+    """
+    latents = batch.latents
+    if latents is None:
+        assert batch.images is not None
+        latents = encode(vae, batch.images, batch.encoding_noise if drawn else None)
+    return latents * vae.config.scaling_factor
 
 
 def image_losses(

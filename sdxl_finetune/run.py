@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import nn
 
 from sdxl_finetune.batch import Batch, Position
 from sdxl_finetune.caching import encode_dataset, shared_index
@@ -34,7 +34,7 @@ from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
 from sdxl_finetune.model.memory import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
-from sdxl_finetune.model.vae import encode, pixels_per_latent
+from sdxl_finetune.model.vae import pixels_per_latent
 from sdxl_finetune.optim.ema import MovingAverage, build_average
 from sdxl_finetune.optim.groups import Group, build_groups
 from sdxl_finetune.optim.lr import Rate, build_lr
@@ -121,14 +121,6 @@ class Run:
             pin_memory=self.accelerator.device.type == "cuda",
             on_bad_image=self.config.on_bad_image,
         )
-
-    def latents(self, batch: Batch) -> Tensor:
-        """The batch's latents as the U-Net sees them; encodes the images of a batch that has none cached."""
-        latents = batch.latents
-        if latents is None:
-            assert batch.images is not None
-            latents = encode(self.vae, batch.images, batch.encoding_noise)
-        return latents * self.vae.config.scaling_factor
 
 
 @contextmanager

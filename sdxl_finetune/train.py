@@ -24,7 +24,7 @@ from sdxl_finetune.milestones import (
     save_interrupted,
     validate_if_due,
 )
-from sdxl_finetune.objective import image_losses
+from sdxl_finetune.objective import batch_latents, image_losses
 from sdxl_finetune.optim.meter import Meter
 from sdxl_finetune.optim.optimizer import set_lr
 from sdxl_finetune.output.log import NonFiniteLoss
@@ -106,7 +106,7 @@ def training_steps(run: Run, stop: StopRequest) -> Iterator[Step]:
         with name_the_batch(batch, config):
             batch = batch.to(accelerator.device)
             with nullcontext() if position.last_micro else accelerator.no_sync(run.model):
-                losses = image_losses(run.model, batch, run.latents(batch), run.schedule, config)
+                losses = image_losses(run.model, batch, batch_latents(batch, run.vae), run.schedule, config)
                 micro_loss = (losses * batch.weights).sum()
                 accelerator.backward(micro_loss)
             meter.add_losses(losses.detach(), batch.timesteps, batch.weights)

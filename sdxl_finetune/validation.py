@@ -29,8 +29,8 @@ from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.draws import Draws
 from sdxl_finetune.diffusion.schedule import TIMESTEPS, Schedule
 from sdxl_finetune.model.sdxl import evaluating
-from sdxl_finetune.model.vae import encode, pixels_per_latent
-from sdxl_finetune.objective import image_losses
+from sdxl_finetune.model.vae import pixels_per_latent
+from sdxl_finetune.objective import batch_latents, image_losses
 from sdxl_finetune.seeding import position_rng
 
 UNWEIGHTED = {
@@ -94,14 +94,9 @@ class Validation:
             for batch in self._load():
                 owner = self.images.index[int(self.batches[batch.position.micro][0])].bucket.dataset
                 batch = batch.to(device)
-                latents = batch.latents
-                if latents is None:
-                    assert batch.images is not None
-                    latents = encode(self.vae, batch.images)
+                latents = batch_latents(batch, self.vae, drawn=False)
                 with autocast():
-                    losses = image_losses(
-                        model, batch, latents * self.vae.config.scaling_factor, self.schedule, self.config
-                    )
+                    losses = image_losses(model, batch, latents, self.schedule, self.config)
                 key = owner, self.timesteps[batch.position.step]
                 readable = (batch.weights > 0).float()
                 part = torch.stack([(losses * readable).sum(), readable.sum()])

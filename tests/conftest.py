@@ -22,7 +22,10 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402  (after the hook)
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from PIL import Image  # noqa: E402
+
+from sdxl_finetune.tools.model import main as model_tool  # noqa: E402
 
 torch.set_num_threads(1)  # a plugin may have imported torch before the variable was set
 
@@ -53,3 +56,18 @@ def write_images() -> Callable[..., None]:
             Image.fromarray(cv2.resize(small, size, interpolation=cv2.INTER_CUBIC)).save(folder / name)
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    """accelerate keeps what a process has been set up for; each test sets it up anew."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A small model with random weights."""
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    assert model_tool(["init", str(path), "--seed", "3"]) == 0
+    return path

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from sdxl_finetune.config import load_config
 from sdxl_finetune.problems import UserError
 from sdxl_finetune.run import build_run
-from sdxl_finetune.tools.model import main as model_tool
 from sdxl_finetune.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -26,19 +25,6 @@ from photos import write_photos
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SGD = ["--optimizer_type", "SGD", "--learning_rate", "0.01", "--learning_rate_te1", "0.01"]
 NO_AVERAGE = ["--ema_half_life", ""]  # what is saved is then what is trained
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    assert model_tool(["init", str(path), "--seed", "3"]) == 0
-    return path
 
 
 @pytest.fixture

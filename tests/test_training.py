@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,10 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sdxl_finetune.config import load_config
 from sdxl_finetune.milestones import preview_if_due
-from sdxl_finetune.objective import image_losses
+from sdxl_finetune.objective import batch_latents, image_losses
 from sdxl_finetune.run import build_run
 from sdxl_finetune.tools.cache import cache
-from sdxl_finetune.tools.model import main as model_tool
 from sdxl_finetune.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -31,19 +29,6 @@ STYLE = Path(__file__).parent.parent / "configs" / "style.toml"
 SMALL = ["--resolution", "96", "--min_bucket_reso", "64", "--max_bucket_reso", "128"]
 FLOAT32 = ["--mixed_precision", "no", "--no-full_bf16"]
 UNET, TE1, TE2, VAE = "model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.", "first_stage"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    assert model_tool(["init", str(path), "--seed", "3"]) == 0
-    return path
 
 
 @pytest.fixture
@@ -79,7 +64,7 @@ def evaluate(path: str | Path) -> float:
     with build_run(config) as built, torch.no_grad():
         losses = []
         for batch, _ in zip(built.batches(), range(12), strict=False):
-            losses.append(image_losses(built.model, batch, built.latents(batch), built.schedule, config))
+            losses.append(image_losses(built.model, batch, batch_latents(batch, built.vae), built.schedule, config))
     return float(torch.cat(losses).mean())
 
 

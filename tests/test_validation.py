@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sdxl_finetune.config import Config, Subset, load_config
 from sdxl_finetune.data.index import hold_out
 from sdxl_finetune.run import build_run
-from sdxl_finetune.tools.model import main as model_tool
 from sdxl_finetune.train import train
 from sdxl_finetune.validation import validation_due
 
@@ -33,19 +32,6 @@ validation_split = 1.0
   [[datasets.subsets]]
   image_dir = "others"
 """
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    assert model_tool(["init", str(path), "--seed", "3"]) == 0
-    return path
 
 
 @pytest.fixture

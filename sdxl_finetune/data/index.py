@@ -114,20 +114,19 @@ class Index:
     @cached_property
     def repeats(self) -> Int32[np.ndarray, " n"]:
         """How often each image is used in an epoch."""
-        repeats = self.numbers("repeats")
-        if self.excluded:
-            repeats = repeats.copy()
-            repeats[list(self.excluded)] = 0
-        return repeats
+        return self._without_excluded(self.numbers("repeats"))
 
     @cached_property
     def held_out(self) -> Bool[np.ndarray, " n"]:
         """Whether an image is for validation, which is then not trained on."""
-        held_out = self.numbers("held_out") > 0
+        return self._without_excluded(self.numbers("held_out") > 0)
+
+    def _without_excluded(self, column: np.ndarray) -> np.ndarray:
+        """0 or False for the images that were found to be unusable."""
         if self.excluded:
-            held_out = held_out.copy()
-            held_out[list(self.excluded)] = False
-        return held_out
+            column = column.copy()
+            column[list(self.excluded)] = 0
+        return column
 
     @property
     def used(self) -> Bool[np.ndarray, " n"]:
@@ -292,8 +291,7 @@ def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]
         placement = place_images(sizes[rows], dataset)
         bucket[rows], resized[rows] = placement.bucket, placement.resized
         kept[rows] = (bucket[rows].min(axis=1) > 0) & (resized[rows].prod(axis=1) <= MAX_RESIZED_PIXELS)
-        rows = rows[kept[rows]]
-        rows = rows[~held_out[rows]]
+        rows = rows[kept[rows] & ~held_out[rows]]
         repeats[rows] = regularized_repeats(repeats[rows], regularization[rows])
     for row in np.flatnonzero(~kept).tolist():
         path = subsets[subset[row]].image_dir / os.fsdecode(table["name"][row].as_py())

@@ -174,7 +174,7 @@ class Encoding:
 
     index: Index
     names: Names
-    library: Library
+    known: Library
     """What is there already."""
     encode: Encode
     pixels_per_latent: int
@@ -262,7 +262,7 @@ def _read_image(job: Encoding, row: int) -> Image | ImageError:
         wanted = {}
         for mirrored in {False, entry.subset.flip_aug}:
             key = job.names.keys(np.array([row]), digest[None], mirrored)
-            if job.library.places(key)["file"][0] < 0:
+            if job.known.places(key)["file"][0] < 0:
                 owner = job.claims.setdefault(key.tobytes(), row)
                 if owner == row:
                     wanted[mirrored] = key.tobytes()
@@ -333,7 +333,7 @@ def foreign_npz(job: Encoding, rows: Int64[np.ndarray, " k"]) -> Path | None:
     Their sample and our mean may differ by the deviation, and by a tenth of the latent for half precision and for
     pixels that were resized by other means.
     """
-    job = replace(job, library=Library([]), claims={}, report=Report(), npz=False)
+    job = replace(job, known=Library([]), claims={}, report=Report(), npz=False)
     for row in rows.tolist():
         image, shape = _read_image(job, row), job.shape(row)
         if isinstance(image, ImageError) or image.pixels is None:

@@ -72,5 +72,8 @@ class MovingAverage:
 
 def build_average(groups: Sequence[Group], config: Config) -> MovingAverage | None:
     """The average, if the config asks for one."""
-    asked = config.ema_decay is not None or config.ema_half_life is not None
-    return MovingAverage(groups, config) if asked else None
+    return MovingAverage(groups, config) if asks_for_average(config) else None
+
+
+def asks_for_average(config: Config) -> bool:
+    return config.ema_decay is not None or config.ema_half_life is not None

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from sdxl_finetune.diffusion.schedule import TIMESTEPS
 from sdxl_finetune.optim.groups import Group
 
 RANGES = 4
 """Equal ranges of timesteps whose losses are told apart."""
-TIMESTEPS = 1000
 SAMPLE = 1 << 20
 """Elements of each part whose updates are measured: those of a few whole tensors."""
 

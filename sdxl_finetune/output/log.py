@@ -283,6 +283,8 @@ class Log:
         and all on one sheet.
         """
         self.flush()
+        if not self._trackers:
+            return
         sheet = contact_sheet([image for _, image, _ in drawn], [prompt for *_, prompt in drawn], across=4)
         for tracker in self._trackers:
             for index, image, prompt in drawn:

@@ -15,7 +15,7 @@ MARGIN, SIZE = 6, 13
 def contact_sheet(pictures: Sequence[Image.Image], words: Sequence[str], *, across: int) -> Image.Image:
     """The pictures in rows of `across`, brought to one scale, on white."""
     largest = max(max(picture.size) for picture in pictures)
-    scale = min(max(1, -(-MIN_SIDE // largest)), MAX_SIDE) if largest < MIN_SIDE else min(1, MAX_SIDE / largest)
+    scale = -(-MIN_SIDE // largest) if largest < MIN_SIDE else min(1, MAX_SIDE / largest)
     way = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     sizes = [(round(picture.width * scale), round(picture.height * scale)) for picture in pictures]
     width, height = max(width for width, _ in sizes), max(height for _, height in sizes)

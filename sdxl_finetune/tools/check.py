@@ -27,6 +27,7 @@ from sdxl_finetune.data.tokens import build_tokenizer
 from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import Inspected, inspect_checkpoint
 from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.optim.ema import asks_for_average
 from sdxl_finetune.optim.groups import Group, build_groups
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import build_optimizer, optimizer_name
@@ -220,7 +221,7 @@ def _files(config: Config, plan: Plan, groups: Sequence[Group], state_bytes: flo
     vae = sum(math.prod(source.shape) for key, source in file.tensors.items() if key.startswith((VAE, "vae.")))
     trained = sum(group.size for group in groups)
     state = (parameters - vae) * weight_dtype(config).itemsize + vae * 4 + trained * state_bytes
-    state += 4 * trained * (config.ema_decay is not None or config.ema_half_life is not None)
+    state += 4 * trained * asks_for_average(config)
     last = final_state(config)
     if config.save_state or last:
         yield from _kind("states", *_saves(config, plan, steps, states_due), last.name if last else None, state)

@@ -52,7 +52,7 @@ def cache_latents(tmp_path: Path) -> Callable[..., tuple[LatentStore, Report, li
         names, library = name_rows(index), Library(shards)
         rows = lacking(index, locate(index, names, library))
         settings = {"pixels_per_latent": 8, "batch_size": 2, "threads": 2, **options}
-        job = Encoding(index=index, names=names, library=library, encode=encode, **settings)
+        job = Encoding(index=index, names=names, known=library, encode=encode, **settings)
         for part in range(parts):
             with ShardWriter(folder, "vae", part, tmp_path) as writer:
                 assert sum(encode_images(job, rows[part::parts], writer)) == len(rows[part::parts])

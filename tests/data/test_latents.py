@@ -191,7 +191,7 @@ def test_an_interrupted_run_keeps_what_it_finished(index: Index, tmp_path: Path,
     folder, names, library = tmp_path / "disk", name_rows(index), Library([])
     rows = lacking(index, locate(index, names, library))
     settings = {"pixels_per_latent": 8, "batch_size": 1, "threads": 1}
-    job = Encoding(index=index, names=names, library=library, encode=encode, **settings)
+    job = Encoding(index=index, names=names, known=library, encode=encode, **settings)
     with ShardWriter(folder, "vae", 0, tmp_path) as writer:
         images = encode_images(job, rows, writer)
         assert [next(images) for _ in range(3)] == [1, 1, 1]

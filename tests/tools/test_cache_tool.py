@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from sdxl_finetune.caching import encode_dataset, shared_index
@@ -31,19 +30,6 @@ from photos import write_photos
 OPTIONS = ["--pretrained_model_name_or_path", "base.safetensors", "--train_data_dir", "images", "--output_dir", "out"]
 OPTIONS += ["--resolution", "96", "--enable_bucket", "--min_bucket_reso", "64", "--max_bucket_reso", "128"]
 OPTIONS += ["--cache_latents_to_disk", "--caption_extension", ".txt"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    assert model_tool(["init", str(path), "--seed", "3"]) == 0
-    return path
 
 
 @pytest.fixture
