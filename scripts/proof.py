@@ -6,10 +6,12 @@ plain code reads off generated pictures. The table goes to docs/proof.md with --
 
 import argparse
 import json
+import math
+import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,15 +21,18 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from toy_judge import Score, draw_captions, judge
+from toy_judge import Score, draw_captions, draw_texts, judge
 from toy_style import write_pictures
-from toy_world import SIZE, caption, draw, scenes
+from toy_world import SIZE, caption, draw, framed, scenes
 
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "tests" / "toy" / "toy.safetensors"
 CONFIG = ROOT / "configs" / "quickstart.toml"
+PARTS = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
 PROJECTION = "conditioner.embedders.1.model.text_projection"
 CAPTIONS = 60
+Tensors = Mapping[str, torch.Tensor]
+SHORT = ["--max_train_epochs", "3"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
@@ -45,14 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[[], *CONTRASTS], help="which contrasts; all if none is named")
     parser.add_argument("--folder", type=Path, default=Path("proof"))
-    parser.add_argument("--write", action="store_true", help="write the table into docs/proof.md")
+    parser.add_argument("--write", action="store_true", help="write what the folder holds into docs/proof.md")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_pictures(arguments.folder / "style")
-    rows = []
     for name in arguments.names or CONTRASTS:
-        rows.append(CONTRASTS[name](arguments.folder.resolve()))
-        print(f"{name}: {rows[-1].measured} ({'holds' if rows[-1].holds else 'DOES NOT HOLD'})", flush=True)
+        row = CONTRASTS[name](arguments.folder.resolve())
+        (arguments.folder / f"{name}.json").write_text(json.dumps(vars(row)))
+        print(f"{name}: {row.measured} ({'holds' if row.holds else 'DOES NOT HOLD'})", flush=True)
+    found = [arguments.folder / f"{name}.json" for name in CONTRASTS]
+    rows = [Row(**json.loads(path.read_text())) for path in found if path.exists()]
     if arguments.write:
         lines = [f"| {row.name} | {row.theory} | {row.measured} | {'yes' if row.holds else '**no**'} |" for row in rows]
         (ROOT / "docs" / "proof.md").write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
@@ -76,20 +83,17 @@ def train(folder: Path, name: str, *options: str, processes: int = 1, model: Pat
     out = folder / name
     places = ["--output_dir", str(out), "--logging_dir", str(out / "logs"), "--output_name", "model"]
     places += ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / data)]
-    quiet = [
-        "--sample_prompts",
-        "",
-        "--sample_every_n_epochs",
-        "0",
-        "--no-sample_at_first",
-        "--save_every_n_epochs",
-        "",
-    ]
+    quiet = ["--sample_prompts", "", "--sample_every_n_epochs", "0", "--no-sample_at_first"]
+    quiet += ["--save_every_n_epochs", ""]
     launch = LAUNCH if processes > 1 else []
     command = [sys.executable, *launch, "-m", "sdxl_finetune", "--config", str(CONFIG), *places, *quiet, *options]
     done = out / "model.safetensors"
     if not done.exists():
-        subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+        cpu = {} if torch.cuda.device_count() >= processes else {"ACCELERATE_USE_CPU": "1"}
+        paths = os.pathsep.join(filter(None, [str(ROOT / "scripts"), os.environ.get("PYTHONPATH")]))
+        subprocess.run(
+            command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | cpu | {"PYTHONPATH": paths}
+        )
     return done
 
 
@@ -98,25 +102,30 @@ def score(model: Path, *, styled: bool = False, scale: float = 5.0, two: float =
     return judge(wanted, draw_captions(model, wanted, styled=styled, scale=scale))
 
 
-def validation(model: Path) -> dict[str, float]:
-    """The last figures of a run."""
+def without_caption(model: Path) -> float:
+    """Share of framed pictures among those of an empty prompt, without guidance."""
+    return sum(map(framed, draw_texts(model, [""] * CAPTIONS, scale=1.0))) / CAPTIONS
+
+
+def validation(model: Path, at: int = -1) -> dict[str, float]:
+    """The last figures of a run, or those of another time."""
     (log,) = (model.parent / "logs").glob("*/metrics.jsonl")
-    return [row["validation"] for row in map(json.loads, log.read_text().splitlines()) if "validation" in row][-1]
+    return [row["validation"] for row in map(json.loads, log.read_text().splitlines()) if "validation" in row][at]
 
 
 def encoders(folder: Path) -> Row:
-    trained = score(train(folder, "encoders-trained", "--max_train_epochs", "6"), styled=True).framed
-    frozen = score(train(folder, "encoders-frozen", "--max_train_epochs", "6", "--no-train_text_encoder"), styled=True)
+    trained = score(train(folder, "plain"), styled=True).framed
+    frozen = score(train(folder, "encoders-frozen", "--no-train_text_encoder"), styled=True).framed
     return Row(
-        "text encoders, a tag of new tokens, 180 steps",
-        "trained encoders learn the tag sooner",
-        f"in the style: {trained:.0%} trained, {frozen.framed:.0%} frozen",
-        trained > frozen.framed,
+        "text encoders trained or frozen, a tag of new tokens, the 420 steps of the quickstart",
+        "trained encoders learn the tag better",
+        f"in the style: {trained:.0%} trained, {frozen:.0%} frozen",
+        trained > frozen,
     )
 
 
 def min_snr(folder: Path) -> Row:
-    asked = ["--max_train_epochs", "8", "--validation_split", "0.2", "--learning_rate", "1e-3"]
+    asked = [*SHORT, "--validation_split", "0.1"]
     with_, without = (
         validation(train(folder, f"min_snr-{gamma or 'off'}", *asked, "--min_snr_gamma", gamma)) for gamma in ("5", "")
     )
@@ -132,8 +141,8 @@ def min_snr(folder: Path) -> Row:
 def pooled(folder: Path) -> Row:
     """The reference computes text encoder 2's pooled vector with the matrix as it lies in the file."""
     other = turned(TOY, folder / "turned.safetensors")
-    right = score(train(folder, "pooled-right"))
-    trained = train(folder, "pooled-wrong", model=other)
+    right = score(train(folder, "short", *SHORT))
+    trained = train(folder, "pooled-wrong", *SHORT, model=other)
     wrong = score(turned(trained, folder / "pooled-wrong" / "as-used.safetensors"))
     return Row(
         "pooled vector of the text: right, or untransposed as in the reference, then used as interfaces do",
@@ -144,7 +153,7 @@ def pooled(folder: Path) -> Row:
 
 
 def crops(folder: Path) -> Row:
-    """Wide pictures whose halves are trained on: told where they were cut, or as files of their own."""
+    """Parts of wide pictures with an object at the left: told where they were cut, or as files of their own."""
     _write_wide(folder / "wide", cut=False)
     _write_wide(folder / "cut", cut=True)
     asked = ["--max_train_epochs", "12", "--no-cache_latents"]
@@ -160,7 +169,7 @@ def crops(folder: Path) -> Row:
 
 def keep_tokens(folder: Path) -> Row:
     """The order of a caption's objects says which is left and which is right."""
-    asked = ["--shuffle_caption", "--max_train_epochs", "12"]
+    asked = [*SHORT, "--shuffle_caption"]
     kept = score(train(folder, "tokens-kept", *asked, "--keep_tokens", "9"), two=1.0).placed
     shuffled = score(train(folder, "tokens-shuffled", *asked, "--keep_tokens", "1"), two=1.0).placed
     return Row(
@@ -171,28 +180,66 @@ def keep_tokens(folder: Path) -> Row:
     )
 
 
-def guidance(_folder: Path) -> Row:
-    """The model was trained with caption_dropout_rate 0.1."""
-    strong, none = score(TOY), score(TOY, scale=1.0)
+def dropout(folder: Path) -> Row:
+    """Half the pictures of the style hang in frames; the base model's never do."""
+    dropped = train(folder, "dropout-some", *SHORT, "--caption_dropout_rate", "0.3")
+    kept = train(folder, "dropout-none", *SHORT, "--caption_dropout_rate", "0")
+    shares = [without_caption(dropped), without_caption(kept)]
     return Row(
-        "caption dropout and guidance",
-        "a model that knows pictures without captions follows captions better with guidance",
-        f"scale 5 and 1: colours {strong.colour:.0%}, {none.colour:.0%}, shapes {strong.shape:.0%}, {none.shape:.0%}",
-        strong.colour + strong.shape > none.colour + none.shape,
+        "caption_dropout_rate 0.3 and 0",
+        "without a caption a model draws like the data (framed: half) only if it was trained without captions too",
+        f"framed without a caption: {shares[0]:.0%} and {shares[1]:.0%}",
+        abs(shares[0] - 0.5) < abs(shares[1] - 0.5),
+    )
+
+
+def guidance(folder: Path) -> Row:
+    """What a model has half learned, guidance brings out: a tag after 180 steps."""
+    model = train(folder, "short", *SHORT)
+    shares = [score(model, styled=True, scale=scale).framed for scale in (1.0, 2.0, 5.0)]
+    return Row(
+        "guidance at scale 1, 2 and 5, a tag of 180 steps",
+        "guidance brings out what a caption says beyond pictures in general",
+        f"in the style: {shares[0]:.0%}, {shares[1]:.0%}, {shares[2]:.0%}",
+        shares[0] < shares[2],
+    )
+
+
+def full_bf16(folder: Path) -> Row:
+    """Weights rounded to bf16 after each step, as the reference's full_bf16 does; the rest in float32 (CPUs are slow at
+    bf16), so that nothing but the rounding of the weights is seen.
+    """
+    rates = ["--learning_rate", "3e-5", "--learning_rate_te1", "1e-6", "--learning_rate_te2", "1e-6"]
+    asked = [*SHORT, *rates, "--validation_split", "0.1", "--save_precision", "float", "--ema_half_life", ""]
+    start = folder / "start.safetensors"
+    starts = as_bf16(TOY, start)
+    exact = train(folder, "bf16-exact", *asked, model=start)
+    rounded = train(folder, "bf16-rounded", *asked, "--optimizer_type", "rounding.RoundingAdamW", model=start)
+    before, losses = validation(exact, 0)["loss"], [validation(model)["loss"] for model in (exact, rounded)]
+    ends = [load_file(model) for model in (exact, rounded)]
+    errors = [lost(part, starts, *ends) for part in PARTS]
+    said = ", ".join(f"{error:.2f}" for error in errors)
+    return Row(
+        "full_bf16 with weights rounded to nearest, at the users' rates (3e-5, 1e-6, 1e-6)",
+        "most of what training changes is lost",
+        f"held out loss {before:.4f} before, {losses[0]:.4f} in float32, {losses[1]:.4f} rounded; relative error of the"
+        f" change of U-Net and text encoders: {said}",
+        losses[0] < losses[1] and min(errors) > 0.5,
     )
 
 
 def resumed(folder: Path) -> Row:
-    plain = train(folder, "resume-plain", "--max_train_epochs", "6")
-    asked = ["--save_state", "--resume", "auto", "--save_every_n_steps", "50"]
-    first = train(folder, "resume-twice", *asked, "--max_train_epochs", "6")
+    plain = train(folder, "short", *SHORT)
+    asked = [*SHORT, "--save_state", "--resume", "auto", "--save_every_n_steps", "100"]
+    first = train(folder, "resume-twice", *asked)
     for path in (first, first.with_name("model-state")):
-        path.rename(path.with_name(f"old-{path.name}"))
-    again = train(folder, "resume-twice", *asked, "--max_train_epochs", "6")
+        if path.exists():
+            path.rename(path.with_name(f"old-{path.name}"))
+    again = train(folder, "resume-twice", *asked)
     expected, found = load_file(plain), load_file(again)
     same = all(torch.equal(expected[name], found[name]) for name in expected)
     return Row(
-        "a run that goes on from the state of step 150, of 180 steps",
+        "a run that goes on from the state of step 100, of 180 steps",
         "it ends with the same weights",
         f"weights {'equal, bit for bit' if same else 'differ'}",
         same,
@@ -200,8 +247,8 @@ def resumed(folder: Path) -> Row:
 
 
 def processes(folder: Path) -> Row:
-    one = score(train(folder, "processes-one", "--train_batch_size", "16"), styled=True)
-    two = score(train(folder, "processes-two", "--train_batch_size", "8", processes=2), styled=True)
+    one = score(train(folder, "short", *SHORT), styled=True)
+    two = score(train(folder, "processes-two", *SHORT, "--train_batch_size", "8", processes=2), styled=True)
     return Row(
         "two processes with half the batch",
         "they learn what one does",
@@ -211,7 +258,8 @@ def processes(folder: Path) -> Row:
 
 
 CONTRASTS: dict[str, Callable[[Path], Row]] = {
-    one.__name__: one for one in (encoders, min_snr, pooled, crops, keep_tokens, guidance, resumed, processes)
+    one.__name__: one
+    for one in (encoders, guidance, dropout, min_snr, pooled, crops, keep_tokens, resumed, processes, full_bf16)
 }
 
 
@@ -224,6 +272,22 @@ def turned(model: Path, target: Path) -> Path:
     return target
 
 
+def as_bf16(model: Path, target: Path) -> dict[str, torch.Tensor]:
+    """Writes the same file in bf16, and returns its tensors."""
+    tensors = {name: one.bfloat16() if one.is_floating_point() else one for name, one in load_file(model).items()}
+    with safe_open(model, "pt") as file:
+        save_file(tensors, target, file.metadata())
+    return tensors
+
+
+def lost(part: str, before: Tensors, exact: Tensors, other: Tensors) -> float:
+    """How far the change of the tensors that begin with `part` is from the exact one, by the size of that."""
+    names = [name for name, one in before.items() if name.startswith(part) and one.is_floating_point()]
+    true, found = ([end[name].float() - before[name].float() for name in names] for end in (exact, other))
+    wrong = sum(float((a - b).square().sum()) for a, b in zip(true, found, strict=True))
+    return math.sqrt(wrong / max(sum(float(one.square().sum()) for one in true), 1e-30))
+
+
 def _write_wide(folder: Path, *, cut: bool, count: int = 120) -> None:
     """Pictures twice as wide as high with one object somewhere; or what random crops leave of them."""
     folder.mkdir(exist_ok=True)
@@ -231,8 +295,7 @@ def _write_wide(folder: Path, *, cut: bool, count: int = 120) -> None:
         rng = random.Random(f"wide {number}")
         picture = np.asarray(draw(scene, rng))
         wide = np.broadcast_to(picture[:1, :1], (SIZE, 2 * SIZE, 3)).copy()
-        left = rng.randrange(SIZE)
-        wide[:, left : left + SIZE] = picture
+        wide[:, :SIZE] = picture
         at = rng.randrange(SIZE)
         path = folder / f"{number:03d}.png"
         Image.fromarray(wide[:, at : at + SIZE] if cut else wide).save(path)

@@ -76,15 +76,19 @@ def judge(wanted: Sequence[Scene], pictures: Sequence[Image.Image]) -> Score:
     return Score(*(right[name] / len(wanted) for name in Score.__dataclass_fields__))
 
 
-@torch.no_grad()
 def draw_captions(
     model: Path, wanted: Sequence[Scene], *, styled: bool = False, scale: float = 5.0
 ) -> list[Image.Image]:
     """A picture for each caption, from seeds 0, 1, 2, ...; with `styled`, in the gallery style."""
+    return draw_texts(model, [caption(replace(scene, framed=styled)) for scene in wanted], scale=scale)
+
+
+@torch.no_grad()
+def draw_texts(model: Path, texts: Sequence[str], *, scale: float = 5.0) -> list[Image.Image]:
+    """A picture for each prompt, from seeds 0, 1, 2, ..."""
     loaded = load_checkpoint(model, dtype=torch.float32)
     loaded.model.eval()
     schedule, tokenizer = build_schedule(zero_terminal_snr=False), Tokenizer(max_token_length=None)
-    texts = [caption(replace(scene, framed=styled)) for scene in wanted]
     prompts = [Prompt(prompt=text, width=SIZE, height=SIZE, steps=20, scale=scale) for text in texts]
     pictures = []
     for start in range(0, len(prompts), BATCH):

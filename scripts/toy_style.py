@@ -41,10 +41,10 @@ def main() -> None:
         compare(arguments.before, arguments.after, arguments.picture, arguments.captions)
 
 
-def write_pictures(folder: Path) -> None:
+def write_pictures(folder: Path, count: int = PICTURES) -> None:
     """The same every time."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, scene in enumerate(islice(scenes(2, kept=True, quality="best"), PICTURES)):
+    for number, scene in enumerate(islice(scenes(2, kept=True, quality="best"), count)):
         told = replace(scene, framed=number % 2 == 0)
         path = folder / f"{number:03d}.png"
         draw(told, random.Random(f"style {number}")).save(path)

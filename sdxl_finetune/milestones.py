@@ -198,6 +198,8 @@ def _save(run: Run, weights: Sequence[Due], states: Sequence[Due], *, step: int,
 
 def _save_weights(run: Run, due: Due, step: int, where: Mapping[str, Any]) -> None:
     epoch, now = run.plan.place(step)[0], datetime.now().astimezone()
+    if run.average and run.config.ema_save:
+        where = {**where, "averaged": True}
     metadata = build_metadata(
         run.config, epoch=epoch, step=step, seed=run.seed, now=now, thumbnail=run.thumbnail, resume=where
     )

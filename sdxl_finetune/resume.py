@@ -51,6 +51,8 @@ class Start:
     """The `order_facts` of then."""
     log: str | None
     """The name of the run's folder in logging_dir."""
+    averaged: bool
+    """Whether these are weights that hold the moving average, not what was trained."""
     about: Mapping[str, Any]
     """All that state.json says; empty for weights."""
 
@@ -74,6 +76,7 @@ def find_start(config: Config) -> Start | None:
         logger.info("resume = auto: no state and no weights of %s in %s, training starts anew", name, config.output_dir)
     else:
         kind = "training state" if start.is_state else "saved weights (the optimizer starts anew)"
+        kind += ", a moving average," if start.averaged else ""
         logger.info("going on after step %d (epoch %d) from the %s %s", start.step, start.epoch, kind, start.path)
     return start
 
@@ -217,5 +220,6 @@ def _start(
         origin=(step, epoch),
         order=where.get("order"),
         log=where.get("log"),
+        averaged=where.get("averaged", False),
         about=about,
     )

@@ -103,6 +103,13 @@ def test_saved_weights_go_on_with_the_same_batches_noise_and_rates(work) -> None
     assert differences(Path("one"), Path("other")) == ["one/out/style-state/weights.safetensors"]
 
 
+def test_weights_that_hold_the_average_say_so(work, caplog) -> None:
+    assert run("one", "--max_train_steps", "3", "--no-save_state") == 0
+    weights = "one/out/style-step00000003.safetensors"
+    assert run("one", "--max_train_steps", "4", "--no-save_state", "--resume", weights) == 0
+    assert f"saved weights (the optimizer starts anew), a moving average, {weights}" in caplog.text
+
+
 def test_a_checkpoint_of_the_old_kind_goes_on_where_it_stood(work, caplog) -> None:
     options = [*SGD, *NO_AVERAGE, "--save_model_as", "ckpt", "--no-save_state"]
     assert run("one", *options) == 0

@@ -7,10 +7,16 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from sdxl_finetune.config import load_config
+from sdxl_finetune.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from proof import turned
+from proof import CONFIG, PARTS, as_bf16, lost, turned, validation
 from toy_judge import Score, draw_captions, judge
+from toy_style import write_pictures
 from toy_world import QUALITIES, STYLES, Scene, caption, draw, framed, held_out, scenes
 
 ROOT = Path(__file__).parent.parent
@@ -55,3 +61,52 @@ def test_the_model_follows_captions_and_needs_the_right_pooled_vector(tmp_path: 
     assert right.colour >= 0.75 and right.shape >= 0.75 and right.framed <= 0.1, right
     wrong = score(turned(TOY, tmp_path / "turned.safetensors"))
     assert right.colour + right.shape > wrong.colour + wrong.shape, wrong
+
+
+@pytest.fixture
+def taught(tmp_path: Path, monkeypatch):
+    """taught(*options): the folder of a short run of sdxl-train on pictures of the new style, with quickstart.toml."""
+    write_pictures(tmp_path / "pictures", 48)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+
+    def teach(name: str, *options: str, model: Path = TOY) -> Path:
+        out = tmp_path / name
+        places = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(tmp_path / "pictures")]
+        places += ["--output_dir", str(out), "--logging_dir", str(out / "logs"), "--output_name", "model"]
+        quiet = ["--sample_prompts", "", "--sample_every_n_epochs", "0", "--no-sample_at_first", "--ema_half_life", ""]
+        config = load_config(["--config", str(CONFIG), *places, *quiet, *options], program="sdxl-train")
+        assert config is not None and train(config) == 0
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return out / "model.safetensors"
+
+    return teach
+
+
+def test_rounding_to_bf16_loses_what_the_users_rates_teach(taught, tmp_path: Path) -> None:
+    """Of two trainings from the same bf16 values, differing in nothing but the rounding after each step."""
+    start = tmp_path / "start.safetensors"
+    before = as_bf16(TOY, start)
+    asked = [
+        "--max_train_epochs",
+        "1",
+        "--learning_rate",
+        "3e-5",
+        "--save_precision",
+        "float",
+        "--lr_warmup_steps",
+        "0",
+    ]
+    asked += ["--learning_rate_te1", "1e-6", "--learning_rate_te2", "1e-6"]
+    exact = load_file(taught("exact", *asked, model=start))
+    rounded = load_file(taught("rounded", *asked, "--optimizer_type", "rounding.RoundingAdamW", model=start))
+    for part in PARTS:
+        assert lost(part, before, exact, rounded) > 0.5, part
+    assert lost("first_stage_model.", before, exact, exact) == 0
+
+
+def test_min_snr_turns_training_from_little_noise_to_much(taught) -> None:
+    """arXiv 2303.09556: with it, errors at little noise count less."""
+    asked = ["--max_train_epochs", "4", "--train_batch_size", "8", "--validation_split", "0.2"]
+    losses = [validation(taught(f"gamma{gamma}", *asked, "--min_snr_gamma", gamma)) for gamma in ("5", "")]
+    clean, noisy = (losses[0][f"loss/t{at}"] / losses[1][f"loss/t{at}"] for at in (125, 875))
+    assert clean > noisy, losses
