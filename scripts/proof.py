@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -40,7 +41,7 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 
 class Row:
     """One line of the table."""
 
-    name: str
+    what: str
     theory: str
     measured: str
     holds: bool
@@ -59,22 +60,25 @@ def main() -> None:
         (arguments.folder / f"{name}.json").write_text(json.dumps(vars(row)))
         print(f"{name}: {row.measured} ({'holds' if row.holds else 'DOES NOT HOLD'})", flush=True)
     found = [arguments.folder / f"{name}.json" for name in CONTRASTS]
-    rows = [Row(**json.loads(path.read_text())) for path in found if path.exists()]
+    rows = {path.stem: Row(**json.loads(path.read_text())) for path in found if path.exists()}
     if arguments.write:
-        lines = [f"| {row.name} | {row.theory} | {row.measured} | {'yes' if row.holds else '**no**'} |" for row in rows]
+        lines = [
+            f"| `{name}` | {row.what} | {row.theory} | {row.measured} | {'yes' if row.holds else '**no**'} |"
+            for name, row in rows.items()
+        ]
         (ROOT / "docs" / "proof.md").write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
-    sys.exit(0 if all(row.holds for row in rows) else 1)
+    sys.exit(0 if all(row.holds for row in rows.values()) else 1)
 
 
 HEAD = """# Does training teach?
 
 Each line is two trainings of the small model that draws (`tests/toy`, made by `scripts/make_toy_model.py`) with
 `sdxl-train` and the options of `configs/quickstart.toml`, which differ in one thing. What they have learned is read by
-plain code off pictures of captions that no training has seen (`scripts/toy_judge.py`). Made by
-`python scripts/proof.py --write` on two CPU cores.
+plain code off pictures of captions that no training has seen (`scripts/toy_judge.py`). Made on two CPU cores by
+`python scripts/proof.py --write`; `python scripts/proof.py NAME` makes one line.
 
-| what | theory says | measured | holds |
-|---|---|---|---|
+| name | what | theory says | measured | holds |
+|---|---|---|---|---|
 """
 
 
@@ -89,11 +93,13 @@ def train(folder: Path, name: str, *options: str, processes: int = 1, model: Pat
     command = [sys.executable, *launch, "-m", "sdxl_finetune", "--config", str(CONFIG), *places, *quiet, *options]
     done = out / "model.safetensors"
     if not done.exists():
+        if "--resume" not in options:
+            shutil.rmtree(out, ignore_errors=True)  # what was interrupted begins anew
         cpu = {} if torch.cuda.device_count() >= processes else {"ACCELERATE_USE_CPU": "1"}
         paths = os.pathsep.join(filter(None, [str(ROOT / "scripts"), os.environ.get("PYTHONPATH")]))
-        subprocess.run(
-            command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | cpu | {"PYTHONPATH": paths}
-        )
+        with (folder / f"{name}.log").open("w") as log:
+            environment = os.environ | cpu | {"PYTHONPATH": paths}
+            subprocess.run(command, check=True, cwd=ROOT, stderr=log, env=environment)
     return done
 
 
