@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+TIMESTEPS = 1000
+"""Of the noise schedule that SDXL was trained with: a batch's timesteps are 0 to 999."""
+
 
 @dataclass(frozen=True)
 class Position:

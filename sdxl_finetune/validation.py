@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from jaxtyping import Int32
 from torch import Tensor, nn
 
-from sdxl_finetune.batch import Batch, Position
+from sdxl_finetune.batch import TIMESTEPS, Batch, Position
 from sdxl_finetune.config import Config, Dataset
 from sdxl_finetune.data.dataset import TrainingDataset, load_batches
 from sdxl_finetune.data.index import Entry, Index
@@ -27,7 +27,7 @@ from sdxl_finetune.data.latents import LatentStore
 from sdxl_finetune.data.sampler import MicroBatch
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.draws import Draws
-from sdxl_finetune.diffusion.schedule import TIMESTEPS, Schedule
+from sdxl_finetune.diffusion.schedule import Schedule
 from sdxl_finetune.model.sdxl import evaluating
 from sdxl_finetune.model.vae import pixels_per_latent
 from sdxl_finetune.objective import batch_latents, image_losses

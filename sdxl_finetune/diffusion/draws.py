@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from sdxl_finetune.batch import Position
+from sdxl_finetune.batch import TIMESTEPS, Position
 from sdxl_finetune.config import Config
 from sdxl_finetune.diffusion.noise import adaptive_offset, multires_noise, multires_sizes, offset_noise
-from sdxl_finetune.diffusion.schedule import TIMESTEPS
 from sdxl_finetune.seeding import position_rng
 
 

@@ -11,8 +11,9 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from typing_extensions import assert_never
 
+from sdxl_finetune.batch import TIMESTEPS
 from sdxl_finetune.config import Config
-from sdxl_finetune.diffusion.schedule import TIMESTEPS, Schedule
+from sdxl_finetune.diffusion.schedule import Schedule
 
 
 def elementwise_loss(

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-TIMESTEPS = 1000
+from sdxl_finetune.batch import TIMESTEPS
+
 FIRST_BETA, LAST_BETA = 0.00085, 0.012
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from sdxl_finetune.diffusion.schedule import TIMESTEPS
+from sdxl_finetune.batch import TIMESTEPS
 from sdxl_finetune.optim.groups import Group
 
 RANGES = 4

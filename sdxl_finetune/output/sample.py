@@ -26,9 +26,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from sdxl_finetune.batch import TIMESTEPS
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.tokens import Tokenizer
-from sdxl_finetune.diffusion.schedule import FIRST_BETA, LAST_BETA, TIMESTEPS, Schedule
+from sdxl_finetune.diffusion.schedule import FIRST_BETA, LAST_BETA, Schedule
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.sdxl import SDXL, evaluating
 from sdxl_finetune.model.vae import decode

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_finetune.diffusion.schedule import TIMESTEPS, add_noise, build_schedule, velocity
+from sdxl_finetune.batch import TIMESTEPS
+from sdxl_finetune.diffusion.schedule import add_noise, build_schedule, velocity
 
 NAMES = {False: "before", True: "after_zero_terminal_snr"}
 

@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
+from sdxl_finetune.batch import TIMESTEPS
 from sdxl_finetune.config import Config
-from sdxl_finetune.diffusion.schedule import TIMESTEPS, build_schedule
+from sdxl_finetune.diffusion.schedule import build_schedule
 from sdxl_finetune.diffusion.weights import loss_weight
 
 PLAIN, BEFORE_FIX, AFTER_FIX = range(3)
