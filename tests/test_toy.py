@@ -86,19 +86,9 @@ def test_rounding_to_bf16_loses_what_the_users_rates_teach(taught, tmp_path: Pat
     """Of two trainings from the same bf16 values, differing in nothing but the rounding after each step."""
     start = tmp_path / "start.safetensors"
     before = as_bf16(TOY, start)
-    asked = [
-        "--max_train_epochs",
-        "1",
-        "--learning_rate",
-        "3e-5",
-        "--save_precision",
-        "float",
-        "--lr_warmup_steps",
-        "0",
-    ]
-    asked += ["--learning_rate_te1", "1e-6", "--learning_rate_te2", "1e-6"]
+    asked = ["--max_train_epochs", "1", "--lr_warmup_steps", "0", "--save_precision", "float"]
+    asked += ["--learning_rate", "3e-5", "--learning_rate_te1", "1e-6", "--learning_rate_te2", "1e-6"]
     exact = load_file(taught("exact", *asked, model=start))
     rounded = load_file(taught("rounded", *asked, "--optimizer_type", "rounding.RoundingAdamW", model=start))
     for part in PARTS:
         assert lost(part, before, exact, rounded) > 0.5, part
-    assert lost("first_stage_model.", before, exact, exact) == 0
