@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,9 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from sdxl_finetune.tools.model import main as model_tool  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from photos import write_photos  # noqa: E402
 
 torch.set_num_threads(1)  # a plugin may have imported torch before the variable was set
 
@@ -71,3 +75,12 @@ def base(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("base") / "base.safetensors"
     assert model_tool(["init", str(path), "--seed", "3"]) == 0
     return path
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch, base) -> Path:
+    """A user's folder, in which the test stands: photographs and a base model."""
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "images")
+    (tmp_path / "base.safetensors").symlink_to(base)
+    return tmp_path

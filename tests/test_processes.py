@@ -13,10 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_finetune.tools.model import main as model_tool
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from photos import write_photos
 
 STYLE = Path(__file__).parent.parent / "configs" / "style.toml"
 OPTIONS = [
@@ -28,14 +25,6 @@ OPTIONS = [
 TWO = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
 
 DIGEST = re.compile(r"digest (\d+) (\w+) (\S+) (\S+)")
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "images")
-    assert model_tool(["init", "base.safetensors", "--seed", "3"]) == 0
-    return tmp_path
 
 
 def environment() -> dict[str, str]:

@@ -20,19 +20,10 @@ from sdxl_finetune.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from interrupt import OPTIONS, STYLE, differences, metrics, saved
-from photos import write_photos
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SGD = ["--optimizer_type", "SGD", "--learning_rate", "0.01", "--learning_rate_te1", "0.01"]
 NO_AVERAGE = ["--ema_half_life", ""]  # what is saved is then what is trained
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch, base) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "images")
-    (tmp_path / "base.safetensors").symlink_to(base)
-    return tmp_path
 
 
 def arguments(folder: str, *more: str) -> list[str]:

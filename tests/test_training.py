@@ -23,7 +23,6 @@ from sdxl_finetune.tools.cache import cache
 from sdxl_finetune.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from photos import write_photos
 
 STYLE = Path(__file__).parent.parent / "configs" / "style.toml"
 SMALL = ["--resolution", "96", "--min_bucket_reso", "64", "--max_bucket_reso", "128"]
@@ -32,13 +31,10 @@ UNET, TE1, TE2, VAE = "model.diffusion_model.", "conditioner.embedders.0.", "con
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch, base) -> Path:
-    """A user's folder: photographs, prompts, a base model."""
-    monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "images")
-    (tmp_path / "base.safetensors").symlink_to(base)
-    (tmp_path / "prompts.txt").write_text("a cat, photo --w 64 --h 64 --s 3 --d 7\nrocket --w 96 --h 64 --s 3 --l 4\n")
-    return tmp_path
+def work(work) -> Path:
+    """With prompts too."""
+    (work / "prompts.txt").write_text("a cat, photo --w 64 --h 64 --s 3 --d 7\nrocket --w 96 --h 64 --s 3 --l 4\n")
+    return work
 
 
 def arguments(*more: str) -> list[str]:

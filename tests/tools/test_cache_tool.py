@@ -25,19 +25,10 @@ from sdxl_finetune.tools.cache import cache
 from sdxl_finetune.tools.model import main as model_tool
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from photos import write_photos
 
 OPTIONS = ["--pretrained_model_name_or_path", "base.safetensors", "--train_data_dir", "images", "--output_dir", "out"]
 OPTIONS += ["--resolution", "96", "--enable_bucket", "--min_bucket_reso", "64", "--max_bucket_reso", "128"]
 OPTIONS += ["--cache_latents_to_disk", "--caption_extension", ".txt"]
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch, base) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "images")
-    (tmp_path / "base.safetensors").symlink_to(base)
-    return tmp_path
 
 
 def config(*more: str):

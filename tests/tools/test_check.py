@@ -6,31 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from sdxl_finetune.config import load_config
 from sdxl_finetune.tools.check import check
-from sdxl_finetune.tools.model import main as model_tool
 from sdxl_finetune.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
-from photos import write_photos
 
 STYLE = Path(__file__).parent.parent.parent / "configs" / "style.toml"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "images")
-    assert model_tool(["init", "base.safetensors", "--seed", "3"]) == 0
-    return tmp_path
 
 
 def config(program: str, *more: str):
