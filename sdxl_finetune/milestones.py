@@ -17,7 +17,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from sdxl_finetune.files import remove_leftovers
-from sdxl_finetune.optim.optimizer import averaged_weights
 from sdxl_finetune.output.metadata import build_metadata
 from sdxl_finetune.output.prompts import Prompt, load_prompts, preview_due
 from sdxl_finetune.output.sample import draw_previews
@@ -122,7 +121,7 @@ def _read(path: Path) -> Image.Image:
 @contextmanager
 def shown_weights(run: Run, average: bool) -> Iterator[None]:
     """Within it, the model holds the weights that are not for training but for use."""
-    with averaged_weights(run.optimizer), run.average.in_place() if run.average and average else nullcontext():
+    with run.update.shown(), run.average.in_place() if run.average and average else nullcontext():
         yield
 
 
@@ -224,8 +223,8 @@ def _save_state(run: Run, due: Due, step: int, where: Mapping[str, Any], interru
         path,
         run.sdxl,
         run.vae,
-        run.optimizer,
-        run.groups,
+        run.update.optimizer,
+        run.update.stepped,
         average=run.average.averages if run.average else None,
         scaler=None if scaler is None else scaler.state_dict(),
         about=about | {"checkpoint": run.checkpoint_format, "interrupted": interrupted},

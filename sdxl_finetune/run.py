@@ -39,6 +39,7 @@ from sdxl_finetune.optim.ema import MovingAverage, build_average
 from sdxl_finetune.optim.groups import Group, build_groups
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import build_optimizer, optimizer_class, optimizer_name
+from sdxl_finetune.optim.update import ExactUpdate, PlainUpdate, Update, is_exact, keeps_masters
 from sdxl_finetune.output.log import Log, console, run_directory
 from sdxl_finetune.output.metadata import load_thumbnail
 from sdxl_finetune.output.prompts import Prompt, load_prompts
@@ -74,7 +75,7 @@ class Run:
     vae: AutoencoderKL
     schedule: Schedule
     groups: Sequence[Group]
-    optimizer: torch.optim.Optimizer
+    update: Update
     average: MovingAverage | None
     """Of the trained weights, if there is one."""
     lr: Rate
@@ -159,10 +160,10 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         plan = replace(plan, origin=settle_origin(start, order, config))
     steps = total_steps(config, plan)
     lr = build_lr(config, steps)
-    groups, model, optimizer = _prepare(config, loaded.model, accelerator)
-    average = build_average(groups, config)
+    groups, model, update = _prepare(config, loaded.model, accelerator)
+    average = build_average(groups, loaded.model.masters, config)
     if start and start.is_state:
-        _restore(config, start, optimizer, groups, average, accelerator)
+        _restore(config, start, update, average, accelerator)
     schedule = build_schedule(zero_terminal_snr=config.zero_terminal_snr).to(accelerator.device)
     share = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
     validation = build_validation(config, index, store, tokenizer, loaded.vae, schedule, **share)
@@ -182,7 +183,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         vae=loaded.vae,
         schedule=schedule,
         groups=groups,
-        optimizer=optimizer,
+        update=update,
         average=average,
         lr=lr,
         tokenizer=tokenizer,
@@ -278,23 +279,22 @@ def _load(config: Config, start: Start | None) -> Loaded:
     given = config.pretrained_model_name_or_path
     assert given is not None
     if start is None:
-        return load_checkpoint(given, dtype=weight_dtype(config), vae_path=config.vae)
+        return load_checkpoint(given, dtype=weight_dtype(config), vae_path=config.vae, exact=keeps_masters(config))
     vae = None if start.is_state else config.vae or given
-    loaded = load_checkpoint(start.weights, dtype=weight_dtype(config), vae_path=vae)
+    exact = keeps_masters(config)
+    loaded = load_checkpoint(start.weights, dtype=weight_dtype(config), vae_path=vae, exact=exact)
     return replace(loaded, format=start.about["checkpoint"]) if start.is_state else loaded
 
 
 def _restore(
     config: Config,
     start: Start,
-    optimizer: Any,
-    groups: Sequence[Group],
+    update: Update,
     average: MovingAverage | None,
     accelerator: Accelerator,
 ) -> None:
-    """`optimizer` is as accelerate prepared it."""
     changed = changed_arguments(start, config)
-    scaler, unknown = load_optimizer(start.path, optimizer.optimizer, groups, changed=changed)
+    scaler, unknown = load_optimizer(start.path, update.optimizer, update.stepped, changed=changed)
     if unknown:
         logger.info("%d parameters begin without optimizer state, as %s", len(unknown), unknown[0])
     if scaler is not None and accelerator.scaler is not None:
@@ -303,9 +303,7 @@ def _restore(
         logger.info("the average of %d parameters begins with their values, as of %s", len(new), new[0])
 
 
-def _prepare(
-    config: Config, sdxl: SDXL, accelerator: Accelerator
-) -> tuple[list[Group], nn.Module, torch.optim.Optimizer]:
+def _prepare(config: Config, sdxl: SDXL, accelerator: Accelerator) -> tuple[list[Group], nn.Module, Update]:
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(sdxl)
     use_attention(sdxl, "xformers" if config.xformers or config.diffusers_xformers else "sdpa")
@@ -313,9 +311,12 @@ def _prepare(
     groups = build_groups(config, named_parts(sdxl))
     # The device first: an optimizer whose states are made when it is built makes them there.
     sdxl.to(accelerator.device)
-    optimizer = build_optimizer(config, groups)
-    model, optimizer = accelerator.prepare(sdxl, optimizer)
-    return groups, model, optimizer
+    if is_exact(config):
+        update = ExactUpdate(config, groups, sdxl.masters, accelerator)
+        # For evaluation, so that it is not wrapped in DDP, whose buckets add up in the precision of the weights.
+        return groups, accelerator.prepare_model(sdxl, evaluation_mode=True), update
+    model, optimizer = accelerator.prepare(sdxl, build_optimizer(config, groups))
+    return groups, model, PlainUpdate(accelerator, model, optimizer, groups)
 
 
 def named_parts(sdxl: SDXL) -> Mapping[str, Mapping[str, nn.Parameter]]:

@@ -7,7 +7,6 @@ for the device: losses and norms stay there and are read a few steps later by th
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from sdxl_finetune.milestones import (
 from sdxl_finetune.objective import batch_latents, image_losses
 from sdxl_finetune.optim.meter import Meter
 from sdxl_finetune.optim.optimizer import set_lr
+from sdxl_finetune.optim.update import total_norm
 from sdxl_finetune.output.log import NonFiniteLoss
 from sdxl_finetune.problems import say_errors
 from sdxl_finetune.run import Run, build_run
@@ -98,14 +98,18 @@ def stop_is_due(run: Run, stop: StopRequest) -> bool:
 
 def training_steps(run: Run, stop: StopRequest) -> Iterator[Step]:
     """Makes the run's optimizer steps, one after the other, and yields each."""
-    config, accelerator, optimizer = run.config, run.accelerator, run.optimizer
+    config, accelerator, update = run.config, run.accelerator, run.update
     loss, images, data_wait = torch.zeros((), device=accelerator.device), 0, 0.0
-    meter = Meter(run.groups, accelerator.device)
+    meter = Meter(run.groups, run.sdxl.masters, accelerator.device)
     for waited, batch in timed(run.batches()):
         position = batch.position
+        rates = {group.name: run.lr(position.step, group.lr) for group in run.groups}
+        set_lr(update.optimizer, list(rates.values()))
+        if position.last_micro:
+            meter.begin_step()
         with name_the_batch(batch, config):
             batch = batch.to(accelerator.device)
-            with nullcontext() if position.last_micro else accelerator.no_sync(run.model):
+            with update.gradients(last=position.last_micro, alone=position.micros == 1):
                 losses = image_losses(run.model, batch, batch_latents(batch, run.vae), run.schedule, config)
                 micro_loss = (losses * batch.weights).sum()
                 accelerator.backward(micro_loss)
@@ -113,13 +117,8 @@ def training_steps(run: Run, stop: StopRequest) -> Iterator[Step]:
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
             if not position.last_micro:
                 continue
-            rates = {group.name: run.lr(position.step, group.lr) for group in run.groups}
-            set_lr(optimizer, list(rates.values()))
-            accelerator.unscale_gradients(optimizer)
-            grad_norm = meter.clip_gradients(config.max_grad_norm)
-            with meter.watch_updates():
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norms = update.step(config.max_grad_norm)
+            meter.end_step(norms)
             if run.average:
                 run.average.update(position.step, images)
         asked = torch.full_like(loss, stop.number or 0)
@@ -127,7 +126,7 @@ def training_steps(run: Run, stop: StopRequest) -> Iterator[Step]:
         yield Step(
             position=position,
             loss=loss,
-            grad_norm=grad_norm,
+            grad_norm=total_norm(norms),
             stop=asked,
             measured=meter.take(torch.stack(sums)),
             rates=rates,

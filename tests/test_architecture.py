@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sdxl_finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"problems", "files", "seeding"},
+    {"problems", "files", "seeding", "masters"},
     {"batch", "config"},
     {"data", "diffusion", "model", "optim", "runtime"},
     {"objective"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MAY_SHARE = {"problems", "files", "seeding", "batch", "config"}
+MAY_SHARE = {"problems", "files", "seeding", "masters", "batch", "config"}
 """Lower layers whose members may import one another."""
 MAX_FILE, MAX_FUNCTION, MAX_PACKAGE, MAX_TRAIN = 400, 60, 9000, 150
 

@@ -70,9 +70,12 @@ def find_remarks(config: Config) -> Findings:
             yield option, "has no effect, because dataset_config says which images"
     if config.in_json and config.reg_data_dir and not config.dataset_config:
         yield "reg_data_dir", "has no effect with in_json, as in the reference; dataset_config can have both"
-    if config.full_bf16:
+    if config.full_bf16 and not config.exact_masters:
         message = "weights are rounded to bf16 after each step, as in the reference: small updates are lost"
-        yield "full_bf16", f"{message}; full_bf16 = false keeps them, at twice the memory for weights"
+        yield "exact_masters", f"{message}; true keeps them, at 2 bytes for each weight"
+    if (config.fused_backward_pass or config.fused_optimizer_groups) and config.max_grad_norm:
+        message = "is for each tensor by itself with fused_backward_pass, as in the reference"
+        yield "max_grad_norm", f"{message}; 0 clips nothing, and trains as without fused_backward_pass"
     if config.max_train_epochs and config.max_train_steps != Config.model_fields["max_train_steps"].default:
         yield "max_train_steps", "has no effect, because max_train_epochs wins"
     if config.sample_every_n_epochs and config.sample_every_n_steps:
@@ -92,6 +95,10 @@ def find_remarks(config: Config) -> Findings:
 def _training(c: Config) -> Findings:
     if c.full_bf16 and c.mixed_precision != "bf16":
         yield "full_bf16 mixed_precision", 'needs mixed_precision = "bf16"'
+    for option in ("fused_backward_pass", "fused_optimizer_groups"):
+        if getattr(c, option) and c.mixed_precision == "fp16":
+            message = "cannot be used with fp16, whose gradients are looked at together before any step; use bf16"
+            yield f"{option} mixed_precision", message
     first = 0 if c.min_timestep is None else c.min_timestep
     end = 1000 if c.max_timestep is None else c.max_timestep
     if first >= end:

@@ -37,7 +37,6 @@ NOT_SUPPORTED = {
     "torch_compile": "not supported yet; leave it out, the result is the same",
     "full_fp16": "not supported yet; use mixed_precision fp16, or full_bf16",
     "fp8_base": "not supported yet; use full_bf16",
-    "fused_backward_pass fused_optimizer_groups": "not supported yet; leave it out, the result is the same",
 }
 _LORA = "this is a LoRA config, and this program trains the whole model"
 FOREIGN_NO_EFFECT = {

@@ -176,7 +176,13 @@ class HardwareOptions(Options):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Type of the arithmetic; `no` is float32."""
     full_bf16: bool = False
-    """Keep weights and gradients in bf16 as well; needs `mixed_precision` bf16."""
+    """Compute with weights and gradients in bf16 as well; needs `mixed_precision` bf16."""
+    exact_masters: bool = True
+    """With `full_bf16`, train exact float32 weights, 2 bytes more for each; false rounds them away. (Ours.)"""
+    fused_backward_pass: bool = False
+    """Step on each tensor within the backward pass, as soon as it has its gradient, and free that."""
+    fused_optimizer_groups: int | None = Field(None, ge=0)
+    """Any number: the same as `fused_backward_pass`, which has no need of groups; 0: off."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a quarter slower."""
     xformers: bool = False

@@ -15,8 +15,9 @@ from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 
+from sdxl_finetune.masters import split
 from sdxl_finetune.model.architecture import Architecture, read_architecture, read_vae_config
 from sdxl_finetune.model.folder import open_folder, open_vae
 from sdxl_finetune.model.foreign import kind_of
@@ -47,9 +48,12 @@ class Loaded:
     global_step: int | None
 
 
-def load_checkpoint(path: Path, *, dtype: torch.dtype | None, vae_path: Path | None = None) -> Loaded:
+def load_checkpoint(
+    path: Path, *, dtype: torch.dtype | None, vae_path: Path | None = None, exact: bool = False
+) -> Loaded:
     """The model at `path`, in `dtype` (None: one that holds the file's values exactly), and its VAE, or the VAE at
-    `vae_path` instead. UserError when a file cannot be read or is not what it should be.
+    `vae_path` instead. If `exact`, what bfloat16 lacks of the file's values is kept in the model's masters. UserError
+    when a file cannot be read or is not what it should be.
     """
     opened, format_ = open_checkpoint(Path(path))
     with _about(path):
@@ -65,7 +69,8 @@ def load_checkpoint(path: Path, *, dtype: torch.dtype | None, vae_path: Path | N
         parts = {"unet": model.unet, "te1": model.te1, "te2": model.te2}
         _check(parts, named, model.unused_names())
         for part, module in parts.items():
-            _fill(part, module, named, dtype or exact_dtype(opened.tensors))
+            low = _fill(part, module, named, dtype or exact_dtype(opened.tensors), exact=exact)
+            model.masters |= {module.get_parameter(name): bits for name, bits in low.items()}
         model.unused = {name: named.read(name).clone() for name in model.unused_names() if name in named}
     vae = _build_vae(named_vae, vae_path or path)
     with _about(path):
@@ -186,12 +191,19 @@ def _some(items: list[str]) -> str:
     return shown if len(items) <= 4 else f"{shown} and {len(items) - 4} more"
 
 
-def _fill(part: str, module: nn.Module, named: Named, dtype: torch.dtype) -> None:
-    """Gives a module on the meta device its weights."""
-    tensors = {}
+def _fill(part: str, module: nn.Module, named: Named, dtype: torch.dtype, *, exact: bool = False) -> dict[str, Tensor]:
+    """Gives a module on the meta device its weights; returns the low bits of those that bfloat16 does not hold."""
+    tensors, low = {}, {}
     for name, parameter in module.named_parameters():
-        tensors[name] = torch.empty(parameter.shape, dtype=dtype).copy_(named.read(module_name(part, name)))
+        value = named.read(module_name(part, name))
+        if exact and value.dtype != dtype:
+            tensors[name], bits = split(value.float())
+            if bits.any():
+                low[name] = bits
+        else:
+            tensors[name] = torch.empty(parameter.shape, dtype=dtype).copy_(value)
     module.load_state_dict(tensors, assign=True)
+    return low
 
 
 def _warn_of_rest(named: Named, parts: Mapping[str, nn.Module], unused: Iterable[str]) -> None:

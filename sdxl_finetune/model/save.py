@@ -7,6 +7,7 @@ holds everything at once). Nothing here is atomic: the caller gives a temporary 
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +16,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from typing_extensions import assert_never
 
+from sdxl_finetune.masters import exact_value
 from sdxl_finetune.model.folder import save_folder
 from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap, Place, module_name, put
 from sdxl_finetune.model.sdxl import SDXL
-from sdxl_finetune.model.tensorfile import Source, write_safetensors
+from sdxl_finetune.model.tensorfile import Source, source_of, write_safetensors
 
 SaveAs = Literal["safetensors", "ckpt", "diffusers", "diffusers_safetensors"]
 """The reference's values of `save_model_as`."""
@@ -35,7 +37,7 @@ def save_checkpoint(
     epoch: int = 0,
     global_step: int = 0,
 ) -> None:
-    """Writes the model at `path`, every tensor in `dtype` (None: as it is in memory).
+    """Writes the model at `path`, every tensor in `dtype` (None: as it is in memory), rounded once from its master.
 
     `metadata` goes into .safetensors files, `epoch` and `global_step` into a .ckpt. Values beyond the range of
     float16 become infinite: ask `saturated` first.
@@ -48,8 +50,8 @@ def save_checkpoint(
             torch.save({"state_dict": state, "epoch": epoch, "global_step": global_step}, path)
         case "diffusers" | "diffusers_safetensors":
             tensors = {
-                name: _source([(Place(name), tensor)], _target(model, name, dtype))
-                for name, tensor in _tensors(model, vae)
+                name: _source([(Place(name), source)], _target(model, name, source, dtype))
+                for name, source in _tensors(model, vae)
                 if name != LOGIT_SCALE
             }
             save_folder(path, model.architecture, tensors, metadata, safe=save_as == "diffusers_safetensors")
@@ -60,14 +62,17 @@ def save_checkpoint(
 def single_file_tensors(
     model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None, *, exact: bool = False
 ) -> dict[str, Source]:
-    """Every tensor of a single-file checkpoint by its key, converted when it is read; or, if `exact`, as it is."""
+    """Every tensor of a single-file checkpoint by its key, converted when it is read; or, if `exact`, as it is, which
+    for one with a master is float32.
+    """
     keymap = KeyMap(model.architecture.layout)
-    parts: dict[str, list[tuple[Place, Tensor]]] = defaultdict(list)
-    targets: dict[str, torch.dtype | None] = {}
-    for name, tensor in _tensors(model, vae):
+    parts: dict[str, list[tuple[Place, Source]]] = defaultdict(list)
+    targets: dict[str, torch.dtype] = {}
+    for name, source in _tensors(model, vae):
         place = keymap.place(name)
-        parts[place.key].append((place, tensor))
-        targets[place.key] = None if exact else _target(model, name, dtype)
+        parts[place.key].append((place, source))
+        target = source.dtype if exact else _target(model, name, source, dtype)
+        targets[place.key] = torch.promote_types(target, targets.get(place.key, target))
     return {key: _source(group, targets[key]) for key, group in parts.items()}
 
 
@@ -77,7 +82,8 @@ def saturated(model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None) -> lis
         return []
     largest = torch.finfo(dtype).max
     found = []
-    for name, tensor in _tensors(model, vae):
+    for name, source in _tensors(model, vae):
+        tensor = source.read()
         low, high = tensor.aminmax()
         # Only a tensor with such values, or with infinite or undefined ones, is looked at twice.
         if not (low >= -largest and high <= largest) and bool((tensor.isfinite() & (tensor.abs() > largest)).any()):
@@ -85,21 +91,33 @@ def saturated(model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None) -> lis
     return found
 
 
-def _tensors(model: SDXL, vae: AutoencoderKL) -> Iterator[tuple[str, Tensor]]:
-    """All tensors by name."""
+def _tensors(model: SDXL, vae: AutoencoderKL) -> Iterator[tuple[str, Source]]:
+    """All tensors by name, with the exact values of those that have a master."""
     for part, module in (("unet", model.unet), ("te1", model.te1), ("te2", model.te2), ("vae", vae)):
         for name, parameter in module.named_parameters():
-            yield module_name(part, name), parameter.detach()
-    yield from model.unused.items()
+            dtype = torch.float32 if parameter in model.masters else parameter.dtype
+            read = partial(exact_value, parameter, model.masters)
+            yield module_name(part, name), Source(shape=tuple(parameter.shape), dtype=dtype, read=read)
+    for name, tensor in model.unused.items():
+        yield name, source_of(tensor)
 
 
-def _target(model: SDXL, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """What to write a tensor in: when nothing is asked for, those that SDXL does not use go with the encoders."""
-    return model.te1.dtype if dtype is None and name in model.unused else dtype
+def _target(model: SDXL, name: str, source: Source, dtype: torch.dtype | None) -> torch.dtype:
+    """What to write a tensor in: when nothing is asked for, as it is in memory, and what SDXL does not use goes with
+    the encoders.
+    """
+    if dtype is not None:
+        return dtype
+    part = name.partition(".")[0]
+    if part == "vae":
+        return source.dtype
+    return model.te1.dtype if name in model.unused else getattr(model, part).dtype
 
 
-def _source(parts: list[tuple[Place, Tensor]], dtype: torch.dtype | None) -> Source:
-    first = parts[0][1]
-    dtype = dtype or first.dtype
-    shape = put([(place, tensor.to("meta")) for place, tensor in parts]).shape
-    return Source(shape=tuple(shape), dtype=dtype, read=lambda: put(parts).to(dtype).contiguous())
+def _source(parts: list[tuple[Place, Source]], dtype: torch.dtype) -> Source:
+    shape = put([(place, torch.empty(source.shape, device="meta")) for place, source in parts]).shape
+
+    def read() -> Tensor:
+        return put([(place, source.read()) for place, source in parts]).to(dtype).contiguous()
+
+    return Source(shape=tuple(shape), dtype=dtype, read=read)

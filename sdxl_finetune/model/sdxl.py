@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from sdxl_finetune.masters import Masters
 from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, unet_config
 from sdxl_finetune.model.keymap import LOGIT_SCALE
 from sdxl_finetune.model.text import (
@@ -37,6 +38,8 @@ class SDXL(nn.Module):
         self.unused: dict[str, Tensor] = {}
         """By name (see keymap): te1's last layer and final norm, te2's logit_scale. On the CPU, as the file had
         them; no part of the module's state, never trained, always saved."""
+        self.masters: Masters = {}
+        """Of parameters in bf16: what they lack of their values. Saved files are made of both."""
 
     def unused_names(self) -> list[str]:
         """The names of the tensors that `unused` holds for a whole checkpoint."""

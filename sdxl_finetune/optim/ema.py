@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 from sdxl_finetune.config import Config
+from sdxl_finetune.masters import Masters, exact_value, rounded
 from sdxl_finetune.optim.groups import Group
 
 
 class MovingAverage:
     """The average of the parameters of these groups; it begins with their values."""
 
-    def __init__(self, groups: Sequence[Group], config: Config) -> None:
-        self._config = config
+    def __init__(self, groups: Sequence[Group], masters: Masters, config: Config) -> None:
+        self._config, self._masters = config, masters
         self._parameters = {
             f"{group.name}.{name}": parameter for group in groups for name, parameter in group.parameters.items()
         }
         device = torch.device("cpu") if config.ema_on_cpu else None
         self.averages = {
-            name: parameter.detach().to(device or parameter.device, torch.float32, copy=True)
+            name: exact_value(parameter, masters).to(device or parameter.device, torch.float32, copy=True)
             for name, parameter in self._parameters.items()
         }
 
@@ -47,19 +48,27 @@ class MovingAverage:
         share = 1 - self.decay(step, images)
         for name, parameter in self._parameters.items():
             average = self.averages[name]
-            average.lerp_(parameter.to(average, non_blocking=True), share)
+            average.lerp_(exact_value(parameter, self._masters).to(average, non_blocking=True), share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the model holds the average; afterwards it holds the very tensors of before."""
+        """Within it the model holds the average, which is its own master too; afterwards the very tensors of before."""
         trained = {name: parameter.data for name, parameter in self._parameters.items()}
+        kept = dict(self._masters)
         for name, parameter in self._parameters.items():
-            parameter.data = self.averages[name].to(parameter.device, parameter.dtype)
+            average = self.averages[name]
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = rounded(average.to(parameter.device))
+                self._masters[parameter] = average
+            else:
+                parameter.data = average.to(parameter.device, parameter.dtype)
         try:
             yield
         finally:
             for name, parameter in self._parameters.items():
                 parameter.data = trained[name]
+            self._masters.clear()
+            self._masters.update(kept)
 
     def load(self, kept: Mapping[str, Tensor]) -> list[str]:
         """Goes on from what a training state has kept; returns the names of which it has nothing."""
@@ -70,9 +79,9 @@ class MovingAverage:
         return missing
 
 
-def build_average(groups: Sequence[Group], config: Config) -> MovingAverage | None:
+def build_average(groups: Sequence[Group], masters: Masters, config: Config) -> MovingAverage | None:
     """The average, if the config asks for one."""
-    return MovingAverage(groups, config) if asks_for_average(config) else None
+    return MovingAverage(groups, masters, config) if asks_for_average(config) else None
 
 
 def asks_for_average(config: Config) -> bool:

@@ -4,16 +4,16 @@ All of it stays on the device, as tensors of one element, until the log has time
 """
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from sdxl_finetune.batch import TIMESTEPS
+from sdxl_finetune.masters import Masters, exact_value
 from sdxl_finetune.optim.groups import Group
 
 RANGES = 4
@@ -25,9 +25,10 @@ SAMPLE = 1 << 20
 class Meter:
     """Collects over the micro-batches of a step and over the step itself, on one rank."""
 
-    def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
-        self._groups = groups
+    def __init__(self, groups: Sequence[Group], masters: Masters, device: torch.device) -> None:
+        self._masters = masters
         self._samples = {group.name: _sample(group.parameters) for group in groups}
+        self._before: dict[str, list[Tensor]] = {}
         self._losses = torch.zeros(2, RANGES, device=device)
         self._measured: dict[str, Tensor] = {}
 
@@ -38,24 +39,20 @@ class Meter:
         ranges = (timesteps * RANGES // TIMESTEPS).clamp(max=RANGES - 1)
         self._losses.index_add_(1, ranges, torch.stack([losses.float() * counted, counted]))
 
-    def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scales the gradients of all parts together down to `max_norm` (0: as they are); returns their norm before."""
-        own = {group.name: [one for one in group.parameters.values() if one.grad is not None] for group in self._groups}
-        norms = {name: get_total_norm([one.grad for one in given]) for name, given in own.items()}  # type: ignore[misc]
-        total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        self._measured |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
-        if max_norm:
-            clip_grads_with_norm_([one for given in own.values() for one in given], max_norm, total)
-        return total
+    def begin_step(self) -> None:
+        """Before the backward pass in which the optimizer may step: remembers some of the weights."""
+        self._before = {
+            name: [exact_value(one, self._masters).float().clone() for one in sample]
+            for name, sample in self._samples.items()
+        }
 
-    @contextmanager
-    def watch_updates(self) -> Iterator[None]:
-        """Around the optimizer's step: measures how much of their own size the weights move by it."""
-        before = {name: [one.detach().float().clone() for one in sample] for name, sample in self._samples.items()}
-        yield
+    def end_step(self, norms: Mapping[str, Tensor]) -> None:
+        """After the step: takes in the norms of the parts' gradients, and how much of their own size weights moved."""
+        self._measured |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
         for name, sample in self._samples.items():
-            moved = [one.detach().float() - old for one, old in zip(sample, before[name], strict=True)]
-            self._measured[f"update/{name}"] = get_total_norm(moved) / get_total_norm(before[name])
+            before = self._before.pop(name)
+            moved = [exact_value(one, self._masters).float() - old for one, old in zip(sample, before, strict=True)]
+            self._measured[f"update/{name}"] = get_total_norm(moved) / get_total_norm(before)
 
     @property
     def sums(self) -> Float[Tensor, " n"]:

@@ -14,7 +14,6 @@ NOT_YET = (
     "cache_text_encoder_outputs_to_disk",
     "full_fp16",
     "masked_loss",
-    "fused_backward_pass",
 )
 OURS = (["--zero_terminal_snr"], ["--adaptive_noise_scale", "0.1", "--noise_offset", "0.05"])
 

@@ -221,7 +221,7 @@ def test_style_loads_with_the_warnings_expected(folder, caplog):
     assert config.resolution == (1024, 1024) and config.multires_noise_iterations == 8
     assert (config.learning_rate, config.learning_rate_te1, config.max_token_length) == (3e-5, 1e-6, 225)
     said = [record.getMessage().split(" =")[0].split(": ")[-1] for record in caplog.records]
-    assert said == ["no_token_padding", "persistent_data_loader_workers", "max_token_length", "full_bf16"]
+    assert said == ["no_token_padding", "persistent_data_loader_workers", "max_token_length"]
 
 
 def test_help_and_version(capsys):

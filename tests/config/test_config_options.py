@@ -14,7 +14,7 @@ from sdxl_finetune.config.options import GROUPS
 
 AVERAGE = {"ema_decay", "ema_half_life", "ema_previews", "ema_validation", "ema_save", "ema_on_cpu"}
 VALIDATION = {name for name in Config.model_fields if name.startswith("valid")} | {"max_validation_steps"}
-OURS = {*VALIDATION, "cache_dir", "on_bad_image", "resume_at_next_epoch", *AVERAGE}
+OURS = {*VALIDATION, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters", *AVERAGE}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from sdxl_finetune.config import Config
+from sdxl_finetune.masters import exact_value, split
 from sdxl_finetune.optim.ema import build_average
 from sdxl_finetune.optim.groups import Group
 
@@ -16,13 +17,13 @@ def groups_of(value: float, dtype: torch.dtype = torch.float32) -> list[Group]:
 
 
 def test_without_an_option_there_is_none() -> None:
-    assert build_average(groups_of(1.0), Config()) is None
+    assert build_average(groups_of(1.0), {}, Config()) is None
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_it_follows_its_formula(on_cpu: bool) -> None:
     groups = groups_of(0.0)
-    average = build_average(groups, Config(ema_decay=0.7, ema_on_cpu=on_cpu))
+    average = build_average(groups, {}, Config(ema_decay=0.7, ema_on_cpu=on_cpu))
     expected = 0.0
     for step in range(40):
         groups[0].parameters["a"].data.fill_(math.sin(step))
@@ -36,7 +37,7 @@ def test_it_follows_its_formula(on_cpu: bool) -> None:
 def test_a_half_life_is_counted_in_images(images: int) -> None:
     """After 640 images a jump of the weights is half in the average, whatever the batch size."""
     groups = groups_of(0.0)
-    average = build_average(groups, Config(ema_half_life=640))
+    average = build_average(groups, {}, Config(ema_half_life=640))
     groups[0].parameters["a"].data.fill_(1.0)
     for step in range(10_000, 10_000 + 640 // images):
         average.update(step, images)
@@ -45,19 +46,39 @@ def test_a_half_life_is_counted_in_images(images: int) -> None:
 
 def test_bf16_weights_have_a_float32_average() -> None:
     groups = groups_of(1.0, torch.bfloat16)
-    average = build_average(groups, Config(ema_decay=0.9999))
+    average = build_average(groups, {}, Config(ema_decay=0.9999))
     groups[0].parameters["a"].data.fill_(2.0)
     for step in range(10**6, 10**6 + 100):
         average.update(step, 1)
     assert average.averages["unet.a"].tolist() == pytest.approx([2 - 0.9999**100] * 3, rel=1e-5)
+    parameter, masters = groups[0].parameters["a"], average._masters
     with average.in_place():
-        assert groups[0].parameters["a"].dtype == torch.bfloat16
+        assert parameter.dtype == torch.bfloat16 and torch.equal(
+            exact_value(parameter, masters), average.averages["unet.a"]
+        )
+    assert not masters and torch.equal(parameter, torch.full((3,), 2.0, dtype=torch.bfloat16))
+
+
+def test_the_average_is_of_masters() -> None:
+    """Steps that bf16 does not show reach the average, and the low bits come back after it was shown."""
+    groups = groups_of(1.0, torch.bfloat16)
+    parameter = groups[0].parameters["a"]
+    masters = {parameter: split(torch.full((3,), 1.0005))[1]}
+    average = build_average(groups, masters, Config(ema_decay=0.5))
+    assert average.averages["unet.a"].tolist() == pytest.approx([1.0005] * 3, rel=1e-7)
+    masters[parameter] += 1000
+    average.update(100, 1)
+    expected = exact_value(parameter, masters)
+    assert average.averages["unet.a"].tolist() == pytest.approx(((expected + 1.0005) / 2).tolist(), rel=1e-7)
+    with average.in_place():
+        assert torch.equal(exact_value(parameter, masters), average.averages["unet.a"])
+    assert torch.equal(exact_value(parameter, masters), expected)
 
 
 def test_training_gets_its_own_tensors_back() -> None:
     groups = groups_of(1.0)
     parameter = groups[0].parameters["a"]
-    average = build_average(groups, Config(ema_decay=0.5))
+    average = build_average(groups, {}, Config(ema_decay=0.5))
     parameter.data.fill_(3.0)
     before = parameter.data_ptr()
     with pytest.raises(ZeroDivisionError), average.in_place():

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn import Parameter
 
 from sdxl_finetune.optim.groups import Group
 from sdxl_finetune.optim.meter import SAMPLE, Meter
+from sdxl_finetune.optim.update import PlainUpdate, total_norm
 
 
 def groups_of() -> list[Group]:
@@ -20,7 +22,7 @@ def groups_of() -> list[Group]:
 
 
 def test_losses_are_told_apart_by_timestep() -> None:
-    meter = Meter(groups_of(), torch.device("cpu"))
+    meter = Meter(groups_of(), {}, torch.device("cpu"))
     losses, timesteps = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 249, 250, 999])
     meter.add_losses(losses, timesteps, torch.ones(4))
     meter.add_losses(torch.tensor([100.0, 6.0]), torch.tensor([500, 999]), torch.tensor([0.0, 0.2]))
@@ -38,30 +40,34 @@ def test_gradients_are_clipped_together_and_measured_apart(max_norm: float) -> N
             one.grad = torch.full_like(one, number + 1.0)
             same.grad = one.grad.clone()
     groups[0].parameters["unet0"].grad = expected[0].parameters["unet0"].grad = None
-    meter = Meter(groups, torch.device("cpu"))
-    total = meter.clip_gradients(max_norm)
-    every = [one for group in expected for one in group.parameters.values()]
-    assert total == pytest.approx(torch.nn.utils.clip_grad_norm_(every, max_norm or math.inf).item(), rel=1e-6)
-    for one, same in zip([one for group in groups for one in group.parameters.values()], every, strict=True):
-        assert one.grad is None or torch.allclose(one.grad, same.grad, rtol=1e-6)
-    found = meter.take(meter.sums)
-    assert found["grad_norm/unet"] == pytest.approx(math.sqrt(30))
-    assert found["grad_norm/text_encoder1"] == pytest.approx(math.sqrt(4 * 21))
+    every = [[one for group in side for one in group.parameters.values()] for side in (groups, expected)]
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(torch.optim.SGD(every[0], lr=1.0))
+    norms = PlainUpdate(accelerator, torch.nn.Module(), optimizer, groups).step(max_norm)
+    total = torch.nn.utils.clip_grad_norm_(every[1], max_norm or math.inf).item()
+    assert total_norm(norms).item() == pytest.approx(total, rel=1e-6)
+    torch.optim.SGD(every[1], lr=1.0).step()
+    for one, same in zip(*every, strict=True):
+        assert one.grad is None and torch.allclose(one, same, rtol=1e-6)
+    assert norms["unet"] == pytest.approx(math.sqrt(30)) and norms["text_encoder1"] == pytest.approx(math.sqrt(4 * 21))
 
 
 def test_updates_are_measured_relative_to_the_weights() -> None:
     groups = groups_of()
-    meter = Meter(groups, torch.device("cpu"))
-    with meter.watch_updates():
-        for one in groups[0].parameters.values():
-            one.data *= 1.01
+    meter = Meter(groups, {}, torch.device("cpu"))
+    meter.begin_step()
+    for one in groups[0].parameters.values():
+        one.data *= 1.01
+    meter.end_step({"unet": torch.tensor(3.0)})
     found = meter.take(meter.sums)
+    assert found["grad_norm/unet"] == 3
     assert found["update/unet"] == pytest.approx(0.01, rel=1e-4) and found["update/text_encoder1"] == 0
 
 
 def test_a_part_of_large_tensors_is_measured_by_one() -> None:
     group = Group("unet", {str(at): Parameter(torch.ones(SAMPLE + 1 + at)) for at in range(3)}, 1e-3)
-    meter = Meter([group], torch.device("cpu"))
-    with meter.watch_updates():
-        group.parameters["0"].data += 1
+    meter = Meter([group], {}, torch.device("cpu"))
+    meter.begin_step()
+    group.parameters["0"].data += 1
+    meter.end_step({})
     assert meter.take(meter.sums)["update/unet"] == pytest.approx(1.0)
