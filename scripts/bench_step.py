@@ -17,6 +17,7 @@ from photos import write_photos
 from sdxl_finetune.config import load_config
 from sdxl_finetune.objective import batch_latents
 from sdxl_finetune.run import Run, build_run
+from sdxl_finetune.runtime import StopRequest
 from sdxl_finetune.tools.model import main as model_tool
 from sdxl_finetune.train import record, training_steps
 
@@ -70,7 +71,7 @@ def measure(run: Run, count: int) -> tuple[float, float]:
     batch = next(iter(run.batches())).to(run.accelerator.device)
     latents = batch_latents(batch, run.vae)
     loop_times, bare_times = [], []
-    steps = training_steps(run)
+    steps = training_steps(run, StopRequest())
     for number in range(count + 5):
         started = time.perf_counter()
         record(run, next(steps))

@@ -1,4 +1,4 @@
-"""Makes the small SDXL that draws: python scripts/make_toy_model.py [--folder toy]
+"""Makes the small SDXL that draws: python scripts/make_toy_model.py [--folder toy] [any options of sdxl-train]
 
 Draws captioned pictures of the toy world, trains a small VAE on such pictures, and then, with sdxl-train and
 configs/toy.toml, U-Net and both text encoders from random weights until they follow captions. Every part goes on where
@@ -42,21 +42,23 @@ BUILT = Architecture(
     vae_layers=1,
 )
 """13 million parameters, five of them the vocabulary: 26 MB in fp16."""
-PICTURES = 20_000
-VAE_STEPS, DECODER_STEPS, VAE_BATCH, VAE_RATE = 5000, 2500, 8, 1e-3
-KEPT_EVERY = 250
-"""VAE steps after which an interrupted training goes on."""
+VAE_BATCH, VAE_RATE = 8, 1e-3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("toy"))
+    parser.add_argument("--pictures", type=int, default=20_000)
+    parser.add_argument("--vae_steps", type=int, default=5000, help="of encoder and decoder together")
+    parser.add_argument("--decoder_steps", type=int, default=2500, help="of the decoder alone, after them")
+    parser.add_argument("--keep_every", type=int, default=250, help="VAE steps, from which an interrupted one goes on")
+    parser.add_argument("--judged", type=int, default=200, help="captions to draw at the end")
     arguments, options = parser.parse_known_args()
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_pictures(folder / "pictures", islice(scenes(0, kept=True), PICTURES))
+    write_pictures(folder / "pictures", islice(scenes(0, kept=True), arguments.pictures))
     if not (folder / "base.safetensors").exists():
-        vae = train_vae(folder)
+        vae = train_vae(folder, arguments.vae_steps, arguments.decoder_steps, arguments.keep_every)
         model, _ = build_initial(BUILT, seed=0)
         with atomic_path(folder / "base.safetensors") as path:
             save_checkpoint(path, model, vae, save_as="safetensors", dtype=None, metadata={})
@@ -65,7 +67,7 @@ def main() -> None:
     subprocess.run([*command, *places, *options], check=True, cwd=folder)
     done = folder / "out" / "toy.safetensors"
     assert model_tool(["convert", str(done), str(folder / "toy.safetensors"), "--overwrite"]) == 0
-    print(follows(folder / "toy.safetensors"))
+    print(follows(folder / "toy.safetensors", arguments.judged))
 
 
 def write_pictures(folder: Path, wanted: "islice[Scene]") -> None:
@@ -83,20 +85,23 @@ def write_pictures(folder: Path, wanted: "islice[Scene]") -> None:
         path.write_text("\n".join(lines) + "\n")
 
 
-def train_vae(folder: Path) -> AutoencoderKL:
+def train_vae(folder: Path, steps: int, decoder_steps: int, keep_every: int) -> AutoencoderKL:
     """A VAE of the toy world, whose latents have mean 0 and the deviation of SDXL's: both halves on all pictures, and
     then the decoder alone on clean ones, of which noise takes its attention before.
     """
     torch.manual_seed(0)
     vae = AutoencoderKL(**vae_config(BUILT)).to(memory_format=torch.channels_last)
-    train_part(vae, vae, folder / "vae.pt", VAE_STEPS)
+    train_part(vae, vae, folder / "vae.pt", steps, keep_every)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    train_part(vae, nn.ModuleList([vae.post_quant_conv, vae.decoder]), folder / "decoder.pt", DECODER_STEPS, clean=True)
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    train_part(vae, decoder, folder / "decoder.pt", decoder_steps, keep_every, clean=True)
     return normalised(vae.eval().requires_grad_(False).to(memory_format=torch.contiguous_format))
 
 
-def train_part(vae: AutoencoderKL, part: nn.Module, kept: Path, steps: int, *, clean: bool = False) -> None:
+def train_part(
+    vae: AutoencoderKL, part: nn.Module, kept: Path, steps: int, keep_every: int, *, clean: bool = False
+) -> None:
     """Trains one part of the VAE on pictures of every kind, or mostly clean ones; goes on from the file `kept`."""
     optimizer = torch.optim.AdamW(part.parameters(), lr=VAE_RATE, betas=(0.9, 0.99), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, VAE_RATE, total_steps=steps + 1, pct_start=0.05)
@@ -122,7 +127,7 @@ def train_part(vae: AutoencoderKL, part: nn.Module, kept: Path, steps: int, *, c
         optimizer.step()
         schedule.step()
         progress.set_postfix(error=f"{error.item():.4f}", refresh=False)
-        if (step + 1) % KEPT_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % keep_every == 0 or step + 1 == steps:
             with atomic_path(kept) as path:
                 torch.save({name: one.state_dict() for name, one in parts.items()} | {"step": step + 1}, path)
 

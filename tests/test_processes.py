@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_rank import digest_lines
 from safetensors.torch import load_file
+
+from sdxl_finetune.config import load_config
+from sdxl_finetune.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -68,9 +72,11 @@ def test_two_processes_train_as_one_with_twice_the_batch(work) -> None:
     assert len(digests) >= 4, two
     for values in digests.values():
         assert len(values) == 2 and values[0] == values[1]
-    command = [sys.executable, *program, *OPTIONS, "--train_batch_size", "4"]
-    one = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
-    alone = {int(step): values for step, *values in DIGEST.findall(one)}
+    alone = {
+        int(step): values
+        for line in digest_lines([*OPTIONS, "--train_batch_size", "4"])
+        for step, *values in DIGEST.findall(line)
+    }
     assert list(alone) == sorted(digests)
     for step, (_, loss, norm) in alone.items():
         assert float(digests[step][0][1]) == pytest.approx(float(loss), rel=1e-4), step
@@ -81,8 +87,9 @@ def test_two_processes_write_the_files_of_one(work) -> None:
     """The command of the documentation; SGD, because AdamW's first steps turn rounding into signs."""
     sgd = ["--optimizer_type", "SGD", "--learning_rate", "0.01", "--learning_rate_te1", "0.01"]
     said = output(launch(*sgd, "--train_batch_size", "2", "--save_every_n_epochs", "1", "--output_dir", "two"))
-    command = [sys.executable, "-m", "sdxl_finetune", *OPTIONS, *sgd, "--train_batch_size", "4", "--output_dir", "one"]
-    subprocess.run([*command, "--save_every_n_epochs", "1"], env=environment(), check=True, capture_output=True)
+    alone = [*OPTIONS, *sgd, "--train_batch_size", "4", "--output_dir", "one", "--save_every_n_epochs", "1"]
+    config = load_config(alone, program="sdxl-train")
+    assert config is not None and train(config) == 0
     names = sorted(path.name for path in Path("one").glob("*.safetensors"))
     assert names == sorted(path.name for path in Path("two").glob("*.safetensors")), said
     assert len(names) == 2

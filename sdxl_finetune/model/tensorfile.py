@@ -140,10 +140,12 @@ def _unpickle(path: Path) -> Any:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> None:
-    """Writes `tensors`, each read and gone before the next; float16, bfloat16, float32 and int64."""
+    """Writes `tensors`, each read and gone before the next; float16, bfloat16, float32 and int64. The same tensors and
+    metadata give the same bytes: the library reads metadata in an order that changes from process to process.
+    """
     order = list(_WRITTEN)
     keys = sorted(tensors, key=lambda key: (-order.index(tensors[key].dtype), key))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for key in keys:
         source = tensors[key]

@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_finetune.model.load import Loaded, load_checkpoint
 
-torch.set_num_threads(2)
-
 
 def _weight(key: str, shape: list[int]) -> np.ndarray:
     if key.endswith("logit_scale"):

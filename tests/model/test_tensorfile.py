@@ -29,6 +29,14 @@ def test_bytes_are_the_librarys(tmp_path_factory: pytest.TempPathFactory, specs:
     assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
 
 
+def test_the_order_of_the_metadata_changes_no_byte(tmp_path: Path) -> None:
+    """In which the library gives it, another in each process."""
+    metadata = {name: name.upper() for name in "abc"}
+    for name, one in (("there", metadata), ("back", dict(reversed(metadata.items())))):
+        write_safetensors(tmp_path / name, {"x": source_of(torch.ones(2))}, one)
+    assert (tmp_path / "there").read_bytes() == (tmp_path / "back").read_bytes()
+
+
 def test_transposed_and_sliced_tensors_are_written_as_they_read(tmp_path: Path) -> None:
     tensor = torch.arange(12.0).reshape(3, 4)
     sources = {"t": source_of(tensor.t()), "s": source_of(tensor[:, 1:3])}

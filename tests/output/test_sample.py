@@ -33,15 +33,6 @@ TOKENIZER = build_tokenizer(max_token_length=None)
 SCHEDULE = build_schedule(zero_terminal_snr=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small tensors are not worth sharing, and on a busy machine threads wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tiny():
     return build_initial(TINY, seed=0)
