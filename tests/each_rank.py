@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from sdxl_finetune.config import load_config
+from sdxl_finetune.masters import exact_value
 from sdxl_finetune.run import build_run
 from sdxl_finetune.runtime import StopRequest
 from sdxl_finetune.train import training_steps
@@ -18,8 +19,9 @@ def digest_lines(arguments: Sequence[str]) -> Iterator[str]:
     with build_run(config) as run:
         for step in training_steps(run, StopRequest()):
             digest = hashlib.sha256()
-            for name, tensor in sorted(run.sdxl.state_dict().items()):
-                digest.update(name.encode() + tensor.numpy().tobytes())
+            for name, parameter in sorted(run.sdxl.named_parameters()):
+                value = exact_value(parameter, run.sdxl.masters).float()
+                digest.update(name.encode() + value.numpy().tobytes())
             yield f"digest {step.position.step} {digest.hexdigest()} {step.loss.item()!r} {step.grad_norm.item()!r}\n"
 
 

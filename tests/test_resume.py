@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -256,3 +257,24 @@ def test_states_are_checkpoints_too(work) -> None:
     weights = load_file("one/out/style-step00000003.safetensors")
     assert state.keys() == weights.keys()
     assert all((state[key].float() == weights[key]).all() for key in state)
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--fused_backward_pass", "--optimizer_type", "Adafactor"]], ids=["AdamW8bit", "fused"]
+)
+def test_masters_go_on_bit_for_bit(work, more: list[str]) -> None:
+    """What bf16 does not show of the weights is in the state; files are made of it."""
+    options = ["--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "AdamW8bit", *more]
+    options += ["--resolution", "64", "--max_bucket_reso", "64", "--save_precision", "float", "--max_train_steps", "2"]
+    options += ["--save_every_n_steps", "1", "--validation_split", "0", "--train_batch_size", "1"]
+    assert run("one", *options) == 0
+    shutil.copytree("one", "other")
+    forget("other", *(name for name in saved(Path("other")) if name != "style-step00000001-state"))
+    assert run("other", *options, "--resume", "auto") == 0
+    assert differences(Path("one"), Path("other")) == []
+    weights = load_file("one/out/style-state/weights.safetensors")
+    trained = {name: value for name, value in weights.items() if name.startswith("model.diffusion_model.")}
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in trained.values())
+    changed = refusal("one", *options, "--no-exact_masters", "--resume", "one/out/style-step00000001-state")
+    assert "exact_masters" in changed and "resume from saved weights" in changed

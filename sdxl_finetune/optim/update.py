@@ -101,8 +101,8 @@ class ExactUpdate:
             if keeps_masters(config):
                 masters[parameter] = _master(parameter, masters, whole=reach == Reach.ALL)
             for tensor in (parameter.data, masters.get(parameter)) if self._ranks > 1 else ():
-                if tensor is not None:  # files on several machines might differ
-                    torch.distributed.broadcast(tensor, 0)
+                if tensor is not None:  # files on several machines might differ; int16 is no type of gloo's and NCCL's
+                    torch.distributed.broadcast(tensor.view(-1).view(torch.uint8), 0)
         size = PIECE if reach == Reach.ELEMENTS else None
         pieces = [_pieces(number, group, masters, size) for number, group in enumerate(groups)]
         self.stepped: Sequence[Group] = [

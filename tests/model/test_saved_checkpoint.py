@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdxl_finetune.files import atomic_path
+from sdxl_finetune.masters import split
 from sdxl_finetune.model.architecture import Architecture, TextSize
 from sdxl_finetune.model.initial import TINY, build_initial, text_size
 from sdxl_finetune.model.load import Loaded, load_checkpoint
@@ -78,6 +79,57 @@ def test_a_file_loaded_and_saved_is_the_same_file(
     assert loaded.metadata == metadata
     save_checkpoint(second, loaded.model, loaded.vae, save_as="safetensors", dtype=dtype, metadata=loaded.metadata)
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("save_as", ["safetensors", "ckpt", "diffusers_safetensors"])
+def test_a_model_in_bf16_with_masters_saves_what_the_file_held(
+    little: tuple[SDXL, AutoencoderKL], tmp_path: Path, stored: torch.dtype, save_as: SaveAs
+) -> None:
+    """Bit for bit in the file's precision and in float32; without masters it would be bf16's."""
+    first = tmp_path / "first"
+    save_checkpoint(first, *little, save_as="safetensors", dtype=stored, metadata={})
+    loaded = load_checkpoint(first, dtype=torch.bfloat16, exact=True)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert bool(loaded.model.masters) == (stored != torch.bfloat16)
+    for dtype in (stored, torch.float32):
+        again = tmp_path / f"again {dtype}"
+        with atomic_path(again) as path:
+            save_checkpoint(path, loaded.model, loaded.vae, save_as=save_as, dtype=dtype, metadata={})
+        one, other = (load_checkpoint(path, dtype=torch.float32).model.state_dict() for path in (first, again))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    rounded = load_checkpoint(first, dtype=torch.bfloat16).model
+    assert not rounded.masters
+    if stored != torch.bfloat16:
+        assert not torch.equal(rounded.unet.conv_in.weight.float(), one["unet.conv_in.weight"])
+
+
+def test_files_are_rounded_once(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
+    """From float32 to the nearest half; by way of bf16 it would be another."""
+    model = load_initial_exactly(little, tmp_path)
+    parameter = model.unet.conv_in.bias
+    value = torch.full_like(parameter, 1 + 3 / 1024, dtype=torch.float32)
+    with torch.no_grad():
+        high, model.masters[parameter] = split(value)
+        parameter.copy_(high)
+    save_checkpoint(tmp_path / "half", model, little[1], save_as="safetensors", dtype=torch.float16, metadata={})
+    found = load_checkpoint(tmp_path / "half", dtype=None).model.unet.conv_in.bias
+    assert torch.equal(found, value.half()) and not torch.equal(found, value.bfloat16().half())
+
+
+def test_a_master_beyond_float16_is_found(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
+    model = load_initial_exactly(little, tmp_path)
+    parameter = model.unet.conv_in.bias
+    for value, beyond in ((65_504.0, False), (65_530.0, True)):  # in bf16 both are 65,536
+        with torch.no_grad():
+            high, model.masters[parameter] = split(torch.full_like(parameter, value, dtype=torch.float32))
+            parameter.copy_(high)
+        assert saturated(model, little[1], torch.float16) == (["unet.conv_in.bias"] if beyond else [])
+
+
+def load_initial_exactly(little: tuple[SDXL, AutoencoderKL], folder: Path) -> SDXL:
+    save_checkpoint(folder / "initial", *little, save_as="safetensors", dtype=torch.float32, metadata={})
+    return load_checkpoint(folder / "initial", dtype=torch.bfloat16, exact=True).model
 
 
 @settings(max_examples=3, deadline=None)
