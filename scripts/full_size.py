@@ -117,7 +117,7 @@ def kept_bytes(run: Run) -> tuple[int, dict[str, int]]:
     }  # tables are shared
     return sum(one.numel() for one in trained), {
         "weights": sum(one.nbytes for one in trained),
-        "masters": sum(masters[one].nbytes for one in trained),
+        "masters": sum(masters[one].nbytes for one in trained if one in masters),
         "optimizer": sum(states.values()),
     }
 
