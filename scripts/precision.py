@@ -1,10 +1,10 @@
 """What each way of holding weights in 16 bits loses of training: python scripts/precision.py [--steps 100] [--write]
 
 The small SDXL that draws (tests/toy) is fine-tuned on the new style at the users' rates (U-Net 3e-5, text encoders
-1e-6) with the same data, noise and timesteps under each scheme, and from the same weights, which bf16 holds exactly. After 1,
-10, 100 ... steps the change of the weights is compared with that of pure float32 training: relative L2 error, and the
-share of weights that have moved at all, for the U-Net and each text encoder. Bytes are counted of what is kept for each
-trained parameter from step to step, gradients apart. --write puts the tables into docs/precision.md.
+1e-6) with the same data, noise and timesteps under each scheme, and from the same weights, which bf16 holds exactly.
+After 1, 10, 100 ... steps the change of the weights is compared with that of pure float32 training: relative L2 error,
+and the share of weights that have moved at all, for the U-Net and each text encoder. Bytes are counted of what is kept
+for each trained parameter from step to step, gradients apart. --write puts the tables into docs/precision.md.
 
 Kahan sums and stochastic rounding are torch-optimi's and torchao's: pip install torch-optimi torchao. Without them
 their rows are left out, and it is said.

@@ -39,7 +39,7 @@ from sdxl_finetune.optim.ema import MovingAverage, build_average
 from sdxl_finetune.optim.groups import Group, build_groups
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import build_optimizer, optimizer_class, optimizer_name
-from sdxl_finetune.optim.update import ExactUpdate, PlainUpdate, Update, is_exact, keeps_masters
+from sdxl_finetune.optim.update import ExactUpdate, PlainUpdate, Update, check_update, is_exact, keeps_masters
 from sdxl_finetune.output.log import Log, console, run_directory
 from sdxl_finetune.output.metadata import load_thumbnail
 from sdxl_finetune.output.prompts import Prompt, load_prompts
@@ -141,6 +141,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     seed = start.seed if start and start.seed is not None and config.seed is None else shared_seed(config)
     torch.manual_seed(seed)  # for what draws outside of our control, as a user's own optimizer may
     optimizer_class(optimizer_name(config))
+    check_update(config)
     if start:
         check_options(start, config)
     tokenizer = build_tokenizer(

@@ -122,6 +122,8 @@ def name_the_batch(batch: Batch, config: Config) -> Iterator[None]:
             remedies.append('optimizer_type = "AdamW8bit"')
         if not config.full_bf16:
             remedies.append('full_bf16 = true with mixed_precision = "bf16"')
+        if not (config.fused_backward_pass or config.fused_optimizer_groups):
+            remedies.append("fused_backward_pass = true")
         remedies.append("a lower resolution or max_bucket_reso")
         raise OutOfMemory(
             f"out of memory in step {batch.position.step + 1}: {len(batch.weights)} images of bucket {width}x{height}, "

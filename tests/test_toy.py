@@ -82,13 +82,16 @@ def taught(tmp_path: Path, monkeypatch):
     return teach
 
 
-def test_rounding_to_bf16_loses_what_the_users_rates_teach(taught, tmp_path: Path) -> None:
-    """Of two trainings from the same bf16 values, differing in nothing but the rounding after each step."""
+def test_masters_keep_what_rounding_to_bf16_loses(taught, tmp_path: Path) -> None:
+    """Of what float32 training at the users' rates teaches from the same bf16 values."""
     start = tmp_path / "start.safetensors"
     before = as_bf16(TOY, start)
     asked = ["--max_train_epochs", "1", "--lr_warmup_steps", "0", "--save_precision", "float"]
     asked += ["--learning_rate", "3e-5", "--learning_rate_te1", "1e-6", "--learning_rate_te2", "1e-6"]
-    exact = load_file(taught("exact", *asked, model=start))
-    rounded = load_file(taught("rounded", *asked, "--optimizer_type", "rounding.RoundingAdamW", model=start))
+    bf16 = ["--mixed_precision", "bf16", "--full_bf16"]
+    exact = load_file(taught("float32", *asked, model=start))
+    masters = load_file(taught("masters", *asked, *bf16, model=start))
+    rounded = load_file(taught("rounded", *asked, *bf16, "--no-exact_masters", model=start))
     for part in PARTS:
-        assert lost(part, before, exact, rounded) > 0.5, part
+        assert lost(part, before, exact, masters) < 0.2, part
+        assert lost(part, before, exact, rounded) > 0.8, part

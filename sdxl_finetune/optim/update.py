@@ -91,11 +91,7 @@ class ExactUpdate:
         self._groups, self._masters, self._ranks = groups, masters, accelerator.num_processes
         self._fused, self._max_norm = is_fused(config), config.max_grad_norm
         reach = reach_of(config, accelerator.device)
-        if self._fused and reach == Reach.ALL:
-            message = (
-                f"{optimizer_name(config)} steps on all tensors at once, and not on one as soon as it has its gradient"
-            )
-            raise UserError(Problem(message, key="fused_backward_pass", value=True))
+        assert not (self._fused and reach == Reach.ALL), "see check_update"
         trained = [one for group in groups for one in group.parameters.values()]
         for parameter in trained:
             if keeps_masters(config):
@@ -250,6 +246,13 @@ def keeps_masters(config: Config) -> bool:
 def is_exact(config: Config) -> bool:
     """Whether the run needs an ExactUpdate."""
     return keeps_masters(config) or is_fused(config)
+
+
+def check_update(config: Config) -> None:
+    """Raises UserError for an optimizer that cannot be built, or not step within the backward pass as is asked for."""
+    if is_fused(config) and reach_of(config, torch.device("cpu")) == Reach.ALL:
+        message = f"{optimizer_name(config)} steps on all tensors at once, not on one as soon as it has its gradient"
+        raise UserError(Problem(f"{message}: leave this out", key="fused_backward_pass", value=True))
 
 
 def reach_of(config: Config, device: torch.device) -> Reach:
