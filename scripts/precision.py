@@ -185,10 +185,14 @@ def run(
 
 
 def weights_of(run: Run) -> dict[str, torch.Tensor]:
-    return {
-        part: torch.cat([exact_value(one, run.sdxl.masters).float().flatten() for one in module.parameters()])
-        for part, module in run.sdxl.named_children()
-    }
+    """Of each part, with what masters or Kahan sums hold beside the bf16 numbers that the model computes with."""
+    states = run.update.optimizer.state
+
+    def value(parameter: torch.nn.Parameter) -> torch.Tensor:
+        beside = states[parameter].get("kahan_comp", 0.0) if parameter in states else 0.0
+        return (exact_value(parameter, run.sdxl.masters).float() + beside).flatten()
+
+    return {part: torch.cat([*map(value, module.parameters())]) for part, module in run.sdxl.named_children()}
 
 
 def table(rows: Mapping[str, Measured], marks: Sequence[int]) -> list[str]:

@@ -142,7 +142,9 @@ def _relative_step(cls: type, arguments: dict[str, Any]) -> bool:
 def set_lr(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
     """Puts this step's learning rates into the groups; one that finds its own step size keeps None."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if group["lr"] is not None:
+        if isinstance(group["lr"], torch.Tensor):  # as torchao's optimizers want it
+            group["lr"].fill_(rate)
+        elif group["lr"] is not None:
             group["lr"] = rate
 
 

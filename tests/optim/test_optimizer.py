@@ -94,6 +94,16 @@ def test_learning_rates_reach_the_groups() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 2.0, 3.0]
 
 
+def test_learning_rates_that_are_tensors_stay_tensors() -> None:
+    _, optimizer = build(Config())
+    tensors = [torch.zeros(()) for _ in optimizer.param_groups]
+    for group, tensor in zip(optimizer.param_groups, tensors, strict=True):
+        group["lr"] = tensor
+    set_lr(optimizer, [1.0, 2.0, 3.0])
+    assert [tensor.item() for tensor in tensors] == [1.0, 2.0, 3.0]
+    assert all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, tensors, strict=True))
+
+
 def test_adafactor_sizes_its_own_steps_unless_told_not_to() -> None:
     _, own = build(Config(optimizer_type="Adafactor"))
     set_lr(own, RATES)
