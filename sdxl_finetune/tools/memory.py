@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from sdxl_finetune.batch import Batch, Position
 from sdxl_finetune.config import Config
+from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.sampler import Plan
 from sdxl_finetune.diffusion.schedule import Schedule, build_schedule
 from sdxl_finetune.model.architecture import Architecture, vae_config
 from sdxl_finetune.model.memory import enable_gradient_checkpointing
@@ -88,6 +90,14 @@ def estimate(config: Config, architecture: Architecture, shape: Shape, *, cuda: 
         return Estimate(parts=rehearsed.parts(), phase=ledger.peak()[1], reach=rehearsed.reach)
 
 
+def largest_batch(index: Index, plan: Plan) -> Shape:
+    """The first of the run, which is the one with the most pixels; on one of the processes."""
+    rows = plan.epoch(plan.origin[1]).batch(0)
+    number = index.bucket[rows[0]]
+    bucket = index.buckets[number]
+    return min(len(rows), index.datasets[bucket.dataset].batch_size), bucket.height, bucket.width
+
+
 class Ledger(TorchDispatchMode):
     """Follows all storages that are made within it."""
 
@@ -105,10 +115,13 @@ class Ledger(TorchDispatchMode):
         self.phase = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # asked for more often than everything else together
         made = func(*args, **(kwargs or {}))
-        for one in made if isinstance(made, list | tuple) else (made,):
-            if isinstance(one, Tensor):
-                self.number(one)
+        if not func.is_view:
+            for one in made if isinstance(made, list | tuple) else (made,):
+                if isinstance(one, Tensor):
+                    self.number(one)
         if self._scratch and (each := SCRATCH.get(func.name())):
             size = each * args[2].numel()
             self._events += [(-1, size, self.phase), (-1, -size, self.phase)]
@@ -245,8 +258,8 @@ class _Rehearsed:
         if self._ranks > 1 and isinstance(self.update, ExactUpdate) and not is_fused(self.config):
             micros = max(2, micros)
         for step in range(2):
+            self._first = step == 0
             for micro in range(min(micros, 3)):  # more are like the third
-                self._ledger.phase = "forward pass"
                 yield _batch(self.config, self._shape, Position(0, step, micro, min(micros, 3)))
 
     def lr(self, step: int, base: float) -> float:
@@ -254,6 +267,8 @@ class _Rehearsed:
 
     def model(self, *inputs: Any) -> Tensor:
         self._ledger.phase = "forward pass"
+        if self._first:  # this step is there for the optimizer's states alone, which need any gradients
+            return inputs[0] + sum(one.mean() for one in self.trained)
         mixed = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
         with torch.autocast("cpu", mixed, enabled=mixed != torch.float32):
             return self.sdxl(*inputs)
