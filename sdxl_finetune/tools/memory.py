@@ -1,6 +1,6 @@
 """How much memory a training step takes, known before any of it is allocated.
 
-The training loop itself makes two steps on fake tensors (torch's FakeTensorMode), which have shapes and storages but no
+The training loop itself makes a step on fake tensors (torch's FakeTensorMode), which have shapes and storages but no
 memory; every storage is followed from its making to its end. So nothing is known here of models, checkpointing,
 optimizers or updates: what they allocate is seen. What fake tensors do not show is stated: SCRATCH, ALLOWANCE, and
 the places in which CUDA differs from a CPU (`_AsOnCuda`, `_batched`), since fake tensors of a GPU need a build of
@@ -50,6 +50,7 @@ ALLOWANCE = 1 * GiB, 0.05
 between them. Not measured."""
 CARDS = (24, 48, 80)
 """GB (10^9 bytes) of usual cards: what they have at least, whatever their makers call a GB."""
+STATES, STEPPING = "optimizer states", "optimizer step"
 Shape = tuple[int, int, int]
 """Images, height and width in pixels of a batch on one process."""
 
@@ -84,9 +85,8 @@ def estimate(config: Config, architecture: Architecture, shape: Shape, *, cuda: 
         with ExitStack() as stack:
             if cuda:
                 stack.enter_context(_AsOnCuda())
-            for _ in training_steps(cast(Run, rehearsed), StopRequest()):
-                ledger.begin()  # the first step has made the optimizer's states; the last one counts
-        # inside of the modes: whatever is freed from here on is not looked at
+            next(training_steps(cast(Run, rehearsed), StopRequest()))
+        ledger.own(STATES, rehearsed.states())
         return Estimate(parts=rehearsed.parts(), phase=ledger.peak()[1], reach=rehearsed.reach)
 
 
@@ -105,18 +105,19 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self._scratch = scratch
         self._numbers: dict[int, int] = {}
-        self._live: dict[int, int] = {}
-        self._made = 0
+        self._sizes: dict[int, int] = {}
         self._events: list[tuple[int, int, str]] = []
-        self._at_first: dict[int, int] = {}
-        self._before: tuple[dict[int, int], list[tuple[int, int, str]]] = {}, []
         self.owners: dict[int, str] = {}
         """What storages are for, by number; those of the step itself have no entry."""
         self.phase = ""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which takes time in every call, and there is no dynamo here
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
-            return args[0].fake_device  # asked for more often than everything else together
+            return args[0].fake_device  # asked for as often as everything else together, and slow to find out
         made = func(*args, **(kwargs or {}))
         if not func.is_view:
             for one in made if isinstance(made, list | tuple) else (made,):
@@ -132,35 +133,34 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self._numbers:
-            self._made += 1
-            self._numbers[key], self._live[self._made] = self._made, storage.nbytes()
-            self._events.append((self._made, storage.nbytes(), self.phase))
+            number = self._numbers[key] = len(self._sizes)
+            size = self._sizes[number] = storage.nbytes()
+            self._events.append((number, size, self.phase))
             weakref.finalize(storage, self._end, key)
         return self._numbers[key]
 
     def _end(self, key: int) -> None:
         number = self._numbers.pop(key)
-        self._events.append((number, -self._live.pop(number), self.phase))
+        self._events.append((number, -self._sizes[number], self.phase))
 
     def own(self, owner: str, tensors: Iterable[Tensor]) -> None:
         """Notes what these tensors are for."""
         for tensor in tensors:
             self.owners[self.number(tensor)] = owner
 
-    def begin(self) -> None:
-        """A step ends here and perhaps another begins."""
-        self._before = self._at_first, self._events
-        self._at_first, self._events = dict(self._live), []
-
     def peak(self) -> tuple[dict[int, int], str]:
-        """Bytes of each storage that lived when they were most in the last whole step, and the phase."""
-        start, events = self._before
-        sums = list(accumulate((size for _, size, _ in events), initial=sum(start.values())))
+        """Bytes of each storage that lived when they were most, and the phase in which that was. States of the
+        optimizer, which the first step makes, count from the start, as in all later steps.
+        """
+        kept = {number: self._sizes[number] for number, owner in self.owners.items() if owner == STATES}
+        events = [event for event in self._events if event[0] not in kept]
+        sums = list(accumulate(size for _, size, _ in events))
         most = max(range(len(sums)), key=sums.__getitem__)
-        live = defaultdict(int, start)
-        for number, size, _ in events[:most]:
+        live = defaultdict(int, kept)
+        for number, size, _ in events[: most + 1]:
             live[number] += size
-        return live, events[most - 1][2] if most else ""
+        return live, events[most][2]
+
 
 class _Rehearsed:
     """What the training loop asks of a Run, on fake tensors; and what it asks of accelerate there."""
@@ -202,7 +202,7 @@ class _Rehearsed:
                 optimizer = build_optimizer(config, self.groups)
             self.update = PlainUpdate(cast(Any, self), self.sdxl, _Prepared(optimizer), self.groups)
         self._note_gradients()
-        ledger.own("optimizer states", self._states())
+        ledger.own(STATES, self.states())
         ledger.own("masters", self.sdxl.masters.values())
         if cuda:
             _batched(self.update.optimizer)
@@ -213,10 +213,8 @@ class _Rehearsed:
     def parts(self) -> dict[str, int]:
         """Bytes at the peak by what they are for."""
         known = self._ledger.owners
-        numbers = map(self._ledger.number, self._states())
-        known |= {number: "optimizer states" for number in numbers if number not in known}
         live, phase = self._ledger.peak()
-        order = ("weights", "masters", "gradients", "optimizer states", "average", "VAE")
+        order = ("weights", "masters", "gradients", STATES, "average", "VAE")
         rest = "temporary" if phase == STEPPING else "activations"
         parts = dict.fromkeys((*order, rest), 0)
         for number, size in live.items():
@@ -224,7 +222,7 @@ class _Rehearsed:
         parts["gradients"] += self._between_processes()
         return {part: size for part, size in parts.items() if size}
 
-    def _states(self) -> list[Tensor]:
+    def states(self) -> list[Tensor]:
         states = self.update.optimizer.state.values()
         return [one for state in states for one in state.values() if isinstance(one, Tensor)]
 
@@ -253,22 +251,18 @@ class _Rehearsed:
             parameter.register_post_accumulate_grad_hook(note)
 
     def batches(self) -> Iterator[Batch]:
-        """Those of two steps. With several processes exact gradients are added up as over several micro-batches."""
+        """Those of a step. With several processes exact gradients are added up as over several micro-batches."""
         micros = self.config.gradient_accumulation_steps
         if self._ranks > 1 and isinstance(self.update, ExactUpdate) and not is_fused(self.config):
             micros = max(2, micros)
-        for step in range(2):
-            self._first = step == 0
-            for micro in range(min(micros, 3)):  # more are like the third
-                yield _batch(self.config, self._shape, Position(0, step, micro, min(micros, 3)))
+        for micro in range(min(micros, 3)):  # more are like the third
+            yield _batch(self.config, self._shape, Position(0, 0, micro, min(micros, 3)))
 
     def lr(self, step: int, base: float) -> float:
         return base
 
     def model(self, *inputs: Any) -> Tensor:
         self._ledger.phase = "forward pass"
-        if self._first:  # this step is there for the optimizer's states alone, which need any gradients
-            return inputs[0] + sum(one.mean() for one in self.trained)
         mixed = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
         with torch.autocast("cpu", mixed, enabled=mixed != torch.float32):
             return self.sdxl(*inputs)
@@ -286,9 +280,6 @@ class _Rehearsed:
 
     def unscale_gradients(self, _optimizer: Any) -> None:
         pass
-
-
-STEPPING = "optimizer step"
 
 
 class _Prepared:
