@@ -39,6 +39,8 @@ from sdxl_finetune.output.weights import PRECISIONS, Due, weights_due
 from sdxl_finetune.problems import Problem, UserError
 from sdxl_finetune.run import named_parts, total_steps
 from sdxl_finetune.runtime import weight_dtype
+from sdxl_finetune.tools.memory import describe
+from sdxl_finetune.tools.rehearsal import largest_batch
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,8 @@ def check(config: Config) -> int:
             lr = found.attempt(build_lr, config, steps)
             if lr and groups:
                 found.say("learning rate", *_rates(lr, groups, plan, steps))
-        if plan and groups and state_bytes is not None:
+        if index and plan and groups and state_bytes is not None:
+            found.say("memory", *_memory(config, index, plan))
             found.say("files", *_files(config, plan, groups, state_bytes))
         if index:
             found.say("latents", *_latents(config, index))
@@ -235,6 +238,13 @@ def _files(config: Config, plan: Plan, groups: Sequence[Group], state_bytes: flo
     )
     free = shutil.disk_usage(_existing(config.output_dir)).free
     yield f"free in {config.output_dir}: {_size(free)}" + ("" if free > needed else f", LESS THAN {_size(needed)}")
+
+
+def _memory(config: Config, index: Index, plan: Plan) -> Iterator[str]:
+    assert config.pretrained_model_name_or_path is not None
+    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
+    assert architecture is not None
+    return describe(config, architecture, largest_batch(index, plan), processes())
 
 
 def _kind(kind: str, names: list[str], removed: list[str], final: str | None, size: float) -> Iterator[str]:
