@@ -7,7 +7,7 @@ tensor is stepped on as soon as its gradient is complete, which then makes room 
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,10 +87,19 @@ class Piece:
 class ExactUpdate:
     """Steps on float32 values, a few tensors or a part of one at a time, all processes on the same gradients."""
 
-    def __init__(self, config: Config, groups: Sequence[Group], masters: Masters, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: Config,
+        groups: Sequence[Group],
+        masters: Masters,
+        accelerator: Accelerator,
+        numbers: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Within `numbers()` tensors are real, where those of the model are not: to try out and build the optimizer."""
         self._groups, self._masters, self._ranks = groups, masters, accelerator.num_processes
         self._fused, self._max_norm = is_fused(config), config.max_grad_norm
-        reach = reach_of(config, accelerator.device)
+        with numbers():
+            self.reach = reach = reach_of(config, accelerator.device)
         assert not (self._fused and reach == Reach.ALL), "see check_update"
         trained = [one for group in groups for one in group.parameters.values()]
         for parameter in trained:
@@ -105,12 +114,14 @@ class ExactUpdate:
             Group(group.name, {name: one.shadow for name, one in own.items()}, group.lr)
             for group, own in zip(groups, pieces, strict=True)
         ]
-        self.optimizer = build_optimizer(config, self.stepped)
+        with numbers():
+            self.optimizer = build_optimizer(config, self.stepped)
         self._pieces: dict[Parameter, list[Piece]] = defaultdict(list)
         for piece in (piece for own in pieces for piece in own.values()):
             self._pieces[piece.parameter].append(piece)
         self._bundles = _bundles([one for own in self._pieces.values() for one in own], reach)
-        self._sums: dict[Parameter, Tensor] = {}
+        self.sums: dict[Parameter, Tensor] = {}
+        """Gradients in float32, added up over micro-batches and processes."""
         self._in_flight: deque[tuple[Parameter, Any]] = deque()
         self._squares: dict[int, Tensor] = {}
         self._last = self._alone = True
@@ -142,7 +153,7 @@ class ExactUpdate:
             self._step_on([(piece, one) for piece in bundle if (one := gradients[piece.parameter]) is not None], scale)
         for parameter in self._pieces:
             parameter.grad = None
-        self._sums.clear()
+        self.sums.clear()
         return norms
 
     @contextmanager
@@ -164,15 +175,15 @@ class ExactUpdate:
         """Called when the gradient of a micro-batch is complete."""
         if not self._alone or self._ranks > 1:
             assert parameter.grad is not None
-            if parameter in self._sums:
-                self._sums[parameter].add_(parameter.grad)
+            if parameter in self.sums:
+                self.sums[parameter].add_(parameter.grad)
             else:
-                self._sums[parameter] = parameter.grad.float()
+                self.sums[parameter] = parameter.grad.float()
             parameter.grad = None
             if not self._last:
                 return
         if self._ranks > 1:
-            work = torch.distributed.all_reduce(self._sums[parameter], async_op=True)
+            work = torch.distributed.all_reduce(self.sums[parameter], async_op=True)
             self._in_flight.append((parameter, work))
             if len(self._in_flight) > IN_FLIGHT:
                 self._arrive()
@@ -182,12 +193,12 @@ class ExactUpdate:
     def _arrive(self) -> None:
         parameter, work = self._in_flight.popleft()
         work.wait()
-        self._sums[parameter].div_(self._ranks)
+        self.sums[parameter].div_(self._ranks)
         if self._fused:
             self._step_at_once(parameter)
 
     def _gradient(self, parameter: Parameter) -> Tensor | None:
-        return self._sums.get(parameter, parameter.grad)
+        return self.sums.get(parameter, parameter.grad)
 
     @torch.no_grad()
     def _step_at_once(self, parameter: Parameter) -> None:
@@ -200,7 +211,7 @@ class ExactUpdate:
         for piece in self._pieces[parameter]:
             self._step_on([(piece, gradient)], scale)
         parameter.grad = None
-        self._sums.pop(parameter, None)
+        self.sums.pop(parameter, None)
 
     def _step_on(self, given: Sequence[tuple[Piece, Tensor]], scale: Tensor | None) -> None:
         """The optimizer's step on these pieces, with these gradients of their parameters."""

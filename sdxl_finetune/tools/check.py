@@ -31,6 +31,7 @@ from sdxl_finetune.optim.ema import asks_for_average
 from sdxl_finetune.optim.groups import Group, build_groups
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import build_optimizer, optimizer_name
+from sdxl_finetune.optim.update import check_update, keeps_masters
 from sdxl_finetune.output.log import console
 from sdxl_finetune.output.metadata import load_thumbnail, versions
 from sdxl_finetune.output.prompts import load_prompts, preview_due
@@ -39,6 +40,8 @@ from sdxl_finetune.output.weights import PRECISIONS, Due, weights_due
 from sdxl_finetune.problems import Problem, UserError
 from sdxl_finetune.run import named_parts, total_steps
 from sdxl_finetune.runtime import weight_dtype
+from sdxl_finetune.tools.memory import describe
+from sdxl_finetune.tools.rehearsal import largest_batch
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ def check(config: Config) -> int:
         index = _check_data(config, found)
         groups = _check_model(config, found)
         state_bytes = found.attempt(_state_bytes, config)
+        found.attempt(check_update, config)
         plan = None
         if index:
             plan = _plan(config, index, processes())
@@ -84,7 +88,8 @@ def check(config: Config) -> int:
             lr = found.attempt(build_lr, config, steps)
             if lr and groups:
                 found.say("learning rate", *_rates(lr, groups, plan, steps))
-        if plan and groups and state_bytes is not None:
+        if index and plan and groups and state_bytes is not None:
+            found.say("memory", *_memory(config, index, plan))
             found.say("files", *_files(config, plan, groups, state_bytes))
         if index:
             found.say("latents", *_latents(config, index))
@@ -166,7 +171,8 @@ def _millions(size: int) -> str:
 
 def _state_bytes(config: Config) -> float:
     """Bytes that the optimizer keeps for each parameter, seen on a small one. Raises UserError for the optimizer."""
-    parameter = torch.nn.Parameter(torch.zeros(128, 128, dtype=weight_dtype(config)))
+    dtype = torch.float32 if keeps_masters(config) else weight_dtype(config)
+    parameter = torch.nn.Parameter(torch.zeros(128, 128, dtype=dtype))
     optimizer = build_optimizer(config, [Group("unet", {"weight": parameter}, config.learning_rate)])
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -220,7 +226,8 @@ def _files(config: Config, plan: Plan, groups: Sequence[Group], state_bytes: flo
     yield from _kind("weights", *_saves(config, plan, steps, weights_due), final, parameters * dtype.itemsize)
     vae = sum(math.prod(source.shape) for key, source in file.tensors.items() if key.startswith((VAE, "vae.")))
     trained = sum(group.size for group in groups)
-    state = (parameters - vae) * weight_dtype(config).itemsize + vae * 4 + trained * state_bytes
+    size = 4 if keeps_masters(config) else weight_dtype(config).itemsize
+    state = (parameters - vae) * size + vae * 4 + trained * state_bytes
     state += 4 * trained * asks_for_average(config)
     last = final_state(config)
     if config.save_state or last:
@@ -235,6 +242,13 @@ def _files(config: Config, plan: Plan, groups: Sequence[Group], state_bytes: flo
     )
     free = shutil.disk_usage(_existing(config.output_dir)).free
     yield f"free in {config.output_dir}: {_size(free)}" + ("" if free > needed else f", LESS THAN {_size(needed)}")
+
+
+def _memory(config: Config, index: Index, plan: Plan) -> Iterator[str]:
+    assert config.pretrained_model_name_or_path is not None
+    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
+    assert architecture is not None
+    return describe(config, architecture, largest_batch(index, plan), processes())
 
 
 def _kind(kind: str, names: list[str], removed: list[str], final: str | None, size: float) -> Iterator[str]:
