@@ -54,7 +54,8 @@ def test_settings_save_what_they_promise() -> None:
     states = most.parts["optimizer states"] / 2
     assert most.parts["weights"] == pytest.approx(states, rel=0.01)
     less = estimate(usual.model_copy(update=LEAST), TINY, shape, cuda=True)
-    assert less.parts["weights"] == less.parts["masters"] == pytest.approx(2 * parameters, rel=0.01)
+    for part in ("weights", "masters"):
+        assert less.parts[part] == pytest.approx(2 * parameters, rel=0.01)
     assert less.total < most.total / 2
     kept = estimate(usual.model_copy(update={"gradient_checkpointing": True}), TINY, (8, 256, 256), cuda=True)
     assert kept.total < estimate(usual, TINY, (8, 256, 256), cuda=True).total
