@@ -81,6 +81,8 @@ class Piece:
 
     def take(self, tensor: Tensor) -> Tensor:
         """This part of a tensor of the parameter's shape, as the optimizer sees it."""
+        if tensor.shape == self.shadow.shape:
+            return tensor.detach()
         return tensor.detach().view(-1)[self.start : self.stop].view(self.shadow.shape)
 
 

@@ -2,33 +2,32 @@
 
 The training loop itself makes a step on fake tensors (torch's FakeTensorMode), which have shapes and storages but no
 memory; every storage is followed from its making to its end. So nothing is known here of models, checkpointing,
-optimizers or updates: what they allocate is seen. What fake tensors do not show is stated: SCRATCH, and
-the places in which CUDA differs from a CPU (`_AsOnCuda`, `_batched`), since fake tensors of a GPU need a build of
+optimizers or updates: what they allocate is seen. What fake tensors do not show is stated: SCRATCH, and the
+places in which CUDA differs from a CPU (`_norms_as_on_cuda`, `_batched`), since fake tensors of a GPU need a build of
 torch for one.
 """
 
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from sdxl_finetune.batch import Batch, Position
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.sampler import Plan
-from sdxl_finetune.diffusion.schedule import Schedule, build_schedule
+from sdxl_finetune.diffusion.schedule import build_schedule
 from sdxl_finetune.model.architecture import Architecture, vae_config
 from sdxl_finetune.model.memory import enable_gradient_checkpointing
 from sdxl_finetune.model.sdxl import SDXL
@@ -71,10 +70,7 @@ def estimate(config: Config, architecture: Architecture, shape: Shape, *, cuda: 
     """
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger(scratch=not cuda) as ledger:
         rehearsed = _Rehearsed(config, architecture, shape, ledger, cuda=cuda, ranks=ranks)
-        with ExitStack() as stack:
-            if cuda:
-                stack.enter_context(_AsOnCuda())
-            next(training_steps(cast(Run, rehearsed), StopRequest()))
+        next(training_steps(rehearsed.run, StopRequest()))
         ledger.own(STATES, rehearsed.states())
         return Estimate(parts=rehearsed.parts(), phase=ledger.peak()[1], reach=rehearsed.reach)
 
@@ -151,11 +147,56 @@ class Ledger(TorchDispatchMode):
         return live, events[most][2]
 
 
-class _Rehearsed:
-    """What the training loop asks of a Run, on fake tensors; and what it asks of accelerate there."""
+class _Alone(Accelerator):
+    """What the training loop asks of accelerate, for one process that shares nothing and sets nothing up."""
 
     num_processes = 1
     device = torch.device("cpu")
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def backward(self, loss: Tensor) -> None:
+        self._ledger.phase = "backward pass"
+        loss.backward()
+        self._ledger.phase = STEPPING
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum", scale: float = 1.0) -> Tensor:
+        return tensor
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:
+        pass
+
+
+class _Autocast(nn.Module):
+    """The model as accelerate prepares it: in the precision of the arithmetic that the config asks for."""
+
+    def __init__(self, sdxl: SDXL, ledger: Ledger, mixed_precision: str) -> None:
+        super().__init__()
+        self.sdxl, self._ledger = sdxl, ledger
+        self._dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+
+    def forward(self, *inputs: Any) -> Tensor:
+        self._ledger.phase = "forward pass"
+        with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
+            return self.sdxl(*inputs)
+
+
+class _Part(Run):
+    """As much of a Run as the training loop asks for."""
+
+    def __init__(self, made: Sequence[Batch], **given: Any) -> None:
+        self.__dict__.update(given, made=made)
+
+    def batches(self) -> Iterator[Batch]:
+        return iter(self.__dict__["made"])
+
+
+class _Rehearsed:
+    """A run on fake tensors."""
 
     def __init__(
         self,
@@ -167,7 +208,8 @@ class _Rehearsed:
         cuda: bool,
         ranks: int,
     ) -> None:
-        self.config, self.accelerator, self._ledger, self._shape, self._ranks = config, self, ledger, shape, ranks
+        self.config, self._ledger, self._shape, self._ranks = config, ledger, shape, ranks
+        self.accelerator = _Alone(ledger)
         with torch.device("meta"):
             self.sdxl, vae = SDXL(architecture), AutoencoderKL(**vae_config(architecture))
         _allocate(self.sdxl, weight_dtype(config))
@@ -185,21 +227,22 @@ class _Rehearsed:
         self.update: Update
         if is_exact(config):
             masters = self.sdxl.masters
-            self.update = ExactUpdate(config, self.groups, masters, cast(Any, self), _disable_current_modes)
+            self.update = ExactUpdate(config, self.groups, masters, self.accelerator, _disable_current_modes)
         else:
             with _disable_current_modes():
                 optimizer = build_optimizer(config, self.groups)
-            self.update = PlainUpdate(cast(Any, self), self.sdxl, _Prepared(optimizer), self.groups)
+            self.update = PlainUpdate(self.accelerator, self.sdxl, _Prepared(optimizer), self.groups)
         self._note_gradients()
         ledger.own(STATES, self.states())
         ledger.own("masters", self.sdxl.masters.values())
+        if cuda and config.mixed_precision != "no":
+            _norms_as_on_cuda(self.sdxl)
         if cuda:
             _batched(self.update.optimizer)
         self.average = (
             build_average(self.groups, self.sdxl.masters, config) if not (cuda and config.ema_on_cpu) else None
         )
         ledger.own("average", self.average.averages.values() if self.average else ())
-        self.schedule: Schedule = build_schedule(zero_terminal_snr=config.zero_terminal_snr)
 
     def parts(self) -> dict[str, int]:
         """Bytes at the peak by what they are for."""
@@ -249,28 +292,23 @@ class _Rehearsed:
         for micro in range(min(micros, 3)):  # more are like the third
             yield _batch(self.config, self._shape, Position(0, 0, micro, min(micros, 3)))
 
-    def lr(self, step: int, base: float) -> float:
-        return base
-
-    def model(self, *inputs: Any) -> Tensor:
-        self._ledger.phase = "forward pass"
-        mixed = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
-        with torch.autocast("cpu", mixed, enabled=mixed != torch.float32):
-            return self.sdxl(*inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        self._ledger.phase = "backward pass"
-        loss.backward()
-        self._ledger.phase = STEPPING
-
-    def reduce(self, tensor: Tensor, _how: str) -> Tensor:
-        return tensor
-
-    def no_sync(self, _model: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def unscale_gradients(self, _optimizer: Any) -> None:
-        pass
+    @property
+    def run(self) -> Run:
+        """For the training loop."""
+        config, sdxl = self.config, self.sdxl
+        return _Part(
+            list(self.batches()),
+            config=config,
+            accelerator=self.accelerator,
+            sdxl=sdxl,
+            model=_Autocast(sdxl, self._ledger, config.mixed_precision),
+            vae=self.vae,
+            schedule=build_schedule(zero_terminal_snr=config.zero_terminal_snr),
+            groups=self.groups,
+            update=self.update,
+            average=self.average,
+            lr=lambda step, base: base,
+        )
 
 
 class _Prepared:
@@ -315,16 +353,13 @@ def _batch(config: Config, shape: Shape, position: Position) -> Batch:
     )
 
 
-class _AsOnCuda(TorchFunctionMode):
+def _norms_as_on_cuda(sdxl: SDXL) -> None:
     """Norms give float32 under CUDA's autocast, and keep a float32 copy of what they are given; a CPU's leaves them be
     (torch.amp's documentation, "CUDA Ops that can autocast to float32").
     """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.layer_norm, F.group_norm) and torch.is_autocast_enabled("cpu"):
-            args = [one.float() if isinstance(one, Tensor) else one for one in args]
-            kwargs = {key: one.float() if isinstance(one, Tensor) else one for key, one in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
+    for module in sdxl.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 def _batched(optimizer: torch.optim.Optimizer) -> None:
