@@ -62,20 +62,31 @@ def main() -> None:
     found = [arguments.folder / f"{name}.json" for name in CONTRASTS]
     rows = {path.stem: Row(**json.loads(path.read_text())) for path in found if path.exists()}
     if arguments.write:
-        lines = [
-            f"| `{name}` | {row.what} | {row.theory} | {row.measured} | {'yes' if row.holds else '**no**'} |"
-            for name, row in rows.items()
-        ]
-        (ROOT / "docs" / "proof.md").write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+        write(rows)
     sys.exit(0 if all(row.holds for row in rows.values()) else 1)
+
+
+def write(rows: Mapping[str, Row]) -> None:
+    lines = [
+        f"| `{name}` | {row.what} | {row.theory} | {row.measured} | {'yes' if row.holds else '**no**'} |"
+        for name, row in rows.items()
+    ]
+    (ROOT / "docs" / "proof.md").write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 HEAD = """# Does training teach?
 
 Each line is two trainings of the small model that draws (`tests/toy`, made by `scripts/make_toy_model.py`) with
 `sdxl-train` and the options of `configs/quickstart.toml`, which differ in one thing. What they have learned is read by
-plain code off pictures of captions that no training has seen (`scripts/toy_judge.py`). Made on two CPU cores by
-`python scripts/proof.py --write`; `python scripts/proof.py NAME` makes one line.
+plain code off pictures of captions that no training has seen (`scripts/toy_judge.py`): of 60 where no number stands, so
+that a share has a standard error of 4 to 6 percent. Made on two CPU cores by `python scripts/proof.py --write`, which takes
+about an hour; `python scripts/proof.py NAME` makes one line.
+
+Earlier forms of three lines said nothing, for reasons that are worth knowing. *pooled* compared pictures: the effect on them
+is smaller than what chance makes of sixty, and shows in the loss of held out images. *crops* trained for 90 steps, too few for
+a model that knew no crop but 0,0 to learn what other crops mean: both models had learned to cut, neither why.
+*keep_tokens* counted all pictures, most of which lack one of the two objects; of those that have both, shuffling takes the
+order to chance.
 
 | name | what | theory says | measured | holds |
 |---|---|---|---|---|
