@@ -1,7 +1,7 @@
 """Compiling the U-Net's transformer blocks, where most of a step's time goes; the numbers stay the same to rounding.
 
-Each block is compiled in place, so that parameters keep their names, and by itself, so that gradient checkpointing goes on
-around it. Sizes are symbols (`dynamic`): the users' buckets have 59 shapes, and each would be compiled anew. What is
+Each block is compiled in place, so that parameters keep their names, and by itself, so that gradient checkpointing goes
+on around it. Sizes are symbols (`dynamic`): the users' buckets have 59 shapes, and each would be compiled anew. What is
 compiled is one graph for each width, doubled for batches of one image and for evaluation. The encoders are left
 alone: they are a twentieth of the arithmetic of a step at 1024 pixels.
 """
@@ -19,10 +19,10 @@ GRAPHS = 64
 
 
 def check_compiler(backend: str, device: torch.device) -> None:
-    """Compiles and differentiates a line of arithmetic. Raises UserError where that fails: a compiler is missing, the GPU
-    is too old, or torch has no such backend.
+    """Compiles and differentiates a line of arithmetic. Raises UserError where that fails: a compiler is missing, the
+    GPU is too old, or torch has no such backend.
     """
-    with compiler_failures(backend, Exception):
+    with compiler_failures(backend, every=True):
         value = torch.ones(4, 4, device=device, requires_grad=True)
         torch.compile(_try_out, backend=backend, dynamic=True)(value).backward()
 
@@ -41,13 +41,14 @@ def compile_blocks(model: SDXL, backend: str) -> None:
 
 
 @contextmanager
-def compiler_failures(backend: str, kind: type[Exception] | None = None) -> Iterator[None]:
-    """Turns an exception of this kind, by default one of torch's compiler, into a UserError of one line."""
+def compiler_failures(backend: str, *, every: bool = False) -> Iterator[None]:
+    """Turns what torch's compiler raises, or `every` exception, into a UserError of one line."""
     import torch._dynamo.exc
 
+    kind: type[Exception] = Exception if every else torch._dynamo.exc.TorchDynamoException
     try:
         yield
-    except kind or torch._dynamo.exc.TorchDynamoException as error:
+    except kind as error:
         cause = getattr(error, "inner_exception", error)
         reason = ": ".join([type(cause).__name__, *str(cause).strip().splitlines()[:1]])
         message = f"the backend {backend} does not work here ({reason}): leave this out, the result is the same"
