@@ -68,6 +68,8 @@ PEAK_TFLOPS = {
 BF16 = ["--mixed_precision", "bf16", "--full_bf16"]
 FULL_BYTES = 8 << 30
 """Of disk that the full-size model takes, and a little."""
+FULL_MEMORY = 22 << 30
+"""Of the device: cards of 24 GB have a little more."""
 DIGEST = re.compile(r"digest (\d+) (\w+) (\S+) (\S+)")
 
 
@@ -141,13 +143,13 @@ def unusable_gpu() -> str | None:
         return None
     if torch.version.cuda is None:
         return (
-            f"this machine has a GPU, but torch {torch.__version__} in .venv is a build without CUDA. Install one with it, "
-            f".venv/bin/pip install --force-reinstall torch=={torch.__version__.partition('+')[0]} --index-url "
+            f"this machine has a GPU, but torch {torch.__version__} in .venv is a build without CUDA. Install one with "
+            f"it, .venv/bin/pip install --force-reinstall torch=={torch.__version__.partition('+')[0]} --index-url "
             "https://download.pytorch.org/whl/cu126 (or of another CUDA version that the driver has); or give --cpu"
         )
     return (
-        f"this machine has a GPU, but torch {torch.__version__} cannot use it, perhaps because the driver is older than "
-        f"its CUDA {torch.version.cuda}: see nvidia-smi; or give --cpu"
+        f"this machine has a GPU, but torch {torch.__version__} cannot use it, perhaps because the driver is older "
+        f"than its CUDA {torch.version.cuda}: see nvidia-smi; or give --cpu"
     )
 
 
@@ -497,9 +499,8 @@ def deterministic(bench: Bench) -> Iterator[None]:
 
 def check_speed(bench: Bench) -> Iterator[Line]:
     """Images a second with and without compiled blocks, model FLOP utilisation, peak memory against its estimate."""
-    if bench.cuda and shutil.disk_usage(bench.folder).free < FULL_BYTES:
-        words = f"needs {FULL_BYTES >> 30} GiB of disk: give --folder"
-        yield Line("speed, utilisation and peak memory of full-size SDXL", words, "not run")
+    if missing := missing_for_full_size(bench) if bench.cuda else None:
+        yield Line("speed, utilisation and peak memory of full-size SDXL", missing, "not run")
         return
     model = full_size_model(bench.folder) if bench.cuda else bench.folder / "start.safetensors"
     what = "full-size SDXL, 1024 px" if bench.cuda else "model that draws, 64 px"
@@ -531,6 +532,14 @@ def speeds(bench: Bench, model: Path, sizes: Sequence[int], backend: str | None 
     if not fitted:
         raise RuntimeError(f"out of memory with batch {sizes[0]}")
     return fitted
+
+
+def missing_for_full_size(bench: Bench) -> str | None:
+    if torch.cuda.get_device_properties(0).total_memory < FULL_MEMORY:
+        return f"needs {FULL_MEMORY >> 30} GiB on the device"
+    if shutil.disk_usage(bench.folder).free < FULL_BYTES:
+        return f"needs {FULL_BYTES >> 30} GiB of disk: give --folder"
+    return None
 
 
 def full_size_model(folder: Path) -> Path:

@@ -1,8 +1,8 @@
 """How fast a model trains, and in how much memory: python scripts/gpu_speed.py MODEL PICTURES [--batches 1 2 4]
 
 Makes steps of the real training loop, with batches of one picture repeated, so that one run can try many sizes: bf16
-with exact masters, AdamW8bit, fused_backward_pass, gradient_checkpointing, both text encoders. Prints a line of JSON for
-each size (images a second, peak bytes of the device, seconds of the first steps) until memory runs out.
+with exact masters, AdamW8bit, fused_backward_pass, gradient_checkpointing, both text encoders. Prints a line of JSON
+for each size (images a second, peak bytes of the device, seconds of the first steps) until memory runs out.
 gpu_acceptance.py starts it as a process of its own, whose memory nothing else has touched.
 """
 
