@@ -29,6 +29,7 @@ from sdxl_finetune.data.sampler import Plan, build_plan
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.draws import draw
 from sdxl_finetune.diffusion.schedule import Schedule, build_schedule
+from sdxl_finetune.model.compiled import check_compiler, compile_blocks
 from sdxl_finetune.model.keymap import KeyMap
 from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
 from sdxl_finetune.model.memory import enable_gradient_checkpointing, use_attention
@@ -142,6 +143,8 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     torch.manual_seed(seed)  # for what draws outside of our control, as a user's own optimizer may
     optimizer_class(optimizer_name(config))
     check_update(config)
+    if config.torch_compile:
+        check_compiler(config.dynamo_backend, accelerator.device)
     if start:
         check_options(start, config)
     tokenizer = build_tokenizer(
@@ -308,6 +311,8 @@ def _prepare(config: Config, sdxl: SDXL, accelerator: Accelerator) -> tuple[list
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(sdxl)
     use_attention(sdxl, "xformers" if config.xformers or config.diffusers_xformers else "sdpa")
+    if config.torch_compile:
+        compile_blocks(sdxl, config.dynamo_backend)
     sdxl.train()
     groups = build_groups(config, named_parts(sdxl))
     # The device first: an optimizer whose states are made when it is built makes them there.

@@ -7,6 +7,7 @@ for the device: losses and norms stay there and are read a few steps later by th
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from sdxl_finetune.milestones import (
     save_interrupted,
     validate_if_due,
 )
+from sdxl_finetune.model.compiled import compiler_failures
 from sdxl_finetune.objective import batch_latents, image_losses
 from sdxl_finetune.optim.meter import Meter
 from sdxl_finetune.optim.optimizer import set_lr
@@ -59,7 +61,8 @@ class Step:
 def train(config: Config) -> int:
     """Trains as `config` says; returns the exit status. Raises UserError for the user's mistakes."""
     try:
-        with stop_on_signals() as stop, build_run(config, stop) as run:
+        compiling = compiler_failures(config.dynamo_backend) if config.torch_compile else nullcontext()
+        with stop_on_signals() as stop, build_run(config, stop) as run, compiling:
             train_and_save(run, stop)
     except (NonFiniteLoss, OutOfMemory) as error:
         say_errors(error)

@@ -20,7 +20,7 @@ def digest_lines(arguments: Sequence[str]) -> Iterator[str]:
         for step in training_steps(run, StopRequest()):
             digest = hashlib.sha256()
             for name, parameter in sorted(run.sdxl.named_parameters()):
-                value = exact_value(parameter, run.sdxl.masters).float()
+                value = exact_value(parameter, run.sdxl.masters).float().cpu()
                 digest.update(name.encode() + value.numpy().tobytes())
             yield f"digest {step.position.step} {digest.hexdigest()} {step.loss.item()!r} {step.grad_norm.item()!r}\n"
 

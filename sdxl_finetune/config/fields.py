@@ -94,6 +94,11 @@ def _chunk_tokens(value: object) -> object:
     return 75 if value in (None, "") else 225 if value == 255 else value
 
 
+def _backend(value: object) -> object:
+    """GUIs write "no" for what they pass to a launcher; whether anything is compiled, torch_compile says."""
+    return "inductor" if value == "no" else value
+
+
 def _period(value: object) -> object:
     """The reference takes a preview period of 0 or less as "never"."""
     return None if type(value) is int and value <= 0 else value
@@ -130,6 +135,7 @@ Arguments = Annotated[
 BlockRates = Annotated[tuple[float, ...], _parsed(_block_rates), Shown('23 learning rates, as "1e-5,1e-5,..."')]
 Scheduler = Annotated[str, _parsed(_scheduler), Shown("one of " + ", ".join(LR_SCHEDULERS) + ", adafactor:RATE")]
 ChunkTokens = BeforeValidator(_chunk_tokens)
+Backend = BeforeValidator(_backend)
 Period = BeforeValidator(_period)
 
 

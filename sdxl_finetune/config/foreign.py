@@ -16,7 +16,6 @@ NO_EFFECT = {
     "mem_eff_attn": "attention is PyTorch's, which is as sparing of memory, or xformers'",
     "cache_info": "captions and image sizes are always kept in cache_dir",
     "disable_mmap_load_safetensors": "weights are read once, tensor by tensor",
-    "dynamo_backend": "it belongs to torch_compile",
     "zero_stage zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients": "it is for deepspeed",
     "offload_optimizer_device offload_optimizer_nvme_path": "it is for deepspeed",
     "offload_param_device offload_param_nvme_path": "it is for deepspeed",
@@ -34,7 +33,6 @@ NOT_SUPPORTED = {
     "save_state_to_huggingface": "not supported yet; upload saved states by other means",
     "resume_from_huggingface": "not supported yet; download the state and give its path as resume",
     "huggingface_repo_id": "not supported yet; upload saved files by other means",
-    "torch_compile": "not supported yet; leave it out, the result is the same",
     "full_fp16": "not supported yet; use mixed_precision fp16, or full_bf16",
     "fp8_base": "not supported yet; use full_bf16",
 }
@@ -77,7 +75,6 @@ FOREIGN_REFUSED = {
     "token_string init_word num_vectors_per_token": "this is a config for textual inversion",
 }
 OFF: dict[str, tuple[object, ...]] = {
-    "dynamo_backend": ("no", "inductor"),
     "zero_stage": (2,),
     "clip_skip": (1, 2),
 }

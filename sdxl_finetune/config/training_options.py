@@ -7,6 +7,7 @@ from pydantic import Field
 from sdxl_finetune.config.data_options import HoldOutOptions
 from sdxl_finetune.config.fields import (
     Arguments,
+    Backend,
     BlockRates,
     ChunkTokens,
     FilePath,
@@ -191,6 +192,26 @@ class HardwareOptions(Options):
     """The same as `xformers`."""
     sdpa: bool = False
     """Attention by torch's scaled_dot_product_attention, which is also used when nothing is chosen."""
+    torch_compile: bool = False
+    """Compile the U-Net's transformer blocks: a slow first step, faster ones after it."""
+    dynamo_backend: Annotated[
+        Literal[
+            "eager",
+            "aot_eager",
+            "inductor",
+            "aot_ts_nvfuser",
+            "nvprims_nvfuser",
+            "cudagraphs",
+            "ofi",
+            "fx2trt",
+            "onnxrt",
+            "tensort",
+            "ipex",
+            "tvm",
+        ],
+        Backend,
+    ] = "inductor"
+    """What `torch_compile` compiles with; `no`, as GUIs write, is the default. Today's torch has the first three."""
     ddp_timeout: int | None = Field(None, ge=1)
     """Minutes that a process waits for the others; unset: accelerate's choice."""
     ddp_gradient_as_bucket_view: bool = False

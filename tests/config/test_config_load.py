@@ -134,10 +134,10 @@ def test_all_mistakes_at_once(folder):
         "[more]\nfull_bf16 = true\noutput_name = 3\nvae = 'none.safetensors'\nnetwork_module = 'networks.lora'\n"
     )
     here = Path.cwd()
-    assert problems("--config", "c.toml", "--clip_skpi", "2", "--keep_tokens", "two", "--torch_compile") == [
+    assert problems("--config", "c.toml", "--clip_skpi", "2", "--keep_tokens", "two", "--full_fp16") == [
         "c.toml:3: learnign_rate = 0.0001: unknown option; did you mean learning_rate?",
         "c.toml:10: network_module = 'networks.lora': this is a LoRA config, and this program trains the whole model",
-        "command line: torch_compile = True: not supported yet; leave it out, the result is the same",
+        "command line: full_fp16 = True: not supported yet; use mixed_precision fp16, or full_bf16",
         "command line: clip_skpi = 2: unknown option; --help lists all",
         "c.toml:4: seed = 'x': must be a whole number of at least 0, without quotes",
         "c.toml:5: xformers = 'true': must be true or false, without quotes",
