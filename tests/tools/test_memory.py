@@ -56,7 +56,7 @@ def test_settings_save_what_they_promise() -> None:
     less = estimate(usual.model_copy(update=LEAST), TINY, shape, cuda=True)
     for part in ("weights", "masters"):
         assert less.parts[part] == pytest.approx(2 * parameters, rel=0.01)
-    assert less.total < most.total / 2
+    assert less.total < 0.7 * most.total
     kept = estimate(usual.model_copy(update={"gradient_checkpointing": True}), TINY, (8, 256, 256), cuda=True)
     assert kept.total < estimate(usual, TINY, (8, 256, 256), cuda=True).total
 
