@@ -41,7 +41,7 @@ from toy_style import write_pictures
 from sdxl_finetune.config import Config, load_config, to_toml
 from sdxl_finetune.masters import Masters, exact_value, split
 from sdxl_finetune.model.compiled import compile_blocks
-from sdxl_finetune.model.load import load_checkpoint
+from sdxl_finetune.model.load import inspect_checkpoint, load_checkpoint
 from sdxl_finetune.model.memory import use_attention
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import write_safetensors
@@ -51,6 +51,7 @@ from sdxl_finetune.optim.update import PIECE, ExactUpdate
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.run import build_run
 from sdxl_finetune.runtime import StopRequest, build_accelerator
+from sdxl_finetune.tools.rehearsal import estimate
 from sdxl_finetune.train import record, train, training_steps
 
 ROOT = Path(__file__).parent.parent
@@ -581,19 +582,20 @@ def memory_line(bench: Bench, model: Path, rows: Sequence[Mapping[str, Any]]) ->
         config = gpu_speed.configured(
             model, bench.folder / "pictures", bench.folder / "speed", resolution=1024, tokens=225, batch=row["batch"]
         )
-        estimate, peak = estimated_peak_bytes(config), row["peak_bytes"]
-        words = "estimate not available" if estimate is None else f"estimate {estimate / 2**30:.2f} GiB"
-        shown.append(f"batch {row['batch']}: {peak / 2**30:.2f} GiB ({words})")
-        shares += [] if estimate is None else [peak / estimate]
+        expected, peak = estimated_peak_bytes(config), row["peak_bytes"]
+        shown.append(f"batch {row['batch']}: {peak / 2**30:.2f} GiB (estimate {expected / 2**30:.2f} GiB)")
+        shares.append(peak / expected)
     outcome = "not run" if not shares else "pass" if all(0.9 < one < 1.1 for one in shares) else "FAIL"
     return Line(name, "; ".join(shown), outcome)
 
 
-def estimated_peak_bytes(config: Config) -> int | None:
-    """TO BE JOINED: what sdxl_finetune/tools/memory.py expects a run of this config to take of the device at its peak,
-    in bytes. Until it is there, None: the report says "estimate not available".
-    """
-    return None
+def estimated_peak_bytes(config: Config) -> int:
+    """What sdxl-check expects a run of this config, in one bucket, to take of the device at its peak: tensors alone."""
+    assert config.pretrained_model_name_or_path is not None and config.resolution is not None
+    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
+    assert architecture is not None
+    width, height = config.resolution
+    return estimate(config, architecture, (config.train_batch_size, height, width), cuda=True).total
 
 
 CHECKS: Mapping[str, Callable[[Bench], Iterator[Line]]] = {

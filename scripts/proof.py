@@ -85,9 +85,9 @@ takes about an hour; `python scripts/proof.py NAME` makes one line.
 Earlier forms of three lines said nothing, for reasons that are worth knowing. *pooled* compared pictures: the effect on
 them is smaller than what chance makes of sixty, and shows in the loss of held out images. *crops* trained for 90 steps,
 too few for a model that knew no crop but 0,0 to learn what other crops mean: both models had learned to cut, neither
-why; after 360 steps telling helps, though the base model, which never saw a cut object, cuts none. *keep_tokens* counted
-all pictures, most of which lack one of the two objects; of those that have both, shuffling takes the order towards
-chance.
+why; after 360 steps telling helps, though the base model, which never saw a cut object, cuts none. *keep_tokens*
+counted all pictures, most of which lack one of the two objects; of those that have both, shuffling takes the order
+towards chance.
 
 | name | what | theory says | measured | holds |
 |---|---|---|---|---|

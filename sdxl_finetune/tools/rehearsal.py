@@ -44,6 +44,9 @@ SCRATCH = {"bitsandbytes::optimizer_update_8bit_blockwise": 20, "bitsandbytes::o
 """Bytes for each element that bitsandbytes' kernels take on a CPU while they step on a tensor: float32 copies of state,
 gradient and terms. On CUDA they take none."""
 STATES, STEPPING = "optimizer states", "optimizer step"
+BF16_CONVOLUTION = 2
+"""Times gradient and input of a bf16 convolution that its backward pass takes on a CPU: copies in the order of oneDNN's
+kernels (seen in the allocator's events, to 5 %)."""
 Shape = tuple[int, int, int]
 """Images, height and width in pixels of a batch on one process."""
 
@@ -108,8 +111,7 @@ class Ledger(TorchDispatchMode):
             for one in made if isinstance(made, list | tuple) else (made,):
                 if isinstance(one, Tensor):
                     self.number(one)
-        if self._scratch and (each := SCRATCH.get(func.name())):
-            size = each * args[2].numel()
+        if self._scratch and (size := _scratch(func, args)):
             self._events += [(-1, size, self.phase), (-1, -size, self.phase)]
         return made
 
@@ -145,6 +147,14 @@ class Ledger(TorchDispatchMode):
         for number, size, _ in events[: most + 1]:
             live[number] += size
         return live, events[most][2]
+
+
+def _scratch(func: Any, args: Sequence[Any]) -> int:
+    """Bytes that a CPU's kernel takes for itself."""
+    if func is torch.ops.aten.convolution_backward.default and args[1].dtype == torch.bfloat16:
+        return BF16_CONVOLUTION * (args[0].nbytes + args[1].nbytes)
+    each = SCRATCH.get(func.name())
+    return each * args[2].numel() if each else 0
 
 
 class _Alone(Accelerator):
