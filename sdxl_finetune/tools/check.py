@@ -248,7 +248,10 @@ def _memory(config: Config, index: Index, plan: Plan) -> Iterator[str]:
     assert config.pretrained_model_name_or_path is not None
     architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
     assert architecture is not None
-    return describe(config, architecture, largest_batch(index, plan), processes())
+    try:
+        yield from describe(config, architecture, largest_batch(index, plan), processes())
+    except RuntimeError as error:  # of a user's own optimizer, which looks at numbers that a rehearsal does not have
+        yield f"cannot be foretold with {optimizer_name(config)}: {str(error).splitlines()[0]}"
 
 
 def _kind(kind: str, names: list[str], removed: list[str], final: str | None, size: float) -> Iterator[str]:

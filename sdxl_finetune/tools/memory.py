@@ -1,5 +1,6 @@
 """What sdxl-check says of memory: what a step takes, which cards it fits, and what would make it fit others."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from sdxl_finetune.optim.stepping import Reach
 from sdxl_finetune.optim.update import is_fused, keeps_masters
 from sdxl_finetune.problems import UserError
 from sdxl_finetune.tools.rehearsal import Estimate, Shape, estimate
+
+logger = logging.getLogger(__name__)
 
 GiB = 1 << 30
 ALLOWANCE = 1 * GiB, 0.05
@@ -72,6 +75,7 @@ def fits(config: Config, architecture: Architecture, shape: Shape, found: Estima
 def describe(config: Config, architecture: Architecture, shape: Shape, ranks: int) -> Iterator[str]:
     """Lines for sdxl-check."""
     images, height, width = shape
+    logger.info("rehearsing steps on tensors without memory, to know what they take")
     found = estimate(config, architecture, shape, cuda=True, ranks=ranks)
     yield f"{images} image{'s' * (images > 1)} of {width}x{height}, {config.max_token_length} tokens, on a GPU:"
     yield ", ".join(f"{part} {_size(size)}" for part, size in found.parts.items())

@@ -106,6 +106,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
             return args[0].fake_device  # asked for as often as everything else together, and slow to find out
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _number(args[0].dtype)
         made = func(*args, **(kwargs or {}))
         if not func.is_view:
             for one in made if isinstance(made, list | tuple) else (made,):
@@ -147,6 +149,13 @@ class Ledger(TorchDispatchMode):
         for number, size, _ in events[: most + 1]:
             live[number] += size
         return live, events[most][2]
+
+
+def _number(dtype: torch.dtype) -> float | int | bool:
+    """Stands for any number that an optimizer asks of a tensor (Adafactor, Prodigy): a fake one has none."""
+    if dtype == torch.bool:
+        return False
+    return 1.0 if dtype.is_floating_point else 1
 
 
 def _scratch(func: Any, args: Sequence[Any]) -> int:
