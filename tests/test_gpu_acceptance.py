@@ -1,4 +1,4 @@
-"""The report that is made on a GPU works on a CPU: what can run passes, what needs CUDA says so, a failure is one line."""
+"""The report that is made on a GPU works on a CPU: what can run passes, what needs CUDA says so, a failure stays one."""
 
 import sys
 from contextlib import nullcontext
