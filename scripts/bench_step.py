@@ -97,8 +97,8 @@ def bare_step(run: Run, batch, latents: torch.Tensor) -> None:
         batch.target_size,
     )
     torch.nn.functional.mse_loss(prediction, batch.noise).backward()
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.update.optimizer.step()
+    run.update.optimizer.zero_grad(set_to_none=True)
 
 
 def synchronize(run: Run) -> None:
