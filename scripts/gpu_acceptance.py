@@ -454,26 +454,27 @@ def errors_on_waiting() -> Iterator[None]:
 
 
 def check_resume(bench: Bench) -> Iterator[Line]:
-    """A run of six steps, against one that goes on from the state after three."""
+    """A run of six steps, against one that goes on from the state after half of them."""
+    half = 1 if bench.quick else 3
     options = [*BF16, "--optimizer_type", "AdamW8bit", "--fused_backward_pass", "--gradient_checkpointing"]
-    options += ["--save_every_n_steps", "3", "--save_state", "--save_precision", "float"]
+    options += ["--save_every_n_steps", str(half), "--save_state", "--save_precision", "float"]
     with deterministic(bench):
-        whole = trained(bench, "whole", options)
-        (state,) = (bench.folder / "whole").glob("*step00000003-state")
-        again = trained(bench, "again", options) if bench.cuda else whole
-        resumed = trained(bench, "resumed", [*options, "--resume", str(state)])
+        whole = trained(bench, "whole", options, steps=2 * half)
+        (state,) = (bench.folder / "whole").glob(f"*step{half:08d}-state")
+        again = trained(bench, "again", options, steps=2 * half) if bench.cuda else whole
+        resumed = trained(bench, "resumed", [*options, "--resume", str(state)], steps=2 * half)
     if away := farthest(whole, again):
         words = f"two undisturbed runs differ by up to {away:.1e}, so that this device shows nothing"
         yield Line("resume equality", words, "not run")
         return
     away = farthest(whole, resumed)
     words = f"weights differ by up to {away:.1e}" if away else "weights bit-identical"
-    yield Line("resume equality", f"6 steps against 3 and 3: {words}", "FAIL" if away else "pass")
+    yield Line("resume equality", f"{2 * half} steps against {half} and {half}: {words}", "FAIL" if away else "pass")
 
 
-def trained(bench: Bench, out: str, options: Sequence[str]) -> dict[str, Tensor]:
+def trained(bench: Bench, out: str, options: Sequence[str], *, steps: int) -> dict[str, Tensor]:
     shutil.rmtree(bench.folder / out, ignore_errors=True)
-    assert train(bench.configured(*options, steps=6, out=out)) == 0
+    assert train(bench.configured(*options, steps=steps, out=out)) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     return load_file(bench.folder / out / "model.safetensors")
 

@@ -2,16 +2,29 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sdxl_finetune.optim import update
+from sdxl_finetune.run import build_run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import gpu_acceptance
-from gpu_acceptance import Bench, Line, guarded_steps, head, prepared, run_checks, table, unusable_gpu, utilisation_of
+from gpu_acceptance import (
+    Bench,
+    Line,
+    guarded_steps,
+    head,
+    memory_line,
+    prepared,
+    run_checks,
+    table,
+    unusable_gpu,
+    utilisation_of,
+)
 from gpu_speed import enlarged
 
 NEED_CUDA = {"xformers against SDPA", "peak memory against the estimate"}
@@ -68,6 +81,17 @@ def test_utilisation_is_of_the_device_that_is_named() -> None:
         assert utilisation_of(unknown, 1.0) == "21 TFLOP/s (unknown device: no peak to compare with)"
 
 
+def test_peak_memory_is_compared_where_there_is_an_estimate(bench: Bench, monkeypatch) -> None:
+    on_gpu, rows = replace(bench, cuda=True), [{"batch": 1, "peak_bytes": 2 << 30}, {"batch": 2, "peak_bytes": 3 << 30}]
+    line = memory_line(on_gpu, bench.folder / "start.safetensors", rows)
+    assert line.outcome == "not run" and line.measured.startswith("batch 1: 2.00 GiB (estimate not available)")
+    for share, outcome in ((1.05, "pass"), (1.2, "FAIL")):
+        monkeypatch.setattr(
+            gpu_acceptance, "estimated_peak_bytes", lambda config, at=share: at * ((1 + config.train_batch_size) << 30)
+        )
+        assert memory_line(on_gpu, bench.folder / "start.safetensors", rows).outcome == outcome
+
+
 def test_a_torch_without_cuda_is_said_where_there_is_a_gpu(monkeypatch, tmp_path: Path) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\n")
@@ -82,8 +106,6 @@ def test_a_torch_without_cuda_is_said_where_there_is_a_gpu(monkeypatch, tmp_path
 
 
 def test_a_batch_is_repeated_whole(bench: Bench) -> None:
-    from sdxl_finetune.run import build_run
-
     with build_run(bench.configured("--train_batch_size", "1", steps=1)) as run:
         batch = next(run.batches())
     larger = enlarged(batch, 3)
