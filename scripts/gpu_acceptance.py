@@ -29,6 +29,7 @@ import torch
 from accelerate.state import AcceleratorState
 from bench_checkpoint_memory import full_size_sources
 from gpu_checks import (
+    ROOT,
     Bench,
     Line,
     check_attention,
@@ -38,6 +39,7 @@ from gpu_checks import (
     check_resume,
     check_trajectory,
     check_waiting,
+    reason,
     spoken,
 )
 from proof import TOY, as_bf16
@@ -49,7 +51,6 @@ from sdxl_finetune.model.tensorfile import write_safetensors
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.tools.rehearsal import estimate
 
-ROOT = Path(__file__).parent.parent
 TFLOP_PER_IMAGE = 20.6
 """Forward and backward pass of full SDXL for one image of 1024 pixels with 227 tokens, nothing computed twice."""
 PEAK_TFLOPS = {
@@ -61,12 +62,10 @@ PEAK_TFLOPS = {
     "L40S": 362.0,
 }
 """Of dense bf16 products summed in float32, by words of the device's name; H100 is the SXM module."""
-BF16 = ["--mixed_precision", "bf16", "--full_bf16"]
 FULL_BYTES = 8 << 30
 """Of disk that the full-size model takes, and a little."""
 FULL_MEMORY = 22 << 30
 """Of the device: cards of 24 GB have a little more."""
-DIGEST = re.compile(r"digest (\d+) (\w+) (\S+) (\S+)")
 
 
 def main() -> int:
@@ -137,15 +136,6 @@ def said(lines: Iterable[Line]) -> Iterator[Line]:
     for line in lines:
         print(f"{line.outcome}: {line.name}: {line.measured}", file=sys.stderr, flush=True)
         yield line
-
-
-def reason(error: BaseException) -> str:
-    """An exception in one line, with the deepest place in this repository that it passed."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if ".venv" not in frame.filename]
-    places = [frame for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
-    at = f" ({Path(places[-1].filename).name}:{places[-1].lineno})" if places else ""
-    words = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {words[0] if words else ''}{at}"
 
 
 def head() -> list[str]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,10 @@ from sdxl_finetune.optim.update import PIECE, ExactUpdate
 from sdxl_finetune.run import build_run
 from sdxl_finetune.runtime import StopRequest, build_accelerator
 from sdxl_finetune.train import record, train, training_steps
+
+ROOT = Path(__file__).parent.parent
+BF16 = ["--mixed_precision", "bf16", "--full_bf16"]
+DIGEST = re.compile(r"digest (\d+) (\w+) (\S+) (\S+)")
 
 
 @dataclass(frozen=True)
@@ -342,3 +347,12 @@ def deterministic(bench: Bench) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line, with the deepest place in this repository that it passed."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if ".venv" not in frame.filename]
+    places = [frame for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
+    at = f" ({Path(places[-1].filename).name}:{places[-1].lineno})" if places else ""
+    words = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {words[0] if words else ''}{at}"
