@@ -35,7 +35,7 @@ from sdxl_finetune.optim.ema import build_average
 from sdxl_finetune.optim.groups import Group, build_groups
 from sdxl_finetune.optim.optimizer import build_optimizer
 from sdxl_finetune.optim.stepping import Reach
-from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, PlainUpdate, Update, is_exact, is_fused
+from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, PlainUpdate, Update, is_exact, is_fused, keeps_masters
 from sdxl_finetune.run import Run, named_parts
 from sdxl_finetune.runtime import StopRequest, weight_dtype
 from sdxl_finetune.train import training_steps
@@ -44,9 +44,6 @@ SCRATCH = {"bitsandbytes::optimizer_update_8bit_blockwise": 20, "bitsandbytes::o
 """Bytes for each element that bitsandbytes' kernels take on a CPU while they step on a tensor: float32 copies of state,
 gradient and terms. On CUDA they take none."""
 STATES, STEPPING = "optimizer states", "optimizer step"
-BF16_CONVOLUTION = 2
-"""Times gradient and input of a bf16 convolution that its backward pass takes on a CPU: copies in the order of oneDNN's
-kernels (seen in the allocator's events, to 5 %)."""
 Shape = tuple[int, int, int]
 """Images, height and width in pixels of a batch on one process."""
 
@@ -113,7 +110,8 @@ class Ledger(TorchDispatchMode):
             for one in made if isinstance(made, list | tuple) else (made,):
                 if isinstance(one, Tensor):
                     self.number(one)
-        if self._scratch and (size := _scratch(func, args)):
+        if self._scratch and (each := SCRATCH.get(func.name())):
+            size = each * args[2].numel()
             self._events += [(-1, size, self.phase), (-1, -size, self.phase)]
         return made
 
@@ -156,14 +154,6 @@ def _number(dtype: torch.dtype) -> float | int | bool:
     if dtype == torch.bool:
         return False
     return 1.0 if dtype.is_floating_point else 1
-
-
-def _scratch(func: Any, args: Sequence[Any]) -> int:
-    """Bytes that a CPU's kernel takes for itself."""
-    if func is torch.ops.aten.convolution_backward.default and args[1].dtype == torch.bfloat16:
-        return BF16_CONVOLUTION * (args[0].nbytes + args[1].nbytes)
-    each = SCRATCH.get(func.name())
-    return each * args[2].numel() if each else 0
 
 
 class _Alone(Accelerator):
@@ -253,6 +243,9 @@ class _Rehearsed:
             self.update = PlainUpdate(self.accelerator, self.sdxl, _Prepared(optimizer), self.groups)
         self._note_gradients()
         ledger.own(STATES, self.states())
+        if keeps_masters(config) and not cuda:  # low bits of what is frozen stay in the machine's memory
+            frozen = (one for one in self.sdxl.parameters() if not one.requires_grad)
+            self.sdxl.masters |= {one: torch.zeros_like(one, dtype=torch.int16) for one in frozen}
         ledger.own("masters", self.sdxl.masters.values())
         if cuda and config.mixed_precision != "no":
             _norms_as_on_cuda(self.sdxl)
