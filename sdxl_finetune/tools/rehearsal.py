@@ -92,6 +92,9 @@ class Ledger(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._events: list[tuple[int, int, str]] = []
+        self._nonzero: set[int] = set()
+        """Answers to whether there is anything but zeros in numbers, which is so in weights and not in what is wrong
+        with them (Prodigy asks the one, others the other)."""
         self.owners: dict[int, str] = {}
         """What storages are for, by number; those of the step itself have no entry."""
         self.phase = ""
@@ -104,8 +107,10 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return args[0].fake_device  # asked for as often as everything else together, and slow to find out
         if func is torch.ops.aten._local_scalar_dense.default:
-            return _number(args[0].dtype)
+            return True if self.number(args[0]) in self._nonzero else _number(args[0].dtype)
         made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.any.default and args[0].is_floating_point():
+            self._nonzero.add(self.number(made))
         if not func.is_view:
             for one in made if isinstance(made, list | tuple) else (made,):
                 if isinstance(one, Tensor):
