@@ -80,18 +80,31 @@ def write(rows: Mapping[str, Row]) -> None:
 
 HEAD = """# Does training teach?
 
-Each line is two trainings of the small model that draws (`tests/toy`, made by `scripts/make_toy_model.py`) with
+Each line is trainings of the small model that draws (`tests/toy`, made by `scripts/make_toy_model.py`) with
 `sdxl-train` and the options of `configs/quickstart.toml`, which differ in one thing. What they have learned is read by
-plain code off pictures of captions that no training has seen (`scripts/toy_judge.py`): of 60 where no number stands, so
-that a share has a standard error of 4 to 6 percent. Made on two CPU cores by `python scripts/proof.py --write`, which
-takes about an hour; `python scripts/proof.py NAME` makes one line.
+plain code off pictures (`scripts/proof_reads.py`): 200 of them where no other number stands, of captions that no
+training has seen. Behind ± stands one standard error of the number of pictures; a difference of shares counts if it is
+three of them. Seeds are fixed, and but for *pooled* there is one training of each kind.
 
-Earlier forms of three lines said nothing, for reasons that are worth knowing. *pooled* compared pictures: the effect on
-them is smaller than what chance makes of sixty, and shows in the loss of held out images. *crops* trained for 90 steps,
-too few for a model that knew no crop but 0,0 to learn what other crops mean: both models had learned to cut, neither
-why; after 360 steps telling helps, though the base model, which never saw a cut object, cuts none. *keep_tokens*
-counted all pictures, most of which lack one of the two objects; of those that have both, shuffling takes the order
-towards chance.
+`python scripts/proof.py --write` makes everything and this page, on two free CPU cores in about 40 minutes;
+`python scripts/proof.py NAME` makes one line. Trainings are kept in `build/proof` and not made again; delete a folder
+there to repeat it.
+
+Five lines said little in an earlier form, for reasons that are worth knowing:
+
+- *dropout*, 180 steps: 25 % were framed without a caption, where the data say half. That was no matter of dropout: when
+  it was asked for frames, too, that model drew them in but half of its pictures. Now it trains until they are known.
+- *pooled* compared how well sixty pictures followed captions; right and wrong could not be told apart. Most of what a
+  caption says reaches this model through cross-attention, and the pooled vector changes the loss by percents. So the
+  losses of held out images are compared, with the same noise for all, over three seeds.
+- *crops* trained for 90 steps, too few for a model that knew no crop but 0,0 to learn what other crops mean, and read
+  sixty pictures of 6 different captions: there are no more held out ones of one object. Now 360 steps, and captions
+  that are trained on, as it is not captions that are in question. What the reference tells the model has a training of
+  its own (`scripts/letter_box.py`), which differs from the first in nothing else.
+- *keep_tokens* counted all pictures, of which a third or less show both objects right, and colours with shapes. The
+  model that all begin with puts shapes in order always, but colours in half of the pictures (51 % ± 3 of 222): it never
+  learned which colour is whose. So nothing can be lost of these, and shapes alone are read, where both are there.
+- *min_snr* looked at timestep 125, where the weight is near 1. Now at 25.
 
 | name | what | theory says | measured | holds |
 |---|---|---|---|---|
@@ -134,11 +147,12 @@ def validation(model: Path, at: int = -1) -> dict[str, float]:
 
 
 def encoders(folder: Path) -> Row:
-    trained = in_style(train(folder, "plain"))
-    frozen = in_style(train(folder, "encoders-frozen", "--no-train_text_encoder"))
+    """After 420 steps both know the tag nearly always; who learns it sooner shows at 180, without guidance."""
+    trained = in_style(train(folder, "short", *SHORT), 1.0)
+    frozen = in_style(train(folder, "short-frozen", *SHORT, "--no-train_text_encoder"), 1.0)
     return Row(
-        "text encoders trained or frozen, a tag of new tokens, the 420 steps of the quickstart",
-        "trained encoders learn the tag better",
+        "text encoders trained or frozen, a tag of new tokens, 180 steps, no guidance",
+        "trained encoders learn the tag sooner",
         f"in the style: {trained} trained, {frozen} frozen",
         trained.above(frozen),
     )
@@ -165,7 +179,7 @@ def pooled(folder: Path) -> Row:
     asked, once = ["--validation_split", "0.1"], ["--max_train_epochs", "", "--max_train_steps", "1"]
     other = turned(TOY, folder / "turned.safetensors")
     start, other_start, losses = 0.0, 0.0, []
-    for seed in ("0", "1", "2", "3"):
+    for seed in ("0", "1", "2"):
         right = train(folder, f"pooled-right-{seed}", *SHORT, *asked, "--seed", seed)
         wrong = train(folder, f"pooled-wrong-{seed}", *SHORT, *asked, "--seed", seed, model=other)
         used = train(folder, f"pooled-used-{seed}", *once, *asked, model=turned(wrong, wrong.with_name("turned.st")))
@@ -175,7 +189,7 @@ def pooled(folder: Path) -> Row:
     worse = as_used / right - 1
     error = worse.std(ddof=1) / math.sqrt(len(worse))
     return Row(
-        "pooled vector of the text: right, or untransposed as in the reference, then used as interfaces do; four seeds",
+        "pooled vector: right, or untransposed as in the reference and then used as interfaces do; three seeds",
         "the other vector makes the model worse, and training with it leaves a model that is worse in interfaces",
         f"held out loss: right {start:.4f} before and {right.mean():.4f} after training, untransposed {other_start:.4f}"
         f" and {meant.mean():.4f}, and as interfaces use that {as_used.mean():.4f}: {worse.mean():.1%} ±"
@@ -212,7 +226,7 @@ def keep_tokens(folder: Path) -> Row:
     return Row(
         "keep_tokens: all tags in place, or all but the first shuffled, on 480 drawings of two objects",
         "shuffled tags say nothing about left and right, which by chance is right in half",
-        f"colours in order, of pictures with both colours ({before.of}, {kept.of}, {shuffled.of}): {before} before,"
+        f"shapes in order, of pictures with both shapes ({before.of}, {kept.of}, {shuffled.of}): {before} before,"
         f" {kept} kept, {shuffled} shuffled",
         kept.above(shuffled),
     )

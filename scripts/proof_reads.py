@@ -106,11 +106,13 @@ def cut_off(model: Path) -> Share:
 
 
 def in_order(model: Path, count: int = 400) -> Share:
-    """Of the pictures that show two objects of the two colours asked for, those in which they are in order."""
-    asked = [one for one in captions_of(1.0, count) if len({colour for colour, _ in one.objects}) == 2]
+    """Of the pictures that show two objects of the two shapes asked for, those in which they are in order. Of shapes,
+    as the model that all begin with knows no order of colours: they are right in half.
+    """
+    asked = [one for one in captions_of(1.0, count) if len({shape for _, shape in one.objects}) == 2]
     found = [read(picture) for picture in draw_captions(model, asked, scale=2.0)]
     pairs = [
-        ([colour for colour, _ in told.objects], [colour for colour, _ in seen.objects])
+        ([shape for _, shape in told.objects], [shape for _, shape in seen.objects])
         for told, seen in zip(asked, found, strict=True)
     ]
     both = [told == seen for told, seen in pairs if sorted(told) == sorted(seen)]
