@@ -83,24 +83,28 @@ HEAD = """# Does training teach?
 Each line is trainings of the small model that draws (`tests/toy`, made by `scripts/make_toy_model.py`) with
 `sdxl-train` and the options of `configs/quickstart.toml`, which differ in one thing. What they have learned is read by
 plain code off pictures (`scripts/proof_reads.py`): 200 of them where no other number stands, of captions that no
-training has seen. Behind ± stands one standard error of the number of pictures; a difference of shares counts if it is
-three of them. Seeds are fixed, and but for *pooled* there is one training of each kind.
+training has seen (but for *crops*). Behind ± stands one standard error of the number of pictures; a difference of
+shares counts if it is three of them. Seeds are fixed, and but for *pooled* there is one training of each kind.
 
 `python scripts/proof.py --write` makes everything and this page, on two free CPU cores in about 40 minutes;
 `python scripts/proof.py NAME` makes one line. Trainings are kept in `build/proof` and not made again; delete a folder
 there to repeat it.
 
-Five lines said little in an earlier form, for reasons that are worth knowing:
+Six lines said little in an earlier form, for reasons that are worth knowing:
 
+- *encoders* after 420 steps and with guidance: 96 % ± 1 in the style trained, 92 % ± 2 frozen. In the end both know the
+  tag, so that nothing is left to tell apart; who learns it sooner shows at 180 steps.
 - *dropout*, 180 steps: 25 % were framed without a caption, where the data say half. That was no matter of dropout: when
   it was asked for frames, too, that model drew them in but half of its pictures. Now it trains until they are known.
 - *pooled* compared how well sixty pictures followed captions; right and wrong could not be told apart. Most of what a
   caption says reaches this model through cross-attention, and the pooled vector changes the loss by percents. So the
   losses of held out images are compared, with the same noise for all, over three seeds.
-- *crops* trained for 90 steps, too few for a model that knew no crop but 0,0 to learn what other crops mean, and read
-  sixty pictures of 6 different captions: there are no more held out ones of one object. Now 360 steps, and captions
-  that are trained on, as it is not captions that are in question. What the reference tells the model has a training of
-  its own (`scripts/letter_box.py`), which differs from the first in nothing else.
+- *crops* read sixty pictures of 6 different captions: there are no more held out ones of one object. What they showed
+  (23 % cut off told, 38 % hidden) is not so of others: of 200 pictures of trained captions 48 % and 51 % were cut off,
+  as in the data, and told of crops 0,0 and 0,60 the model drew the same. 360 steps had begun to move the weights that
+  the crop goes through (four times as far as those beside them), but not the pictures: the first model knew no crop
+  but 0,0. Now steps are twice as many and all at much noise, where it is decided what stands where. What the reference
+  tells (`scripts/letter_box.py`) differs in nothing else; files that were cut beforehand differ in original size, too.
 - *keep_tokens* counted all pictures, of which a third or less show both objects right, and colours with shapes. The
   model that all begin with puts shapes in order always, but colours in half of the pictures (51 % ± 3 of 222): it never
   learned which colour is whose. So nothing can be lost of these, and shapes alone are read, where both are there.
@@ -200,19 +204,19 @@ def pooled(folder: Path) -> Row:
 
 def crops(folder: Path) -> Row:
     """Parts of wide pictures with an object at the left. The base model knows no crop but 0,0, so that telling does
-    nothing until the others are learned.
+    nothing until the others are learned; where an object stands is decided at much noise, so that is trained.
     """
     cut = write_wide(folder / "wide", folder / "cut")
-    asked = ["--max_train_epochs", "12", "--no-cache_latents"]
-    truth = cut_off(train(folder, "crops-told", *asked, "--random_crop", data="wide"))
-    letter_box = cut_off(train(folder, "crops-letter-box", *asked, "--random_crop", data="wide", program="letter_box"))
-    hidden = cut_off(train(folder, "crops-files", *asked, data="cut"))
+    asked = ["--max_train_epochs", "24", "--no-cache_latents", "--no-train_text_encoder"]
+    asked += ["--min_timestep", "400", "--learning_rate", "1e-3", "--random_crop"]
+    truth = cut_off(train(folder, "crops-told", *asked, data="wide"))
+    letter_box = cut_off(train(folder, "crops-letter-box", *asked, data="wide", program="letter_box"))
     return Row(
-        "crops: told to the model, told as the reference does (letter-box), or hidden in files cut beforehand",
+        "random crops: told to the model as they are, or as the reference tells them (letter-box), 720 steps",
         "a model that was told the truth draws whole objects at crop 0,0",
-        f"objects cut off by the edge: {cut_off(TOY)} before, {truth} told, {letter_box} told as the reference does,"
-        f" {hidden} hidden; in the data {cut}",
-        letter_box.above(truth) and hidden.above(truth),
+        f"objects cut off by the edge: {cut_off(TOY)} before, {truth} told the truth, {letter_box} told otherwise; in"
+        f" the data {cut}",
+        letter_box.above(truth),
     )
 
 
