@@ -198,7 +198,7 @@ def pooled(folder: Path) -> Row:
         f"held out loss: right {start:.4f} before and {right.mean():.4f} after training, untransposed {other_start:.4f}"
         f" and {meant.mean():.4f}, and as interfaces use that {as_used.mean():.4f}: {worse.mean():.1%} ±"
         f" {100 * error:.1f} worse than right",
-        start < other_start and worse.mean() > SURE * error,
+        start < other_start and bool(worse.mean() > SURE * error),
     )
 
 
@@ -214,8 +214,8 @@ def crops(folder: Path) -> Row:
     return Row(
         "random crops: told to the model as they are, or as the reference tells them (letter-box), 720 steps",
         "a model that was told the truth draws whole objects at crop 0,0",
-        f"objects cut off by the edge: {cut_off(TOY)} before, {truth} told the truth, {letter_box} told otherwise; in"
-        f" the data {cut}",
+        f"of 600 objects, cut off by the edge: {cut_off(TOY)} before, {truth} told the truth, {letter_box} told"
+        f" otherwise; in the data {cut}",
         letter_box.above(truth),
     )
 
