@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -14,7 +15,9 @@ from sdxl_finetune.config import load_config
 from sdxl_finetune.train import train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from letter_box import letter_box
 from proof import CONFIG, PARTS, as_bf16, lost, turned
+from proof_reads import Share, touches, write_wide
 from toy_judge import Score, draw_captions, judge
 from toy_style import write_pictures
 from toy_world import QUALITIES, STYLES, Scene, caption, draw, framed, held_out, scenes
@@ -95,3 +98,17 @@ def test_masters_keep_what_rounding_to_bf16_loses(taught, tmp_path: Path) -> Non
     for part in PARTS:
         assert lost(part, before, exact, masters) < 0.2, part
         assert lost(part, before, exact, rounded) > 0.8, part
+
+
+def test_contrasts_read_what_is_there(tmp_path: Path) -> None:
+    """Shares know chance, half of the random parts of wide pictures cut an object and whole pictures none, and a crop
+    is told as docs/differences.md says that the reference does.
+    """
+    assert Share(100, 200).above(Share(60, 200)) and not Share(100, 200).above(Share(90, 200))
+    assert 0 < Share(0, 10).error < 0.15 and str(Share(1, 4)) == "25% ± 19"
+    cut = write_wide(tmp_path / "wide", tmp_path / "cut", 100)
+    assert 0.35 < cut.value < 0.75 and len(list((tmp_path / "cut").glob("*.txt"))) == 100
+    whole = islice(scenes(1, kept=True, quality="best", two=0.0), 50)
+    assert not any(touches(draw(scene, random.Random(number))) for number, scene in enumerate(whole))
+    entry = SimpleNamespace(size=(1000, 1500), bucket=SimpleNamespace(width=832, height=1216))
+    assert letter_box(SimpleNamespace(entry=entry)) == (0, 10)
