@@ -125,8 +125,8 @@ def check_options(start: Start, config: Config) -> None:
     if start.about["optimizer"] != optimizer_name(config):
         message = f"the state {start.path} is of {start.about['optimizer']}; resume from saved weights to change it"
         problems.append(Problem(message, key="optimizer_type", value=optimizer_name(config)))
-    for option in ("full_bf16", "exact_masters"):
-        if before.get(option) != now[option] and now["full_bf16"]:
+    for option in ("full_bf16", "exact_masters") if config.full_bf16 else ("full_bf16",):
+        if before.get(option) != now[option]:
             message = f"the state {start.path} was trained otherwise; resume from saved weights to change it"
             problems.append(Problem(message, key=option, value=now[option]))
     if problems:

@@ -280,3 +280,5 @@ def test_masters_go_on_bit_for_bit(work, more: list[str]) -> None:
     assert any(not torch.equal(value, value.bfloat16().float()) for value in trained.values())
     changed = refusal("one", *options, "--no-exact_masters", "--resume", "one/out/style-step00000001-state")
     assert "exact_masters" in changed and "resume from saved weights" in changed
+    other = ["--no-full_bf16", "--resume", "one/out/style-step00000001-state"]
+    assert "full_bf16 = False" in refusal("one", *options, *other)
