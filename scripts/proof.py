@@ -1,4 +1,4 @@
-"""Contrasts that must come out as theory says: python scripts/proof.py [NAME ...] [--folder proof]
+"""Contrasts that must come out as theory says: python scripts/proof.py [NAME ...] [--folder build/proof]
 
 Each trains the small model that draws (tests/toy) with sdxl-train, twice or more, differing in one thing, and measures
 by what plain code reads off generated pictures. The table goes to docs/proof.md with --write.

@@ -40,7 +40,7 @@ from sdxl_finetune.optim.ema import MovingAverage, build_average
 from sdxl_finetune.optim.groups import Group, build_groups
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import build_optimizer, optimizer_class, optimizer_name
-from sdxl_finetune.optim.update import ExactUpdate, PlainUpdate, Update, check_update, is_exact, keeps_masters
+from sdxl_finetune.optim.update import ExactUpdate, PlainUpdate, Update, check_update, is_exact
 from sdxl_finetune.output.log import Log, console, run_directory
 from sdxl_finetune.output.metadata import load_thumbnail
 from sdxl_finetune.output.prompts import Prompt, load_prompts
@@ -283,9 +283,9 @@ def _load(config: Config, start: Start | None) -> Loaded:
     given = config.pretrained_model_name_or_path
     assert given is not None
     if start is None:
-        return load_checkpoint(given, dtype=weight_dtype(config), vae_path=config.vae, exact=keeps_masters(config))
+        return load_checkpoint(given, dtype=weight_dtype(config), vae_path=config.vae, exact=config.keeps_masters)
     vae = None if start.is_state else config.vae or given
-    exact = keeps_masters(config)
+    exact = config.keeps_masters
     loaded = load_checkpoint(start.weights, dtype=weight_dtype(config), vae_path=vae, exact=exact)
     return replace(loaded, format=start.about["checkpoint"]) if start.is_state else loaded
 

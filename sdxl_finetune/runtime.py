@@ -122,7 +122,7 @@ def name_the_batch(batch: Batch, config: Config) -> Iterator[None]:
             remedies.append('optimizer_type = "AdamW8bit"')
         if not config.full_bf16:
             remedies.append('full_bf16 = true with mixed_precision = "bf16"')
-        if not (config.fused_backward_pass or config.fused_optimizer_groups):
+        if not config.is_fused:
             remedies.append("fused_backward_pass = true")
         remedies.append("a lower resolution or max_bucket_reso")
         raise OutOfMemory(

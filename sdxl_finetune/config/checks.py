@@ -73,11 +73,10 @@ def find_remarks(config: Config) -> Findings:
     if config.full_bf16 and not config.exact_masters:
         message = "weights are rounded to bf16 after each step, as in the reference: small updates are lost"
         yield "exact_masters", f"{message}; true keeps them, at 2 bytes for each weight"
-    fused = config.fused_backward_pass or config.fused_optimizer_groups
     for option in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
-        if getattr(config, option) and (fused or (config.full_bf16 and config.exact_masters)):
+        if getattr(config, option) and (config.is_fused or config.keeps_masters):
             yield option, "has no effect, because gradients are averaged tensor by tensor, without DDP"
-    if fused and config.max_grad_norm:
+    if config.is_fused and config.max_grad_norm:
         message = "is for each tensor by itself with fused_backward_pass, as in the reference"
         yield "max_grad_norm", f"{message}; 0 clips nothing, and trains as without fused_backward_pass"
     if config.max_train_epochs and config.max_train_steps != Config.model_fields["max_train_steps"].default:

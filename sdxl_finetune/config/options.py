@@ -51,6 +51,16 @@ class Config(
             values["log_with"] = "tensorboard"
         return values
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the optimizer steps within the backward pass, which either of the reference's options asks for."""
+        return self.fused_backward_pass or bool(self.fused_optimizer_groups)
+
+    @property
+    def keeps_masters(self) -> bool:
+        """Whether bf16 weights are roundings of exact float32 ones."""
+        return self.full_bf16 and self.exact_masters
+
 
 GROUPS: tuple[type[Options], ...] = Config.__bases__
 """The groups, in the order in which help and documentation show them."""

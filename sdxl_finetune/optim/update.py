@@ -99,13 +99,13 @@ class ExactUpdate:
     ) -> None:
         """Within `numbers()` tensors are real, where those of the model are not: to try out and build the optimizer."""
         self._groups, self._masters, self._ranks = groups, masters, accelerator.num_processes
-        self._fused, self._max_norm = is_fused(config), config.max_grad_norm
+        self._fused, self._max_norm = config.is_fused, config.max_grad_norm
         with numbers():
             self.reach = reach = reach_of(config, accelerator.device)
         assert not (self._fused and reach == Reach.ALL), "see check_update"
         trained = [one for group in groups for one in group.parameters.values()]
         for parameter in trained:
-            if keeps_masters(config):
+            if config.keeps_masters:
                 masters[parameter] = _master(parameter, masters, whole=reach == Reach.ALL)
             for tensor in (parameter.data, masters.get(parameter)) if self._ranks > 1 else ():
                 if tensor is not None:  # files on several machines might differ; int16 is no type of gloo's and NCCL's
@@ -160,10 +160,12 @@ class ExactUpdate:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        with averaged_weights(self.optimizer):
+        try:
+            with averaged_weights(self.optimizer):
+                self._show()
+                yield
+        finally:
             self._show()
-            yield
-        self._show()
 
     @torch.no_grad()
     def _show(self) -> None:
@@ -248,22 +250,14 @@ class ExactUpdate:
 Update: TypeAlias = PlainUpdate | ExactUpdate
 
 
-def is_fused(config: Config) -> bool:
-    return config.fused_backward_pass or bool(config.fused_optimizer_groups)
-
-
-def keeps_masters(config: Config) -> bool:
-    return config.full_bf16 and config.exact_masters
-
-
 def is_exact(config: Config) -> bool:
     """Whether the run needs an ExactUpdate."""
-    return keeps_masters(config) or is_fused(config)
+    return config.keeps_masters or config.is_fused
 
 
 def check_update(config: Config) -> None:
     """Raises UserError for an optimizer that cannot be built, or not step within the backward pass as is asked for."""
-    if is_fused(config) and reach_of(config, torch.device("cpu")) == Reach.ALL:
+    if config.is_fused and reach_of(config, torch.device("cpu")) == Reach.ALL:
         message = f"{optimizer_name(config)} steps on all tensors at once, not on one as soon as it has its gradient"
         raise UserError(Problem(f"{message}: leave this out", key="fused_backward_pass", value=True))
 

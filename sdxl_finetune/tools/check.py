@@ -31,7 +31,7 @@ from sdxl_finetune.optim.ema import asks_for_average
 from sdxl_finetune.optim.groups import Group, build_groups
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import build_optimizer, optimizer_name
-from sdxl_finetune.optim.update import check_update, keeps_masters
+from sdxl_finetune.optim.update import check_update
 from sdxl_finetune.output.log import console
 from sdxl_finetune.output.metadata import load_thumbnail, versions
 from sdxl_finetune.output.prompts import load_prompts, preview_due
@@ -171,7 +171,7 @@ def _millions(size: int) -> str:
 
 def _state_bytes(config: Config) -> float:
     """Bytes that the optimizer keeps for each parameter, seen on a small one. Raises UserError for the optimizer."""
-    dtype = torch.float32 if keeps_masters(config) else weight_dtype(config)
+    dtype = torch.float32 if config.keeps_masters else weight_dtype(config)
     parameter = torch.nn.Parameter(torch.zeros(128, 128, dtype=dtype))
     optimizer = build_optimizer(config, [Group("unet", {"weight": parameter}, config.learning_rate)])
     parameter.grad = torch.ones_like(parameter)
@@ -226,7 +226,7 @@ def _files(config: Config, plan: Plan, groups: Sequence[Group], state_bytes: flo
     yield from _kind("weights", *_saves(config, plan, steps, weights_due), final, parameters * dtype.itemsize)
     vae = sum(math.prod(source.shape) for key, source in file.tensors.items() if key.startswith((VAE, "vae.")))
     trained = sum(group.size for group in groups)
-    size = 4 if keeps_masters(config) else weight_dtype(config).itemsize
+    size = 4 if config.keeps_masters else weight_dtype(config).itemsize
     state = (parameters - vae) * size + vae * 4 + trained * state_bytes
     state += 4 * trained * asks_for_average(config)
     last = final_state(config)

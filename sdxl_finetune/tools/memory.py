@@ -10,7 +10,6 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.model.architecture import Architecture
 from sdxl_finetune.optim.optimizer import optimizer_name
 from sdxl_finetune.optim.stepping import Reach
-from sdxl_finetune.optim.update import is_fused, keeps_masters
 from sdxl_finetune.problems import UserError
 from sdxl_finetune.tools.rehearsal import Estimate, Shape, estimate
 
@@ -41,7 +40,7 @@ def remedies(config: Config) -> Iterator[tuple[str, Config]]:
         changes = {"optimizer_type": "AdamW8bit", "optimizer_args": {}}
         changes |= {"use_8bit_adam": False, "use_lion_optimizer": False}
         asked.append(('optimizer_type = "AdamW8bit"', changes))
-    if not is_fused(config) and config.mixed_precision != "fp16":
+    if not config.is_fused and config.mixed_precision != "fp16":
         asked.append(("fused_backward_pass = true", {"fused_backward_pass": True}))
     for name, changes in asked:
         config = config.model_copy(update=changes)
@@ -83,7 +82,7 @@ def describe(config: Config, architecture: Architecture, shape: Shape, ranks: in
     extra = on_cuda(found) - found.total
     yield f"and an allowance of {_size(extra)} for CUDA's context, workspaces and fragmentation (not measured)"
     yield from fits(config, architecture, shape, found, ranks)
-    if found.reach == Reach.ALL and keeps_masters(config):
+    if found.reach == Reach.ALL and config.keeps_masters:
         plain, low = found.parts["masters"], found.parts["masters"] // 2
         name = optimizer_name(config)
         yield f"{name} looks at all tensors at once: float32 masters, {_size(plain)} where others take {_size(low)}"

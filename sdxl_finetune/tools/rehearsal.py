@@ -35,7 +35,7 @@ from sdxl_finetune.optim.ema import build_average
 from sdxl_finetune.optim.groups import Group, build_groups
 from sdxl_finetune.optim.optimizer import build_optimizer
 from sdxl_finetune.optim.stepping import Reach
-from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, PlainUpdate, Update, is_exact, is_fused, keeps_masters
+from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, PlainUpdate, Update, is_exact
 from sdxl_finetune.run import Run, named_parts
 from sdxl_finetune.runtime import StopRequest, weight_dtype
 from sdxl_finetune.train import training_steps
@@ -248,7 +248,7 @@ class _Rehearsed:
             self.update = PlainUpdate(self.accelerator, self.sdxl, _Prepared(optimizer), self.groups)
         self._note_gradients()
         ledger.own(STATES, self.states())
-        if keeps_masters(config) and not cuda:  # low bits of what is frozen stay in the machine's memory
+        if config.keeps_masters and not cuda:  # low bits of what is frozen stay in the machine's memory
             frozen = (one for one in self.sdxl.parameters() if not one.requires_grad)
             self.sdxl.masters |= {one: torch.zeros_like(one, dtype=torch.int16) for one in frozen}
         ledger.own("masters", self.sdxl.masters.values())
@@ -288,7 +288,7 @@ class _Rehearsed:
             return 0
         if isinstance(self.update, PlainUpdate):  # DDP's buckets
             return 0 if self.config.ddp_gradient_as_bucket_view else 4 * sum(sizes)
-        return 4 * IN_FLIGHT * max(sizes) if is_fused(self.config) else 0
+        return 4 * IN_FLIGHT * max(sizes) if self.config.is_fused else 0
 
     def _note_gradients(self) -> None:
         """Tells the ledger of each gradient. Once before and once after the update's own hooks, which may move it."""
@@ -304,7 +304,7 @@ class _Rehearsed:
     def batches(self) -> Iterator[Batch]:
         """Those of a step. With several processes exact gradients are added up as over several micro-batches."""
         micros = self.config.gradient_accumulation_steps
-        if self._ranks > 1 and isinstance(self.update, ExactUpdate) and not is_fused(self.config):
+        if self._ranks > 1 and isinstance(self.update, ExactUpdate) and not self.config.is_fused:
             micros = max(2, micros)
         for micro in range(min(micros, 3)):  # more are like the third
             yield _batch(self.config, self._shape, Position(0, 0, micro, min(micros, 3)))
