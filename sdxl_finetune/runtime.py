@@ -64,6 +64,18 @@ def build_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def leave(accelerator: Accelerator) -> None:
+    """Ends what `build_accelerator` began. The process group itself is kept until the interpreter ends: DDP's reducer
+    holds it too and, where it is the last to, waits with the GIL held for gloo's threads, one of which may be waiting
+    for the GIL to free a tensor (seen with torch 2.13: a run that had saved everything and never ended).
+    """
+    _left.append(torch.distributed.group.WORLD)
+    accelerator.end_training()
+
+
+_left: list[object] = []
+
+
 def _say_overruled(config: Config) -> None:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
     if asked != config.mixed_precision:

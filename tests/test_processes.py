@@ -48,7 +48,8 @@ def output(process: subprocess.Popen, seconds: float = 240) -> str:
     try:
         return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [*children(process), process.pid]:  # ranks lie in sessions of their own
+            os.kill(pid, signal.SIGKILL)
         raise
 
 
@@ -83,6 +84,13 @@ def assert_they_agree(two: str, alone: str, *, loss: float, norm: float) -> int:
         for found, one, share in zip(digests[int(step)][0][1:], expected, (loss, norm), strict=True):
             assert float(found) == pytest.approx(float(one), rel=share), step
     return len(digests)
+
+
+def test_a_run_that_is_over_ends(work) -> None:
+    """What is freed last must not wait for a thread that waits for it."""
+    process = launch(program=[str(Path(__file__).parent / "leave_often.py")])
+    said = output(process, seconds=120)
+    assert process.returncode == 0 and said.count("left\n") == 2, said
 
 
 @pytest.mark.parametrize("fused", [False, True])
