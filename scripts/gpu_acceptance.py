@@ -33,6 +33,7 @@ from gpu_checks import (
     Bench,
     Line,
     check_attention,
+    check_average,
     check_bitsandbytes,
     check_compiled,
     check_ranks,
@@ -281,6 +282,7 @@ CHECKS: Mapping[str, Callable[[Bench], Iterator[Line]]] = {
     "ranks": check_ranks,
     "waiting": check_waiting,
     "resume": check_resume,
+    "average": check_average,
     "speed": check_speed,
 }
 

@@ -322,6 +322,17 @@ def check_resume(bench: Bench) -> Iterator[Line]:
     yield Line("resume equality", f"{2 * half} steps against {half} and {half}: {words}", "FAIL" if away else "pass")
 
 
+def check_average(bench: Bench) -> Iterator[Line]:
+    """The moving average that is kept in host memory, against that on the device: saved files hold it."""
+    options = [*BF16, "--save_precision", "float", "--ema_decay", "0.5"]
+    with deterministic(bench):
+        runs = [trained(bench, "average", options, steps=3) for _ in range(2)]
+        on_cpu = trained(bench, "average", [*options, "--ema_on_cpu"], steps=3)
+    again, away = (farthest(runs[0], other) for other in (runs[1], on_cpu))
+    words = f"up to {away:.1e} from that on the device, where two runs differ by up to {again:.1e}"
+    yield Line("moving average in host memory", words, "pass" if away <= 2 * again else "FAIL")
+
+
 def trained(bench: Bench, out: str, options: Sequence[str], *, steps: int) -> dict[str, Tensor]:
     shutil.rmtree(bench.folder / out, ignore_errors=True)
     assert train(bench.configured(*options, steps=steps, out=out)) == 0

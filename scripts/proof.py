@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +19,23 @@ import numpy as np
 import torch
 from proof_reads import (
     SURE,
+    TWIN,
+    Mean,
     colours_and_shapes,
     cut_off,
     in_order,
     in_style,
     without_caption,
     write_pairs,
+    write_twins,
     write_wide,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toy_style import write_pictures
+from toy_world import NEW_STYLE
+
+from sdxl_finetune.data.tokens import load_vocabulary, token_ids
 
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "tests" / "toy" / "toy.safetensors"
@@ -38,6 +44,12 @@ PARTS = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embe
 PROJECTION = "conditioner.embedders.1.model.text_projection"
 Tensors = Mapping[str, torch.Tensor]
 SHORT = ["--max_train_epochs", "3"]
+HELD_OUT = [*SHORT, "--validation_split", "0.1", "--validation_timesteps", "20"]
+SEEDS = ("0", "1", "2")
+PAGE = ROOT / "docs" / "proof.md"
+TABLE = """| name | what | theory says | measured | holds |
+|---|---|---|---|---|
+"""
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
@@ -71,55 +83,13 @@ def main() -> None:
 
 
 def write(rows: Mapping[str, Row]) -> None:
+    """The table at the end of the page; what stands before it is written by hand."""
+    words = PAGE.read_text(encoding="utf-8")
     lines = [
         f"| `{name}` | {row.what} | {row.theory} | {row.measured} | {'yes' if row.holds else '**no**'} |"
         for name, row in rows.items()
     ]
-    (ROOT / "docs" / "proof.md").write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
-
-
-HEAD = """# Does training teach?
-
-Each line is trainings of the small model that draws (`tests/toy`, made by `scripts/make_toy_model.py`) with
-`sdxl-train` and the options of `configs/quickstart.toml`, which differ in one thing. What they have learned is read by
-plain code off pictures (`scripts/proof_reads.py`): 200 of them where no other number stands, of captions that no
-training has seen (but for *crops*). Behind ± stands one standard error of the number of pictures; a difference of
-shares counts if it is three of them. Seeds are fixed, and but for *pooled* there is one training of each kind: what
-other seeds would make of it is not in the errors, and *min_snr* and *full_bf16* have none.
-
-`python scripts/proof.py --write` makes everything and this page, on two free CPU cores in about 40 minutes (the sum of
-its parts); `python scripts/proof.py NAME` makes one line. Trainings are kept in `build/proof` and not made again;
-delete a folder there to repeat it.
-
-*encoders* does not come out as theory says: 60 pictures after 420 steps with guidance had said 100 % trained and 88 %
-frozen; of 200 of the same models it is 96 % ± 1 and 92 % ± 2. After 180 steps, where less is learned and more could be
-told apart (the line in the table), it is no clearer. If the trained encoders are ahead it is by less than these
-pictures can tell. The likely cause, which is not tested: frozen encoders, too, tell new tokens from others, and the
-U-Net learns alone what they mean.
-
-Four lines said little in an earlier form, for reasons that are worth knowing:
-
-- *dropout*, 180 steps: 25 % were framed without a caption, where the data say half. That was no matter of dropout: when
-  it was asked for frames, too, that model drew them in but half of its pictures. Now it trains until they are known.
-- *pooled* compared how well sixty pictures followed captions; right and wrong could not be told apart. Most of what a
-  caption says reaches this model through cross-attention, and the pooled vector changes the loss by percents. So the
-  losses of held out images are compared, with the same noise for all, over three seeds.
-- *crops* read sixty pictures of 6 different captions: there are no more held out ones of one object. What they showed
-  (23 % cut off told, 38 % hidden) is not so of others: of 200 pictures of trained captions 48 % and 51 % were cut off,
-  as in the data, and told of crops 0,0 and 0,60 the model drew the same. 360 steps had begun to move the weights that
-  the crop goes through (four times as far as those beside them), but not the pictures: the first model knew no crop
-  but 0,0. Now steps are twice as many and all at much noise, where it is decided what stands where. What the reference
-  tells (`scripts/letter_box.py`) differs in nothing else; files that were cut beforehand differ in original size, too.
-  A first look at 200 pictures (30 % ± 3 and 39 % ± 3) did not decide, so that 600 are read. The base model cuts none:
-  the truth lessens the harm at this length, and does not undo it.
-- *keep_tokens* counted all pictures, of which a third or less show both objects right, and colours with shapes. The
-  model that all begin with puts shapes in order always, but colours in half of the pictures (51 % ± 3 of 222): it never
-  learned which colour is whose. So nothing can be lost of these, and shapes alone are read, where both are there
-  (less often once tags are shuffled: shapes then run into one another).
-
-| name | what | theory says | measured | holds |
-|---|---|---|---|---|
-"""
+    PAGE.write_text(words[: words.index(TABLE)] + TABLE + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def train(
@@ -157,55 +127,80 @@ def validation(model: Path, at: int = -1) -> dict[str, float]:
     return [row["validation"] for row in map(json.loads, log.read_text().splitlines()) if "validation" in row][at]
 
 
+def losses(folder: Path, name: str, *options: str, model: Path = TOY) -> list[dict[str, float]]:
+    """Of held out images, the same with the same noise for all: what trainings of 180 steps of three seeds end with."""
+    runs = [train(folder, f"{name}-{seed}", *HELD_OUT, *options, "--seed", seed, model=model) for seed in SEEDS]
+    return [validation(run) for run in runs]
+
+
+def more(ones: Sequence[dict[str, float]], others: Sequence[dict[str, float]], name: str = "loss") -> Mean:
+    """By what share the one losses are above the others of the same seeds."""
+    return Mean.of([one[name] / other[name] - 1 for one, other in zip(ones, others, strict=True)])
+
+
 def encoders(folder: Path) -> Row:
-    """After 420 steps both know the tag nearly always; who learns it sooner shows at 180, without guidance."""
-    trained = in_style(train(folder, "short", *SHORT), 1.0)
-    frozen = in_style(train(folder, "short-frozen", *SHORT, "--no-train_text_encoder"), 1.0)
+    trained, frozen = losses(folder, "right"), losses(folder, "frozen", "--no-train_text_encoder")
+    worse = more(frozen, trained)
     return Row(
-        "text encoders trained or frozen, a tag of new tokens, 180 steps, no guidance",
-        "trained encoders learn the tag sooner",
-        f"in the style: {trained} trained, {frozen} frozen",
-        trained.above(frozen),
+        "text encoders trained or frozen, a tag of a new word, 180 steps, three seeds",
+        "trained encoders learn more",
+        f"held out loss {average(trained):.4f} trained, {average(frozen):.4f} frozen: {worse} more",
+        worse.sure,
+    )
+
+
+def twins(folder: Path) -> Row:
+    """A tag for the frame and another for none, of new words that the encoders take for one another."""
+    write_twins(folder / "twins")
+    alike = twin_words(TOY, folder / "twins.safetensors")
+    told = []
+    for name, options in (("twins-trained", []), ("twins-frozen", ["--no-train_text_encoder"])):
+        model = train(folder, name, *options, model=alike, data="twins")
+        told.append([in_style(model, 1.0, word) for word in (NEW_STYLE, TWIN)])
+    trained, frozen = told
+    return Row(
+        f"text encoders trained or frozen, tags of two new words with the same vectors, {NEW_STYLE} framed and {TWIN}"
+        " not, 420 steps",
+        "no U-Net can tell what frozen encoders do not, and trained ones learn to",
+        f"framed if told {NEW_STYLE} and if told {TWIN}: {trained[0]}, {trained[1]} trained; {frozen[0]}, {frozen[1]}"
+        " frozen",
+        trained[0].above(frozen[0]) and frozen[1].above(trained[1]) and not frozen[0].above(frozen[1]),
     )
 
 
 def min_snr(folder: Path) -> Row:
-    asked = [*SHORT, "--validation_split", "0.1"]
-    with_, without = (
-        validation(train(folder, f"min_snr-{gamma or 'off'}", *asked, "--min_snr_gamma", gamma)) for gamma in ("5", "")
-    )
-    noisy, clean = (with_[f"loss/t{at}"] / without[f"loss/t{at}"] for at in (875, 125))
+    """The quickstart's trainings have it."""
+    with_, without = losses(folder, "right"), losses(folder, "min_snr-off", "--min_snr_gamma", "")
+    clean, noisy = (more(with_, without, f"loss/t{at}") for at in ("025", "875"))
     return Row(
-        "min-SNR weighting, gamma 5",
-        "errors at little noise count less, so that they grow against those at much noise",
-        f"held out loss against that without: {clean:.2f} at timestep 125, {noisy:.2f} at 875",
-        clean > noisy,
+        "min-SNR weighting, gamma 5, and none; three seeds",
+        "errors at little noise count less (at timestep 25 an eighth), so that they grow against those at much noise",
+        f"held out loss against that without: {clean} at timestep 25, {noisy} at 875",
+        clean.above(noisy),
     )
 
 
 def pooled(folder: Path) -> Row:
-    """The reference computes text encoder 2's pooled vector with the matrix as it lies in the file. Held out losses are
-    compared, of one noise for all: what follows of them in pictures is less than chance makes of hundreds.
+    """The reference computes text encoder 2's pooled vector with the matrix as it lies in the file. Losses are
+    compared: what follows of them in pictures is less than chance makes of hundreds.
     """
-    asked, once = ["--validation_split", "0.1"], ["--max_train_epochs", "", "--max_train_steps", "1"]
-    other = turned(TOY, folder / "turned.safetensors")
-    start, other_start, losses = 0.0, 0.0, []
-    for seed in ("0", "1", "2"):
-        right = train(folder, f"pooled-right-{seed}", *SHORT, *asked, "--seed", seed)
-        wrong = train(folder, f"pooled-wrong-{seed}", *SHORT, *asked, "--seed", seed, model=other)
-        used = train(folder, f"pooled-used-{seed}", *once, *asked, model=turned(wrong, wrong.with_name("turned.st")))
-        start, other_start = validation(right, 0)["loss"], validation(wrong, 0)["loss"]
-        losses.append([validation(right)["loss"], validation(wrong)["loss"], validation(used, 0)["loss"]])
-    right, meant, as_used = np.array(losses).T
-    worse = as_used / right - 1
-    error = worse.std(ddof=1) / math.sqrt(len(worse))
+    right = losses(folder, "right")
+    wrong = losses(folder, "pooled-wrong", model=turned(TOY, folder / "turned.safetensors"))
+    start, other_start = (validation(folder / name / "model.safetensors", 0) for name in ("right-0", "pooled-wrong-0"))
+    used = []
+    for seed in SEEDS:
+        ended = folder / f"pooled-wrong-{seed}" / "model.safetensors"
+        once = [*HELD_OUT, "--max_train_epochs", "", "--max_train_steps", "1"]
+        model = turned(ended, ended.with_name("turned.st"))
+        used.append(validation(train(folder, f"pooled-used-{seed}", *once, model=model), 0))
+    worse = more(used, right)
     return Row(
         "pooled vector: right, or untransposed as in the reference and then used as interfaces do; three seeds",
         "the other vector makes the model worse, and training with it leaves a model that is worse in interfaces",
-        f"held out loss: right {start:.4f} before and {right.mean():.4f} after training, untransposed {other_start:.4f}"
-        f" and {meant.mean():.4f}, and as interfaces use that {as_used.mean():.4f}: {worse.mean():.1%} ±"
-        f" {100 * error:.1f} worse than right",
-        start < other_start and bool(worse.mean() > SURE * error),
+        f"held out loss: right {start['loss']:.4f} before and {average(right):.4f} after training, untransposed"
+        f" {other_start['loss']:.4f} and {average(wrong):.4f}, and as interfaces use that {average(used):.4f}: {worse}"
+        " more than right",
+        start["loss"] < other_start["loss"] and worse.sure,
     )
 
 
@@ -335,8 +330,24 @@ def processes(folder: Path) -> Row:
 
 CONTRASTS: dict[str, Callable[[Path], Row]] = {
     one.__name__: one
-    for one in (encoders, guidance, dropout, min_snr, pooled, crops, keep_tokens, resumed, processes, full_bf16)
+    for one in (encoders, twins, guidance, dropout, min_snr, pooled, crops, keep_tokens, resumed, processes, full_bf16)
 }
+
+
+def average(ends: Sequence[dict[str, float]]) -> float:
+    return float(np.mean([end["loss"] for end in ends]))
+
+
+def twin_words(model: Path, target: Path) -> Path:
+    """The same file in which both encoders have one vector for the two words."""
+    (one,), (other,) = (token_ids(word, load_vocabulary(None)) for word in (NEW_STYLE, TWIN))
+    tensors = load_file(model)
+    for name, tensor in tensors.items():
+        if name.endswith("token_embedding.weight"):
+            tensor[other] = tensor[one]
+    with safe_open(model, "pt") as file:
+        save_file(tensors, target, file.metadata())
+    return target
 
 
 def turned(model: Path, target: Path) -> Path:

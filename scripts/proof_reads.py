@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from toy_judge import draw_captions, draw_texts, judge
-from toy_world import SIZE, Scene, caption, draw, framed, read, scenes
+from toy_style import PICTURES
+from toy_world import NEW_STYLE, SIZE, Scene, caption, draw, framed, read, scenes
 
 CAPTIONS = 200
+TWIN = "museum"
 SURE = 3.0
 """A difference counts if it is so many standard errors."""
 
@@ -39,6 +42,28 @@ class Share:
         return self.value - other.value > SURE * math.hypot(self.error, other.error)
 
 
+@dataclass(frozen=True)
+class Mean:
+    """Of shares of different seeds, with its standard error."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, shares: Sequence[float]) -> "Mean":
+        return cls(float(np.mean(shares)), float(np.std(shares, ddof=1)) / math.sqrt(len(shares)))
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} ± {100 * self.error:.1f}"
+
+    @property
+    def sure(self) -> bool:
+        return self.above(Mean(0.0, 0.0))
+
+    def above(self, other: "Mean") -> bool:
+        return self.value - other.value > SURE * math.hypot(self.error, other.error)
+
+
 def captions_of(two: float, count: int = CAPTIONS) -> list[Scene]:
     """Captions that no training sees, a share of `two` of two objects; those of one are but 6 different ones."""
     return list(islice(scenes(1, kept=False, quality="best", two=two), count))
@@ -51,14 +76,29 @@ def colours_and_shapes(model: Path, scale: float = 5.0, count: int = CAPTIONS) -
     return Share(round(count * (right.colour + right.shape)), 2 * count)
 
 
-def in_style(model: Path, scale: float = 5.0) -> Share:
-    """Framed pictures of those whose captions ask for a frame."""
-    return Share(sum(map(framed, draw_captions(model, captions_of(0.3), styled=True, scale=scale))), CAPTIONS)
+def in_style(model: Path, scale: float = 5.0, word: str = NEW_STYLE) -> Share:
+    """Framed pictures of those whose captions have the style's tag, or another in its place."""
+    texts = [styled(scene, word) for scene in captions_of(0.3)]
+    return Share(sum(map(framed, draw_texts(model, texts, scale=scale))), CAPTIONS)
+
+
+def styled(scene: Scene, word: str = NEW_STYLE) -> str:
+    return caption(replace(scene, framed=True)).replace(f"{NEW_STYLE} style", f"{word} style")
 
 
 def without_caption(model: Path) -> Share:
     """Framed pictures of those of an empty prompt, without guidance."""
     return Share(sum(map(framed, draw_texts(model, [""] * CAPTIONS, scale=1.0))), CAPTIONS)
+
+
+def write_twins(folder: Path, count: int = PICTURES) -> None:
+    """Half of the pictures in frames, and of the others a tag says that they are not."""
+    folder.mkdir(exist_ok=True)
+    for number, scene in enumerate(islice(scenes(2, kept=True, quality="best"), count)):
+        word = (NEW_STYLE, TWIN)[number % 2]
+        path = folder / f"{number:03d}.png"
+        draw(replace(scene, framed=word == NEW_STYLE), random.Random(f"style {number}")).save(path)
+        path.with_suffix(".txt").write_text(styled(scene, word) + "\n", encoding="utf-8")
 
 
 def write_pairs(folder: Path, count: int = 480) -> None:

@@ -30,9 +30,8 @@ from sdxl_finetune.output.state import (
 )
 from sdxl_finetune.output.weights import (
     Due,
-    exist,
+    existing,
     final_weights,
-    path_of,
     remove,
     remove_replaced,
     save_weights,
@@ -66,7 +65,7 @@ def _catch_up(run: Run, start: Start) -> None:
     epoch = None if within else epochs
     weights = weights_due(run.config, epoch=epoch, step=start.step, epochs=run.epochs)
     states = states_due(run.config, epoch=epoch, step=start.step, epochs=run.epochs) if start.is_state else []
-    missing_weights = [due for due in weights if not exist(run.output_dir, due.name, run.save_as)]
+    missing_weights = [due for due in weights if not existing(run.output_dir, due.name, run.save_as)]
     missing_states = [due for due in states if not (run.output_dir / due.name).exists()]
     _save(run, missing_weights, missing_states, step=start.step)
     if run.accelerator.is_main_process:
@@ -170,10 +169,11 @@ def save_interrupted(run: Run, *, step: int) -> None:
 
 def is_finished(run: Run) -> bool:
     """Whether there is nothing left to do but what the run that this one goes on from has done."""
-    start, final = run.start, path_of(run.output_dir, final_weights(run.config).name, run.save_as)
-    if start is None or start.step < run.steps or not final.exists():
+    start = run.start
+    final = existing(run.output_dir, final_weights(run.config).name, run.save_as)
+    if start is None or start.step < run.steps or not final:
         return False
-    return not start.is_state or final.stat().st_mtime >= start.about["time"]
+    return not start.is_state or final[-1].stat().st_mtime >= start.about["time"]
 
 
 def _save(run: Run, weights: Sequence[Due], states: Sequence[Due], *, step: int, interrupted: bool = False) -> None:

@@ -142,7 +142,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     seed = start.seed if start and start.seed is not None and config.seed is None else shared_seed(config)
     torch.manual_seed(seed)  # for what draws outside of our control, as a user's own optimizer may
     optimizer_class(optimizer_name(config))
-    check_update(config)
+    check_update(config, accelerator.device)
     if config.torch_compile:
         check_compiler(config.dynamo_backend, accelerator.device)
     if start:

@@ -1,7 +1,8 @@
 """The training loop. It reads from top to bottom as the algorithm does; what it is made of is built in run.py.
 
 Everything that happens every so often is decided from the step's position alone. Nothing in `training_steps` waits
-for the device: losses and norms stay there and are read a few steps later by the log.
+for the device: losses and norms stay there and are read a few steps later by the log. (With `ema_on_cpu` the average
+does, which takes the weights in on the host.)
 """
 
 import logging

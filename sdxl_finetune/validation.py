@@ -181,9 +181,12 @@ def validation_due(config: Config, *, step: int, epoch: int | None, last: bool) 
     """
     if step == 0 or last:
         return True
-    if config.validate_every_n_epochs or not config.validate_every_n_steps:
-        return epoch is not None and epoch % (config.validate_every_n_epochs or 1) == 0
-    return step % config.validate_every_n_steps == 0
+    epochs, steps = config.validate_every_n_epochs, config.validate_every_n_steps
+    if epochs is None and steps is None:
+        epochs = 1
+    if epochs:
+        return epoch is not None and epoch % epochs == 0
+    return steps is not None and steps > 0 and step % steps == 0
 
 
 def _as_written(dataset: Dataset) -> Dataset:

@@ -49,11 +49,11 @@ def test_what_runs_on_a_cpu_passes(bench: Bench, monkeypatch) -> None:
     assert [line for line in lines if line.outcome == "FAIL"] == []
     left_out = {line.name for line in lines if line.outcome == "not run"}
     assert left_out >= NEED_CUDA and sum(name.startswith("no waiting") for name in left_out - NEED_CUDA) == 3
-    assert len(left_out) == 5 and len(lines) - len(left_out) == 7
+    assert len(left_out) == 5 and len(lines) - len(left_out) == 8
     assert all("CUDA" in line.measured for line in lines if line.outcome == "not run")
     report = "\n".join([*head(), *table(lines)])
     assert "- device: CPU" in report and torch.__version__ in report
-    assert report.count("| not run |") == 5 and report.count("| pass |") == 7
+    assert report.count("| not run |") == 5 and report.count("| pass |") == 8
 
 
 def test_a_check_that_raises_fails_and_the_others_go_on(bench: Bench, monkeypatch) -> None:

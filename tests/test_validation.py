@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sdxl_finetune.config import Config, Subset, load_config
-from sdxl_finetune.data.index import hold_out
+from sdxl_finetune.config import Config, load_config, load_datasets
+from sdxl_finetune.data.index import build_index, hold_out
 from sdxl_finetune.run import build_run
 from sdxl_finetune.train import train
 from sdxl_finetune.validation import validation_due
@@ -80,15 +80,28 @@ def test_the_share_asked_for_is_held_out(base, work) -> None:
 
 def test_what_is_held_out_stays_when_others_come() -> None:
     def chosen(names: list[bytes], **options) -> set[bytes]:
-        subset = Subset(num_repeats=1, class_tokens=None, **{"validation_split": 0.1, **options})
-        return {names[place] for place in hold_out(names, subset)}
+        return {names[place] for place in hold_out(names, **{"share": 0.1, "seed": 0, **options})}
 
-    names = [f"{number}.png".encode() for number in range(400)]
+    names = [f"some/where/{number}.png".encode() for number in range(400)]
     first, more = chosen(names[:200]), chosen(names)
     assert len(first) == 20 and len(more) == 40
     assert len(first & more) >= 12
-    assert chosen(names[:200], validation_seed=1) != first
-    assert len(chosen(names[:3], validation_split=0.01)) == 1
+    assert chosen(names[:200], seed=1) != first
+    assert chosen([f"else/{name.decode()}".encode() for name in names[:200]]) == {b"else/" + name for name in first}
+    assert len(chosen(names[:3], share=0.01)) == 1
+
+
+def test_the_share_is_of_all_folders_but_those_of_regularisation(base, work, write_images) -> None:
+    """Not one image at least of each folder: an artist's four would soon be three."""
+    for folder in range(20):
+        write_images(
+            work / "artists" / f"1_artist{folder}", {f"{at}.png": (64, 64) for at in range(4)}, seed=4 * folder
+        )
+    write_images(work / "regular" / "1_girl", {f"{at}.png": (64, 64) for at in range(8)}, seed=90)
+    options = ["--train_data_dir", "artists", "--reg_data_dir", "regular", "--validation_split", "0.05"]
+    index = build_index(load_datasets(config(base, *options, "--resolution", "64")), work / "cache", "stop")
+    held = [Path(path).parent.name for path, out in zip(index.paths(), index.held_out, strict=True) if out]
+    assert len(held) == 4 and len(set(held)) > 1 and "1_girl" not in held
 
 
 @pytest.mark.parametrize("cache", [["--cache_latents"], []])

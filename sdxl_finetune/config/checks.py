@@ -87,6 +87,12 @@ def find_remarks(config: Config) -> Findings:
         if getattr(config, option) and not config.sample_prompts:
             yield option, "there will be no previews, because sample_prompts is not set"
             break
+    if config.validate_every_n_epochs and config.validate_every_n_steps:
+        yield "validate_every_n_steps", "has no effect, because validate_every_n_epochs wins"
+    for option in ("validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps"):
+        if getattr(config, option) and not (config.validation_split or config.dataset_config):
+            yield option, "there will be no validation, because validation_split holds no images out"
+            break
     for option in ("learning_rate_te1", "learning_rate_te2"):
         if getattr(config, option) and not config.train_text_encoder:
             yield option, "has no effect without train_text_encoder"

@@ -100,7 +100,7 @@ class HoldOutOptions(Options):
 
     validation_split: float = Field(0.0, ge=0, le=1)
     """Share of the images, 0 to 1, that is not trained on but validated; 1 in a dataset of its own. (0: none.)"""
-    validation_seed: int = 0
+    validation_seed: int = Field(0, ge=0)
     """Chooses the images that are held out, and their noise; apart from `seed`, so that runs can be compared."""
 
 

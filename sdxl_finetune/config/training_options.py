@@ -149,7 +149,7 @@ class ValidationOptions(HoldOutOptions):
     """Validation"""
 
     validate_every_n_steps: int | None = Field(None, ge=0)
-    """Validate after every so many optimizer steps."""
+    """Validate after every so many optimizer steps; 0: only before and after training."""
     validate_every_n_epochs: int | None = Field(None, ge=0)
     """Validate after every so many epochs; unset, and no steps either: after each. Wins over steps."""
     max_validation_steps: int | None = Field(None, ge=1)

@@ -168,8 +168,7 @@ class Index:
     def without(self, rows: Iterable[int]) -> "Index":
         """The index with these rows used no more; row numbers stay. Raises UserError if none is left."""
         index = replace(self, excluded=tuple(sorted({*self.excluded, *rows})))
-        if not index.repeats.any():
-            raise UserError("no image is left to train on")
+        _check_some_left(index.repeats, index.held_out)
         return index
 
     def describe(self) -> str:
@@ -222,8 +221,7 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
     found, problems = scan(subsets, cache_dir, skip_check=skip_check)
     table = _place(found, datasets, problems)
     report_bad_images(problems, on_bad_image)
-    if not np.any(table["repeats"]):
-        raise UserError("no image is left to train on")
+    _check_some_left(table["repeats"].to_numpy(), table["held_out"].to_numpy())
     if uncaptioned := pa.compute.sum(pa.compute.equal(table["caption"], "")).as_py():
         logger.warning("%d of %d images have no caption, or an empty one", uncaptioned, table.num_rows)
     table = table.combine_chunks()
@@ -234,6 +232,13 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
         with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
             writer.write_table(table)
     return Index(path, tuple(datasets), bad_files=len(problems))
+
+
+def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:
+    if not np.any(repeats):
+        remedy = f"; {held_out.sum()} are held out: lower it" if np.any(held_out) else ""
+        key = "validation_split" if remedy else None
+        raise UserError(Problem(f"no image is left to train on{remedy}", key=key))
 
 
 def report_bad_images(problems: Sequence[Problem], on_bad_image: str) -> None:
@@ -262,14 +267,15 @@ def regularized_repeats(
     return result
 
 
-def hold_out(names: Sequence[bytes], subset: Subset) -> Int[np.ndarray, " k"]:
-    """Places of the images that are not trained on: the share validation_split, to a whole image and at least one.
-    Which ones is a matter of their file names and validation_seed, so that it stays when others come and go.
+def hold_out(names: Sequence[bytes], share: float, seed: int) -> Int[np.ndarray, " k"]:
+    """Places of the images that are not trained on: the share of all, to a whole image and at least one. Which ones is
+    a matter of their names (file and folder) and the seed, so that it stays when others come and go.
     """
-    seed = str(subset.validation_seed).encode()
-    digests = [hashlib.blake2b(os.path.basename(name), digest_size=8, key=seed).digest() for name in names]  # noqa: PTH119
+    key = str(seed).encode()
+    ends = (b"/".join(name.split(b"/")[-2:]) for name in names)
+    digests = [hashlib.blake2b(end, digest_size=8, key=key).digest() for end in ends]
     first = np.argsort(np.array(digests, "S8"), kind="stable")
-    return np.sort(first[: max(1, round(subset.validation_split * len(names)))])
+    return np.sort(first[: max(1, round(share * len(names)))])
 
 
 def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]) -> pa.Table:
@@ -282,9 +288,13 @@ def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]
     regularization = np.array([subset.is_reg for subset in subsets])[subset]
     bucket, resized = np.zeros_like(sizes), np.zeros_like(sizes)
     kept, held_out = np.ones(len(sizes), bool), np.zeros(len(sizes), bool)
-    for number, one in enumerate(subsets):
-        if one.validation_split and len(rows := np.flatnonzero(subset == number)):
-            held = rows[hold_out(table["name"].take(rows).to_pylist(), one)]
+    folders = [os.fsencode(one.image_dir.name) for one in subsets]
+    asked = [(one.validation_split, one.validation_seed) if not one.is_reg else (0.0, 0) for one in subsets]
+    for share, seed in sorted(set(asked)):
+        rows = np.flatnonzero(np.array([one == (share, seed) for one in asked])[subset])
+        if share and len(rows):
+            found = zip(subset[rows].tolist(), table["name"].take(rows).to_pylist(), strict=True)
+            held = rows[hold_out([folders[number] + b"/" + name for number, name in found], share, seed)]
             held_out[held], repeats[held] = True, 0
     for number, dataset in enumerate(datasets):
         rows = np.flatnonzero(owner == number)

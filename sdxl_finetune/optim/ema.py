@@ -24,7 +24,7 @@ class MovingAverage:
     def __init__(self, groups: Sequence[Group], masters: Masters, config: Config) -> None:
         self._config, self._masters = config, masters
         self._parameters = {
-            f"{group.name}.{name}": parameter for group in groups for name, parameter in group.parameters.items()
+            f"{group.part}.{name}": parameter for group in groups for name, parameter in group.parameters.items()
         }
         device = torch.device("cpu") if config.ema_on_cpu else None
         self.averages = {
@@ -48,27 +48,41 @@ class MovingAverage:
         share = 1 - self.decay(step, images)
         for name, parameter in self._parameters.items():
             average = self.averages[name]
-            average.lerp_(exact_value(parameter, self._masters).to(average, non_blocking=True), share)
+            average.lerp_(exact_value(parameter, self._masters).to(average), share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the model holds the average, which is its own master too; afterwards the very tensors of before."""
-        trained = {name: parameter.data for name, parameter in self._parameters.items()}
+        """Within it the model holds the average, which is its own master too; afterwards the very tensors of before.
+        It takes no more memory on the device: what is not swapped for the average itself waits in host memory.
+        """
+        trained: dict[str, Tensor] = {}
         kept = dict(self._masters)
-        for name, parameter in self._parameters.items():
-            average = self.averages[name]
-            if parameter.dtype == torch.bfloat16:
-                parameter.data = rounded(average.to(parameter.device))
-                self._masters[parameter] = average
-            else:
-                parameter.data = average.to(parameter.device, parameter.dtype)
         try:
+            for name, parameter in self._parameters.items():
+                average = self.averages[name]
+                if self._is_swapped(name):
+                    trained[name], parameter.data = parameter.data, average
+                    continue
+                trained[name] = parameter.data.to("cpu", copy=True)
+                if parameter.dtype == torch.bfloat16:
+                    parameter.data.copy_(rounded(average))
+                    self._masters[parameter] = average
+                else:
+                    parameter.data.copy_(average)
             yield
         finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = trained[name]
+            for name, value in trained.items():
+                parameter = self._parameters[name]
+                if self._is_swapped(name):
+                    parameter.data = value
+                else:
+                    parameter.data.copy_(value)
             self._masters.clear()
             self._masters.update(kept)
+
+    def _is_swapped(self, name: str) -> bool:
+        parameter, average = self._parameters[name], self.averages[name]
+        return parameter.dtype == average.dtype and parameter.device == average.device
 
     def load(self, kept: Mapping[str, Tensor]) -> list[str]:
         """Goes on from what a training state has kept; returns the names of which it has nothing."""

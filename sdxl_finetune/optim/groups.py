@@ -29,8 +29,18 @@ class Group:
     """The learning rate that the schedule starts from."""
 
     @property
+    def part(self) -> str:
+        """unet, text_encoder1 or text_encoder2: what a parameter belongs to with block_lr or without."""
+        return part_of(self.name)
+
+    @property
     def size(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
+
+
+def part_of(name: str) -> str:
+    """The part of the group of this name."""
+    return name if name.startswith("text_encoder") else "unet"
 
 
 def part_rates(config: Config) -> dict[str, float]:

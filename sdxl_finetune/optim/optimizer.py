@@ -99,9 +99,10 @@ def build_optimizer(config: Config, groups: Sequence[Group]) -> torch.optim.Opti
     parameters: list[dict[str, Any]] = [
         {"params": list(group.parameters.values()), "lr": None if relative_step else group.lr} for group in groups
     ]
+    default = config.learning_rate or max(rates)  # some refuse 0, which no group has
     try:
-        optimizer = cls(parameters, lr=None if relative_step else config.learning_rate, **arguments)  # type: ignore[call-arg]
-    except (TypeError, ValueError) as error:
+        optimizer = cls(parameters, lr=None if relative_step else default, **arguments)  # type: ignore[call-arg]
+    except (TypeError, ValueError, AssertionError) as error:
         given = {key: repr(value) for key, value in arguments.items()}
         raise UserError(Problem(f"{name} refuses them: {error}", key="optimizer_args", value=given)) from error
     if hasattr(optimizer, "train"):
@@ -151,13 +152,18 @@ def set_lr(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
 @contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within it, the parameters are those to save and to draw previews with: schedule-free optimizers keep them
-    apart from the ones they train (arXiv 2405.15682, equation 3); for all others nothing changes.
+    apart from the ones they train (arXiv 2405.15682, equation 3); for all others nothing changes. Those that are
+    trained wait in host memory, since what their train() makes of eval()'s is the same only but for rounding.
     """
     if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        trained = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
         optimizer.eval()
         try:
             yield
         finally:
             optimizer.train()
+            for parameter, value in zip(parameters, trained, strict=True):
+                parameter.detach().copy_(value)
     else:
         yield

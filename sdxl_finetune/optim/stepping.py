@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sdxl_finetune.problems import UserError
+
 Build = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 
 
@@ -38,6 +40,8 @@ def find_reach(build: Build, cls: type, device: torch.device) -> Reach:
     """Of optimizers that `build` makes of a list of parameters, all of class `cls`."""
     if cls.__module__.startswith(tuple(name.rstrip(".") for name in TOGETHER)):
         return Reach.ALL
+    if hasattr(cls, "train") and hasattr(cls, "eval"):  # it changes parameters between steps, too
+        return Reach.ALL
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2, 64, 2 * BLOCK, generator=generator).to(device)
     # Mostly of one sign, so that what is estimated from the direction of several steps grows.
@@ -50,7 +54,9 @@ def find_reach(build: Build, cls: type, device: torch.device) -> Reach:
         parts = gradients[:, 0].reshape(STEPS, *halves)
         if torch.equal(whole[0].reshape(halves), _trial(build, start[0].reshape(halves), parts, each=True)):
             return Reach.ELEMENTS
-    except (RuntimeError, TypeError):  # one that wants a closure, or tensors of some shape
+    except UserError:
+        raise
+    except Exception:  # one that wants a closure, tensors of some shape, or another device
         return Reach.ALL
     return Reach.TENSOR
 

@@ -255,9 +255,9 @@ def is_exact(config: Config) -> bool:
     return config.keeps_masters or config.is_fused
 
 
-def check_update(config: Config) -> None:
+def check_update(config: Config, device: torch.device) -> None:
     """Raises UserError for an optimizer that cannot be built, or not step within the backward pass as is asked for."""
-    if config.is_fused and reach_of(config, torch.device("cpu")) == Reach.ALL:
+    if config.is_fused and reach_of(config, device) == Reach.ALL:
         message = f"{optimizer_name(config)} steps on all tensors at once, not on one as soon as it has its gradient"
         raise UserError(Problem(f"{message}: leave this out", key="fused_backward_pass", value=True))
 
@@ -266,7 +266,8 @@ def reach_of(config: Config, device: torch.device) -> Reach:
     """What the config's optimizer has to see together. Raises UserError for one that cannot be built."""
 
     def build(parameters: Sequence[Parameter]) -> torch.optim.Optimizer:
-        return build_optimizer(config, [Group("unet", dict(zip("ab", parameters, strict=False)), config.learning_rate)])
+        rate = config.learning_rate or 1e-3  # at 0 nothing moves, and everything would seem equal
+        return build_optimizer(config, [Group("unet", dict(zip("ab", parameters, strict=False)), rate)])
 
     return find_reach(build, optimizer_class(optimizer_name(config)), device)
 

@@ -40,11 +40,11 @@ T = TypeVar("T")
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of `step` is infinite or not a number: the weights are spoilt from there on."""
+    """The loss of `step`, or its gradient's norm, is infinite or not a number: the weights are spoilt from there on."""
 
-    def __init__(self, step: int, loss: float) -> None:
+    def __init__(self, step: int, value: float, name: str = "loss") -> None:
         self.step = step
-        super().__init__(f"the loss of step {step} is {loss}; nothing was saved after it")
+        super().__init__(f"the {name} of step {step} is {value}; nothing was saved after it")
 
 
 class DelayedScalars(Generic[T]):
@@ -159,6 +159,8 @@ class Log:
         self._directory = directory
         self._rank = rank
         self._delayed: DelayedScalars[_Step] = DelayedScalars()
+        self._stops: DelayedScalars[None] = DelayedScalars(delay=1)
+        self._scaled = config.mixed_precision == "fp16"  # a scaler makes gradients overflow, and skips those steps
         self._losses: deque[float] = deque()
         self._loss_sum = 0.0
         self._last_step = self._done = done
@@ -249,7 +251,9 @@ class Log:
             data_wait_seconds=data_wait_seconds,
             peak_memory_bytes=peak_memory_bytes(loss.device),
         )
-        scalars = {"loss": loss, "grad_norm": grad_norm, "stop": stop, **(measured or {})}
+        for _, arrived in self._stops.push(None, {"stop": stop}) if stop is not None else ():
+            self.stop_seen |= arrived["stop"] > 0
+        scalars = {"loss": loss, "grad_norm": grad_norm, **(measured or {})}
         given = {name: scalar for name, scalar in scalars.items() if scalar is not None}
         self._read(self._delayed.push(record, given))
 
@@ -322,13 +326,14 @@ class Log:
     def _read(self, arrived: list[tuple[_Step, dict[str, float]]]) -> None:
         for record, scalars in arrived:
             self._last_step = record.step
-            self.stop_seen |= scalars.pop("stop", 0.0) > 0
             scalars = {name: value for name, value in scalars.items() if "/" not in name or not math.isnan(value)}
             average = self._average(scalars["loss"])
             if self._rank == 0:
                 self._write_step(record, scalars, average)
             if not math.isfinite(scalars["loss"]):
                 raise NonFiniteLoss(record.step, scalars["loss"])
+            if not (self._scaled or math.isfinite(scalars.get("grad_norm", 0.0))):
+                raise NonFiniteLoss(record.step, scalars["grad_norm"], "gradient's norm")
 
     def _average(self, loss: float) -> float:
         """The mean of the last epoch's worth of losses: the reference's avr_loss and loss/epoch."""

@@ -79,6 +79,8 @@ def load_prompts(path: Path, default: Prompt | None = None) -> tuple[Prompt, ...
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(Problem(reason, key="sample_prompts", file=str(path))) from error
+    if not entries:
+        logger.warning("%s holds no prompt, so that nothing is drawn", path)
     problems: list[Problem] = []
     prompts = tuple(_prompt(where, values, default, problems) for where, values in entries)
     if problems:

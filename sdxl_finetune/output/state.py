@@ -27,11 +27,13 @@ from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.save import single_file_tensors
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import write_safetensors
-from sdxl_finetune.optim.groups import Group
+from sdxl_finetune.optim.groups import Group, part_of
 from sdxl_finetune.output.weights import Due, due_after, final_weights, saved_names, step_name
 from sdxl_finetune.problems import Problem, UserError
 
 FORMAT = 1
+ON_CPU = ("step", "mu_product")
+"""What torch's optimizers count on the host, where reading it costs nothing."""
 SUFFIX = "-state"
 WEIGHTS, OPTIMIZER, ABOUT, MANIFEST = "weights.safetensors", "optimizer.pt", "state.json", "manifest.json"
 
@@ -148,8 +150,10 @@ def load_optimizer(
     """
     kept = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
     for group, values in zip(groups, optimizer.param_groups, strict=True):
-        old = kept["groups"].get(group.name, {})
-        values.update({name: _copy(value) for name, value in old.items() if name not in changed})
+        old: dict[str, Any] = kept["groups"].get(group.name) or next(  # block_lr was turned on, or off
+            (one for name, one in kept["groups"].items() if part_of(name) == group.part), {}
+        )
+        values.update({name: _copy(value, values.get(name)) for name, value in old.items() if name not in changed})
     values_of = {id(one): values for values in optimizer.param_groups for one in values["params"]}
     unknown = []
     for name, parameter in _parameters(groups):
@@ -173,33 +177,34 @@ def load_average(path: Path) -> Mapping[str, Tensor]:
 
 def _parameters(groups: Sequence[Group]) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for group in groups:
-        part = group.name if group.name.startswith("text_encoder") else "unet"
         for name, parameter in group.parameters.items():
-            yield f"{part}.{name}", parameter
+            yield f"{group.part}.{name}", parameter
 
 
 def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:
     """A value where the optimizer wants it: counts of steps stay on the CPU unless it counts on the device, and what
     bitsandbytes pages goes into pages of its own.
     """
-    if not isinstance(value, Tensor):
+    if key in ON_CPU and not (group.get("capturable") or group.get("fused")):
         return _copy(value)
-    if key == "step" and not (group.get("capturable") or group.get("fused")):
-        return value.clone()
-    if getattr(optimizer, "is_paged", False) and value.shape == parameter.shape:
-        return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
-    return torch.empty_like(value, device=parameter.device).copy_(value)
+    if getattr(optimizer, "is_paged", False) and isinstance(value, Tensor):
+        if value.shape == parameter.shape:
+            return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
+        if value.shape == (2, *parameter.shape):  # AdEMAMix
+            return optimizer._get_state_double_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
+    return _copy(value, parameter)
 
 
-def _copy(value: Any) -> Any:
-    """Not mapped from the file any more."""
+def _copy(value: Any, like: Any = None) -> Any:
+    """Not mapped from the file any more, and on the device of `like` if that is a tensor."""
     match value:
         case Tensor():
-            return value.clone()
+            device = like.device if isinstance(like, Tensor) else value.device
+            return torch.empty_like(value, device=device).copy_(value)
         case dict():
-            return {key: _copy(one) for key, one in value.items()}
-        case list():
-            return [_copy(one) for one in value]
+            return {key: _copy(one, like) for key, one in value.items()}
+        case list() | tuple():
+            return type(value)(_copy(one, like) for one in value)
         case _:
             return value
 

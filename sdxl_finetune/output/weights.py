@@ -129,9 +129,12 @@ def path_of(directory: Path, name: str, kind: SaveAs) -> Path:
     return directory / (name if kind.startswith("diffusers") else f"{name}.{kind}")
 
 
-def exist(directory: Path, name: str, kind: SaveAs) -> bool:
-    """Whether there are weights of that name, or of the one that they get if they are too large for float16."""
-    return any(path_of(directory, one, kind).exists() for one in (name, name + TOO_LARGE))
+def existing(directory: Path, name: str, kind: SaveAs) -> list[Path]:
+    """The weights of that name that there are, or of the one that they get if they are too large for float16; the
+    newest last.
+    """
+    found = [path for one in (name, name + TOO_LARGE) if (path := path_of(directory, one, kind)).exists()]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
 def remove_replaced(due: Due, directory: Path, kind: SaveAs) -> None:

@@ -79,7 +79,7 @@ def check(config: Config) -> int:
         index = _check_data(config, found)
         groups = _check_model(config, found)
         state_bytes = found.attempt(_state_bytes, config)
-        found.attempt(check_update, config)
+        found.attempt(check_update, config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         plan = None
         if index:
             plan = _plan(config, index, processes())

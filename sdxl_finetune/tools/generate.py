@@ -11,6 +11,7 @@ import html
 import io
 import json
 import logging
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,14 +25,17 @@ from tqdm import tqdm
 from sdxl_finetune.data.tokens import build_tokenizer
 from sdxl_finetune.diffusion.schedule import build_schedule
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.model.load import Loaded, load_checkpoint
-from sdxl_finetune.output.prompts import Prompt, load_prompts
+from sdxl_finetune.model.load import Loaded, inspect_checkpoint, load_checkpoint
+from sdxl_finetune.output.prompts import LARGEST_SEED, MOST_STEPS, Prompt, load_prompts
 from sdxl_finetune.output.sample import build_sampler, draw_latents, parameters, save_picture, to_image
 from sdxl_finetune.problems import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-LARGEST_SEED = 2**32
+LARGEST_DRAWN = 2**32
+LEAST_STEPS = {"pndm": 4}
+"""Of samplers that need more than one."""
+PICTURE = re.compile(r"(\d{5,})-\d+\.png")
 STYLE = """
 body { font: 14px sans-serif; margin: 1em; background: #fff; color: #222 }
 table { border-collapse: collapse } th, td { padding: 4px; vertical-align: top; text-align: left; max-width: 20em }
@@ -50,8 +54,8 @@ class Wanted:
 def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
     """Draws every prompt `images` times into the folder `output`. Raises UserError."""
     wanted = _wanted(arguments)
+    _make_folder(arguments.output)
     loaded = _load(arguments.model, arguments)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     first = _next_number(arguments.output)
     for number, (one, image) in enumerate(_draw(loaded, wanted, arguments), first):
         sampler = one.prompt.sampler or arguments.sampler
@@ -61,24 +65,57 @@ def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Writes one HTML page: a row for each prompt and seed, a column for each checkpoint. Raises UserError."""
+    """Writes one HTML page: a row for each prompt and seed, a column for each checkpoint. Raises UserError, before
+    anything is drawn. A checkpoint that draws nothing but NaN has a column that says so.
+    """
     wanted = _wanted(arguments)
-    columns = []
-    for model in arguments.models:
-        loaded = _load(model, arguments)
-        columns.append([_embedded(image) for _, image in _draw(loaded, wanted, arguments, about=model.name)])
-        del loaded
+    if arguments.output.is_dir():
+        raise UserError(Problem("is a folder: name a file", key="output", value=str(arguments.output)))
+    _make_folder(arguments.output.parent)
+    _check_models(arguments.models)
+    columns = [_column(model, wanted, arguments) for model in arguments.models]
     head = "".join(f"<th>{html.escape(str(model))}</th>" for model in arguments.models)
     rows = []
     for one, *pictures in zip(wanted, *columns, strict=True):
         said = html.escape(parameters(one.prompt, one.seed, one.prompt.sampler or arguments.sampler, None))
-        cells = "".join(f'<td><img src="{picture}" alt=""></td>' for picture in pictures)
+        cells = "".join(f"<td>{picture}</td>" for picture in pictures)
         rows.append(f"<tr><td>{said.replace(chr(10), '<br>')}</td>{cells}</tr>")
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     page = f'<!doctype html><meta charset="utf-8"><title>Checkpoints compared</title><style>{STYLE}</style>{table}\n'
     with atomic_path(arguments.output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(f"wrote {arguments.output}: {len(wanted)} pictures of each of {len(arguments.models)} checkpoints")
+
+
+def _column(model: Path, wanted: Sequence[Wanted], arguments: argparse.Namespace) -> list[str]:
+    """What one checkpoint draws, as HTML."""
+    loaded = _load(model, arguments)
+    try:
+        return [_embedded(image) for _, image in _draw(loaded, wanted, arguments, about=model.name)]
+    except UserError as error:
+        logger.error("%s: %s", model, error)
+        return [html.escape(str(error))] * len(wanted)
+
+
+def _check_models(models: Sequence[Path]) -> None:
+    """Raises UserError with everything that is wrong with them, as their headers tell."""
+    if problems := [problem for model in models for problem in _problems_of(model)]:
+        raise UserError(problems)
+
+
+def _problems_of(model: Path) -> Sequence[Problem]:
+    try:
+        kind = inspect_checkpoint(model).kind
+    except UserError as error:
+        return error.problems
+    return [Problem(f"this is {kind}, not an SDXL base model", file=str(model))] if kind else []
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(Problem(f"cannot be made: {error.strerror}", key="output", value=str(folder))) from error
 
 
 def _wanted(arguments: argparse.Namespace) -> list[Wanted]:
@@ -95,13 +132,23 @@ def _wanted(arguments: argparse.Namespace) -> list[Wanted]:
     if arguments.prompts:
         prompts += load_prompts(arguments.prompts, default)
     if not prompts:
-        raise UserError(Problem("is needed, or --prompts: what to draw", key="prompt"))
-    drawn = secrets.randbelow(LARGEST_SEED) if arguments.seed is None else arguments.seed
-    return [
+        message = "holds no prompt" if arguments.prompts else "is needed, or --prompts: what to draw"
+        where = str(arguments.prompts) if arguments.prompts else None
+        raise UserError(Problem(message, key="prompts" if where else "prompt", file=where))
+    drawn = secrets.randbelow(LARGEST_DRAWN) if arguments.seed is None else arguments.seed
+    for prompt in prompts:
+        least = LEAST_STEPS.get(prompt.sampler or arguments.sampler, 1)
+        if not least <= prompt.steps <= MOST_STEPS:
+            message = f"must be from {least} to {MOST_STEPS} for {prompt.sampler or arguments.sampler}"
+            raise UserError(Problem(message, key="steps", value=prompt.steps))
+    wanted = [
         Wanted(prompt, (drawn if prompt.seed is None else prompt.seed) + number)
         for prompt in prompts
         for number in range(arguments.images)
     ]
+    if (largest := max(one.seed for one in wanted)) > LARGEST_SEED:
+        raise UserError(Problem(f"must be at most {LARGEST_SEED}", key="seed", value=largest))
+    return wanted
 
 
 def _load(path: Path, arguments: argparse.Namespace) -> Loaded:
@@ -146,11 +193,11 @@ def _shared(prompt: Prompt, sampler: str) -> tuple[object, ...]:
 
 
 def _next_number(folder: Path) -> int:
-    numbers = [int(path.name.partition("-")[0]) for path in folder.glob("[0-9]*-*.png")]
-    return max(numbers, default=-1) + 1
+    found = (PICTURE.fullmatch(path.name) for path in folder.iterdir())
+    return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
 def _embedded(image: Image.Image) -> str:
     data = io.BytesIO()
     image.save(data, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return f'<img src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}" alt="">'

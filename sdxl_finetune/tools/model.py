@@ -76,6 +76,7 @@ def _add_pictures(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     compare = commands.add_parser("compare", help="one page of the same prompts and seeds through several checkpoints")
     compare.add_argument("models", type=Path, nargs="+", metavar="model", help="files or diffusers folders")
     compare.add_argument("--output", type=Path, default=Path("compare.html"), help="page to write (compare.html)")
+    compare.add_argument("--overwrite", action="store_true", help="replace the page if it exists")
     for command in (generate, compare):
         prompts = "prompt file as for sample_prompts, whose own options win"
         command.add_argument("--prompts", type=Path, metavar="FILE", help=prompts)
@@ -100,17 +101,18 @@ def _picture(arguments: argparse.Namespace) -> None:
     from sdxl_finetune.tools.generate import compare, generate
 
     if arguments.command == "compare":
+        _check_output(arguments)
         compare(arguments)
     else:
         generate(arguments, auto_v2(arguments.model).lower() if arguments.model.is_file() else None)
 
 
 def _count(text: str) -> int:
-    return _numbers_from(1, text)[0]
+    return _number_from(1, text)
 
 
 def _seed(text: str) -> int:
-    return _numbers_from(0, text)[0]
+    return _number_from(0, text)
 
 
 def _side(text: str) -> int:
@@ -129,10 +131,13 @@ def _numbers_or_zero(text: str) -> tuple[int, ...]:
 
 
 def _numbers_from(least: int, text: str) -> tuple[int, ...]:
-    numbers = tuple(int(number) for number in text.split(","))
-    if min(numbers) < least:
-        raise argparse.ArgumentTypeError(f"{text}: numbers start at {least}")
-    return numbers
+    return tuple(_number_from(least, number) for number in text.split(","))
+
+
+def _number_from(least: int, text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number from {least} on is needed")
+    return int(text)
 
 
 def _init(arguments: argparse.Namespace) -> None:
@@ -210,12 +215,15 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _save_as(arguments: argparse.Namespace) -> "SaveAs":
     """The format to write: as asked, or by the output's suffix. UserError when the output exists."""
-    output = arguments.output
-    if output.exists() and not arguments.overwrite:
-        raise UserError(Problem("it exists already: choose another name, or --overwrite", file=str(output)))
+    _check_output(arguments)
     suffixes = {".safetensors": "safetensors", ".ckpt": "ckpt"}
-    by_name: SaveAs = suffixes.get(output.suffix, "diffusers_safetensors")  # type: ignore[assignment]
+    by_name: SaveAs = suffixes.get(arguments.output.suffix, "diffusers_safetensors")  # type: ignore[assignment]
     return arguments.save_model_as or by_name
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    if arguments.output.exists() and not arguments.overwrite:
+        raise UserError(Problem("it exists already: choose another name, or --overwrite", file=str(arguments.output)))
 
 
 def _info(path: Path) -> None:

@@ -287,7 +287,8 @@ class _Rehearsed:
         if self._ranks == 1:
             return 0
         if isinstance(self.update, PlainUpdate):  # DDP's buckets
-            return 0 if self.config.ddp_gradient_as_bucket_view else 4 * sum(sizes)
+            buckets = sum(one.numel() * one.element_size() for one in self.trained)
+            return 0 if self.config.ddp_gradient_as_bucket_view else buckets
         return 4 * IN_FLIGHT * max(sizes) if self.config.is_fused else 0
 
     def _note_gradients(self) -> None:

@@ -75,6 +75,19 @@ def test_the_average_is_of_masters() -> None:
     assert torch.equal(exact_value(parameter, masters), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_showing_it_takes_no_second_copy_on_the_device(dtype: torch.dtype) -> None:
+    """What is shown stands where the weights stood, or is the average itself."""
+    groups = groups_of(1.0, dtype)
+    parameter = groups[0].parameters["a"]
+    average = build_average(groups, {}, Config(ema_decay=0.5))
+    parameter.data.fill_(3.0)
+    places = {parameter.data_ptr(), average.averages["unet.a"].data_ptr()}
+    with average.in_place():
+        assert parameter.data_ptr() in places and parameter.tolist() == [1.0] * 3
+    assert parameter.tolist() == [3.0] * 3 and average.averages["unet.a"].tolist() == [1.0] * 3
+
+
 def test_training_gets_its_own_tensors_back() -> None:
     groups = groups_of(1.0)
     parameter = groups[0].parameters["a"]

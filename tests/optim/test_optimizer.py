@@ -88,6 +88,15 @@ def test_mistakes_are_said(options, message) -> None:
         build(Config(**options))
 
 
+@pytest.mark.parametrize("name", ["Lion", "AdamW", "Prodigy"])
+def test_the_unet_may_be_frozen(name: str) -> None:
+    """Some optimizers refuse a rate of 0, though no group has it."""
+    if name == "Prodigy" and importlib.util.find_spec("prodigyopt") is None:
+        pytest.skip("prodigyopt is not installed")
+    _, optimizer = build(Config(optimizer_type=name, learning_rate=0.0), (1e-6, 1e-6))
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-6, 1e-6]
+
+
 def test_learning_rates_reach_the_groups() -> None:
     _, optimizer = build(Config())
     set_lr(optimizer, [1.0, 2.0, 3.0])

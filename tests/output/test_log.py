@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import time
+from contextlib import nullcontext
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,6 +127,17 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(tmp_path: Path
     if rank == 0:
         assert rows(tmp_path)[-1]["loss"] is None
         assert "NonFiniteLoss" in json.loads((tmp_path / "ended.json").read_text())["reason"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_gradient_that_is_no_number_ends_the_run_unless_it_is_scaled(tmp_path: Path, precision: str) -> None:
+    """Its step spoils the weights before any loss shows it; a scaler leaves that step out."""
+    with Log(Config(mixed_precision=precision), tmp_path, rank=0) as log:
+        log.begin(steps=1, steps_per_epoch=1)
+        given = {"loss": torch.ones(()), "grad_norm": torch.tensor(math.inf), "lr": {}, "data_wait_seconds": 0.0}
+        expected = nullcontext() if precision == "fp16" else pytest.raises(NonFiniteLoss, match="norm of step 1 is inf")
+        with expected:
+            log.step(step=1, epoch=1, images=1, **given)
 
 
 def test_pauses_are_no_part_of_a_step(tmp_path: Path) -> None:

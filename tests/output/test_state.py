@@ -120,6 +120,19 @@ def test_parameters_of_which_the_state_knows_nothing_begin_anew(tiny, tmp_path: 
     assert set(optimizer.state) == {groups[number].parameters[name] for number in (0, 1) for name in "ab"}
 
 
+def test_what_a_group_knows_survives_block_lr(tiny, tmp_path: Path) -> None:
+    """Groups then have other names, and the parameters the same."""
+    pytest.importorskip("schedulefree")
+    config, groups = Config(optimizer_type="AdamWScheduleFree"), groups_of(0, torch.float32)
+    optimizer = build_optimizer(config, groups)
+    advance(optimizer, groups, range(3))
+    save_state(tmp_path / "s", *tiny, optimizer, groups, average=None, scaler=None, about={})
+    blocks = [Group(f"block{number}", dict([one]), 1e-2) for number, one in enumerate(groups[0].parameters.items())]
+    again = build_optimizer(config, [*blocks, groups[1]])
+    load_optimizer(tmp_path / "s", again, [*blocks, groups[1]], changed=frozenset())
+    assert [values["k"] for values in again.param_groups] == [3, 3, 3, 3]
+
+
 def test_a_save_that_fails_leaves_nothing(tiny, tmp_path: Path) -> None:
     groups = groups_of(0, torch.float32)
     optimizer = build_optimizer(Config(optimizer_type="AdamW"), groups)

@@ -120,12 +120,51 @@ def test_mistakes(models, tmp_path: Path) -> None:
         main(["generate", str(models[0])])
     with pytest.raises(UserError, match=r"none\.safetensors"):
         main(["generate", str(tmp_path / "none.safetensors"), "--prompt", "a"])
-    with pytest.raises(SystemExit):
-        main(["generate", str(models[0]), "--prompt", "a", "--width", "100"])
+    for wrong in (["--width", "100"], ["--width", "64,96"], ["--images", "0"], ["--seed", "x"]):
+        with pytest.raises(SystemExit):
+            main(["generate", str(models[0]), "--prompt", "a", *wrong])
+    for wrong in (["--seed", str(2**64)], ["--sampler", "pndm", "--steps", "3"], ["--steps", "1001"]):
+        with pytest.raises(UserError, match="must be"):
+            main(["generate", str(models[0]), "--prompt", "a", *wrong])
+    with pytest.raises(UserError, match="cannot be made"):
+        main(["generate", str(models[0]), "--prompt", "a", "--output", str(models[1])])
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(UserError, match="no prompt"):
+        main(["generate", str(models[0]), "--prompts", str(tmp_path / "empty.txt")])
     tensors = load_file(models[0])
     tensors["model.diffusion_model.out.2.bias"][0] = torch.nan
     with safe_open(models[0], "pt") as file:
         metadata = file.metadata()
     save_file(tensors, tmp_path / "nan.safetensors", metadata)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "1girl-2.png").touch()
     with pytest.raises(UserError, match="not a number"):
         draw(tmp_path / "nan.safetensors", tmp_path / "out", "--prompt", "a")
+
+
+def test_a_page_is_not_begun_that_cannot_end(models, tmp_path: Path, monkeypatch) -> None:
+    """Hours of drawing are not lost to the last checkpoint, or to a page that cannot be written."""
+    monkeypatch.chdir(tmp_path)
+    asked = ["--prompt", "a", "--seed", "1", *SMALL]
+    (tmp_path / "a.txt").write_text("no model")
+    monkeypatch.setattr("sdxl_finetune.tools.generate.load_checkpoint", None)  # nothing may be drawn
+    with pytest.raises(UserError, match=r"none\.safetensors") as caught:
+        main(["compare", str(models[0]), "none.safetensors", "a.txt", *asked])
+    assert len(caught.value.problems) == 2
+    for output, said in ((tmp_path, "exists"), (tmp_path / "a.txt", "exists"), (models[0] / "page.html", "be made")):
+        with pytest.raises(UserError, match=said):
+            main(["compare", str(models[0]), *asked, "--output", str(output)])
+    with pytest.raises(UserError, match="is a folder"):
+        main(["compare", str(models[0]), *asked, "--output", str(tmp_path), "--overwrite"])
+    assert (tmp_path / "a.txt").read_text() == "no model"
+
+
+def test_a_checkpoint_of_nan_has_a_column_that_says_so(models, tmp_path: Path) -> None:
+    tensors = load_file(models[0])
+    tensors["model.diffusion_model.out.2.bias"][0] = torch.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    page = tmp_path / "page.html"
+    models = [str(tmp_path / "nan.safetensors"), str(models[1])]
+    assert main(["compare", *models, "--prompt", "a", "--seed", "1", "--output", str(page), *SMALL]) == 0
+    text = page.read_text()
+    assert text.count("not a number") == 1 and text.count("base64,") == 1
