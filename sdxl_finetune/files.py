@@ -47,13 +47,16 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> list[Path]:
     """Removes what processes that were killed left of files and folders whose names `is_ours`; returns it. What a
-    process that still runs is writing stays.
+    process that still runs is writing stays, and a folder that was just being replaced comes back.
     """
     removed = []
-    for path in folder.glob(".*.tmp"):
+    for path in list(folder.glob(".*.tmp")):
         final, _, process = path.name[1:].removesuffix(".tmp").removesuffix(".old").rpartition(".")
         # Process numbers come again, in containers at once: what bears our own was not made by us.
         if process.isdecimal() and is_ours(final) and (int(process) == os.getpid() or not _runs(int(process))):
+            if path.name.endswith(".old.tmp") and not (folder / final).exists():
+                path.rename(folder / final)
+                continue
             _remove(path)
             removed.append(path)
     return removed

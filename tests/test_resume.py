@@ -246,10 +246,14 @@ def test_what_a_killed_run_left_half_written_is_removed(work) -> None:
     (out / ".style-step00000003-state.999999.tmp").mkdir(parents=True)
     (out / ".style.safetensors.999999.tmp").write_bytes(b"half")
     (out / ".others.safetensors.999999.tmp").write_bytes(b"not ours")
+    (out / ".style-step00000009-state.999999.tmp").mkdir()
+    (out / ".style-step00000009-state.999999.old.tmp").mkdir()
+    (out / ".style-step00000009-state.999999.old.tmp" / "it").touch()
     (out / f".style-000002.safetensors.{os.getppid()}.tmp").write_bytes(b"being written")
     assert run("one", "--max_train_steps", "1", "--no-save_state") == 0
     left = sorted(path.name for path in out.glob(".*"))
     assert left == [".others.safetensors.999999.tmp", f".style-000002.safetensors.{os.getppid()}.tmp"]
+    assert (out / "style-step00000009-state" / "it").exists()  # was moved away for one that never took its place
 
 
 def test_states_are_checkpoints_too(work) -> None:

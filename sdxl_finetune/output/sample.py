@@ -8,6 +8,7 @@ comes from generators of their own, so that training does not notice; a prompt t
 
 import dataclasses
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -236,8 +237,14 @@ def parameters(prompt: Prompt, seed: int, sampler: str, model: str | None, model
         "Model hash": model_hash,
         "Model": model,
     }
-    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def _quoted(value: object) -> str:
+    """As that form has it: what would end a value stands in quotes."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
 def _position_seed(seed: int, step: int, index: int) -> int:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sdxl_finetune.data.tokens import build_tokenizer
+from sdxl_finetune.data.tokens import build_tokenizer, load_vocabulary, parse_weights, token_ids
 from sdxl_finetune.diffusion.schedule import build_schedule
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.load import Loaded, inspect_checkpoint, load_checkpoint
@@ -141,6 +141,7 @@ def _wanted(arguments: argparse.Namespace) -> list[Wanted]:
         if not least <= prompt.steps <= MOST_STEPS:
             message = f"must be from {least} to {MOST_STEPS} for {prompt.sampler or arguments.sampler}"
             raise UserError(Problem(message, key="steps", value=prompt.steps))
+        _warn_if_cut(prompt.prompt, arguments.max_token_length)
     wanted = [
         Wanted(prompt, (drawn if prompt.seed is None else prompt.seed) + number)
         for prompt in prompts
@@ -149,6 +150,12 @@ def _wanted(arguments: argparse.Namespace) -> list[Wanted]:
     if (largest := max(one.seed for one in wanted)) > LARGEST_SEED:
         raise UserError(Problem(f"must be at most {LARGEST_SEED}", key="seed", value=largest))
     return wanted
+
+
+def _warn_if_cut(prompt: str, most: int) -> None:
+    words = "".join(part for part, _ in parse_weights(prompt))
+    if (count := len(token_ids(words, load_vocabulary(None)))) > most:
+        logger.warning("only the first %d of %d tokens are read of: %s", most, count, prompt)
 
 
 def _load(path: Path, arguments: argparse.Namespace) -> Loaded:
@@ -182,7 +189,8 @@ def _draw(
                 latents = draw_latents(loaded.model, tokenizer, sampler, prompts, seeds)
                 if not latents.isfinite().all():
                     message = "the model gives values that are infinite or not a number"
-                    raise UserError(Problem(f"{message}: try float", key="precision", value=arguments.precision))
+                    remedy = "" if next(loaded.model.parameters()).dtype == torch.float32 else ": try --precision float"
+                    raise UserError(f"{message}{remedy}")
                 for one, latent in zip(batch, latents, strict=True):
                     yield one, to_image(loaded.vae, latent[None])
                 progress.update(len(batch))

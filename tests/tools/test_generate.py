@@ -75,13 +75,29 @@ def test_a_picture_says_how_it_was_drawn(models, tmp_path: Path) -> None:
     assert said_by(second) == ((64, 96), f"rocket\nNegative prompt: low\n{said}, {model}")
 
 
-def test_long_prompts_are_read_to_the_end(models, tmp_path: Path) -> None:
+def test_long_prompts_are_read_to_the_end(models, tmp_path: Path, caplog) -> None:
     long = ", ".join(["word"] * 100)
+    caplog.set_level("WARNING")
     drawn = [draw(models[0], tmp_path, "--prompt", f"{long}, {end}", "--seed", "1")[0] for end in ("cat", "dog")]
     assert (pixels(drawn[0]) != pixels(drawn[1])).any()
+    assert "tokens are read" not in caplog.text
     short = ["--seed", "1", "--max_token_length", "75"]
     drawn = [draw(models[0], tmp_path, "--prompt", f"{long}, {end}", *short)[0] for end in ("cat", "dog")]
     assert (pixels(drawn[0]) == pixels(drawn[1])).all()
+
+
+def test_what_is_cut_is_said(models, tmp_path: Path, caplog) -> None:
+    draw(models[0], tmp_path, "--prompt", "(cat:1.2), " * 30, "--seed", "1", "--max_token_length", "75")
+    assert "tokens are read" not in caplog.text
+    draw(models[0], tmp_path, "--prompt", "(cat:1.2), " * 40, "--seed", "1", "--max_token_length", "75")
+    assert "only the first 75 of 80 tokens are read of: (cat:1.2)" in caplog.text
+
+
+def test_a_name_with_a_comma_does_not_end_early(models, tmp_path: Path) -> None:
+    model = tmp_path / "one, two: three.safetensors"
+    model.symlink_to(models[0])
+    (path,) = draw(model, tmp_path / "out", "--prompt", "a cat", "--seed", "1")
+    assert said_by(path)[1].endswith('Model: "one, two: three"')
 
 
 def test_what_the_file_says_of_itself_is_taken(models, tmp_path: Path) -> None:
