@@ -150,7 +150,7 @@ def record(run: Run, step: Step) -> None:
         lr=step.rates,
         images=step.images,
         data_wait_seconds=step.data_wait,
-        stop=step.stop,
+        stop=step.stop if run.accelerator.num_processes > 1 else None,
         measured=step.measured,
     )
 

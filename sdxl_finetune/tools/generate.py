@@ -25,7 +25,8 @@ from tqdm import tqdm
 from sdxl_finetune.data.tokens import build_tokenizer, load_vocabulary, parse_weights, token_ids
 from sdxl_finetune.diffusion.schedule import build_schedule
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.model.load import Loaded, inspect_checkpoint, load_checkpoint
+from sdxl_finetune.model.foreign import kind_of
+from sdxl_finetune.model.load import Loaded, load_checkpoint, open_checkpoint
 from sdxl_finetune.output.prompts import LARGEST_SEED, MOST_STEPS, Prompt, load_prompts
 from sdxl_finetune.output.sample import build_sampler, draw_latents, parameters, save_picture, to_image
 from sdxl_finetune.problems import Problem, UserError
@@ -54,6 +55,7 @@ class Wanted:
 def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
     """Draws every prompt `images` times into the folder `output`. Raises UserError."""
     wanted = _wanted(arguments)
+    _check_models([arguments.model], arguments.vae)
     _make_folder(arguments.output)
     loaded = _load(arguments.model, arguments)
     first = _next_number(arguments.output)
@@ -71,8 +73,8 @@ def compare(arguments: argparse.Namespace) -> None:
     wanted = _wanted(arguments)
     if arguments.output.is_dir():
         raise UserError(Problem("is a folder: name a file", key="output", value=str(arguments.output)))
+    _check_models(arguments.models, arguments.vae)
     _make_folder(arguments.output.parent)
-    _check_models(arguments.models)
     columns = [_column(model, wanted, arguments) for model in arguments.models]
     head = "".join(f"<th>{html.escape(str(model))}</th>" for model in arguments.models)
     rows = []
@@ -97,15 +99,15 @@ def _column(model: Path, wanted: Sequence[Wanted], arguments: argparse.Namespace
         return [html.escape(str(error))] * len(wanted)
 
 
-def _check_models(models: Sequence[Path]) -> None:
-    """Raises UserError with everything that is wrong with them, as their headers tell."""
-    if problems := [problem for model in models for problem in _problems_of(model)]:
+def _check_models(models: Sequence[Path], vae: Path | None) -> None:
+    """Raises UserError with everything that is wrong with them, as the names of their tensors tell."""
+    if problems := [problem for model in models for problem in _problems_of(model, vae)]:
         raise UserError(problems)
 
 
-def _problems_of(model: Path) -> Sequence[Problem]:
+def _problems_of(model: Path, vae: Path | None) -> Sequence[Problem]:
     try:
-        kind = inspect_checkpoint(model).kind
+        kind = kind_of(open_checkpoint(model)[0].tensors, needs_vae=vae is None)
     except UserError as error:
         return error.problems
     return [Problem(f"this is {kind}, not an SDXL base model", file=str(model))] if kind else []

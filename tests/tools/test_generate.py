@@ -114,6 +114,17 @@ def test_what_the_file_says_of_itself_is_taken(models, tmp_path: Path) -> None:
         assert (pixels(found) == pixels(expected)).all() and (pixels(found) != pixels(plain)).any()
 
 
+def test_a_vae_from_elsewhere(models, tmp_path: Path) -> None:
+    """For a file that has none of its own, too."""
+    bare = {key: value for key, value in load_file(models[0]).items() if not key.startswith("first_stage_model.")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    asked = ["--prompt", "a cat", "--seed", "1"]
+    with pytest.raises(UserError, match="VAE"):
+        draw(tmp_path / "bare.safetensors", tmp_path / "out", *asked)
+    (found,) = draw(tmp_path / "bare.safetensors", tmp_path / "out", *asked, "--vae", str(models[0]))
+    assert (pixels(found) == pixels(draw(models[0], tmp_path / "out", *asked)[0])).all()
+
+
 def test_a_page_compares_checkpoints(models, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     prompts = tmp_path / "prompts.txt"
