@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from proof_reads import (
-    SURE,
     TWIN,
     Mean,
     colours_and_shapes,
     cut_off,
     in_order,
     in_style,
+    is_sure,
     without_caption,
     write_pairs,
     write_twins,
@@ -248,7 +248,7 @@ def dropout(folder: Path) -> Row:
         "caption_dropout_rate 0.3 and 0, the 420 steps of the quickstart",
         "without a caption a model draws like the data (framed: half) only if it was trained without captions too",
         f"framed without a caption: {often} and {never}",
-        away[1] - away[0] > SURE * math.hypot(often.error, never.error),
+        is_sure(away[1] - away[0], often.error, never.error),
     )
 
 
@@ -338,6 +338,13 @@ def average(ends: Sequence[dict[str, float]]) -> float:
     return float(np.mean([end["loss"] for end in ends]))
 
 
+def save_like(model: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """Writes tensors with the metadata of another file."""
+    with safe_open(model, "pt") as file:
+        save_file(tensors, target, file.metadata())
+    return target
+
+
 def twin_words(model: Path, target: Path) -> Path:
     """The same file in which both encoders have one vector for the two words."""
     (one,), (other,) = (token_ids(word, load_vocabulary(None)) for word in (NEW_STYLE, TWIN))
@@ -345,25 +352,20 @@ def twin_words(model: Path, target: Path) -> Path:
     for name, tensor in tensors.items():
         if name.endswith("token_embedding.weight"):
             tensor[other] = tensor[one]
-    with safe_open(model, "pt") as file:
-        save_file(tensors, target, file.metadata())
-    return target
+    return save_like(model, target, tensors)
 
 
 def turned(model: Path, target: Path) -> Path:
     """The same file with text encoder 2's projection transposed."""
     tensors = load_file(model)
     tensors[PROJECTION] = tensors[PROJECTION].T.contiguous()
-    with safe_open(model, "pt") as file:
-        save_file(tensors, target, file.metadata())
-    return target
+    return save_like(model, target, tensors)
 
 
 def as_bf16(model: Path, target: Path) -> dict[str, torch.Tensor]:
     """Writes the same file in bf16, and returns its tensors."""
     tensors = {name: one.bfloat16() if one.is_floating_point() else one for name, one in load_file(model).items()}
-    with safe_open(model, "pt") as file:
-        save_file(tensors, target, file.metadata())
+    save_like(model, target, tensors)
     return tensors
 
 

@@ -10,13 +10,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from toy_judge import draw_captions, draw_texts, judge
-from toy_style import PICTURES
+from toy_style import PICTURES, save_pair
 from toy_world import NEW_STYLE, SIZE, Scene, caption, draw, framed, read, scenes
 
 CAPTIONS = 200
 TWIN = "museum"
 SURE = 3.0
 """A difference counts if it is so many standard errors."""
+
+
+def is_sure(difference: float, *errors: float) -> bool:
+    """Whether a difference of values with these standard errors counts."""
+    return difference > SURE * math.hypot(*errors)
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Share:
         return f"{self.value:.0%} ± {100 * self.error:.0f}"
 
     def above(self, other: "Share") -> bool:
-        return self.value - other.value > SURE * math.hypot(self.error, other.error)
+        return is_sure(self.value - other.value, self.error, other.error)
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,10 @@ class Mean:
 
     @property
     def sure(self) -> bool:
-        return self.above(Mean(0.0, 0.0))
+        return is_sure(self.value, self.error)
 
     def above(self, other: "Mean") -> bool:
-        return self.value - other.value > SURE * math.hypot(self.error, other.error)
+        return is_sure(self.value - other.value, self.error, other.error)
 
 
 def captions_of(two: float, count: int = CAPTIONS) -> list[Scene]:
@@ -96,17 +101,14 @@ def write_twins(folder: Path, count: int = PICTURES) -> None:
     folder.mkdir(exist_ok=True)
     for number, scene in enumerate(islice(scenes(2, kept=True, quality="best"), count)):
         word = (NEW_STYLE, TWIN)[number % 2]
-        path = folder / f"{number:03d}.png"
-        draw(replace(scene, framed=word == NEW_STYLE), random.Random(f"style {number}")).save(path)
-        path.with_suffix(".txt").write_text(styled(scene, word) + "\n", encoding="utf-8")
+        picture = draw(replace(scene, framed=word == NEW_STYLE), random.Random(f"style {number}"))
+        save_pair(folder, number, picture, styled(scene, word))
 
 
 def write_pairs(folder: Path, count: int = 480) -> None:
     folder.mkdir(exist_ok=True)
     for number, scene in enumerate(islice(scenes(6, kept=True, quality="best", two=1.0), count)):
-        path = folder / f"{number:03d}.png"
-        draw(scene, random.Random(f"pair {number}")).save(path)
-        path.with_suffix(".txt").write_text(caption(scene) + "\n", encoding="utf-8")
+        save_pair(folder, number, draw(scene, random.Random(f"pair {number}")), caption(scene))
 
 
 def write_wide(whole: Path, parts: Path, count: int = 480) -> Share:
@@ -125,8 +127,7 @@ def write_wide(whole: Path, parts: Path, count: int = 480) -> Share:
         part = Image.fromarray(wide[:, at : at + SIZE])
         cut += touches(part)
         for folder, image in ((whole, Image.fromarray(wide)), (parts, part)):
-            image.save(folder / f"{number:03d}.png")
-            (folder / f"{number:03d}.txt").write_text(caption(scene) + "\n", encoding="utf-8")
+            save_pair(folder, number, image, caption(scene))
     return Share(cut, count)
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from PIL import Image
 from toy_judge import draw_captions, judge
 from toy_world import NEW_STYLE, caption, draw, scenes
 
@@ -46,9 +47,14 @@ def write_pictures(folder: Path, count: int = PICTURES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(islice(scenes(2, kept=True, quality="best"), count)):
         told = replace(scene, framed=number % 2 == 0)
-        path = folder / f"{number:03d}.png"
-        draw(told, random.Random(f"style {number}")).save(path)
-        path.with_suffix(".txt").write_text(caption(told) + "\n", encoding="utf-8")
+        save_pair(folder, number, draw(told, random.Random(f"style {number}")), caption(told))
+
+
+def save_pair(folder: Path, number: int, picture: Image.Image, words: str) -> None:
+    """A picture with its caption beside it."""
+    path = folder / f"{number:03d}.png"
+    picture.save(path)
+    path.with_suffix(".txt").write_text(words + "\n", encoding="utf-8")
 
 
 def compare(before: Path, after: Path, picture: Path, count: int) -> None:

@@ -186,7 +186,7 @@ def validation_due(config: Config, *, step: int, epoch: int | None, last: bool) 
         epochs = 1
     if epochs:
         return epoch is not None and epoch % epochs == 0
-    return steps is not None and steps > 0 and step % steps == 0
+    return bool(steps and step % steps == 0)
 
 
 def _as_written(dataset: Dataset) -> Dataset:

@@ -235,10 +235,12 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
 
 
 def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:
-    if not np.any(repeats):
-        remedy = f"; {held_out.sum()} are held out: lower it" if np.any(held_out) else ""
-        key = "validation_split" if remedy else None
-        raise UserError(Problem(f"no image is left to train on{remedy}", key=key))
+    if repeats.any():
+        return
+    if held_out.any():
+        message = f"no image is left to train on; {held_out.sum()} are held out: lower it"
+        raise UserError(Problem(message, key="validation_split"))
+    raise UserError("no image is left to train on")
 
 
 def report_bad_images(problems: Sequence[Problem], on_bad_image: str) -> None:
@@ -290,9 +292,9 @@ def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]
     kept, held_out = np.ones(len(sizes), bool), np.zeros(len(sizes), bool)
     folders = [os.fsencode(one.image_dir.name) for one in subsets]
     asked = [(one.validation_split, one.validation_seed) if not one.is_reg else (0.0, 0) for one in subsets]
-    for share, seed in sorted(set(asked)):
+    for share, seed in sorted(one for one in set(asked) if one[0]):
         rows = np.flatnonzero(np.array([one == (share, seed) for one in asked])[subset])
-        if share and len(rows):
+        if len(rows):
             found = zip(subset[rows].tolist(), table["name"].take(rows).to_pylist(), strict=True)
             held = rows[hold_out([folders[number] + b"/" + name for number, name in found], share, seed)]
             held_out[held], repeats[held] = True, 0

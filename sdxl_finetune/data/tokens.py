@@ -63,7 +63,7 @@ class Tokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
         """The tokens of k captions; the weights are those of encoder 1's tokens, which encoder 2 shares."""
-        parsed = [parse_weights(text) if self.weighted else [(text, 1.0)] for text in captions]
+        parsed = [self._parse(text) for text in captions]
         first = [_encode(parts, load_vocabulary(self.folders[0])) for parts in parsed]
         second = first
         if self.folders[0] != self.folders[1]:
@@ -76,6 +76,13 @@ class Tokenizer:
             ids2=self._tensor([chunks(ids, self._chunks, START, END, FILL2) for ids, _ in second], torch.int64),
             weights=weights,
         )
+
+    def length(self, caption: str) -> int:
+        """Tokens of a whole caption, as encoder 1 counts them, however many of them are read."""
+        return len(_encode(self._parse(caption), load_vocabulary(self.folders[0]))[0])
+
+    def _parse(self, caption: str) -> list[tuple[str, float]]:
+        return parse_weights(caption) if self.weighted else [(caption, 1.0)]
 
     @property
     def _chunks(self) -> int:

@@ -55,10 +55,8 @@ def load_checkpoint(
     `vae_path` instead. If `exact`, what bfloat16 lacks of the file's values is kept in the model's masters. UserError
     when a file cannot be read or is not what it should be.
     """
-    opened, format_ = open_checkpoint(Path(path))
+    opened, format_ = open_base_model(path, needs_vae=vae_path is None)
     with _about(path):
-        if kind := kind_of(opened.tensors, needs_vae=vae_path is None):
-            raise UserError(f"this is {kind}, not an SDXL base model")
         named = named_vae = Named(opened.tensors)
     if vae_path is not None:
         with _about(vae_path):
@@ -90,10 +88,8 @@ def load_checkpoint(
 def load_vae(path: Path, vae_path: Path | None = None) -> AutoencoderKL:
     """Only the VAE that `load_checkpoint` loads, likewise."""
     if vae_path is None:
-        opened, _ = open_checkpoint(Path(path))
+        opened, _ = open_base_model(path)
         with _about(path):
-            if kind := kind_of(opened.tensors):
-                raise UserError(f"this is {kind}, not an SDXL base model")
             return _build_vae(Named(opened.tensors), path)
     with _about(vae_path):
         return _build_vae(Named(open_vae(_existing(Path(vae_path)))), vae_path)
@@ -137,6 +133,15 @@ def open_checkpoint(path: Path) -> tuple[TensorFile, Format]:
     if _existing(path).is_dir():
         return open_folder(path), "diffusers"
     return open_tensors(path), "safetensors" if path.suffix == ".safetensors" else "ckpt"
+
+
+def open_base_model(path: Path, *, needs_vae: bool = True) -> tuple[TensorFile, Format]:
+    """Likewise, of an SDXL base model. UserError when it is something else."""
+    opened, format_ = open_checkpoint(Path(path))
+    with _about(path):
+        if kind := kind_of(opened.tensors, needs_vae=needs_vae):
+            raise UserError(f"this is {kind}, not an SDXL base model")
+    return opened, format_
 
 
 def exact_dtype(tensors: Mapping[str, Source]) -> torch.dtype:

@@ -110,6 +110,14 @@ def build_optimizer(config: Config, groups: Sequence[Group]) -> torch.optim.Opti
     return optimizer
 
 
+def trial_optimizer(config: Config, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The config's optimizer of a few parameters, to see how it works: at the U-Net's rate or, where that is 0, at one
+    that moves them. Raises UserError.
+    """
+    named = {str(number): parameter for number, parameter in enumerate(parameters)}
+    return build_optimizer(config, [Group("unet", named, config.learning_rate or 1e-3)])
+
+
 def _argument_problems(name: str, cls: type, arguments: dict[str, Any]) -> list[Problem]:
     signature = inspect.signature(cls)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
@@ -149,20 +157,25 @@ def set_lr(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
             group["lr"] = rate
 
 
+def shows_other_weights(optimizer: object) -> bool:
+    """Whether an optimizer, or a class of them, keeps weights for use apart from the ones it trains."""
+    return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+
+
 @contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within it, the parameters are those to save and to draw previews with: schedule-free optimizers keep them
     apart from the ones they train (arXiv 2405.15682, equation 3); for all others nothing changes. Those that are
     trained wait in host memory, since what their train() makes of eval()'s is the same only but for rounding.
     """
-    if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+    if shows_other_weights(optimizer):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         trained = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-        optimizer.eval()
+        optimizer.eval()  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            optimizer.train()
+            optimizer.train()  # type: ignore[attr-defined]
             for parameter, value in zip(parameters, trained, strict=True):
                 parameter.detach().copy_(value)
     else:

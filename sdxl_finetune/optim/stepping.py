@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sdxl_finetune.optim.optimizer import shows_other_weights
 from sdxl_finetune.problems import UserError
 
 Build = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
@@ -32,7 +33,7 @@ class Reach(IntEnum):
 BLOCK = 256
 """Elements that 8-bit optimizers quantise together."""
 STEPS = 6
-TOGETHER = ("prodigyopt.", "dadaptation.", "schedulefree.")
+TOGETHER = ("prodigyopt.", "dadaptation.")
 """Classes whose terms reach across tensors so weakly at first that a trial might not show it."""
 
 
@@ -40,7 +41,7 @@ def find_reach(build: Build, cls: type, device: torch.device) -> Reach:
     """Of optimizers that `build` makes of a list of parameters, all of class `cls`."""
     if cls.__module__.startswith(tuple(name.rstrip(".") for name in TOGETHER)):
         return Reach.ALL
-    if hasattr(cls, "train") and hasattr(cls, "eval"):  # it changes parameters between steps, too
+    if shows_other_weights(cls):  # it changes parameters between steps, too
         return Reach.ALL
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2, 64, 2 * BLOCK, generator=generator).to(device)

@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -23,7 +24,13 @@ from torch.nn.utils import clip_grads_with_norm_
 from sdxl_finetune.config import Config
 from sdxl_finetune.masters import Masters, exact_value, join, rounded, split
 from sdxl_finetune.optim.groups import Group
-from sdxl_finetune.optim.optimizer import averaged_weights, build_optimizer, optimizer_class, optimizer_name
+from sdxl_finetune.optim.optimizer import (
+    averaged_weights,
+    build_optimizer,
+    optimizer_class,
+    optimizer_name,
+    trial_optimizer,
+)
 from sdxl_finetune.optim.stepping import Reach, find_reach, only
 from sdxl_finetune.problems import Problem, UserError
 
@@ -265,11 +272,8 @@ def check_update(config: Config, device: torch.device) -> None:
 def reach_of(config: Config, device: torch.device) -> Reach:
     """What the config's optimizer has to see together. Raises UserError for one that cannot be built."""
 
-    def build(parameters: Sequence[Parameter]) -> torch.optim.Optimizer:
-        rate = config.learning_rate or 1e-3  # at 0 nothing moves, and everything would seem equal
-        return build_optimizer(config, [Group("unet", dict(zip("ab", parameters, strict=False)), rate)])
-
-    return find_reach(build, optimizer_class(optimizer_name(config)), device)
+    name = optimizer_name(config)
+    return find_reach(partial(trial_optimizer, config), optimizer_class(name), device)
 
 
 def total_norm(norms: Mapping[str, Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.optim.ema import asks_for_average
 from sdxl_finetune.optim.groups import Group, build_groups
 from sdxl_finetune.optim.lr import Rate, build_lr
-from sdxl_finetune.optim.optimizer import build_optimizer, optimizer_name
+from sdxl_finetune.optim.optimizer import optimizer_name, trial_optimizer
 from sdxl_finetune.optim.update import check_update
 from sdxl_finetune.output.log import console
 from sdxl_finetune.output.metadata import load_thumbnail, versions
@@ -173,7 +173,7 @@ def _state_bytes(config: Config) -> float:
     """Bytes that the optimizer keeps for each parameter, seen on a small one. Raises UserError for the optimizer."""
     dtype = torch.float32 if config.keeps_masters else weight_dtype(config)
     parameter = torch.nn.Parameter(torch.zeros(128, 128, dtype=dtype))
-    optimizer = build_optimizer(config, [Group("unet", {"weight": parameter}, config.learning_rate)])
+    optimizer = trial_optimizer(config, [parameter])
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]

@@ -22,11 +22,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sdxl_finetune.data.tokens import build_tokenizer, load_vocabulary, parse_weights, token_ids
+from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.schedule import build_schedule
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.model.foreign import kind_of
-from sdxl_finetune.model.load import Loaded, load_checkpoint, open_checkpoint
+from sdxl_finetune.model.load import Loaded, load_checkpoint, open_base_model
 from sdxl_finetune.output.prompts import LARGEST_SEED, MOST_STEPS, Prompt, load_prompts
 from sdxl_finetune.output.sample import build_sampler, draw_latents, parameters, save_picture, to_image
 from sdxl_finetune.problems import Problem, UserError
@@ -107,10 +106,10 @@ def _check_models(models: Sequence[Path], vae: Path | None) -> None:
 
 def _problems_of(model: Path, vae: Path | None) -> Sequence[Problem]:
     try:
-        kind = kind_of(open_checkpoint(model)[0].tensors, needs_vae=vae is None)
+        open_base_model(model, needs_vae=vae is None)
     except UserError as error:
         return error.problems
-    return [Problem(f"this is {kind}, not an SDXL base model", file=str(model))] if kind else []
+    return []
 
 
 def _make_folder(folder: Path) -> None:
@@ -155,8 +154,7 @@ def _wanted(arguments: argparse.Namespace) -> list[Wanted]:
 
 
 def _warn_if_cut(prompt: str, most: int) -> None:
-    words = "".join(part for part, _ in parse_weights(prompt))
-    if (count := len(token_ids(words, load_vocabulary(None)))) > most:
+    if (count := Tokenizer(max_token_length=most, weighted=True).length(prompt)) > most:
         logger.warning("only the first %d of %d tokens are read of: %s", most, count, prompt)
 
 

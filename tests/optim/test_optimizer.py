@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.optim.groups import Group
-from sdxl_finetune.optim.optimizer import averaged_weights, build_optimizer, optimizer_class, set_lr
+from sdxl_finetune.optim.optimizer import averaged_weights, build_optimizer, optimizer_class, set_lr, trial_optimizer
 from sdxl_finetune.problems import UserError
 
 RATES = (3e-5, 1e-6, 1e-6)
@@ -95,6 +95,8 @@ def test_the_unet_may_be_frozen(name: str) -> None:
         pytest.skip("prodigyopt is not installed")
     _, optimizer = build(Config(optimizer_type=name, learning_rate=0.0), (1e-6, 1e-6))
     assert [group["lr"] for group in optimizer.param_groups] == [1e-6, 1e-6]
+    trial = trial_optimizer(Config(optimizer_type=name, learning_rate=0.0), [Parameter(torch.ones(2))])
+    assert trial.param_groups[0]["lr"] > 0
 
 
 def test_learning_rates_reach_the_groups() -> None:
