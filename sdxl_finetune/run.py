@@ -47,7 +47,7 @@ from sdxl_finetune.output.prompts import Prompt, load_prompts
 from sdxl_finetune.output.state import load_average, load_optimizer
 from sdxl_finetune.output.weights import epochs_between_saves, kind_to_save
 from sdxl_finetune.resume import Start, changed_arguments, check_options, find_start, order_facts, settle_origin
-from sdxl_finetune.runtime import StopRequest, build_accelerator, leave, shared_seed, weight_dtype
+from sdxl_finetune.runtime import StopRequest, build_accelerator, shared_seed, weight_dtype
 from sdxl_finetune.validation import Validation, build_validation
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
         start = _on_first_rank(accelerator, lambda: find_start(config))
         with _open_log(config, accelerator, start) as log:
             yield _build(config, accelerator, start, log, stop)
-    leave(accelerator)
+    accelerator.end_training()
 
 
 def _build(config: Config, accelerator: Accelerator, start: Start | None, log: Log, stop: StopRequest | None) -> Run:

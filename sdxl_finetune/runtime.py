@@ -5,7 +5,9 @@ and not used. Accelerate prepares the model and the optimizer only; batches, acc
 rate are functions of the step and need no wrapping.
 """
 
+import atexit
 import datetime
+import gc
 import logging
 import os
 import secrets
@@ -53,6 +55,8 @@ def build_accelerator(config: Config) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=handlers,
     )
+    if torch.distributed.is_initialized():
+        _groups.append(torch.distributed.group.WORLD)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         remedy = "float16 cannot be trained on a CPU, where it has no gradient scaler; use bf16 or no"
         raise UserError(Problem(remedy, key="mixed_precision", value="fp16"))
@@ -64,16 +68,22 @@ def build_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def leave(accelerator: Accelerator) -> None:
-    """Ends what `build_accelerator` began. The process group itself is kept until the interpreter ends: DDP's reducer
-    holds it too and, where it is the last to, waits with the GIL held for gloo's threads, one of which may be waiting
-    for the GIL to free a tensor (seen with torch 2.13: a run that had saved everything and never ended).
+_groups: list[object] = []
+"""The process groups that were joined."""
+
+
+@atexit.register
+def _free_groups() -> None:
+    """Frees what joins gloo's threads while the interpreter still runs, and from Python, which then lets go of the GIL.
+
+    Such a thread may be waiting for the GIL to free a tensor. Where DDP's reducer holds the group last, it waits for
+    that thread with the GIL held; and a thread that asks for the GIL of an interpreter that has ended aborts the
+    process (both seen with torch 2.13, in runs that had saved everything).
     """
-    _left.append(torch.distributed.group.WORLD)
-    accelerator.end_training()
-
-
-_left: list[object] = []
+    gc.collect()  # reducers, before the groups
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()  # of a run that was stopped, or failed
+    _groups.clear()
 
 
 def _say_overruled(config: Config) -> None:

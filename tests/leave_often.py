@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from sdxl_finetune.config import load_config
-from sdxl_finetune.runtime import build_accelerator, leave
+from sdxl_finetune.runtime import build_accelerator
 
 if __name__ == "__main__":
     config = load_config(sys.argv[1:], program="sdxl-train")
@@ -22,7 +22,7 @@ if __name__ == "__main__":
         model = accelerator.prepare(torch.nn.Linear(1000, 100))
         accelerator.backward(model(torch.randn(4, 1000)).sum())
         accelerator.reduce(torch.cat([torch.randn(100_000), torch.randn(10)]))
-        leave(accelerator)
+        accelerator.end_training()
         del accelerator, model
         AcceleratorState._reset_state(reset_partial_state=True)
         gc.collect()  # what training leaves behind goes at some time before the interpreter does

@@ -93,6 +93,14 @@ def test_a_run_that_is_over_ends(work) -> None:
     assert process.returncode == 0 and said.count("left\n") == 2, said
 
 
+@pytest.mark.parametrize("end", ["leave", "stop"])
+def test_a_run_that_is_over_does_not_abort(work, end: str) -> None:
+    """Threads that are still freeing what was reduced must not meet an interpreter that has ended."""
+    process = launch(program=[str(Path(__file__).parent / "exit_at_once.py"), end])
+    said = output(process, seconds=120)
+    assert process.returncode == 0 and said.count("ended") == 2 and "terminate" not in said, said
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_masters_of_two_processes_stay_the_same(work, fused: bool) -> None:
     """Without DDP: gradients are averaged in float32, tensor by tensor, and fused each is stepped on as it arrives."""

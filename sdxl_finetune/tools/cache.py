@@ -8,7 +8,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.model.load import load_vae
 from sdxl_finetune.output.log import console
 from sdxl_finetune.problems import Problem, UserError, say_errors
-from sdxl_finetune.runtime import Interrupt, OutOfMemory, build_accelerator, leave, stop_on_signals
+from sdxl_finetune.runtime import Interrupt, OutOfMemory, build_accelerator, stop_on_signals
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def cache(config: Config) -> int:
             assert config.pretrained_model_name_or_path is not None
             vae = load_vae(config.pretrained_model_name_or_path, config.vae)
             encode_dataset(config, index, vae, accelerator, stop)
-            leave(accelerator)
+            accelerator.end_training()
     except OutOfMemory as error:
         say_errors(error)
         return 1
