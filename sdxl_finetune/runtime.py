@@ -56,7 +56,7 @@ def build_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=handlers,
     )
     if torch.distributed.is_initialized():
-        _groups.append(torch.distributed.group.WORLD)
+        atexit.register(_free_group, [torch.distributed.group.WORLD])
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         remedy = "float16 cannot be trained on a CPU, where it has no gradient scaler; use bf16 or no"
         raise UserError(Problem(remedy, key="mixed_precision", value="fp16"))
@@ -68,22 +68,18 @@ def build_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-_groups: list[object] = []
-"""The process groups that were joined."""
-
-
-@atexit.register
-def _free_groups() -> None:
-    """Frees what joins gloo's threads while the interpreter still runs, and from Python, which then lets go of the GIL.
+def _free_group(held: list[object]) -> None:
+    """Frees the process group, which joins gloo's threads, while the interpreter still runs, and from Python, which
+    lets go of the GIL for that.
 
     Such a thread may be waiting for the GIL to free a tensor. Where DDP's reducer holds the group last, it waits for
     that thread with the GIL held; and a thread that asks for the GIL of an interpreter that has ended aborts the
     process (both seen with torch 2.13, in runs that had saved everything).
     """
-    gc.collect()  # reducers, before the groups
+    gc.collect()  # reducers, before the group
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()  # of a run that was stopped, or failed
-    _groups.clear()
+    held.clear()
 
 
 def _say_overruled(config: Config) -> None:

@@ -33,13 +33,13 @@ class Reach(IntEnum):
 BLOCK = 256
 """Elements that 8-bit optimizers quantise together."""
 STEPS = 6
-TOGETHER = ("prodigyopt.", "dadaptation.")
-"""Classes whose terms reach across tensors so weakly at first that a trial might not show it."""
+TOGETHER = ("prodigyopt", "dadaptation")
+"""Packages of classes whose terms reach across tensors so weakly at first that a trial might not show it."""
 
 
 def find_reach(build: Build, cls: type, device: torch.device) -> Reach:
     """Of optimizers that `build` makes of a list of parameters, all of class `cls`."""
-    if cls.__module__.startswith(tuple(name.rstrip(".") for name in TOGETHER)):
+    if cls.__module__.startswith(TOGETHER):
         return Reach.ALL
     if shows_other_weights(cls):  # it changes parameters between steps, too
         return Reach.ALL
