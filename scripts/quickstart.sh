@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 
 mkdir -p quickstart
-.venv/bin/python scripts/toy_style.py pictures quickstart/pictures
+.venv/bin/python -m scripts.toy.style pictures quickstart/pictures
 cat > quickstart/prompts.txt <<'PROMPTS'
 best quality, gallery style, flat style, one object, blue star, pink background --w 64 --h 64 --s 20 --l 5 --d 1
 best quality, gallery style, striped style, two objects, red circle, green square, grey background --w 64 --h 64 --s 20 --l 5 --d 2
@@ -15,7 +15,7 @@ best quality, outline style, one object, purple triangle, white background --w 6
 PROMPTS
 
 .venv/bin/sdxl-train --config configs/quickstart.toml "$@"
-.venv/bin/python scripts/toy_style.py show tests/toy/toy.safetensors quickstart/quickstart.safetensors \
+.venv/bin/python -m scripts.toy.style show tests/toy/toy.safetensors quickstart/quickstart.safetensors \
   quickstart/before_after.png
 
 log=$(ls -dt quickstart/logs/*/ | head -n 1)

@@ -6,11 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 TIMESTEPS = 1000
 """Of the noise schedule that SDXL was trained with: a batch's timesteps are 0 to 999."""
+LATENT_CHANNELS = 4
+"""Channels of SDXL's latents."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,9 @@ class Batch:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, **changed)
+
+
+def to_images(pixels: UInt8[Tensor, "k H W 3"]) -> Float32[Tensor, "k 3 H W"]:
+    """Images in [-1, 1] of pixels of 0 to 255, on their device."""
+    pixels = pixels.permute(0, 3, 1, 2)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)

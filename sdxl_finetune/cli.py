@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
-from sdxl_finetune.problems import UserError, say_errors
+from sdxl_finetune.errors import UserError, say_errors
 
 LOST_PEER = (
     "Connection closed by peer",
@@ -29,17 +29,17 @@ LOST_PEER = (
 
 def train() -> NoReturn:
     """sdxl-train"""
-    _run(partial(_configured, "sdxl-train", "sdxl_finetune.train"))
+    _run(partial(_configured, "sdxl-train", "sdxl_finetune.training.loop"))
 
 
 def cache() -> NoReturn:
     """sdxl-cache"""
-    _run(partial(_configured, "sdxl-cache", "sdxl_finetune.tools.cache"))
+    _run(partial(_configured, "sdxl-cache", "sdxl_finetune.commands.cache"))
 
 
 def check() -> NoReturn:
     """sdxl-check"""
-    _run(partial(_configured, "sdxl-check", "sdxl_finetune.tools.check"))
+    _run(partial(_configured, "sdxl-check", "sdxl_finetune.commands.check"))
 
 
 def model() -> NoReturn:
@@ -58,7 +58,7 @@ def _configured(program: str, module: str, arguments: Sequence[str]) -> int:
 
 
 def _model(arguments: Sequence[str]) -> int:
-    from sdxl_finetune.tools.model import main
+    from sdxl_finetune.commands.model import main
 
     return main(list(arguments))
 

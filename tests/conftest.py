@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "1")
 
 # Only the layers whose values are tensors: pydantic checks the config by itself.
-CHECKED = ["batch", "diffusion", "data", "model", "optim", "objective"]
+CHECKED = ["batch", "diffusion", "data", "latents", "model", "optim"]
 install_import_hook([f"sdxl_finetune.{name}" for name in CHECKED], "beartype.beartype")
 
 import cv2  # noqa: E402
@@ -26,10 +25,8 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from sdxl_finetune.tools.model import main as model_tool  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from photos import write_photos  # noqa: E402
+from scripts.toy.photos import write_photos  # noqa: E402
+from sdxl_finetune.commands.model import main as model_tool  # noqa: E402
 
 torch.set_num_threads(1)  # a plugin may have imported torch before the variable was set
 

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from sdxl_finetune.config.dataset import Dataset, Subset, find_folders
 from sdxl_finetune.config.fields import expected
 from sdxl_finetune.config.options import Config
-from sdxl_finetune.config.sources import parse_toml
-from sdxl_finetune.problems import Problem, UserError
+from sdxl_finetune.config.reading import parse_toml
+from sdxl_finetune.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import toml
 
 from sdxl_finetune.config.fields import expected, plain
-from sdxl_finetune.config.foreign import FOREIGN, REFERENCE, Foreign
 from sdxl_finetune.config.options import GROUPS
+from sdxl_finetune.config.unsupported import FOREIGN, REFERENCE, Foreign
 
 INTRODUCTION = """\
 # Options

@@ -15,13 +15,13 @@ from typing import Any, Literal, get_args, get_origin
 import toml
 from pydantic import ValidationError
 
-from sdxl_finetune.config.checks import find_problems, find_remarks
 from sdxl_finetune.config.fields import Shown, expected, kinds, plain
-from sdxl_finetune.config.foreign import FOREIGN, REFERENCE, is_off
 from sdxl_finetune.config.options import GROUPS, SECRETS, Config
-from sdxl_finetune.config.sources import COMMAND_LINE, Given, config_path, read_command_line, read_file
+from sdxl_finetune.config.reading import COMMAND_LINE, Given, config_path, read_command_line, read_file
+from sdxl_finetune.config.rules import find_problems, find_remarks
+from sdxl_finetune.config.unsupported import FOREIGN, REFERENCE, is_off
+from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.problems import Problem, UserError
 
 logger = logging.getLogger(__name__)
 

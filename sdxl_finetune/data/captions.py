@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.problems import Problem, UserError
+from sdxl_finetune.errors import Problem, UserError
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])+)\}(?!\})")
 """A doubled brace, or {options}, in which a doubled closing brace is text."""

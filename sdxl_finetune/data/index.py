@@ -25,8 +25,8 @@ from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.data.buckets import place_images
 from sdxl_finetune.data.images import load_crop
 from sdxl_finetune.data.scan import digest_of, scan
+from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.problems import Problem, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.captions import caption_paths, read_caption
 from sdxl_finetune.data.images import ImageError, image_extensions, image_size
-from sdxl_finetune.data.metadata import read_metadata
+from sdxl_finetune.data.sources import read_metadata
+from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.problems import Problem, UserError
 
 logger = logging.getLogger(__name__)
 

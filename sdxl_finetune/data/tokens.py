@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from sdxl_finetune.problems import Problem, UserError
+from sdxl_finetune.errors import Problem, UserError
 
 CHUNK = 75
 """Tokens of a caption that fit between start and end."""

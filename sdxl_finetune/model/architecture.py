@@ -8,9 +8,9 @@ the original SDXL.
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.keymap import Layout, Level
 from sdxl_finetune.model.layout import Named, same
-from sdxl_finetune.problems import Problem, UserError
 
 SCALING_FACTOR = 0.13025
 """Of SDXL's VAE: latents are multiplied by it before the U-Net sees them."""

@@ -5,9 +5,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.keymap import TE2, UNET, VAE, KeyMap, Layout, Level, Place
 from sdxl_finetune.model.tensorfile import Source
-from sdxl_finetune.problems import UserError
 
 T = TypeVar("T")
 

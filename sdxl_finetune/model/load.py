@@ -17,16 +17,16 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from sdxl_finetune.masters import split
+from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.low_bits import split
 from sdxl_finetune.model.architecture import Architecture, read_architecture, read_vae_config
-from sdxl_finetune.model.folder import open_folder, open_vae
-from sdxl_finetune.model.foreign import kind_of
+from sdxl_finetune.model.diffusers_folder import open_folder, open_vae
+from sdxl_finetune.model.identify import kind_of
 from sdxl_finetune.model.keymap import LOGIT_SCALE, VAE, module_name
 from sdxl_finetune.model.layout import Named
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors
 from sdxl_finetune.model.text import refill_positions
-from sdxl_finetune.problems import Problem, UserError
 
 logger = logging.getLogger(__name__)
 

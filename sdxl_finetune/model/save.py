@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from typing_extensions import assert_never
 
-from sdxl_finetune.masters import exact_value
-from sdxl_finetune.model.folder import save_folder
+from sdxl_finetune.low_bits import exact_value
+from sdxl_finetune.model.diffusers_folder import save_folder
 from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap, Place, module_name, put
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import Source, source_of, write_safetensors

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from sdxl_finetune.masters import Masters
+from sdxl_finetune.low_bits import Masters
 from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, unet_config
 from sdxl_finetune.model.keymap import LOGIT_SCALE
 from sdxl_finetune.model.text import (

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sdxl_finetune.problems import Problem, UserError
+from sdxl_finetune.errors import Problem, UserError
 
 _DTYPES = {
     "U8": torch.uint8,

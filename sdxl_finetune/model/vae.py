@@ -13,6 +13,8 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sdxl_finetune.batch import Batch
+
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:
     """Along one side: 8 for SDXL's four levels."""
@@ -43,6 +45,17 @@ def decode(vae: AutoencoderKL, latents: Float[Tensor, "k 4 h w"]) -> Float32[Ten
     """Images of unscaled latents; about [-1, 1], not clipped."""
     with _float32(vae, latents):
         return vae.decode(latents.float()).sample
+
+
+def batch_latents(batch: Batch, vae: AutoencoderKL, *, drawn: bool = True) -> Float[Tensor, "k 4 h w"]:
+    """The batch's latents as the U-Net sees them. Images that have none cached are encoded: each latent is drawn from
+    the encoder's distribution with the batch's noise, or is its mean.
+    """
+    latents = batch.latents
+    if latents is None:
+        assert batch.images is not None
+        latents = encode(vae, batch.images, batch.encoding_noise if drawn else None)
+    return latents * vae.config.scaling_factor
 
 
 @contextmanager

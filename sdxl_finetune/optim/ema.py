@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sdxl_finetune.config import Config
-from sdxl_finetune.masters import Masters, exact_value, rounded
-from sdxl_finetune.optim.groups import Group
+from sdxl_finetune.low_bits import Masters, exact_value, rounded
+from sdxl_finetune.optim.parameters import Group
 
 
 class MovingAverage:

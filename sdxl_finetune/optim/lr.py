@@ -18,8 +18,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from sdxl_finetune.config import Config
+from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.optim.optimizer import optimizer_name
-from sdxl_finetune.problems import Problem, UserError
 
 Rate = Callable[[int, float], float]
 """(optimizer step, counted from 0; a parameter group's base rate) -> its rate in that step."""

@@ -13,8 +13,8 @@ from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
 from sdxl_finetune.batch import TIMESTEPS
-from sdxl_finetune.masters import Masters, exact_value
-from sdxl_finetune.optim.groups import Group
+from sdxl_finetune.low_bits import Masters, exact_value
+from sdxl_finetune.optim.parameters import Group
 
 RANGES = 4
 """Equal ranges of timesteps whose losses are told apart."""

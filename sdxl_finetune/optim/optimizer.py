@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from sdxl_finetune.config import Config
-from sdxl_finetune.optim.groups import Group
-from sdxl_finetune.problems import Problem, UserError
+from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.optim.parameters import Group
 
 CLASSES = {
     "AdamW": "torch.optim.AdamW",

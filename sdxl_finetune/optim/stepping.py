@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.optim.optimizer import shows_other_weights
-from sdxl_finetune.problems import UserError
 
 Build = Callable[[Sequence[Parameter]], torch.optim.Optimizer]
 

@@ -22,8 +22,8 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_
 
 from sdxl_finetune.config import Config
-from sdxl_finetune.masters import Masters, exact_value, join, rounded, split
-from sdxl_finetune.optim.groups import Group
+from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.low_bits import Masters, exact_value, join, rounded, split
 from sdxl_finetune.optim.optimizer import (
     averaged_weights,
     build_optimizer,
@@ -31,8 +31,8 @@ from sdxl_finetune.optim.optimizer import (
     optimizer_name,
     trial_optimizer,
 )
+from sdxl_finetune.optim.parameters import Group
 from sdxl_finetune.optim.stepping import Reach, find_reach, only
-from sdxl_finetune.problems import Problem, UserError
 
 PIECE = 1 << 22
 """Elements that are stepped on at a time. States are kept by piece, so that another number makes them unreadable."""

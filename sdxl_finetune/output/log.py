@@ -27,12 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdxl_finetune.config import Config, to_toml
+from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.output.history import METRICS, go_back, last_losses, note_save
+from sdxl_finetune.output.contact_sheet import contact_sheet
+from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
 from sdxl_finetune.output.metadata import versions
-from sdxl_finetune.output.sheet import contact_sheet
 from sdxl_finetune.output.trackers import build_trackers
-from sdxl_finetune.problems import Problem, UserError
 
 logger = logging.getLogger(__name__)
 

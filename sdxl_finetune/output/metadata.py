@@ -20,7 +20,7 @@ import sdxl_finetune
 from sdxl_finetune.config import Config
 from sdxl_finetune.config.fields import plain
 from sdxl_finetune.config.options import SECRETS
-from sdxl_finetune.problems import Problem, UserError
+from sdxl_finetune.errors import Problem, UserError
 
 PREFIX = "sdxl_finetune."
 FREE_FIELDS = (

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sdxl_finetune.config.output_options import Sampler
-from sdxl_finetune.problems import Problem, UserError
+from sdxl_finetune.errors import Problem, UserError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -14,8 +14,8 @@ import toml
 from PIL.Image import Image
 
 from sdxl_finetune.config import Config
+from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.output.metadata import shareable
-from sdxl_finetune.problems import Problem, UserError
 
 DEFAULT_NAME = "finetuning"
 

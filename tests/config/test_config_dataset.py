@@ -4,7 +4,7 @@ import pytest
 
 from sdxl_finetune.config import Config, load_datasets
 from sdxl_finetune.config.dataset import find_folders
-from sdxl_finetune.problems import UserError
+from sdxl_finetune.errors import UserError
 
 
 def images(root, *names):

@@ -9,7 +9,7 @@ import toml
 
 from sdxl_finetune.config import Config, Dataset, load_config, load_datasets
 from sdxl_finetune.config.fields import plain
-from sdxl_finetune.problems import UserError
+from sdxl_finetune.errors import UserError
 
 FOLDER = {"subsets": [{"image_dir": "d"}]}
 MORE_ACCEPTED = [

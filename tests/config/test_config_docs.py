@@ -7,8 +7,8 @@ import pytest
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.config.docs import options_markdown, template
-from sdxl_finetune.config.foreign import FOREIGN, REFERENCE
-from sdxl_finetune.config.sources import read_file, tomllib
+from sdxl_finetune.config.reading import read_file, tomllib
+from sdxl_finetune.config.unsupported import FOREIGN, REFERENCE
 
 ROOT = Path(__file__).parents[2]
 RELEASE = "ec03f23df84aa925a71184ba0cc7d43a5de7953c87c8b342ee61cade86f2a670"

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.config.fields import Shown, expected, kinds
-from sdxl_finetune.config.foreign import FOREIGN, OFF, REFERENCE, is_off
 from sdxl_finetune.config.options import GROUPS
+from sdxl_finetune.config.unsupported import FOREIGN, OFF, REFERENCE, is_off
 
 AVERAGE = {"ema_decay", "ema_half_life", "ema_previews", "ema_validation", "ema_save", "ema_on_cpu"}
 VALIDATION = {name for name in Config.model_fields if name.startswith("valid")} | {"max_validation_steps"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_finetune.config import Dataset, Subset
-from sdxl_finetune.data.latents import (
+from sdxl_finetune.latents.encoding import (
     Encoding,
     LatentStore,
     Report,
@@ -16,7 +16,7 @@ from sdxl_finetune.data.latents import (
     locate,
     name_rows,
 )
-from sdxl_finetune.data.shards import Library, Shard, ShardWriter, open_shards
+from sdxl_finetune.latents.shards import Library, Shard, ShardWriter, open_shards
 
 
 @pytest.fixture

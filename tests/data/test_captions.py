@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.captions import caption, draw_wildcards, read_caption, split_tags, tag_limit
-from sdxl_finetune.problems import UserError
+from sdxl_finetune.errors import UserError
 
 
 def rules(**settings) -> Subset:

@@ -10,9 +10,9 @@ import pytest
 from PIL import ExifTags, Image
 
 from sdxl_finetune.data import scan as scan_module
+from sdxl_finetune.data.batch_plan import build_plan
 from sdxl_finetune.data.index import build_index, regularized_repeats
-from sdxl_finetune.data.sampler import build_plan
-from sdxl_finetune.problems import UserError
+from sdxl_finetune.errors import UserError
 
 
 def test_rows(tmp_path: Path, subset, dataset, write_images) -> None:

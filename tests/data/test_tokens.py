@@ -22,7 +22,7 @@ from sdxl_finetune.data.tokens import (
     parse_weights,
     token_ids,
 )
-from sdxl_finetune.problems import UserError
+from sdxl_finetune.errors import UserError
 
 LENGTHS = {None: "None", 150: "150", 225: "225", 255: "225"}
 """max_token_length, and the one under which the golden file holds its tokens."""

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.diffusion.loss import elementwise_loss, huber_threshold
+from sdxl_finetune.diffusion.loss_weights import loss_weight
 from sdxl_finetune.diffusion.schedule import build_schedule
-from sdxl_finetune.diffusion.weights import loss_weight
 
 LOSS_TYPES = ("l2", "l1", "huber", "smooth_l1")
 HUBER = {"loss_type": "l2", "huber_schedule": "snr", "huber_c": 0.1, "huber_scale": 1.0}

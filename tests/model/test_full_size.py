@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from sdxl_finetune.model.architecture import FULL
-from sdxl_finetune.model.folder import save_configs
+from sdxl_finetune.model.diffusers_folder import save_configs
 from sdxl_finetune.model.load import inspect_checkpoint
 
 

@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.architecture import vae_config
 from sdxl_finetune.model.initial import TINY, build_initial, text_size
 from sdxl_finetune.model.load import inspect_checkpoint, load_checkpoint
 from sdxl_finetune.model.save import save_checkpoint
-from sdxl_finetune.problems import UserError
 
 LITTLE = dataclasses.replace(
     TINY,

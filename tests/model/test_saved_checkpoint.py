@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.masters import split
+from sdxl_finetune.low_bits import split
 from sdxl_finetune.model.architecture import Architecture, TextSize
 from sdxl_finetune.model.initial import TINY, build_initial, text_size
 from sdxl_finetune.model.load import Loaded, load_checkpoint

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sdxl_finetune.model.architecture import Architecture
+from sdxl_finetune.model.attention import enable_gradient_checkpointing
 from sdxl_finetune.model.initial import TINY, build_initial
 from sdxl_finetune.model.load import Loaded
-from sdxl_finetune.model.memory import enable_gradient_checkpointing
 from sdxl_finetune.model.sdxl import SDXL, size_ids
 
 TOLERANCE = 1e-4

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.tensorfile import open_tensors, source_of, write_safetensors
-from sdxl_finetune.problems import UserError
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.int64])
 NAMES = st.text('abcé."\\0123', min_size=1, max_size=6)

@@ -7,9 +7,9 @@ import torch
 from torch.nn import Parameter
 
 from sdxl_finetune.config import Config
-from sdxl_finetune.masters import exact_value, split
+from sdxl_finetune.low_bits import exact_value, split
 from sdxl_finetune.optim.ema import build_average
-from sdxl_finetune.optim.groups import Group
+from sdxl_finetune.optim.parameters import Group
 
 
 def groups_of(value: float, dtype: torch.dtype = torch.float32) -> list[Group]:

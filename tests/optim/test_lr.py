@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers.optimization import get_wsd_schedule
 
 from sdxl_finetune.config import Config
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.optim.lr import ARGUMENTS, build_lr, steps_of
-from sdxl_finetune.problems import UserError
 
 CASES = 92
 BASE = 3e-5

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch.nn import Parameter
 
-from sdxl_finetune.optim.groups import Group
 from sdxl_finetune.optim.meter import SAMPLE, Meter
+from sdxl_finetune.optim.parameters import Group
 from sdxl_finetune.optim.update import PlainUpdate, total_norm
 
 

@@ -8,9 +8,9 @@ import torch
 from torch.nn import Parameter
 
 from sdxl_finetune.config import Config
-from sdxl_finetune.optim.groups import Group
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.optim.optimizer import averaged_weights, build_optimizer, optimizer_class, set_lr, trial_optimizer
-from sdxl_finetune.problems import UserError
+from sdxl_finetune.optim.parameters import Group
 
 RATES = (3e-5, 1e-6, 1e-6)
 FLAGS = {"--use_8bit_adam": "use_8bit_adam", "--use_lion_optimizer": "use_lion_optimizer"}

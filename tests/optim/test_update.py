@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import Parameter
 
 from sdxl_finetune.config import Config
-from sdxl_finetune.masters import Masters, exact_value, split
+from sdxl_finetune.errors import UserError
+from sdxl_finetune.low_bits import Masters, exact_value, split
 from sdxl_finetune.optim import update
-from sdxl_finetune.optim.groups import Group
 from sdxl_finetune.optim.optimizer import build_optimizer, set_lr
+from sdxl_finetune.optim.parameters import Group
 from sdxl_finetune.optim.stepping import Reach
 from sdxl_finetune.optim.update import ExactUpdate, check_update, reach_of, total_norm
-from sdxl_finetune.problems import UserError
 
 RATES = (3e-5, 1e-6)
 SHAPES = {"matrix": (96, 200), "kernel": (40, 30, 3, 3), "norm": (77,), "long": (20_000,), "scale": (1,)}

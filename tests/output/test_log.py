@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from sdxl_finetune.config import Config
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.output.log import DelayedScalars, Log, NonFiniteLoss, console, run_directory
-from sdxl_finetune.problems import UserError
 
 LOSSES = [4.0, 2.0, 3.0, 1.0, 0.5, 0.25]
 

@@ -11,8 +11,8 @@ import torch
 import sdxl_finetune
 from sdxl_finetune.config import Config
 from sdxl_finetune.config.options import SECRETS
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.output.metadata import build_metadata, load_thumbnail, modelspec, shareable, versions
-from sdxl_finetune.problems import UserError
 
 NOW = datetime(2023, 11, 14, 22, 13, 20, 250_000, tzinfo=timezone.utc)
 VERSION = f"sdxl_finetune/{sdxl_finetune.__version__}"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.output.prompts import Prompt, line_values, load_prompts, preview_due, preview_name
-from sdxl_finetune.problems import UserError
 
 DIFFERENT = {
     # Options begin after white space, and before a letter.

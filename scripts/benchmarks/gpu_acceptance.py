@@ -1,0 +1,292 @@
+"""What only a GPU can show, as a report to paste: bash scripts/gpu_acceptance.sh [NAME ...] [--folder FOLDER] [--cpu]
+
+Each check gives a line: what was measured, and pass, FAIL, or not run and why. One that raises has failed, and the
+others go on. docs/gpu.md says what each line means. Exit status 1 if one has failed, 2 if torch cannot use the GPU that
+is there.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+
+from scripts.benchmarks import gpu_speed
+from scripts.benchmarks.checkpoint_memory import full_size_sources
+from scripts.benchmarks.gpu_checks import (
+    ROOT,
+    Bench,
+    Line,
+    check_attention,
+    check_average,
+    check_bitsandbytes,
+    check_compiled,
+    check_ranks,
+    check_resume,
+    check_trajectory,
+    check_waiting,
+    reason,
+    spoken,
+)
+from scripts.benchmarks.proof import TOY, as_bf16
+from scripts.toy.style import write_pictures
+from sdxl_finetune.commands.memory_estimate import estimate
+from sdxl_finetune.config import Config
+from sdxl_finetune.model.load import inspect_checkpoint
+from sdxl_finetune.model.tensorfile import write_safetensors
+from sdxl_finetune.output.metadata import versions
+
+TFLOP_PER_IMAGE = 20.6
+"""Forward and backward pass of full SDXL for one image of 1024 pixels with 227 tokens, nothing computed twice."""
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "A40": 149.7,
+    "RTX 4090": 165.2,
+    "H100 80GB HBM3": 989.0,
+    "H200": 989.0,
+    "L40S": 362.0,
+}
+"""Of dense bf16 products summed in float32, by words of the device's name; H100 is the SXM module."""
+FULL_BYTES = 8 << 30
+"""Of disk that the full-size model takes, and a little."""
+FULL_MEMORY = 22 << 30
+"""Of the device: cards of 24 GB have a little more."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *CHECKS], help="which checks; all if none is named")
+    parser.add_argument("--folder", type=Path, help="for models and runs (a temporary folder); kept")
+    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone, and what needs one out")
+    given = parser.parse_args()
+    if given.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    elif problem := unusable_gpu():
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once; deterministic sums need it
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = prepared(given.folder or Path(temporary), cuda=torch.cuda.is_available())
+        lines = list(run_checks(bench, given.names or list(CHECKS)))
+    print("\n".join(["", *head(), *table(lines)]))
+    return 1 if any(line.outcome == "FAIL" for line in lines) else 0
+
+
+def unusable_gpu() -> str | None:
+    """What is wrong if the machine has an NVIDIA GPU and torch cannot use it."""
+    if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return None
+    if subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode:
+        return None
+    if torch.version.cuda is None:
+        return (
+            f"this machine has a GPU, but torch {torch.__version__} in .venv is a build without CUDA. Install one with "
+            f"it, .venv/bin/pip install --force-reinstall torch=={torch.__version__.partition('+')[0]} --index-url "
+            "https://download.pytorch.org/whl/cu126 (or of another CUDA version that the driver has); or give --cpu"
+        )
+    return (
+        f"this machine has a GPU, but torch {torch.__version__} cannot use it, perhaps because the driver is older "
+        f"than its CUDA {torch.version.cuda}: see nvidia-smi; or give --cpu"
+    )
+
+
+def prepared(folder: Path, *, cuda: bool, quick: bool = False) -> Bench:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_pictures(folder / "pictures", 16 if quick else 64)
+    as_bf16(TOY, folder / "start.safetensors")
+    return Bench(folder=folder.resolve(), cuda=cuda, quick=quick)
+
+
+def run_checks(bench: Bench, names: Sequence[str]) -> Iterator[Line]:
+    for name in names:
+        began = time.perf_counter()
+        try:
+            yield from said(CHECKS[name](bench))
+        except Exception as error:
+            yield from said([Line(name, f"raised {reason(error)}", "FAIL")])
+            traceback.print_exc()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        gc.collect()
+        if bench.cuda:
+            torch.cuda.empty_cache()
+        print(f"({name}: {time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
+
+
+def said(lines: Iterable[Line]) -> Iterator[Line]:
+    """Shows each line on the terminal as it comes."""
+    for line in lines:
+        print(f"{line.outcome}: {line.name}: {line.measured}", file=sys.stderr, flush=True)
+        yield line
+
+
+def head() -> list[str]:
+    """On what the report was made."""
+    commit = quietly("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown"
+    rows = {
+        "date, commit": f"{datetime.now():%Y-%m-%d %H:%M}, {commit}",
+        "machine": f"{platform.platform()}, {os.cpu_count()} CPU cores, {machine_memory() / 2**30:.0f} GiB",
+        "device": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "CPU",
+        "driver, CUDA of torch": f"{driver() or 'none'}, {torch.version.cuda or 'none'}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    return ["# GPU acceptance", "", *(f"- {name}: {value}" for name, value in rows.items()), ""]
+
+
+def driver() -> str:
+    return quietly("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+
+
+def machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def quietly(*command: str) -> str:
+    """What a command says; nothing if it cannot be run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def table(lines: Sequence[Line]) -> list[str]:
+    rows = [f"| {one.name} | {one.measured.replace('|', '/')} | {one.outcome} |" for one in lines]
+    return ["| check | measured | outcome |", "|---|---|---|", *rows]
+
+
+def check_speed(bench: Bench) -> Iterator[Line]:
+    """Images a second with and without compiled blocks, model FLOP utilisation, peak memory against its estimate."""
+    if missing := missing_for_full_size(bench) if bench.cuda else None:
+        yield Line("speed, utilisation and peak memory of full-size SDXL", missing, "not run")
+        return
+    model = full_size_model(bench.folder) if bench.cuda else bench.folder / "start.safetensors"
+    what = "full-size SDXL, 1024 px" if bench.cuda else "model that draws, 64 px"
+    sizes = [1, 2, 4, 8, 16, 32] if bench.cuda else [1, 4]
+    plain = speeds(bench, model, sizes)
+    best = max(plain, key=lambda row: row["images_per_second"])
+    yield speed_line(bench, what, plain)
+    yield memory_line(bench, model, plain)
+    with_blocks = speeds(bench, model, sorted({1, best["batch"]}), backend=bench.backend)
+    yield speed_line(bench, f"{what}, compiled blocks", with_blocks)
+
+
+def speeds(bench: Bench, model: Path, sizes: Sequence[int], backend: str | None = None) -> list[dict[str, Any]]:
+    """What fitted, by size of batch; measured in a process of its own."""
+    shape = (1024, 225) if bench.cuda else (64, 75)
+    if bench.quick:
+        config = gpu_speed.configured(
+            model, bench.folder / "pictures", bench.folder / "speed", resolution=shape[0], tokens=shape[1],
+            backend=backend,
+        )  # fmt: skip
+        rows = list(gpu_speed.measure(config, sizes[:1], steps=2))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    else:
+        command = ["-m", "scripts.benchmarks.gpu_speed", str(model), str(bench.folder / "pictures")]
+        command += ["--resolution", str(shape[0]), "--tokens", str(shape[1]), "--batches", *map(str, sizes)]
+        command += ["--seconds", "120", *(["--backend", backend] if backend else [])]
+        rows = [json.loads(line) for line in spoken(command, cpu=not bench.cuda).splitlines() if line.startswith("{")]
+    fitted = [row for row in rows if "out_of_memory" not in row]
+    if not fitted:
+        raise RuntimeError(f"out of memory with batch {sizes[0]}")
+    return fitted
+
+
+def missing_for_full_size(bench: Bench) -> str | None:
+    if torch.cuda.get_device_properties(0).total_memory < FULL_MEMORY:
+        return f"needs {FULL_MEMORY >> 30} GiB on the device"
+    if shutil.disk_usage(bench.folder).free < FULL_BYTES:
+        return f"needs {FULL_BYTES >> 30} GiB of disk: give --folder"
+    return None
+
+
+def full_size_model(folder: Path) -> Path:
+    path = folder / "full.safetensors"
+    if not path.exists():
+        write_safetensors(path, full_size_sources(), {})
+    return path
+
+
+def speed_line(bench: Bench, what: str, rows: Sequence[Mapping[str, Any]]) -> Line:
+    shown = [f"batch {row['batch']}: {row['images_per_second']:.2f}" for row in rows]
+    fastest = max(row["images_per_second"] for row in rows)
+    words = f"images/s {', '.join(shown)}; first steps {rows[0]['warm_seconds']:.0f} s; {utilisation(bench, fastest)}"
+    return Line(f"speed, {what}", words, "pass")
+
+
+def utilisation(bench: Bench, images_per_second: float) -> str:
+    """Of the device, by a model of full size."""
+    if not bench.cuda:
+        return "model FLOP utilisation not run (needs CUDA)"
+    return utilisation_of(torch.cuda.get_device_name(), images_per_second)
+
+
+def utilisation_of(device: str, images_per_second: float) -> str:
+    done = TFLOP_PER_IMAGE * images_per_second
+    peak = next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", device)), None)
+    if peak is None:
+        return f"{done:.0f} TFLOP/s (unknown device: no peak to compare with)"
+    return f"{done:.0f} of {peak:g} TFLOP/s: model FLOP utilisation {done / peak:.1%}"
+
+
+def memory_line(bench: Bench, model: Path, rows: Sequence[Mapping[str, Any]]) -> Line:
+    """Within a tenth of the estimate, for every size of batch."""
+    name = "peak memory against the estimate"
+    if not bench.cuda:
+        return Line(name, "needs CUDA", "not run")
+    shown, shares = [], []
+    for row in rows:
+        config = gpu_speed.configured(
+            model, bench.folder / "pictures", bench.folder / "speed", resolution=1024, tokens=225, batch=row["batch"]
+        )
+        expected, peak = estimated_peak_bytes(config), row["peak_bytes"]
+        shown.append(f"batch {row['batch']}: {peak / 2**30:.2f} GiB (estimate {expected / 2**30:.2f} GiB)")
+        shares.append(peak / expected)
+    outcome = "not run" if not shares else "pass" if all(0.9 < one < 1.1 for one in shares) else "FAIL"
+    return Line(name, "; ".join(shown), outcome)
+
+
+def estimated_peak_bytes(config: Config) -> int:
+    """What sdxl-check expects a run of this config, in one bucket, to take of the device at its peak: tensors alone."""
+    assert config.pretrained_model_name_or_path is not None and config.resolution is not None
+    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
+    assert architecture is not None
+    width, height = config.resolution
+    return estimate(config, architecture, (config.train_batch_size, height, width), cuda=True).total
+
+
+CHECKS: Mapping[str, Callable[[Bench], Iterator[Line]]] = {
+    "trajectory": check_trajectory,
+    "bitsandbytes": check_bitsandbytes,
+    "attention": check_attention,
+    "compiled": check_compiled,
+    "ranks": check_ranks,
+    "waiting": check_waiting,
+    "resume": check_resume,
+    "average": check_average,
+    "speed": check_speed,
+}
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())

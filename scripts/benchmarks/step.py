@@ -1,0 +1,110 @@
+"""What the training loop costs over the bare model: python -m scripts.benchmarks.step [--steps 50] [--preset small]
+
+In turn, in one process, on the same modules and the same batch: one step of the real training loop (loader, draws,
+objective, clipping, learning rate, optimizer, log), and one forward, backward and optimizer step written out. Prints
+the median of each and the ratio; latents are cached, as in real runs.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from scripts.toy.photos import write_photos
+from sdxl_finetune.commands.model import main as model_tool
+from sdxl_finetune.config import load_config
+from sdxl_finetune.model.vae import batch_latents
+from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.training.loop import record, training_steps
+from sdxl_finetune.training.setup import Run, build_run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--preset", default="tiny", choices=("tiny", "small"))
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--train_batch_size", type=int, default=4)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, build_run(prepared(Path(folder), arguments)) as run:
+        loop, bare = measure(run, arguments.steps)
+    print(
+        f"loop {loop * 1000:.1f} ms, bare {bare * 1000:.1f} ms, ratio {loop / bare:.3f} (medians of {arguments.steps})"
+    )
+
+
+def prepared(folder: Path, arguments: argparse.Namespace):
+    """A config for photographs in one bucket, enough steps, and a log as in a real run."""
+    write_photos(folder / "photos")
+    model_tool(["init", str(folder / "model.safetensors"), "--preset", arguments.preset])
+    options = {
+        "pretrained_model_name_or_path": folder / "model.safetensors",
+        "train_data_dir": folder / "photos",
+        "output_dir": folder / "out",
+        "logging_dir": folder / "logs",
+        "resolution": arguments.resolution,
+        "train_batch_size": arguments.train_batch_size,
+        "caption_extension": ".txt",
+        "max_train_steps": arguments.steps + 6,
+        "learning_rate": 3e-5,
+        "learning_rate_te1": 1e-6,
+        "learning_rate_te2": 1e-6,
+        "min_snr_gamma": 5,
+        "multires_noise_iterations": 8,
+        "max_token_length": 225,
+        "max_data_loader_n_workers": 2,
+        "seed": 0,
+    }
+    flags = ["--cache_latents", "--train_text_encoder", "--shuffle_caption"]
+    config = load_config(
+        [text for key, value in options.items() for text in (f"--{key}", str(value))] + flags, program=""
+    )
+    assert config is not None
+    return config
+
+
+def measure(run: Run, count: int) -> tuple[float, float]:
+    """Median seconds of a step of the loop and of a bare step, taken in turn after a warm-up."""
+    batch = next(iter(run.batches())).to(run.accelerator.device)
+    latents = batch_latents(batch, run.vae)
+    loop_times, bare_times = [], []
+    steps = training_steps(run, StopRequest())
+    for number in range(count + 5):
+        started = time.perf_counter()
+        record(run, next(steps))
+        synchronize(run)
+        middle = time.perf_counter()
+        bare_step(run, batch, latents)
+        synchronize(run)
+        if number >= 5:
+            loop_times.append(middle - started)
+            bare_times.append(time.perf_counter() - middle)
+    return statistics.median(loop_times), statistics.median(bare_times)
+
+
+def bare_step(run: Run, batch, latents: torch.Tensor) -> None:
+    """Forward, backward and optimizer step, and nothing else."""
+    prediction = run.model(
+        latents,
+        batch.timesteps,
+        batch.tokens1,
+        batch.tokens2,
+        batch.original_size,
+        batch.crop_top_left,
+        batch.target_size,
+    )
+    torch.nn.functional.mse_loss(prediction, batch.noise).backward()
+    run.update.optimizer.step()
+    run.update.optimizer.zero_grad(set_to_none=True)
+
+
+def synchronize(run: Run) -> None:
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

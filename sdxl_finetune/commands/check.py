@@ -1,0 +1,347 @@
+"""`sdxl-check`: everything that can be known of a run before it trains, on one screen.
+
+Each part is looked at on its own, so that all problems are found at once. It reads the config, the images' headers
+and captions, and the header of the model; it trains nothing and writes only the dataset index, which the run then
+finds.
+"""
+
+import itertools
+import logging
+import math
+import os
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from sdxl_finetune.commands.memory_estimate import largest_batch
+from sdxl_finetune.commands.memory_report import describe
+from sdxl_finetune.config import Config, load_datasets
+from sdxl_finetune.data.batch_plan import Plan, build_plan
+from sdxl_finetune.data.index import Index, build_index
+from sdxl_finetune.data.tokens import build_tokenizer
+from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.latents.preparing import cache_dir
+from sdxl_finetune.model.keymap import VAE
+from sdxl_finetune.model.load import Inspected, inspect_checkpoint
+from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.optim.ema import asks_for_average
+from sdxl_finetune.optim.lr import Rate, build_lr
+from sdxl_finetune.optim.optimizer import optimizer_name, trial_optimizer
+from sdxl_finetune.optim.parameters import Group, build_groups
+from sdxl_finetune.optim.update import check_update
+from sdxl_finetune.output.checkpoints import PRECISIONS, Due, weights_due
+from sdxl_finetune.output.log import console
+from sdxl_finetune.output.metadata import load_thumbnail, versions
+from sdxl_finetune.output.prompts import load_prompts, preview_due
+from sdxl_finetune.runtime.processes import weight_dtype
+from sdxl_finetune.training.setup import named_parts, total_steps
+from sdxl_finetune.training.state import final_state, states_due
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+GRID = 4000
+"""Steps at which the learning rate is looked at, at most."""
+WIDTH = 100
+"""Columns of the screen."""
+MiB, GiB = 1 << 20, 1 << 30
+
+
+@dataclass
+class Findings:
+    """Lines to show, by heading, and what is wrong."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def attempt(self, function: Callable[..., T], *arguments: object, **options: object) -> T | None:
+        """What the function gives; None when it finds the user's input wrong, which is noted."""
+        try:
+            return function(*arguments, **options)
+        except UserError as error:
+            self.problems += [problem for problem in error.problems if problem not in self.problems]
+            return None
+
+    def say(self, heading: str, *lines: str) -> None:
+        self.lines += [(heading if not number else "", line) for number, line in enumerate(lines)]
+
+
+def check(config: Config) -> int:
+    """Prints what is found; returns 0, or 2 when something would keep the run from training."""
+    found = Findings()
+    with console(config, 0):
+        index = _check_data(config, found)
+        groups = _check_model(config, found)
+        state_bytes = found.attempt(_state_bytes, config)
+        found.attempt(check_update, config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        plan = None
+        if index:
+            plan = _plan(config, index, processes())
+            steps = total_steps(config, plan)
+            found.say("steps", *_steps(config, index, plan, steps))
+            lr = found.attempt(build_lr, config, steps)
+            if lr and groups:
+                found.say("learning rate", *_rates(lr, groups, plan, steps))
+        if index and plan and groups and state_bytes is not None:
+            found.say("memory", *_memory(config, index, plan))
+            found.say("files", *_files(config, plan, groups, state_bytes))
+        if index:
+            found.say("latents", *_latents(config, index))
+        for function, argument in ((load_thumbnail, config.metadata_thumbnail), (load_prompts, config.sample_prompts)):
+            if argument:
+                found.attempt(function, argument)
+        found.say("machine", *_machine(config))
+    found.say("problems", *(map(str, found.problems) if found.problems else ["none found"]))
+    for heading, line in found.lines:
+        for number, part in enumerate(textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False)):
+            print(f"{heading if not number else '':14}{part}")
+    return 2 if found.problems else 0
+
+
+def processes() -> int:
+    """Processes that are expected to train: those of a launch, or one for each GPU."""
+    return int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
+
+
+def _check_data(config: Config, found: Findings) -> Index | None:
+    found.attempt(
+        build_tokenizer,
+        max_token_length=config.max_token_length,
+        weighted_captions=config.weighted_captions,
+        tokenizer_cache_dir=config.tokenizer_cache_dir,
+    )
+    datasets = found.attempt(load_datasets, config)
+    if datasets is None:
+        return None
+    skip = config.skip_cache_check
+    index = found.attempt(build_index, datasets, cache_dir(config), config.on_bad_image, skip_check=skip)
+    if index is None:
+        # The rest of the report is about the images that are sound.
+        try:
+            index = build_index(datasets, cache_dir(config), "skip", skip_check=skip)
+        except UserError:
+            return None
+    total, *buckets = index.describe().splitlines()
+    found.say("images", total)
+    texts = [bucket.removeprefix("bucket ") for bucket in buckets]
+    width = max(map(len, texts)) + 2
+    across = max(1, WIDTH // width)
+    rows = [
+        "".join(text.ljust(width) for text in texts[start : start + across]) for start in range(0, len(texts), across)
+    ]
+    found.say("buckets", *rows)
+    return index
+
+
+def _check_model(config: Config, found: Findings) -> list[Group] | None:
+    assert config.pretrained_model_name_or_path is not None
+    inspected: Inspected | None = found.attempt(inspect_checkpoint, config.pretrained_model_name_or_path)
+    if inspected is None:
+        return None
+    if inspected.architecture is None:
+        message = f"this is {inspected.kind}, not an SDXL base model"
+        found.problems.append(Problem(message, file=str(config.pretrained_model_name_or_path)))
+        return None
+    with torch.device("meta"):
+        model = SDXL(inspected.architecture)
+    parts = named_parts(model)
+    groups = found.attempt(build_groups, config, parts)
+    if groups is None:
+        return None
+    trained = {group.name: f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in groups}
+    frozen = [
+        f"{part} {_millions(size)}"
+        for part, parameters in parts.items()
+        if (size := sum(p.numel() for p in parameters.values() if not p.requires_grad))
+    ]
+    found.say("trained", ", ".join(trained.values()))
+    found.say("frozen", ", ".join([*frozen, "VAE"]))
+    return groups
+
+
+def _millions(size: int) -> str:
+    return f"{size / 1e6:.1f} million"
+
+
+def _state_bytes(config: Config) -> float:
+    """Bytes that the optimizer keeps for each parameter, seen on a small one. Raises UserError for the optimizer."""
+    dtype = torch.float32 if config.keeps_masters else weight_dtype(config)
+    parameter = torch.nn.Parameter(torch.zeros(128, 128, dtype=dtype))
+    optimizer = trial_optimizer(config, [parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.numel() > 1) / parameter.numel()
+
+
+def _plan(config: Config, index: Index, ranks: int) -> Plan:
+    return build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=config.seed or 0)
+
+
+def _steps(config: Config, index: Index, plan: Plan, steps: int) -> Iterator[str]:
+    own = processes()
+    epochs = steps / plan.steps_per_epoch
+    yield (
+        f"{plan.batches_per_epoch} batches and {plan.steps_per_epoch} steps an epoch, {steps} steps in all"
+        f" ({epochs:.4g} epochs) on {own} process{'es' if own > 1 else ''}"
+    )
+    others = [count for count in (1, 2, 4, 8) if count != own]
+    plans = {count: _plan(config, index, count).steps_per_epoch for count in others}
+    yield "steps an epoch on " + ", ".join(f"{count}: {each}" for count, each in plans.items())
+
+
+def _rates(lr: Rate, groups: Sequence[Group], plan: Plan, steps: int) -> Iterator[str]:
+    """The rate in the first and last step, at quarters, and wherever it turns."""
+    grid = sorted({round(step) for step in np.linspace(0, steps - 1, min(steps, GRID)).tolist()})
+    values = [lr(step, groups[0].lr) for step in grid]
+    slopes = [_sign(after - before) for before, after in itertools.pairwise(values)]
+    turns = [grid[at] for at in range(1, len(slopes)) if slopes[at] != slopes[at - 1]]
+    quarters = [round((steps - 1) * part / 4) for part in range(5)]
+    chosen = sorted({*quarters, *(turns if len(turns) <= 8 else turns[:8])})
+    names = {group.name: group.lr for group in groups if not group.name.startswith("block")} or {
+        groups[0].name: groups[0].lr
+    }
+    for step in chosen:
+        rates = ", ".join(f"{name} {lr(step, base):.3g}" for name, base in names.items())
+        yield f"step {step + 1} (epoch {step // plan.steps_per_epoch + 1}): {rates}"
+
+
+def _sign(difference: float) -> int:
+    return 0 if math.isclose(difference, 0, abs_tol=1e-15) else 1 if difference > 0 else -1
+
+
+def _files(config: Config, plan: Plan, groups: Sequence[Group], state_bytes: float) -> Iterator[str]:
+    assert config.pretrained_model_name_or_path is not None and config.output_dir is not None
+    file = inspect_checkpoint(config.pretrained_model_name_or_path).file
+    dtype = PRECISIONS[config.save_precision] or weight_dtype(config)
+    parameters = sum(math.prod(source.shape) for source in file.tensors.values())
+    steps = total_steps(config, plan)
+    final = config.output_name or "last"
+    yield from _kind("weights", *_saves(config, plan, steps, weights_due), final, parameters * dtype.itemsize)
+    vae = sum(math.prod(source.shape) for key, source in file.tensors.items() if key.startswith((VAE, "vae.")))
+    trained = sum(group.size for group in groups)
+    size = 4 if config.keeps_masters else weight_dtype(config).itemsize
+    state = (parameters - vae) * size + vae * 4 + trained * state_bytes
+    state += 4 * trained * asks_for_average(config)
+    last = final_state(config)
+    if config.save_state or last:
+        yield from _kind("states", *_saves(config, plan, steps, states_due), last.name if last else None, state)
+    else:
+        yield f"a training state, saved when the run is stopped by a signal, takes {_size(state)}"
+    if previews := _previews(config, plan, steps):
+        yield f"{previews} rounds of previews"
+    needed = sum(
+        (_kept(*_saves(config, plan, steps, due)) + 2) * size
+        for due, size in ((weights_due, parameters * dtype.itemsize), (states_due, state))
+    )
+    free = shutil.disk_usage(_existing(config.output_dir)).free
+    yield f"free in {config.output_dir}: {_size(free)}" + ("" if free > needed else f", LESS THAN {_size(needed)}")
+
+
+def _memory(config: Config, index: Index, plan: Plan) -> Iterator[str]:
+    assert config.pretrained_model_name_or_path is not None
+    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
+    assert architecture is not None
+    try:
+        yield from describe(config, architecture, largest_batch(index, plan), processes())
+    except RuntimeError as error:  # of a user's own optimizer, which looks at numbers that a rehearsal does not have
+        yield f"cannot be foretold with {optimizer_name(config)}: {str(error).splitlines()[0]}"
+
+
+def _kind(kind: str, names: list[str], removed: list[str], final: str | None, size: float) -> Iterator[str]:
+    kept = _kept(names, removed) + (final is not None)
+    shown = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
+    end = f" and {final} at the end" if final else ""
+    yield f"{len(names)} numbered {kind} ({shown or 'none'}){end}"
+    yield f"{_size(size)} each; {kept} stay, and one more while saving: {_size((kept + 1) * size)}"
+
+
+def _kept(names: list[str], removed: list[str]) -> int:
+    return len(names) - len(removed)
+
+
+def _ends(plan: Plan, steps: int) -> Iterator[tuple[int, int]]:
+    """(steps done, epoch that then ended) for all epochs of a run."""
+    each = plan.steps_per_epoch
+    for epoch in range(1, -(-steps // each) + 1):
+        yield min(epoch * each, steps), epoch
+
+
+def _saves(config: Config, plan: Plan, steps: int, find_due: Callable[..., list[Due]]) -> tuple[list[str], list[str]]:
+    """Names of what a run saves with a number, and of what later ones replace."""
+    epochs = -(-steps // plan.steps_per_epoch)
+    moments: dict[int, int | None] = dict(_ends(plan, steps))
+    if every := config.save_every_n_steps:
+        moments = {step: moments.get(step) for step in {*moments, *range(every, steps + 1, every)}}
+    names, removed = [], []
+    for step in sorted(moments):
+        for due in find_due(config, epoch=moments[step], step=step, epochs=epochs):
+            names.append(due.name)
+            if due.replaces in names:
+                removed.append(due.replaces)
+    return names, removed
+
+
+def _previews(config: Config, plan: Plan, steps: int) -> int:
+    if not config.sample_prompts:
+        return 0
+    every = config.sample_every_n_steps or 0
+    moments: list[tuple[int, int | None]] = [(0, None), *_ends(plan, steps)]
+    moments += [(step, None) for step in range(every, steps + 1, every)] if every else []
+    asked = {
+        "every_n_steps": config.sample_every_n_steps,
+        "every_n_epochs": config.sample_every_n_epochs,
+        "at_first": config.sample_at_first,
+    }
+    return sum(preview_due(**asked, step=step, epoch=epoch) for step, epoch in moments)  # type: ignore[arg-type]
+
+
+def _latents(config: Config, index: Index) -> Iterator[str]:
+    if not config.cache_latents:
+        yield "encoded anew at each use (cache_latents is off)"
+        return
+    areas = np.array([bucket.width * bucket.height for bucket in index.buckets], np.int64)
+    used = index.used
+    size = int((areas[index.bucket[used]] * (1 + index.flips[used])).sum()) * 4 * 2 // 64
+    if config.cache_latents_to_disk:
+        free = shutil.disk_usage(_existing(cache_dir(config))).free
+        yield f"{_size(size)} in {cache_dir(config)}, free there: {_size(free)}"
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        yield f"{_size(size)} in memory, of {_size(memory)}"
+
+
+def _machine(config: Config) -> Iterator[str]:
+    yield ", ".join(f"{name} {version}" for name, version in versions().items())
+    try:
+        import xformers
+
+        yield f"xformers {xformers.__version__}"
+    except ImportError:
+        yield "xformers is not installed: attention is PyTorch's"
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
+            yield f"GPU {number}: {properties.name}, {_size(properties.total_memory)}, {bf16}"
+    else:
+        yield f"no GPU: training runs on {os.cpu_count()} CPU cores, bf16 slowly"
+    yield f"optimizer {optimizer_name(config)}"
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        yield f"/dev/shm: {_size(shutil.disk_usage(shared).free)} free (workers pass batches through it)"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _size(count: float) -> str:
+    return f"{count / GiB:.1f} GiB" if count >= GiB else f"{count / MiB:.1f} MiB"

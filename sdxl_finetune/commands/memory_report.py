@@ -1,0 +1,95 @@
+"""What sdxl-check says of memory: what a step takes, which cards it fits, and what would make it fit others."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sdxl_finetune.commands.memory_estimate import Estimate, Shape, estimate
+from sdxl_finetune.config import Config
+from sdxl_finetune.errors import UserError
+from sdxl_finetune.model.architecture import Architecture
+from sdxl_finetune.optim.optimizer import optimizer_name
+from sdxl_finetune.optim.stepping import Reach
+
+logger = logging.getLogger(__name__)
+
+GiB = 1 << 30
+ALLOWANCE = 1 * GiB, 0.05
+"""What CUDA takes beside tensors: context, cuBLAS and cuDNN workspaces; and as a share of the tensors, what lies unused
+between them. Not measured."""
+CARDS = (24, 48, 80)
+"""GB (10^9 bytes) of usual cards: what they have at least, whatever their makers call a GB."""
+
+
+def on_cuda(found: Estimate) -> int:
+    """Bytes with the allowance."""
+    return found.total + ALLOWANCE[0] + int(found.total * ALLOWANCE[1])
+
+
+def remedies(config: Config) -> Iterator[tuple[str, Config]]:
+    """What makes a step smaller, the cheapest first: each with a config that has it and all before it."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+    if not config.gradient_checkpointing:
+        asked.append(("gradient_checkpointing = true", {"gradient_checkpointing": True}))
+    if not config.full_bf16 and config.mixed_precision != "fp16":
+        changes = {"full_bf16": True, "mixed_precision": "bf16"}
+        asked.append(('full_bf16 = true with mixed_precision = "bf16"', changes))
+    if not optimizer_name(config).lower().endswith(("8bit", "adafactor")):
+        changes = {"optimizer_type": "AdamW8bit", "optimizer_args": {}}
+        changes |= {"use_8bit_adam": False, "use_lion_optimizer": False}
+        asked.append(('optimizer_type = "AdamW8bit"', changes))
+    if not config.is_fused and config.mixed_precision != "fp16":
+        asked.append(("fused_backward_pass = true", {"fused_backward_pass": True}))
+    for name, changes in asked:
+        config = config.model_copy(update=changes)
+        yield name, config
+
+
+def fits(config: Config, architecture: Architecture, shape: Shape, found: Estimate, ranks: int) -> Iterator[str]:
+    """Which of CARDS the step fits, and what would make it fit the others."""
+    missing = [card for card in sorted(CARDS, reverse=True) if on_cuda(found) > card * 10**9]
+    fitting = [card for card in CARDS if card not in missing]
+    if fitting:
+        yield f"fits a card of {' / '.join(map(str, fitting))} GB"
+    used: list[str] = []
+    tried = ((name, changed, shape) for name, changed in remedies(config))
+    for name, changed, smaller in (*tried, ("train_batch_size = 1", None, (1, *shape[1:]))):
+        if not missing or (changed is None and shape[0] == 1):
+            break
+        config = changed or config
+        used.append(name)
+        try:
+            now = estimate(config, architecture, smaller, cuda=True, ranks=ranks)
+        except UserError:  # an optimizer that cannot be fused
+            used.pop()
+            continue
+        while missing and on_cuda(now) <= missing[0] * 10**9:
+            yield f"does not fit {missing.pop(0)} GB; would with {', '.join(used)}: {on_cuda(now) / GiB:.1f} GiB"
+    for card in missing:
+        yield f"does not fit {card} GB" + (f", nor with {', '.join(used)}" if used else "")
+
+
+def describe(config: Config, architecture: Architecture, shape: Shape, ranks: int) -> Iterator[str]:
+    """Lines for sdxl-check."""
+    images, height, width = shape
+    logger.info("rehearsing steps on tensors without memory, to know what they take")
+    found = estimate(config, architecture, shape, cuda=True, ranks=ranks)
+    yield f"{images} image{'s' * (images > 1)} of {width}x{height}, {config.max_token_length} tokens, on a GPU:"
+    yield ", ".join(f"{part} {_size(size)}" for part, size in found.parts.items())
+    yield f"together {_size(found.total)} at the peak, in the {found.phase}"
+    extra = on_cuda(found) - found.total
+    yield f"and an allowance of {_size(extra)} for CUDA's context, workspaces and fragmentation (not measured)"
+    yield from fits(config, architecture, shape, found, ranks)
+    if found.reach == Reach.ALL and config.keeps_masters:
+        plain, low = found.parts["masters"], found.parts["masters"] // 2
+        name = optimizer_name(config)
+        yield f"{name} looks at all tensors at once: float32 masters, {_size(plain)} where others take {_size(low)}"
+    if not torch.cuda.is_available():
+        here = estimate(config, architecture, shape, cuda=False, ranks=ranks)
+        yield f"on this CPU {_size(here.total)} of tensors, most in the {here.phase}"
+
+
+def _size(size: float) -> str:
+    return f"{size / GiB:.2f} GiB" if size > GiB // 100 else f"{size / (1 << 20):.1f} MiB"

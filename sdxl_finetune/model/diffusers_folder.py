@@ -1,0 +1,181 @@
+"""The diffusers layout: the tensors of a pipeline's folder or of a VAE, under the names of the keymap (`unet.`, `te1.`,
+`te2.`, `vae.`), and writing such a folder, complete enough to be opened offline.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig
+
+from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.model.architecture import (
+    SCALING_FACTOR,
+    Architecture,
+    te1_config,
+    te2_config,
+    unet_config,
+    vae_config,
+)
+from sdxl_finetune.model.keymap import VAE, module_name
+from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors, write_safetensors
+from sdxl_finetune.model.tokenizer_files import save_tokenizers
+
+PARTS = {
+    "unet": ("unet", ("diffusion_pytorch_model",)),
+    "te1": ("text_encoder", ("model", "pytorch_model")),
+    "te2": ("text_encoder_2", ("model", "pytorch_model")),
+    "vae": ("vae", ("diffusion_pytorch_model",)),
+}
+"""Each part's folder, and what its files are called there."""
+
+_PIPELINE = (
+    ("unet", "diffusers", "UNet2DConditionModel"),
+    ("vae", "diffusers", "AutoencoderKL"),
+    ("text_encoder", "transformers", "CLIPTextModel"),
+    ("text_encoder_2", "transformers", "CLIPTextModelWithProjection"),
+    ("tokenizer", "transformers", "CLIPTokenizer"),
+    ("tokenizer_2", "transformers", "CLIPTokenizer"),
+    ("scheduler", "diffusers", "EulerDiscreteScheduler"),
+)
+_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+_OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""How diffusers called the VAE's attention before 0.17."""
+
+
+def open_folder(folder: Path) -> TensorFile:
+    """The tensors of all parts of a diffusers pipeline. UserError when it is another kind of pipeline."""
+    index = folder / "model_index.json"
+    kind = _read_json(index).get("_class_name", "") if index.is_file() else "StableDiffusionXLPipeline"
+    if not kind.startswith("StableDiffusionXL"):
+        raise UserError(Problem(f"this is a {kind}, not an SDXL model", file=str(index)))
+    if not (folder / "unet").is_dir():
+        raise UserError(Problem("no diffusers model is in this folder: it has no `unet`", file=str(folder)))
+    if (folder / "text_encoder_2").is_dir() and not (folder / "text_encoder").is_dir():
+        raise UserError(Problem("this is the SDXL refiner, not an SDXL base model", file=str(folder)))
+    tensors: dict[str, Source] = {}
+    metadata: dict[str, str] = {}
+    for part, (name, _) in PARTS.items():
+        if (folder / name).is_dir():
+            for file in _files(part, folder / name):
+                tensors.update(file.tensors)
+                metadata.update(file.metadata)
+    metadata.pop("format", None)
+    return TensorFile(tensors=tensors, metadata=metadata)
+
+
+def open_vae(path: Path) -> dict[str, Source]:
+    """The tensors of a VAE by key or name: a diffusers folder (of the VAE, or of a pipeline that has one), a file in
+    either layout, or a whole single-file checkpoint. UserError when there is none, or not one of SDXL.
+    """
+    tensors = _vae_folder(path) if path.is_dir() else _vae_file(path)
+    channels = next(
+        (source.shape[1] for key, source in tensors.items() if key.endswith("decoder.conv_in.weight")), None
+    )
+    if channels is None:
+        raise UserError(Problem("there is no VAE here", file=str(path)))
+    if channels != 4:
+        message = f"this VAE has {channels} latent channels, SDXL's has 4: it belongs to another model"
+        raise UserError(Problem(message, file=str(path)))
+    return tensors
+
+
+def _vae_folder(path: Path) -> dict[str, Source]:
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    config = folder / "config.json"
+    scaling = _read_json(config).get("scaling_factor", 0.18215) if config.is_file() else SCALING_FACTOR
+    if scaling != SCALING_FACTOR:
+        message = f"this VAE scales its latents by {scaling}, SDXL's by {SCALING_FACTOR}: it belongs to another model"
+        raise UserError(Problem(message, file=str(config)))
+    return {name: source for file in _files("vae", folder) for name, source in file.tensors.items()}
+
+
+def _vae_file(path: Path) -> dict[str, Source]:
+    tensors = open_tensors(path).tensors
+    if any(key.startswith(VAE) for key in tensors):
+        return {key: source for key, source in tensors.items() if key.startswith(VAE)}
+    kept = {key: source for key, source in tensors.items() if not key.startswith(("loss.", "model_ema."))}
+    diffusers = any(key.startswith("encoder.down_blocks.") for key in kept)
+    return {_vae_name(key) if diffusers else VAE + key: source for key, source in kept.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(Problem(f"this is no JSON file of settings ({error})", file=str(path))) from None
+
+
+def _vae_name(name: str) -> str:
+    for old, new in _OLD_ATTENTION.items():
+        name = name.replace(old, new)
+    return f"vae.{name}"
+
+
+def _files(part: str, folder: Path) -> Iterator[TensorFile]:
+    """What the files of one part hold, by name."""
+    for path in _paths(folder, PARTS[part][1]):
+        file = open_tensors(path)
+        renamed = {_vae_name(n) if part == "vae" else module_name(part, n): s for n, s in file.tensors.items()}
+        yield dataclasses.replace(file, tensors=renamed)
+
+
+def _paths(folder: Path, stems: tuple[str, ...]) -> list[Path]:
+    """The files of one part: .safetensors before .bin, full precision before a variant, whole or in shards."""
+    for suffix in ("safetensors", "bin"):
+        for variant in ("", ".fp16"):
+            for stem in stems:
+                whole = folder / f"{stem}{variant}.{suffix}"
+                shards = sorted(folder.glob(f"{stem}{variant}-*-of-*.{suffix}"))
+                if whole.is_file() or shards:
+                    return [whole] if whole.is_file() else shards
+    raise UserError(Problem(f"there are no weights here ({stems[0]}.safetensors or .bin)", file=str(folder)))
+
+
+def save_folder(
+    folder: Path,
+    built: Architecture,
+    tensors: Mapping[str, Source],
+    metadata: Mapping[str, str],
+    *,
+    safe: bool,
+) -> None:
+    """Writes a diffusers pipeline: weights as .safetensors (`safe`) or .bin, configurations, scheduler, tokenizers."""
+    for part, (name, stems) in PARTS.items():
+        (folder / name).mkdir(parents=True)
+        own = {key.removeprefix(f"{part}."): source for key, source in tensors.items() if key.startswith(f"{part}.")}
+        if safe:
+            about = {**(metadata if part == "unet" else {}), "format": "pt"}
+            write_safetensors(folder / name / f"{stems[0]}.safetensors", own, about)
+        else:
+            torch.save({key: source.read() for key, source in own.items()}, folder / name / f"{stems[-1]}.bin")
+    save_configs(folder, built, metadata)
+
+
+def save_configs(folder: Path, built: Architecture, metadata: Mapping[str, str]) -> None:
+    """Everything of a diffusers pipeline but its weights: enough for `from_single_file(..., config=folder)`."""
+    with torch.device("meta"):
+        UNet2DConditionModel(**unet_config(built)).save_config(folder / "unet")
+        AutoencoderKL(**vae_config(built)).save_config(folder / "vae")
+    CLIPTextConfig(**te1_config(built), architectures=["CLIPTextModel"]).save_pretrained(folder / "text_encoder")
+    config = CLIPTextConfig(**te2_config(built), architectures=["CLIPTextModelWithProjection"])
+    config.save_pretrained(folder / "text_encoder_2")
+    prediction = "v_prediction" if metadata.get("modelspec.prediction_type") == "v" else "epsilon"
+    EulerDiscreteScheduler(**_SCHEDULE, prediction_type=prediction).save_config(folder / "scheduler")
+    save_tokenizers(folder)
+    index = {name: [library, kind] for name, library, kind in _PIPELINE}
+    text = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__, **index}
+    (folder / "model_index.json").write_text(json.dumps(text, indent=2) + "\n")

@@ -1,0 +1,78 @@
+"""sdxl-check says what the run then does."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sdxl_finetune.commands.check import check
+from sdxl_finetune.config import load_config
+from sdxl_finetune.training.loop import train
+
+STYLE = Path(__file__).parents[2] / "configs" / "style.toml"
+
+
+def config(program: str, *more: str):
+    options = ["--config", str(STYLE), "--output_dir", "out", "--seed", "5", "--sample_prompts", ""]
+    options += ["--sample_every_n_epochs", "0", "--max_data_loader_n_workers", "0", "--resolution", "64"]
+    options += ["--min_bucket_reso", "64", "--max_bucket_reso", "128", "--mixed_precision", "no", "--no-full_bf16"]
+    loaded = load_config([*options, *more], program=program)
+    assert loaded is not None
+    return loaded
+
+
+def test_it_says_what_the_run_does(work, capsys) -> None:
+    asked = [
+        "--max_train_epochs",
+        "4",
+        "--train_batch_size",
+        "2",
+        "--save_every_n_epochs",
+        "1",
+        "--save_last_n_epochs",
+        "2",
+    ]
+    asked += ["--lr_scheduler_num_cycles", "2"]
+    assert check(config("sdxl-check", *asked)) == 0
+    said = capsys.readouterr().out
+    assert not list(Path("out").glob("*.safetensors"))
+    assert train(config("sdxl-train", *asked)) == 0
+    (log,) = work.glob("logs/*/metrics.jsonl")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert f"{len(rows) // 4} steps an epoch, {len(rows)} steps in all (4 epochs)" in said
+    for step, unet, encoder in re.findall(r"step (\d+) .*unet (\S+), text_encoder1 (\S+),", said):
+        assert float(unet) == pytest.approx(rows[int(step) - 1]["lr"]["unet"], rel=1e-2, abs=1e-12)
+        assert float(encoder) == pytest.approx(rows[int(step) - 1]["lr"]["text_encoder1"], rel=1e-2, abs=1e-12)
+    assert "3 numbered weights (style-000001, style-000002, style-000003) and style at the end" in said
+    sizes = {path.name: path.stat().st_size for path in Path("out").glob("*.safetensors")}
+    assert len(sizes) == 3 and "3 stay" in said
+    each = re.search(r"([\d.]+) MiB each", said)
+    assert each and float(each[1]) == pytest.approx(sizes["style.safetensors"] / 2**20, rel=0.02)
+    assert (
+        "unet 8.7 million at 3e-05, text_encoder1 3.3 million at 1e-06" in said and "problems      none found" in said
+    )
+
+
+def test_all_problems_at_once(work, capsys) -> None:
+    Path("images/broken.png").write_bytes(b"not a picture")
+    Path("other.safetensors").write_bytes(b"nothing that one could load" * 10)
+    asked = ["--optimizer_type", "AdamX", "--pretrained_model_name_or_path", "other.safetensors"]
+    Path("prompts.json").write_text("[{]")
+    asked += ["--lr_scheduler", "polynomial", "--lr_scheduler_args", "lr_end=1", "--sample_prompts", "prompts.json"]
+    assert check(config("sdxl-check", *asked)) == 2
+    said = capsys.readouterr().out.partition("\nproblems")[2]
+    for word in ("broken.png", "other.safetensors", "prompts.json", "polynomial", "AdamX"):
+        assert word in said, said
+
+
+def test_skipped_images_are_named(work, caplog, capsys) -> None:
+    Path("images/broken.png").write_bytes(b"not a picture")
+    assert check(config("sdxl-check", "--on_bad_image", "skip", "--learning_rate_te1", "0")) == 0
+    assert "1 skipped" in capsys.readouterr().out and "broken.png" in caplog.text
+
+
+def test_frozen_parts(work, capsys) -> None:
+    assert check(config("sdxl-check", "--learning_rate_te1", "0")) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"frozen +text_encoder1 3.3 million, VAE", said)

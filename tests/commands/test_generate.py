@@ -1,0 +1,197 @@
+"""sdxl-model generate and compare: pictures are functions of model, prompt and seed, and say how they were drawn."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sdxl_finetune.commands.model import auto_v2, main
+from sdxl_finetune.errors import UserError
+
+SMALL = ["--width", "64", "--height", "96", "--steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    paths = [folder / f"{name}.safetensors" for name in ("one", "two")]
+    for seed, path in enumerate(paths):
+        assert main(["init", str(path), "--seed", str(seed)]) == 0
+    return paths
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def said_by(path: Path) -> tuple[tuple[int, int], str]:
+    """Size and parameters of a picture."""
+    with Image.open(path) as image:
+        return image.size, image.info["parameters"]
+
+
+def draw(model: Path, folder: Path, *options: str) -> list[Path]:
+    """The pictures that one call has written."""
+    before = set(folder.glob("*"))
+    assert main(["generate", str(model), "--output", str(folder), *SMALL, *options]) == 0
+    return sorted(set(folder.glob("*")) - before)
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(models, tmp_path: Path) -> None:
+    wanted = ["--prompt", "a cat", "--prompt", "a dog, (red:1.3)", "--seed", "5", "--images", "3"]
+    single = draw(models[0], tmp_path / "single", *wanted)
+    batched = draw(models[0], tmp_path / "batched", *wanted, "--batch_size", "4")
+    names = [f"{number:05d}-{seed}.png" for number, seed in enumerate([5, 6, 7, 5, 6, 7])]
+    assert [path.name for path in single] == [path.name for path in batched] == names
+    for one, other in zip(single, batched, strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+        assert said_by(one) == said_by(other)
+    distinct = {pixels(path).tobytes() for path in single}
+    assert len(distinct) == 6
+    (later,) = draw(models[0], tmp_path / "single", "--prompt", "a dog, (red:1.3)", "--seed", "6")
+    assert later.name == "00006-6.png" and (pixels(later) == pixels(single[4])).all()
+
+
+def test_a_picture_says_how_it_was_drawn(models, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --n blurry --w 64 --h 64 --s 2 --l 3 --d 11 --ss euler\nrocket\n")
+    first, second = draw(
+        models[0], tmp_path / "out", "--prompts", str(prompts), "--seed", "4", "--negative_prompt", "low"
+    )
+    model = f"Model hash: {auto_v2(models[0]).lower()}, Model: one"
+    said = "Steps: 2, Sampler: Euler, CFG scale: 3.0, Seed: 11, Size: 64x64"
+    assert said_by(first) == ((64, 64), f"a cat\nNegative prompt: blurry\n{said}, {model}")
+    said = "Steps: 3, Sampler: Euler a, CFG scale: 5.0, Seed: 4, Size: 64x96"
+    assert said_by(second) == ((64, 96), f"rocket\nNegative prompt: low\n{said}, {model}")
+
+
+def test_long_prompts_are_read_to_the_end(models, tmp_path: Path, caplog) -> None:
+    long = ", ".join(["word"] * 100)
+    caplog.set_level("WARNING")
+    drawn = [draw(models[0], tmp_path, "--prompt", f"{long}, {end}", "--seed", "1")[0] for end in ("cat", "dog")]
+    assert (pixels(drawn[0]) != pixels(drawn[1])).any()
+    assert "tokens are read" not in caplog.text
+    short = ["--seed", "1", "--max_token_length", "75"]
+    drawn = [draw(models[0], tmp_path, "--prompt", f"{long}, {end}", *short)[0] for end in ("cat", "dog")]
+    assert (pixels(drawn[0]) == pixels(drawn[1])).all()
+
+
+def test_what_is_cut_is_said(models, tmp_path: Path, caplog) -> None:
+    draw(models[0], tmp_path, "--prompt", "(cat:1.2), " * 30, "--seed", "1", "--max_token_length", "75")
+    assert "tokens are read" not in caplog.text
+    draw(models[0], tmp_path, "--prompt", "(cat:1.2), " * 40, "--seed", "1", "--max_token_length", "75")
+    assert "only the first 75 of 80 tokens are read of: (cat:1.2)" in caplog.text
+
+
+def test_a_name_with_a_comma_does_not_end_early(models, tmp_path: Path) -> None:
+    model = tmp_path / "one, two: three.safetensors"
+    model.symlink_to(models[0])
+    (path,) = draw(model, tmp_path / "out", "--prompt", "a cat", "--seed", "1")
+    assert said_by(path)[1].endswith('Model: "one, two: three"')
+
+
+def test_what_the_file_says_of_itself_is_taken(models, tmp_path: Path) -> None:
+    asked = ["--prompt", "a cat", "--seed", "1"]
+    plain, v, zero = (
+        draw(models[0], tmp_path / "a", *asked, *more)[0]
+        for more in ([], ["--v_parameterization"], ["--v_parameterization", "--zero_terminal_snr"])
+    )
+    told = {"modelspec.prediction_type": "v", "sdxl_finetune.config": json.dumps({"zero_terminal_snr": True})}
+    for count, expected in ((1, v), (2, zero)):
+        path = tmp_path / f"{count}.safetensors"
+        save_file(load_file(models[0]), path, dict(list(told.items())[:count]))
+        (found,) = draw(path, tmp_path / "b", *asked)
+        assert (pixels(found) == pixels(expected)).all() and (pixels(found) != pixels(plain)).any()
+
+
+def test_a_vae_from_elsewhere(models, tmp_path: Path) -> None:
+    """For a file that has none of its own, too."""
+    bare = {key: value for key, value in load_file(models[0]).items() if not key.startswith("first_stage_model.")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    asked = ["--prompt", "a cat", "--seed", "1"]
+    with pytest.raises(UserError, match="VAE"):
+        draw(tmp_path / "bare.safetensors", tmp_path / "out", *asked)
+    (found,) = draw(tmp_path / "bare.safetensors", tmp_path / "out", *asked, "--vae", str(models[0]))
+    assert (pixels(found) == pixels(draw(models[0], tmp_path / "out", *asked)[0])).all()
+
+
+def test_a_page_compares_checkpoints(models, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a <cat> & dog --d 3\nrocket --d 4\n")
+    asked = ["compare", *map(str, models), "--prompts", str(prompts), "--output", str(page), *SMALL, "--images", "2"]
+    assert main(asked) == 0
+    text = page.read_text()
+    HTMLParser().feed(text)
+    assert all(str(model) in text for model in models) and "a &lt;cat&gt; &amp; dog" in text
+    pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", text)]
+    assert len(pictures) == 2 * 2 * 2 and {picture.size for picture in pictures} == {(64, 96)}
+    for column, model in enumerate(models):
+        drawn = draw(model, tmp_path / model.stem, "--prompts", str(prompts), "--images", "2")
+        for row, path in enumerate(drawn):
+            assert (np.asarray(pictures[2 * row + column]) == pixels(path)).all()
+
+
+def test_mistakes(models, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="prompt: is needed"):
+        main(["generate", str(models[0])])
+    with pytest.raises(UserError, match=r"none\.safetensors"):
+        main(["generate", str(tmp_path / "none.safetensors"), "--prompt", "a"])
+    for wrong in (["--width", "100"], ["--width", "64,96"], ["--images", "0"], ["--seed", "x"]):
+        with pytest.raises(SystemExit):
+            main(["generate", str(models[0]), "--prompt", "a", *wrong])
+    for wrong in (["--seed", str(2**64)], ["--sampler", "pndm", "--steps", "3"], ["--steps", "1001"]):
+        with pytest.raises(UserError, match="must be"):
+            main(["generate", str(models[0]), "--prompt", "a", *wrong])
+    with pytest.raises(UserError, match="cannot be made"):
+        main(["generate", str(models[0]), "--prompt", "a", "--output", str(models[1])])
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(UserError, match="no prompt"):
+        main(["generate", str(models[0]), "--prompts", str(tmp_path / "empty.txt")])
+    tensors = load_file(models[0])
+    tensors["model.diffusion_model.out.2.bias"][0] = torch.nan
+    with safe_open(models[0], "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, tmp_path / "nan.safetensors", metadata)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "1girl-2.png").touch()
+    with pytest.raises(UserError, match="not a number"):
+        draw(tmp_path / "nan.safetensors", tmp_path / "out", "--prompt", "a")
+
+
+def test_a_page_is_not_begun_that_cannot_end(models, tmp_path: Path, monkeypatch) -> None:
+    """Hours of drawing are not lost to the last checkpoint, or to a page that cannot be written."""
+    monkeypatch.chdir(tmp_path)
+    asked = ["--prompt", "a", "--seed", "1", *SMALL]
+    (tmp_path / "a.txt").write_text("no model")
+    monkeypatch.setattr("sdxl_finetune.commands.generate.load_checkpoint", None)  # nothing may be drawn
+    with pytest.raises(UserError, match=r"none\.safetensors") as caught:
+        main(["compare", str(models[0]), "none.safetensors", "a.txt", *asked])
+    assert len(caught.value.problems) == 2
+    for output, said in ((tmp_path, "exists"), (tmp_path / "a.txt", "exists"), (models[0] / "page.html", "be made")):
+        with pytest.raises(UserError, match=said):
+            main(["compare", str(models[0]), *asked, "--output", str(output)])
+    with pytest.raises(UserError, match="is a folder"):
+        main(["compare", str(models[0]), *asked, "--output", str(tmp_path), "--overwrite"])
+    assert (tmp_path / "a.txt").read_text() == "no model"
+
+
+def test_a_checkpoint_of_nan_has_a_column_that_says_so(models, tmp_path: Path) -> None:
+    tensors = load_file(models[0])
+    tensors["model.diffusion_model.out.2.bias"][0] = torch.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    page = tmp_path / "page.html"
+    models = [str(tmp_path / "nan.safetensors"), str(models[1])]
+    assert main(["compare", *models, "--prompt", "a", "--seed", "1", "--output", str(page), *SMALL]) == 0
+    text = page.read_text()
+    assert text.count("not a number") == 1 and text.count("base64,") == 1

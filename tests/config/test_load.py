@@ -1,0 +1,287 @@
+"""Config file and command line: the reference's cases, all mistakes at once, and what is printed loads again."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sdxl_finetune.config import Config, load_config, to_toml
+from sdxl_finetune.config.fields import kinds
+from sdxl_finetune.config.reading import read_file, tomllib
+from sdxl_finetune.errors import UserError
+
+STYLE = Path(__file__).parents[2] / "configs" / "style.toml"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with everything that a config has to name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for name in ("images/a.png", "model.safetensors", "prompts.txt"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+NEEDED = {
+    "pretrained_model_name_or_path": "model.safetensors",
+    "train_data_dir": "images",
+    "resolution": "1024",
+    "output_dir": "out",
+}
+TYPED = [word for name, value in NEEDED.items() for word in (f"--{name}", value)]
+
+
+def load(*arguments: str) -> Config:
+    config = load_config([*TYPED, *arguments], program="sdxl-train")
+    assert config is not None
+    return config
+
+
+def printed(arguments: list[str], capsys) -> dict[str, object]:
+    assert load_config([*arguments, "--print_config"], program="sdxl-train") is None
+    tables = tomllib.loads(capsys.readouterr().out)
+    return {name: value for table in tables.values() for name, value in table.items()}
+
+
+def problems(*arguments: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load(*arguments)
+    return [str(problem) for problem in caught.value.problems]
+
+
+# What the reference's own cases come to here, by the text of the file, where it is not the same.
+REFUSED = {
+    "[b]\nlearnign_rate=1e-4\nfoo='bar'\n": ["learnign_rate", "foo"],
+    "[b]\nlearning_rate='1e-4'\nmax_token_length=255\nmixed_precision='weird'\n"
+    "optimizer_args='weight_decay=0.1'\nlr_warmup_steps='0.1'\n": [
+        "learning_rate",
+        "mixed_precision",
+        "optimizer_args",
+    ],
+    "[b]\nresolution=1024\n[b.c]\nseed=3\n": ["c"],
+    "[[x]]\nseed=3\n": ["x"],
+    "[a]\nlr_warmup_steps=0.1\nmax_grad_norm=0\nlr_warmup_steps2=1\n": ["lr_warmup_steps2"],
+    "bad = = 1": [None],
+}
+
+
+def test_config_files_of_the_reference(golden, folder, capsys, caplog):
+    seen = 0
+    for case in golden("config.json")["config_file"]["cases"]:
+        text, arguments = case["toml"], case["argv"]
+        if "--output_config" in arguments or text is None or "--config_fil" in arguments:
+            continue
+        (folder / case["file_name"]).write_text(text, encoding="utf-8")
+        seen += 1
+        if text in REFUSED:
+            with pytest.raises(UserError) as caught:
+                printed(arguments, capsys)
+            assert [problem.key for problem in caught.value.problems] == REFUSED[text]
+        elif case["file_name"] == "c.TOML":  # not found by the reference; found here
+            assert printed(arguments, capsys)["seed"] == 1
+        else:
+            values = printed(arguments, capsys)
+            expected = {name: value for name, value in case["changed_from_defaults"].items() if name != "config_file"}
+            if "resolution" in expected:
+                expected["resolution"] = "1024,1024"
+            if "optimizer_args" in expected:  # printed as Python writes them
+                expected["optimizer_args"] = ["weight_decay=0.1", "betas=(0.9, 0.99)"]
+            assert {name: values[name] for name in expected} == expected, text
+        (folder / case["file_name"]).unlink()
+    assert seen > 15
+
+
+def test_output_config_writes_what_was_typed(golden, folder):
+    case = next(c for c in golden("config.json")["config_file"]["cases"] if "written" in c)
+    arguments = case["argv"]
+    assert load_config(arguments, program="sdxl-train") is None
+    written = (folder / "o.toml").read_text()
+    assert tomllib.loads(written) == {
+        "data": {"dataset_config": "d.toml"},
+        "optimizer": {"learning_rate": 1e-4},
+    }  # no secrets
+    with pytest.raises(UserError, match="exists"):
+        load_config(arguments, program="sdxl-train")
+    with pytest.raises(UserError, match="needs --config"):
+        load_config(["--output_config"], program="sdxl-train")
+
+
+def test_typed_options_win(folder):
+    (folder / "c.toml").write_text("seed = 1\nxformers = true\nlearning_rate = 5e-5\nmin_snr_gamma = 5\n")
+    config = load("--config", "c", "--seed", "7", "--no-xformers", "--learning_rate", "2e-06", "--min_snr_gamma", "")
+    assert (config.seed, config.xformers, config.learning_rate, config.min_snr_gamma) == (7, False, 2e-6, None)
+
+
+def test_typed_values_have_types(folder):
+    config = load(
+        *("--optimizer_args", "betas=0.9,0.99", "weight_decay=0.1", "--lr_scheduler", "cosine"),
+        *("--lr_warmup_steps", "10%", "--max_token_length", "150", "--noise_offset", "1", "--cache_latents"),
+    )
+    assert config.optimizer_args == {"betas": (0.9, 0.99), "weight_decay": 0.1}
+    assert (config.lr_warmup_steps, config.max_token_length, config.noise_offset) == (0.1, 150, 1.0)
+    assert config.cache_latents and config.train_data_dir == Path("images")
+
+
+def test_all_mistakes_at_once(folder):
+    (folder / "c.toml").write_text(
+        "# a comment\n[train]\nlearnign_rate = 1e-4\nseed = 'x'\nxformers = 'true'\n"
+        "[more]\nfull_bf16 = true\noutput_name = 3\nvae = 'none.safetensors'\nnetwork_module = 'networks.lora'\n"
+    )
+    here = Path.cwd()
+    assert problems("--config", "c.toml", "--clip_skpi", "2", "--keep_tokens", "two", "--full_fp16") == [
+        "c.toml:3: learnign_rate = 0.0001: unknown option; did you mean learning_rate?",
+        "c.toml:10: network_module = 'networks.lora': this is a LoRA config, and this program trains the whole model",
+        "command line: full_fp16 = True: not supported yet; use mixed_precision fp16, or full_bf16",
+        "command line: clip_skpi = 2: unknown option; --help lists all",
+        "c.toml:4: seed = 'x': must be a whole number of at least 0, without quotes",
+        "c.toml:5: xformers = 'true': must be true or false, without quotes",
+        "c.toml:8: output_name = 3: must be text, in quotes",
+        "command line: keep_tokens = 'two': must be a whole number of at least 0",
+        'c.toml:7: full_bf16 = True: needs mixed_precision = "bf16"',
+        f"c.toml:9: vae = 'none.safetensors': no such file or folder (nothing is downloaded; the working directory"
+        f" is {here})",
+    ]
+
+
+def test_a_refused_value_gives_no_second_mistake(folder):
+    assert len(problems("--mixed_precision", "weird", "--full_bf16")) == 1
+    assert len(problems("--resolution", "abc", "--enable_bucket")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a = 1\nbad = = 1\n", "c.toml:2:7: not valid TOML: Invalid value"),
+        ("seed = 1\nseed = 2\n", "c.toml:2:9: not valid TOML: Cannot overwrite a value"),
+        (b"seed = '\xff'", "c.toml: not a UTF-8 text file"),
+        (None, "c.toml: cannot be read: No such file or directory"),
+    ],
+)
+def test_files_that_cannot_be_read(folder, text, message):
+    if text is not None:
+        (folder / "c.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert problems("--config", "c") == [message]
+
+
+def test_words_that_are_no_options(folder):
+    assert problems("style.toml") == ["command line: style.toml: unknown option; did you mean --config style.toml?"]
+    assert problems("--xformers", "true") == ["command line: true: unknown option; --help lists all"]
+    assert problems("--max-train-steps=3") == [
+        "command line: max-train-steps = 3: unknown option; did you mean max_train_steps?"
+    ]
+    assert problems("--config_fil", "c")[0].startswith("command line: config_fil = 'c': unknown option")
+    assert "--seed: expected one argument" in problems("--seed")[0]
+
+
+def test_byte_order_mark_and_windows_line_ends(folder):
+    (folder / "c.toml").write_bytes(b"\xef\xbb\xbf[a]\r\nseed = 3\r\n")
+    given, _, _ = read_file("c")
+    assert (given["seed"].value, given["seed"].place) == (3, "c.toml:2")
+
+
+def test_foreign_options(folder, caplog):
+    (folder / "c.toml").write_text(
+        "sdxl = true\nepoch = 3\nno_token_padding = false\nlowram = false\nno_half_vae = true\nclip_skip = 1\n"
+        'dynamo_backend = "no"\noptimizer = "Lion"\nmax_token_length = 255\nreg_data_dir = ""\nv2 = false\n'
+        'huggingface_token = "secret"\n'
+    )
+    config = load("--config", "c")
+    assert config.optimizer_type == "Lion" and config.max_token_length == 225
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[2].split(" =")[0].strip() for line in said] == [
+        "sdxl",
+        "epoch",
+        "no_token_padding",
+        "no_half_vae",
+        "optimizer",
+        "huggingface_token",
+        "max_token_length",
+    ]
+    assert "secret" not in caplog.text and "is read as 225" in said[-1]
+
+
+def test_a_key_given_twice_is_said(folder, caplog):
+    (folder / "c.toml").write_text("seed = 9\nkeep_tokens = 1\n[b]\nseed = 2\nkeep_tokens = 1\n")
+    assert load("--config", "c").seed == 2
+    assert [record.getMessage() for record in caplog.records] == ["c.toml:4: seed = 2: wins over the value at c.toml:1"]
+
+
+def test_style_loads_with_the_warnings_expected(folder, caplog):
+    for name in ("base.safetensors", "prompts.txt"):
+        (folder / name).touch()
+    caplog.set_level(logging.WARNING)
+    config = load_config(["--config", str(STYLE), "--output_dir", "out"], program="sdxl-train")
+    assert config is not None
+    assert config.resolution == (1024, 1024) and config.multires_noise_iterations == 8
+    assert (config.learning_rate, config.learning_rate_te1, config.max_token_length) == (3e-5, 1e-6, 225)
+    said = [record.getMessage().split(" =")[0].split(": ")[-1] for record in caplog.records]
+    assert said == ["no_token_padding", "persistent_data_loader_workers", "max_token_length"]
+
+
+def test_help_and_version(capsys):
+    for order in ("--help", "--version"):
+        with pytest.raises(SystemExit) as ended:
+            load_config([order], program="sdxl-train")
+        assert not ended.value.code
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in Config.model_fields)
+    assert "--network_module" not in text
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom sdxl_finetune.config import load_config\n"
+        "try: load_config(['--help'], program='x')\nexcept SystemExit: pass\n"
+        "print({'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
+def _values() -> dict[str, st.SearchStrategy]:
+    """A strategy for each option, from its type."""
+    text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+    finite = st.floats(allow_nan=False, allow_infinity=False)
+    argument = st.none() | st.booleans() | st.integers() | finite | text
+    arguments = st.dictionaries(st.sampled_from("abc"), argument | st.tuples(argument, argument))
+    strategies = {
+        "resolution": st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
+        "lr_warmup_steps": st.integers(0, 10**6) | st.floats(0, 1),
+        "lr_decay_steps": st.integers(0, 10**6) | st.floats(0, 1),
+        "block_lr": st.lists(st.floats(0, 1), min_size=23, max_size=23),
+        "lr_scheduler": st.sampled_from(["constant", "cosine", "adafactor:3e-05"]),
+        "optimizer_args": arguments,
+        "lr_scheduler_args": arguments,
+    }
+    for name in set(Config.model_fields) - set(strategies) - {"wandb_api_key"}:
+        field = Config.model_fields[name]
+        (kind,) = kinds(field)
+        limits = {type(note).__name__: note for note in field.metadata}
+        least = getattr(limits.get("Ge"), "ge", getattr(limits.get("Gt"), "gt", None))
+        most = getattr(limits.get("Le"), "le", None)
+        if get_origin(kind) is Literal:
+            strategies[name] = st.sampled_from(get_args(kind))
+        elif kind is float:
+            bounds = {"min_value": least, "max_value": most, "exclude_min": "Gt" in limits}
+            strategies[name] = st.floats(**bounds, allow_nan=False, allow_infinity=False)
+        else:
+            strategies[name] = {bool: st.booleans(), int: st.integers(least, most)}.get(kind, text)
+    return strategies
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.fixed_dictionaries({}, optional=_values()))
+def test_what_is_printed_loads_again(tmp_path_factory, values):
+    config = Config(**values)
+    path = tmp_path_factory.getbasetemp() / "printed.toml"
+    for changed_only in (False, True):
+        path.write_text(to_toml(config, changed_only=changed_only), encoding="utf-8", newline="")
+        given_again, problems, _ = read_file(str(path))
+        assert not problems
+        assert Config(**{name: one.value for name, one in given_again.items()}) == config

@@ -1,0 +1,145 @@
+"""Checks over several options: what the reference refuses is refused, and what it takes is taken."""
+
+import importlib.util
+
+import pytest
+
+from sdxl_finetune.config import Config, load_config
+from sdxl_finetune.config.rules import find_problems, find_remarks
+from sdxl_finetune.errors import UserError
+
+# Taken by the reference and refused here: not supported yet, and three that it should have refused.
+NOT_YET = (
+    "cache_text_encoder_outputs",
+    "cache_text_encoder_outputs_to_disk",
+    "full_fp16",
+    "masked_loss",
+)
+OURS = (["--zero_terminal_snr"], ["--adaptive_noise_scale", "0.1", "--noise_offset", "0.05"])
+
+
+def test_refusals_of_the_reference(golden, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "1_x").mkdir(parents=True)
+    (tmp_path / "data" / "1_x" / "a.png").touch()
+    (tmp_path / "model.safetensors").touch()
+    refusals = golden("config.json")["refusals"]
+    base = refusals["base_cli"]
+    base = [*base[: base.index("--train_data_dir")], "--train_data_dir", "data", "--output_name", "m"]
+    base += ["--pretrained_model_name_or_path", "model.safetensors", "--output_dir", "out"]
+    runs = [run for run in refusals["runs"] if "result" not in run]
+    assert len(runs) > 50
+    for run in runs:
+        if "wandb" in run["cli"] and importlib.util.find_spec("wandb"):
+            continue
+        arguments = [*base, *run["cli"]]
+        yet = any(word.removeprefix("--") in NOT_YET for word in run["cli"])
+        if run["reached_model_loading"] and run["cli"] not in OURS and not yet:
+            assert load_config(arguments, program="sdxl-train") is not None, run["cli"]
+        else:
+            with pytest.raises(UserError) as caught:
+                load_config(arguments, program="sdxl-train")
+            options = {word.removeprefix("--") for word in run["cli"]} | {"min_bucket_reso"}
+            assert {problem.key for problem in caught.value.problems} <= options
+
+
+def found(**values) -> list[str]:
+    return [names.split()[0] for names, _ in find_problems(Config(**values))]
+
+
+NEEDED = ["pretrained_model_name_or_path", "train_data_dir", "resolution", "output_dir"]
+
+
+def test_what_is_needed():
+    assert found() == NEEDED
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ({"min_timestep": 500, "max_timestep": 500}, "min_timestep"),
+        ({"max_timestep": 1, "min_timestep": 1}, "min_timestep"),
+        ({"min_timestep": 999}, None),
+        ({"use_8bit_adam": True, "use_lion_optimizer": True}, "use_8bit_adam"),
+        ({"use_8bit_adam": True, "optimizer_type": "AdamW"}, "use_8bit_adam"),
+        ({"use_lion_optimizer": True, "optimizer_type": "AdamW"}, "use_lion_optimizer"),
+        ({"lr_warmup_steps": 10}, "lr_warmup_steps"),
+        ({"lr_warmup_steps": 0.1, "lr_scheduler": "constant_with_warmup"}, None),
+        ({"lr_warmup_steps": 0.1, "lr_scheduler": "cosine", "lr_scheduler_type": "StepLR"}, "lr_warmup_steps"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, "lr_scheduler"),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.0}, None),
+        ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler"),
+        ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ["step_rules='1:5,0.1'"]}, None),
+        ({"lr_scheduler": "adafactor:3e-05"}, "lr_scheduler"),
+        ({"lr_scheduler": "adafactor:3e-05", "optimizer_type": "AdaFactor"}, None),
+        ({"output_name": "a/b"}, "output_name"),
+        ({"output_name": "a\\b"}, "output_name"),
+        ({"cache_latents_to_disk": True, "random_crop": True}, "random_crop"),
+        ({"adaptive_noise_scale": 0.0}, None),
+        ({"adaptive_noise_scale": 0.1, "noise_offset": 0.1, "cache_latents": True}, None),
+        ({"log_with": "all", "logging_dir": ""}, "log_with"),
+    ],
+)
+def test_combinations(values, wrong):
+    (*others,) = [name for name in found(**values) if name not in NEEDED]
+    assert (wrong in others) if wrong else not others
+
+
+def test_rates_of_the_schedules_that_the_reference_refuses(golden):
+    """Warm-up with a constant rate or a scheduler class, and schedules that lack an argument."""
+    for case in golden("lr.json.gz")["cases"]:
+        arguments = dict(zip(case["cli"][::2], case["cli"][1::2], strict=False))
+        if "--lr_scheduler_args" in arguments or case["lr_scheduler"] in (
+            "nonsense",
+            "adafactor",
+            "reduce_lr_on_plateau",
+            "cosine_warmup_with_min_lr",
+        ):
+            continue
+        values = {"lr_scheduler": case["lr_scheduler"]}
+        for name, key in (("--lr_warmup_steps", str), ("--lr_scheduler_min_lr_ratio", float)):
+            if name in arguments:
+                values[name.removeprefix("--")] = key(arguments[name])
+        if case["lr_scheduler"].startswith("adafactor") and not case.get("raised"):
+            values["optimizer_type"] = "Adafactor"
+        others = set(found(**values)) - set(NEEDED)
+        assert bool(others) == bool(case.get("raised")), case
+
+
+def test_files_and_folders(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    wrong = {
+        "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
+        "vae": "none.safetensors",
+        "sample_prompts": "none.txt",
+        "log_tracker_config": "none.toml",
+        "metadata_thumbnail": "none.png",
+        "train_data_dir": str(tmp_path / "empty"),
+        "output_dir": str(tmp_path / "file" / "out"),
+        "logging_dir": str(tmp_path / "file"),
+    }
+    assert set(found(**wrong, resolution=64)) == set(wrong)
+    assert "metadata_thumbnail" not in found(metadata_thumbnail="data:image/png;base64,AAAA")
+    assert "output_dir" not in found(output_dir=str(tmp_path / "new" / "folder"))
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [
+        ({"max_train_epochs": 2, "max_train_steps": 100}, "max_train_steps"),
+        ({"max_train_epochs": 2}, None),
+        ({"sample_every_n_epochs": 1}, "sample_every_n_epochs"),
+        ({"sample_at_first": True}, "sample_at_first"),
+        ({"sample_every_n_epochs": 1, "sample_every_n_steps": 5, "sample_prompts": "p"}, "sample_every_n_steps"),
+        ({"learning_rate_te2": 1e-6}, "learning_rate_te2"),
+        ({"learning_rate_te2": 1e-6, "train_text_encoder": True}, None),
+        ({"enable_bucket": True, "min_bucket_reso": 100}, "min_bucket_reso"),
+        ({"enable_bucket": True, "max_bucket_reso": 1000}, "max_bucket_reso"),
+        ({"dataset_config": "d.toml", "in_json": "m.json"}, "in_json"),
+        ({"in_json": "m.json", "reg_data_dir": "r"}, "reg_data_dir"),
+        ({}, None),
+    ],
+)
+def test_remarks(values, option):
+    assert [name for name, _ in find_remarks(Config(**values))] == ([option] if option else [])

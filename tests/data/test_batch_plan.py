@@ -1,0 +1,111 @@
+"""Every image exactly num_repeats times an epoch, one shape a batch, windows that stay within their epoch."""
+
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdxl_finetune.data.batch_plan import Plan, build_plan
+from sdxl_finetune.data.index import build_index
+
+AREAS = [64 * 64, 96 * 32, 32 * 96, 128 * 128]
+
+
+def build(bucket: list[int], repeats: list[int], batch_sizes: list[int], **options: int) -> Plan:
+    return Plan(
+        bucket=np.array(bucket, np.int32),
+        repeats=np.array(repeats, np.int32),
+        batch_sizes=np.array(batch_sizes),
+        areas=np.array(AREAS[: len(batch_sizes)]),
+        **{"accumulation": 1, "seed": 1, **options},
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    rows = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
+    bucket, repeats = zip(*rows, (0, 1), strict=True)
+    batch_sizes = draw(st.lists(st.integers(1, 5), min_size=4, max_size=4))
+    options = {"accumulation": draw(st.integers(1, 4)), "seed": draw(st.integers(0, 9))}
+    return build(list(bucket), list(repeats), batch_sizes, **options)
+
+
+@settings(deadline=None)
+@given(plans())
+def test_every_image_as_often_as_it_repeats(plan: Plan) -> None:
+    micro_batches = list(plan.micro_batches(0, 3 * plan.steps_per_epoch))
+    for epoch in range(3):
+        mine = [micro for micro in micro_batches if micro.position.epoch == epoch]
+        counts = Counter(np.concatenate([micro.items for micro in mine]).tolist())
+        assert counts == {row: n for row, n in enumerate(plan.repeats.tolist()) if n}
+        assert len(mine) == plan.batches_per_epoch
+        assert len({micro.position.step for micro in mine}) == plan.steps_per_epoch
+    for micro in micro_batches:
+        assert len(set(plan.bucket[micro.items])) == 1
+        assert 1 <= len(micro.items) <= plan.batch_sizes[plan.bucket[micro.items[0]]]
+
+
+@settings(deadline=None)
+@given(plans())
+def test_windows(plan: Plan) -> None:
+    """Micro-batches 0 to micros - 1 of each step; only the last window of an epoch is short."""
+    steps = plan.steps_per_epoch
+    windows: dict[int, list] = {}
+    for micro in plan.micro_batches(0, 2 * steps):
+        windows.setdefault(micro.position.step, []).append(micro.position)
+    assert list(windows) == list(range(2 * steps))
+    for step, positions in windows.items():
+        assert [position.micro for position in positions] == list(range(len(positions)))
+        assert {position.micros for position in positions} == {len(positions)}
+        assert {position.epoch for position in positions} == {step // steps}
+        assert positions[-1].last_micro
+        assert len(positions) == plan.accumulation or step % steps == steps - 1
+
+
+@settings(deadline=None)
+@given(plans(), st.data())
+def test_any_step_can_be_gone_to(plan: Plan, data: st.DataObject) -> None:
+    """The plan is pure: a run that resumes at a step sees what the whole run saw from there."""
+    last = 3 * plan.steps_per_epoch
+    first = data.draw(st.integers(0, last))
+    whole = [micro for micro in plan.micro_batches(0, last) if micro.position.step >= first]
+    resumed = list(plan.micro_batches(first, last))
+    assert [micro.position for micro in resumed] == [micro.position for micro in whole]
+    assert all((a.items == b.items).all() for a, b in zip(resumed, whole, strict=True))
+    assert list(plan.micro_batches(last, last)) == []
+
+
+@settings(deadline=None)
+@given(plans())
+def test_the_largest_batch_is_first(plan: Plan) -> None:
+    pixels = [plan.areas[plan.bucket[micro.items]].sum() for micro in plan.micro_batches(0, plan.steps_per_epoch)]
+    assert pixels[0] == max(pixels)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    plans = [build([0] * 40, [1] * 40, [4], seed=seed) for seed in (1, 2)]
+    orders = [plan.epoch(epoch).rows.tolist() for plan in plans for epoch in (0, 1, 2)]
+    assert len({tuple(order) for order in orders}) == 6
+
+
+def test_ranks_share_a_global_batch(tmp_path: Path, subset, dataset, write_images) -> None:
+    """Two ranks of batch 2 do what one of batch 4 does; each dataset keeps its own batch size and buckets."""
+    write_images(tmp_path / "a", {f"{number}.png": (64, 64) for number in range(9)})
+    plans = []
+    for batch_size, ranks in ((4, 1), (2, 2)):
+        first = dataset(subset(tmp_path / "a"), batch_size=batch_size)
+        second = dataset(subset(tmp_path / "a"), batch_size=2, resolution=(96, 96))
+        index = build_index([first, second], tmp_path / "cache", on_bad_image="stop")
+        plans.append(build_plan(index, ranks=ranks, accumulation=1, seed=3))
+    assert [plan.batch_sizes.tolist() for plan in plans] == [[4, 2], [4, 4]]
+    assert [plan.areas.tolist() for plan in plans] == [[64 * 64, 96 * 96]] * 2
+    first, second = (plan.epoch(1).rows for plan in plans)
+    assert (first == second).all()
+
+
+def test_micro_batches_are_small() -> None:
+    micro = next(build([0] * 1000, [1] * 1000, [8]).micro_batches(0, 5))
+    assert len(pickle.dumps(micro)) < 1000

@@ -1,0 +1,254 @@
+"""Batches are functions of the position: any rank, any worker, any number of them gives the same images."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from sdxl_finetune.batch import Batch, Position, to_images
+from sdxl_finetune.data.batch_plan import MicroBatch, Plan, build_plan
+from sdxl_finetune.data.images import load_image, resize_and_crop
+from sdxl_finetune.data.index import Index, build_index
+from sdxl_finetune.data.loader import TrainingDataset, load_batches
+from sdxl_finetune.data.tokens import Tokenizer
+from sdxl_finetune.diffusion.draws import Draws
+from sdxl_finetune.errors import UserError
+from sdxl_finetune.seeding import position_rng
+
+SIZES = {"a.png": (64, 64), "b.jpg": (200, 180), "c.png": (70, 64), "d.webp": (64, 90), "e.png": (90, 70)}
+
+
+def draw(position: Position, shape: tuple[int, ...], latents: Tensor | None) -> Draws:
+    rngs = [position_rng(1, "noise", position.step, position.micro, slot) for slot in range(shape[0])]
+    noise = torch.tensor(np.stack([rng.standard_normal(shape[1:], np.float32) for rng in rngs]))
+    timesteps = torch.tensor([int(rng.integers(1000)) for rng in rngs])
+    return Draws(noise=noise, input_noise=0 * noise if latents is None else latents, timesteps=timesteps)
+
+
+@pytest.fixture
+def index(tmp_path: Path, subset, dataset, write_images) -> Index:
+    for folder in ("1", "2"):
+        write_images(tmp_path / folder, SIZES)
+        for name in SIZES:
+            (tmp_path / folder / name).with_suffix(".txt").write_text(f"{name}, cat, dog, bird, tree")
+    options = {"caption_extension": ".txt", "shuffle_caption": True, "flip_aug": True}
+    subsets = subset(tmp_path / "1", num_repeats=3, **options), subset(tmp_path / "2", random_crop=True, **options)
+    datasets = [dataset(*subsets, bucket_reso_steps=64, min_bucket_reso=64)]
+    return build_index(datasets, tmp_path / "cache", on_bad_image="stop")
+
+
+def build(index: Index, **options: object) -> TrainingDataset:
+    defaults = {"latents": None, "draw": draw, "seed": 5, "max_steps": 100}
+    return TrainingDataset(index=index, tokenize=Tokenizer(max_token_length=None), **{**defaults, **options})
+
+
+def plan(index: Index, **options: int) -> Plan:
+    return build_plan(index, **{"ranks": 1, "accumulation": 2, "seed": 5, **options})
+
+
+def rows(batches: Iterable[Batch], name: str) -> Tensor:
+    return torch.cat([getattr(batch, name) for batch in batches if batch.weights.any()])
+
+
+def same(left: Batch, right: Batch) -> bool:
+    pairs = [(getattr(left, field.name), getattr(right, field.name)) for field in fields(Batch)]
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_ranks_share_a_micro_batch(index: Index, ranks: int) -> None:
+    """Together the ranks hold what one would; the weights of a window add up to the number of ranks."""
+    micro_batches = list(plan(index).micro_batches(0, 6))
+    totals: dict[int, float] = {}
+    for micro in micro_batches:
+        alone = build(index)[micro].batch
+        parts = [build(index, rank=rank, ranks=ranks)[micro].batch for rank in range(ranks)]
+        for name in ("images", "noise", "encoding_noise", "timesteps", "tokens1", "tokens2", "original_size"):
+            assert torch.equal(rows(parts, name), getattr(alone, name))
+        assert torch.equal(rows(parts, "crop_top_left"), alone.crop_top_left)
+        assert torch.allclose(rows(parts, "weights"), alone.weights * ranks)
+        sizes = [int((part.weights > 0).sum()) for part in parts]
+        assert sum(sizes) == len(micro.items) == alone.images_in_step and max(sizes) - min(sizes) <= 1
+        assert all(len(part.weights) == max(size, 1) for part, size in zip(parts, sizes, strict=True))
+        assert len({part.images.shape[1:] for part in parts}) == 1
+        total = sum(float(part.weights.sum()) for part in parts)
+        totals[micro.position.step] = totals.get(micro.position.step, 0.0) + total
+    assert all(abs(total - ranks) < 1e-6 for total in totals.values())
+
+
+def test_the_model_is_told_the_truth(index: Index) -> None:
+    """The image is what stands at crop_top_left of the resized image, mirrored first if the image is."""
+    seen = set()
+    for micro in plan(index).micro_batches(0, 12):
+        batch = build(index)[micro].batch
+        for slot, row in enumerate(micro.items.tolist()):
+            entry = index[row]
+            bucket = (entry.bucket.width, entry.bucket.height)
+            whole = resize_and_crop(load_image(entry.path, entry.resized), entry.resized, (0, 0), entry.resized)
+            top, left = batch.crop_top_left[slot].tolist()
+            both = (whole, whole[:, ::-1])
+            views = [picture[top : top + bucket[1], left : left + bucket[0]] for picture in both]
+            image = ((batch.images[slot].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+            matches = [np.array_equal(image, view) for view in views]
+            assert any(matches)
+            seen.add((entry.path.parent.name, entry.path.name, matches[0], left, top))
+            assert batch.original_size[slot].tolist() == [entry.size[1], entry.size[0]]
+            assert batch.target_size[slot].tolist() == [bucket[1], bucket[0]]
+    assert {straight for _, _, straight, _, _ in seen} == {True, False}
+    centred = {(left, top) for folder, name, _, left, top in seen if (folder, name) == ("1", "c.png")}
+    anywhere = {(left, top) for folder, name, _, left, top in seen if (folder, name) == ("2", "e.png")}
+    assert centred == {(3, 0)} and len(anywhere) > 1
+
+
+def test_captions_and_positions_vary(index: Index) -> None:
+    micro = next(plan(index).micro_batches(0, 1))
+    later = MicroBatch(Position(epoch=1, step=7, micro=0, micros=2), micro.items)
+    first, again, other = (build(index)[each].batch for each in (micro, micro, later))
+    assert same(first, again)
+    assert not torch.equal(first.tokens1, other.tokens1) and not torch.equal(first.noise, other.noise)
+    assert not same(first, build(index, seed=6)[micro].batch)
+
+
+def test_color_augmentation_reaches_the_images(index: Index, subset, dataset, tmp_path: Path) -> None:
+    built = dataset(subset(tmp_path / "1", color_aug=True), bucket_reso_steps=64, min_bucket_reso=64)
+    colored = build_index([built], tmp_path / "cache", on_bad_image="stop")
+    changed = 0
+    for step in range(20):
+        micro = MicroBatch(Position(epoch=0, step=step, micro=0, micros=1), np.zeros(1, np.int32))
+        image = build(colored)[micro].batch.images
+        pixels = torch.from_numpy(colored[0].load((0, 0)).copy()).permute(2, 0, 1)
+        changed += not torch.allclose(image[0], pixels / 127.5 - 1, atol=1e-6)
+    assert 1 <= changed <= 14
+
+
+def encode(pixels: Tensor, noise: Tensor):
+    means = torch.nn.functional.avg_pool2d(to_images(pixels), 8)
+    latents = (torch.cat([means, means.mean(1, keepdim=True)], 1) + 0.1 * noise).half()
+    return lambda: latents
+
+
+@pytest.fixture
+def cached(index: Index, cache_latents) -> TrainingDataset:
+    return build(index, latents=cache_latents(index, encode)[0], all_latents=True)
+
+
+def test_cached_latents(index: Index, cached: TrainingDataset) -> None:
+    mirrored = 0
+    for micro in plan(index).micro_batches(0, 6):
+        batch = cached[micro].batch
+        assert batch.images is None and batch.latents.dtype == torch.float32
+        assert torch.equal(batch.input_noise, batch.latents), "draw was given the latents"
+        for slot, row in enumerate(micro.items.tolist()):
+            stored = [cached.latents.read([row], [flip])[0] for flip in (False, True)]
+            match = [np.array_equal(batch.latents[slot].numpy(), latent) for latent in stored]
+            assert sum(match) == 1
+            mirrored += match[1]
+        shared = [build(index, latents=cached.latents, rank=rank, ranks=2)[micro].batch for rank in (0, 1)]
+        assert torch.equal(rows(shared, "latents"), batch.latents)
+    assert mirrored > 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_latent_ends_the_run_with_its_own_message(
+    index: Index, cache_latents, tmp_path: Path, workers: int
+) -> None:
+    store, _, shards = cache_latents(index, encode, folder=tmp_path / "disk")
+    for shard in shards:
+        with shard.path.open("r+b") as file:
+            file.seek(shard.start)
+            file.write(bytes(200))
+    settings = {"workers": workers, "pin_memory": False, "on_bad_image": "skip"}
+    with pytest.raises(UserError, match=r"^[^\n]*the latent of .* is damaged[^\n]*start again[^\n]*$"):
+        list(load_batches(build(index, latents=store), plan(index).micro_batches(0, 20), **settings))
+
+
+@pytest.fixture
+def loaded(index: Index) -> Callable[..., list[Batch]]:
+    def load(data: TrainingDataset, steps: int, **options: object) -> list[Batch]:
+        defaults = {"workers": 0, "pin_memory": False, "on_bad_image": "stop"}
+        return list(load_batches(data, plan(index).micro_batches(0, steps), **{**defaults, **options}))
+
+    return load
+
+
+def test_workers_give_the_same_batches_in_order(index: Index, cached: TrainingDataset, loaded) -> None:
+    """Over two epochs, with latents from shared memory; SIGTERM and SIGINT to the workers change nothing."""
+    steps = 2 * plan(index).steps_per_epoch
+    before = torch.random.get_rng_state()
+    expected = loaded(cached, steps)
+    batches = load_batches(
+        cached, plan(index).micro_batches(0, steps), workers=2, pin_memory=False, on_bad_image="stop"
+    )
+    found = [next(batches)]
+    workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    found += list(batches)
+    assert len(workers) >= 2 and len(found) == len(expected)
+    assert all(same(left, right) for left, right in zip(found, expected, strict=True))
+    assert {batch.position.epoch for batch in found} == {0, 1}
+    assert torch.equal(before, torch.random.get_rng_state()), "the main process's random numbers are its own"
+
+
+def test_a_bad_image_stops_the_run(index: Index, loaded) -> None:
+    """One clear line from a worker, no traceback."""
+    broken = index[3].path
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(UserError) as caught:
+        loaded(build(index), 20, workers=1)
+    (problem,) = caught.value.problems
+    assert problem.file == str(broken) and "\n" not in str(problem) and "Traceback" not in str(problem)
+
+
+def test_a_bad_image_is_skipped(index: Index, loaded, caplog) -> None:
+    broken = index[3].path
+    broken.write_bytes(broken.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        batches = loaded(build(index), 2 * plan(index).steps_per_epoch, on_bad_image="skip")
+    assert [str(broken) in record.message for record in caplog.records] == [True]
+    zero = sum(int((batch.weights == 0).sum()) for batch in batches)
+    assert zero == 2 * index.repeats[3]
+    assert all(torch.isfinite(batch.images).all() for batch in batches)
+
+
+ABANDON = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tests.data import test_loader
+from sdxl_finetune.data.index import build_index
+from sdxl_finetune.config import Dataset, Subset
+if __name__ == "__main__":
+    folder = Subset(image_dir=Path(sys.argv[2]), num_repeats=9, class_tokens=None)
+    data = Dataset(resolution=(64, 64), batch_size=1, subsets=(folder,))
+    index = build_index([data], Path(sys.argv[3]), on_bad_image="stop")
+    batches = test_loader.load_batches(
+        test_loader.build(index), test_loader.plan(index).micro_batches(0, 50),
+        workers=1, pin_memory=False, on_bad_image="stop",
+    )
+    next(batches)
+    raise SystemExit(7)
+"""
+
+
+def test_an_abandoned_loader_does_not_hold_up_the_exit(tmp_path: Path, write_images) -> None:
+    """Workers that ignore SIGTERM must be ended in another way when the process exits without closing."""
+    write_images(tmp_path / "a", {f"{number}.png": (64, 64) for number in range(5)})
+    (tmp_path / "abandon.py").write_text(ABANDON)
+    arguments = [tmp_path / "abandon.py", Path(__file__).parents[2], tmp_path / "a", tmp_path / "cache"]
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7, done.stderr
+    assert time.monotonic() - started < 45

@@ -1,0 +1,144 @@
+"""Compiled blocks predict and learn the same, for all shapes with the same few graphs, under their own names."""
+
+import copy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdxl_finetune.config import load_config
+from sdxl_finetune.errors import UserError
+from sdxl_finetune.model.attention import enable_gradient_checkpointing
+from sdxl_finetune.model.compilation import check_compiler, compile_blocks, compiler_failures
+from sdxl_finetune.model.initial import TINY, build_initial
+from sdxl_finetune.model.sdxl import SDXL, evaluating
+from sdxl_finetune.training.loop import train
+from sdxl_finetune.training.setup import build_run
+
+SHAPES = [(2, 8, 8), (2, 16, 8), (3, 8, 24), (2, 16, 16), (4, 24, 8), (2, 8, 32), (2, 12, 20), (3, 24, 12), (2, 20, 8)]
+"""Images, height and width of latents: more shapes than the graphs that torch makes before it gives up, which are 8."""
+WIDTHS = 2
+"""Of the transformer blocks of a tiny model, as of the full one."""
+CPU = torch.device("cpu")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's own modules, when they are imported
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo looks, and silences it
+    pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a compiler"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def tokens(images: int) -> Tensor:
+    ids = torch.full((images, 1, 77), 49407)
+    ids[:, :, 0] = 49406
+    return ids
+
+
+def learn(model: SDXL, shape: tuple[int, int, int], *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The prediction and the gradient of all weights."""
+    images, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(images, 4, height, width, generator=generator)
+    timesteps = torch.randint(0, 1000, (images,), generator=generator)
+    sizes = torch.zeros(images, 2, dtype=torch.int64)
+    model.zero_grad()
+    prediction = model(latents, timesteps, tokens(images), tokens(images), sizes, sizes, sizes)
+    prediction.square().mean().backward()
+    gradients = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
+    return prediction.detach(), torch.cat(gradients)
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def assert_the_same(plain: SDXL, compiled: SDXL, shapes: Sequence[tuple[int, int, int]]) -> None:
+    for seed, shape in enumerate(shapes):
+        for found, expected in zip(learn(compiled, shape, seed=seed), learn(plain, shape, seed=seed), strict=True):
+            assert (found - expected).norm() < 1e-5 * expected.norm(), shape
+
+
+def test_all_shapes_are_learned_from_alike_with_one_graph_a_width() -> None:
+    plain = build_initial(TINY, seed=0)[0].train()
+    names = list(plain.state_dict())
+    compiled = copy.deepcopy(plain)
+    enable_gradient_checkpointing(compiled)
+    compile_blocks(compiled, "aot_eager")
+    assert list(compiled.state_dict()) == names and [name for name, _ in compiled.named_parameters()] == names
+    assert_the_same(plain, compiled, SHAPES)
+    assert graphs() == WIDTHS
+    assert_the_same(plain, compiled, [(1, 8, 8), (1, 16, 8)])
+    assert graphs() == 2 * WIDTHS  # torch tells one image from several
+    with torch.no_grad(), evaluating(compiled):
+        for images in (1, 2):
+            sizes = torch.zeros(images, 2, dtype=torch.int64)
+            given = torch.zeros(images, 4, 8, 8), torch.full((images,), 7), tokens(images), tokens(images)
+            compiled(*given, sizes, sizes, sizes)
+    assert graphs() == 4 * WIDTHS and not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_inductor_learns_the_same() -> None:
+    check_compiler("inductor", CPU)
+    plain = build_initial(TINY, seed=0)[0].train()
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled, "inductor")
+    before = graphs()
+    assert_the_same(plain, compiled, SHAPES[:3])
+    assert graphs() == before + WIDTHS
+
+
+@pytest.mark.parametrize("exact", [[], ["--mixed_precision", "bf16", "--full_bf16", "--fused_backward_pass"]])
+def test_a_run_trains_and_saves_the_same(work: Path, exact: list[str]) -> None:
+    start, plain = load_file("base.safetensors"), saved("plain", *exact)
+    compiled = saved("compiled", *exact, "--torch_compile", "--dynamo_backend", "aot_eager")
+    assert graphs() > 0 and plain.keys() == compiled.keys()
+    change, error = (
+        torch.cat([(one[name].float() - other[name].float()).flatten() for name in start]).norm()
+        for one, other in ((plain, start), (compiled, plain))
+    )
+    assert error < (5e-2 if exact else 1e-4) * change
+
+
+def saved(out: str, *more: str) -> dict[str, Tensor]:
+    """The weights after two steps."""
+    assert train(configured(out, *more)) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return load_file(f"{out}/last.safetensors")
+
+
+def configured(out: str, *more: str):
+    given = ["--pretrained_model_name_or_path", "base.safetensors", "--train_data_dir", "images", "--output_dir", out]
+    given += ["--resolution", "64", "--train_batch_size", "2", "--max_train_steps", "2", "--cache_latents"]
+    given += ["--optimizer_type", "SGD", "--learning_rate", "1e-2", "--train_text_encoder", "--seed", "1"]
+    given += ["--max_data_loader_n_workers", "0", "--gradient_checkpointing", "--save_precision", "float"]
+    config = load_config([*given, *more], program="sdxl-train")
+    assert config is not None
+    return config
+
+
+def test_what_cannot_compile_is_said_in_one_line(work: Path) -> None:
+    """A backend that torch does not have, before the model is read; and a failure at a step, with its first line."""
+    with (
+        pytest.raises(UserError, match=r"^torch_compile = True: the backend tvm does not work here \(.+\): leave this"),
+        build_run(configured("out", "--torch_compile", "--dynamo_backend", "tvm")),
+    ):
+        pass
+    broken = torch.compile(torch.relu, backend="relu_compile_error_TESTING_ONLY")
+    with pytest.raises(UserError) as caught, compiler_failures("inductor"):
+        broken(torch.ones(2))
+    assert "\n" not in str(caught.value) and "ReluCompileError" in str(caught.value)
+    with pytest.raises(ValueError, match="ours"), compiler_failures("inductor"):
+        raise ValueError("ours")

@@ -1,0 +1,232 @@
+"""Previews: the reference's samplers on the schedule that is trained on, the same pictures as diffusers' pipeline,
+and no trace of them in the training."""
+
+from contextlib import nullcontext
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from sdxl_finetune.config import Config
+from sdxl_finetune.config.output_options import Sampler
+from sdxl_finetune.data.tokens import build_tokenizer
+from sdxl_finetune.diffusion.schedule import build_schedule
+from sdxl_finetune.model.initial import TINY, build_initial
+from sdxl_finetune.output.previews import build_sampler, denoise, draw_latents, draw_previews, to_image
+from sdxl_finetune.output.prompts import Prompt
+
+# 2026-11: diffusers 0.42 makes numpy arrays of torch 2.13 tensors, whose methods for it numpy 2.4 finds old.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+NAMES = get_args(Sampler)
+KINDS = [name for name in NAMES if not name.startswith("k_")]
+"""The others are these by another name."""
+NOW = datetime(2026, 1, 2, 3, 4, 5)
+SMALL = {"width": 64, "height": 96, "steps": 2}
+TOKENIZER = build_tokenizer(max_token_length=None)
+SCHEDULE = build_schedule(zero_terminal_snr=False)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return build_initial(TINY, seed=0)
+
+
+def draw(tiny, folder: Path, prompts: list[Prompt], *, options=None, **changes):
+    arguments = {
+        "config": Config(output_dir=folder, **{"output_name": "m", **(options or {})}),
+        "tokenizer": TOKENIZER,
+        "schedule": SCHEDULE,
+        "autocast": nullcontext,
+        "seed": 7,
+        "epoch": None,
+        "step": 20,
+        "now": NOW,
+    }
+    return draw_previews(*tiny, prompts, **(arguments | changes))
+
+
+def test_samplers_are_golden(golden) -> None:
+    """differences.md: the sampler dpmsolver works; previews do not clip latents."""
+    cases = {(case["sampler"], case["v_parameterization"]): case for case in golden("sample_prompts.json")["samplers"]}
+    for name in NAMES:
+        for v_parameterization in (False, True):
+            sampler = build_sampler(name, SCHEDULE, v_parameterization=v_parameterization)
+            wanted = dict(cases[name, v_parameterization])
+            if name == "dpmsolver":
+                assert "raised" in wanted and sampler.config.final_sigmas_type == "sigma_min"
+                like = cases["dpmsolver++", v_parameterization]
+                different = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+                wanted = {"class": like["class"], "config": like["config"] | different}
+            assert type(sampler).__name__ == wanted["class"]
+            wanted["config"] = wanted["config"] | ({"clip_sample": False} if "clip_sample" in wanted["config"] else {})
+            assert {key: sampler.config[key] for key in wanted["config"]} == wanted["config"], name
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_samplers_follow_the_schedule_that_is_trained_on(name: str) -> None:
+    """differences.md: previews are sampled on the training's schedule."""
+    for zero_terminal_snr in (False, True):
+        schedule = build_schedule(zero_terminal_snr=zero_terminal_snr)
+        sampler = build_sampler(name, schedule, v_parameterization=True)
+        assert sampler.alphas_cumprod[:-1] == pytest.approx(schedule.alphas_cumprod[:-1], rel=1e-3, abs=1e-6)
+        sampler.set_timesteps(10)
+        assert not zero_terminal_snr or sampler.timesteps[0] == 999
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("v_parameterization", "zero_terminal_snr"), [(False, False), (True, False), (True, True)])
+def test_samplers_draw_what_the_model_knows(name: str, v_parameterization: bool, zero_terminal_snr: bool) -> None:
+    """Of a model that knows one flat picture, each sampler draws that picture."""
+    schedule = build_schedule(zero_terminal_snr=zero_terminal_snr)
+    known = torch.tensor([0.7, -0.3, 0.1, -0.8]).reshape(1, 4, 1, 1)
+
+    def predict(latents, timestep):
+        assert timestep.dtype == torch.int64
+        signal = schedule.alphas_cumprod[timestep]
+        noise = (latents - signal.sqrt() * known) / (1 - signal).sqrt()
+        return signal.sqrt() * noise - (1 - signal).sqrt() * known if v_parameterization else noise
+
+    generator = torch.Generator().manual_seed(0)
+    sampler = build_sampler(name, schedule, v_parameterization=v_parameterization)
+    drawn = denoise(predict, sampler, 20, torch.randn(1, 4, 8, 8, generator=generator), [generator])
+    assert (drawn - known).abs().max() < 0.2
+    assert (drawn - known).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize(("name", "scale"), [("ddim", 5.0), ("euler", 1.0)])
+@torch.no_grad()
+def test_previews_are_those_of_diffusers_pipeline(tiny, name: str, scale: float) -> None:
+    """Size conditioning, guidance and the loop of sampling, checked against code that is not ours."""
+    model, vae = tiny[0].eval(), tiny[1]
+    prompt = Prompt(prompt="a cat", negative_prompt="a dog", width=64, height=96, steps=3, scale=scale, sampler=name)
+    sampler = build_sampler(name, SCHEDULE, v_parameterization=False)
+    ours = draw_latents(model, TOKENIZER, sampler, [prompt], seeds=[5])
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=None,
+        text_encoder_2=model.te2,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=model.unet,
+        scheduler=build_sampler(name, SCHEDULE, v_parameterization=False),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    tokens = TOKENIZER(["a dog", "a cat"])
+    hidden, pooled = model.encode_text(tokens.ids1, tokens.ids2)
+    theirs = pipeline(
+        prompt_embeds=hidden[1:],
+        negative_prompt_embeds=hidden[:1],
+        pooled_prompt_embeds=pooled[1:],
+        negative_pooled_prompt_embeds=pooled[:1],
+        height=96,
+        width=64,
+        num_inference_steps=3,
+        guidance_scale=scale,
+        latents=torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(5)),
+        output_type="latent",
+    ).images
+    if name == "euler":  # timesteps between two whole ones are rounded
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    image = to_image(vae, ours)
+    pixels = pipeline.image_processor.postprocess(vae.decode(ours / vae.config.scaling_factor).sample, output_type="np")
+    assert np.abs(np.asarray(image) / 255 - pixels[0]).max() < 0.51 / 255
+
+
+def test_pictures_are_saved_under_the_references_names(tiny, tmp_path: Path) -> None:
+    prompts = [
+        Prompt(prompt="a (cat:1.2)", negative_prompt="blurry, 日本", seed=42, scale=5.0, **SMALL),
+        Prompt(prompt="a dog", sampler="euler_a", **SMALL),
+    ]
+    previews = draw(tiny, tmp_path, prompts)
+    names = ["m_000020_00_20260102030405_42.png", "m_000020_01_20260102030405.png"]
+    assert [preview.path.name for preview in previews] == names
+    assert sorted(path.name for path in (tmp_path / "sample").iterdir()) == names
+    with Image.open(previews[0].path) as image:
+        assert image.size == (64, 96)
+        assert image.text["parameters"] == (
+            "a (cat:1.2)\nNegative prompt: blurry, 日本\n"
+            "Steps: 2, Sampler: DDIM, CFG scale: 5.0, Seed: 42, Size: 64x96, Model: m"
+        )
+        assert np.array_equal(np.asarray(image), np.asarray(previews[0].image))
+    with Image.open(previews[1].path) as image:
+        assert f"Sampler: Euler a, CFG scale: 7.5, Seed: {previews[1].seed}," in image.text["parameters"]
+
+
+def test_pictures_depend_on_seeds_and_nothing_else(tiny, tmp_path: Path) -> None:
+    prompts = [Prompt(prompt="a", seed=3, **SMALL), Prompt(prompt="b", **SMALL), Prompt(prompt="b", **SMALL)]
+    pixels = partial(map, lambda preview: np.asarray(preview.image))
+    first = draw(tiny, tmp_path, prompts)
+    torch.manual_seed(1234)
+    again = draw(tiny, tmp_path, prompts)
+    assert all(map(np.array_equal, pixels(first), pixels(again)))
+    assert first[1].seed != first[2].seed and not np.array_equal(*pixels(first[1:]))
+    # Two ranks draw between them what one draws.
+    shares = [draw(tiny, tmp_path, prompts, rank=rank, ranks=2) for rank in (0, 1)]
+    assert [[preview.index for preview in share] for share in shares] == [[0, 2], [1]]
+    assert np.array_equal(np.asarray(shares[1][0].image), np.asarray(first[1].image))
+    # Later, or in another run, a prompt without a seed is drawn anew.
+    later, other = draw(tiny, tmp_path, prompts, step=21), draw(tiny, tmp_path, prompts, seed=8)
+    assert later[0].seed == other[0].seed == 3
+    assert len({first[1].seed, later[1].seed, other[1].seed}) == 3
+
+
+def test_training_does_not_notice(tiny, tmp_path: Path) -> None:
+    model, vae = tiny
+    model.train()
+    model.te1.eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    draw(tiny, tmp_path, [Prompt(prompt="a", sampler="euler_a", **SMALL), Prompt(prompt="", scale=1e39, **SMALL)])
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert (vae.device.type, vae.dtype) == ("cpu", torch.float32)
+    assert torch.is_grad_enabled()
+
+
+def test_a_prompt_that_fails_costs_a_line(tiny, tmp_path: Path, caplog) -> None:
+    prompts = [Prompt(prompt="too much", scale=1e39, **SMALL), Prompt(prompt="fine", **SMALL)]
+    previews = draw(tiny, tmp_path, prompts)
+    assert [preview.index for preview in previews] == [1]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no preview of prompt 0 (too much): ValueError: ")
+    assert "\n" not in record.getMessage()
+    assert len(list((tmp_path / "sample").iterdir())) == 1
+
+
+def test_text_is_encoded_once_and_in_chunks(tiny, tmp_path: Path) -> None:
+    seen = []
+    hook = tiny[0].te1.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape))
+    try:
+        long = Prompt(prompt=", ".join(["a very long prompt"] * 40), width=64, height=64, steps=3)
+        draw(tiny, tmp_path, [long], tokenizer=build_tokenizer(max_token_length=225))
+    finally:
+        hook.remove()
+    assert seen == [(6, 77)]  # prompt and negative prompt, three chunks each
+
+
+def test_half_precision_is_the_trainings(tiny, tmp_path: Path) -> None:
+    prompts = [Prompt(prompt="a", seed=1, **SMALL)]
+    (full,) = draw(tiny, tmp_path, prompts)
+    (half,) = draw(tiny, tmp_path, prompts, autocast=partial(torch.autocast, "cpu", torch.bfloat16))
+    difference = np.abs(np.asarray(full.image, dtype=float) - np.asarray(half.image))
+    assert 0 < difference.mean() < 5
+
+
+def test_names_follow_epochs(tiny, tmp_path: Path) -> None:
+    schedule = build_schedule(zero_terminal_snr=True)
+    options = {"output_name": None, "v_parameterization": True, "sample_sampler": "dpmsolver++"}
+    prompts = [Prompt(prompt="a", **SMALL)]
+    (preview,) = draw(tiny, tmp_path, prompts, options=options, schedule=schedule, epoch=3)
+    assert preview.path.name == "e000003_00_20260102030405.png"

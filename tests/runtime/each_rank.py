@@ -1,0 +1,30 @@
+"""Trains as sdxl-train does and prints, on every rank, a digest of the weights after each step: a process of a test."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from sdxl_finetune.config import load_config
+from sdxl_finetune.low_bits import exact_value
+from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.training.loop import training_steps
+from sdxl_finetune.training.setup import build_run
+
+
+def digest_lines(arguments: Sequence[str]) -> Iterator[str]:
+    """A line for each step, when it is made."""
+    config = load_config(arguments, program="sdxl-train")
+    assert config is not None
+    with build_run(config) as run:
+        for step in training_steps(run, StopRequest()):
+            digest = hashlib.sha256()
+            for name, parameter in sorted(run.sdxl.named_parameters()):
+                value = exact_value(parameter, run.sdxl.masters).float().cpu()
+                digest.update(name.encode() + value.numpy().tobytes())
+            yield f"digest {step.position.step} {digest.hexdigest()} {step.loss.item()!r} {step.grad_norm.item()!r}\n"
+
+
+if __name__ == "__main__":
+    for line in digest_lines(sys.argv[1:]):
+        os.write(1, line.encode())  # whole, beside the other rank's

@@ -1,0 +1,161 @@
+"""Two processes over gloo, launched as a user does: they train as one with twice the batch, and fail as one."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdxl_finetune.config import load_config
+from sdxl_finetune.training.loop import train
+from tests.runtime.each_rank import digest_lines
+
+STYLE = Path(__file__).parents[2] / "configs" / "style.toml"
+OPTIONS = [
+    *("--config", str(STYLE), "--output_dir", "out", "--logging_dir", "", "--log_with", "", "--seed", "5"),
+    *("--resolution", "96", "--min_bucket_reso", "64", "--max_bucket_reso", "128", "--max_data_loader_n_workers", "0"),
+    *("--mixed_precision", "no", "--no-full_bf16", "--sample_every_n_epochs", "0", "--sample_prompts", ""),
+    *("--save_precision", "float", "--max_train_epochs", "2", "--gradient_accumulation_steps", "2"),
+]
+TWO = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+
+DIGEST = re.compile(r"digest (\d+) (\w+) (\S+) (\S+)")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+
+
+def launch(*arguments: str, program: list[str] | None = None) -> subprocess.Popen:
+    """Two ranks on a port of their own, in a process group of their own."""
+    command = [*TWO, "--main_process_port", "0", *(program or ["-m", "sdxl_finetune"]), *OPTIONS, *arguments]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def output(process: subprocess.Popen, seconds: float = 240) -> str:
+    """What the process says until it ends."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        for pid in [*children(process), process.pid]:  # ranks lie in sessions of their own
+            os.kill(pid, signal.SIGKILL)
+        raise
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The ranks of a launch, in the order of their starts."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return sorted(int(pid) for pid in found)
+
+
+def changes(path: str, start: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([(value.float() - start[key].float()).flatten() for key, value in load_file(path).items()])
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(work) -> None:
+    """Eight photographs in two buckets, so that a window is short, a batch is a tail and a rank once has no image."""
+    program = [str(Path(__file__).parent / "each_rank.py")]
+    two = output(launch("--train_batch_size", "2", program=program))
+    alone = "".join(digest_lines([*OPTIONS, "--train_batch_size", "4"]))
+    assert assert_they_agree(two, alone, loss=1e-4, norm=1e-3) >= 4
+
+
+def assert_they_agree(two: str, alone: str, *, loss: float, norm: float) -> int:
+    """Both ranks on every bit, and with one process on loss and norm to these shares; returns the number of steps."""
+    digests = defaultdict(list)
+    for step, *values in DIGEST.findall(two):
+        digests[int(step)].append(values)
+    for values in digests.values():
+        assert len(values) == 2 and values[0] == values[1], two
+    single = DIGEST.findall(alone)
+    assert [int(step) for step, *_ in single] == sorted(digests), two
+    for step, _, *expected in single:
+        for found, one, share in zip(digests[int(step)][0][1:], expected, (loss, norm), strict=True):
+            assert float(found) == pytest.approx(float(one), rel=share), step
+    return len(digests)
+
+
+def test_a_run_that_is_over_ends(work) -> None:
+    """What is freed last must not wait for a thread that waits for it."""
+    process = launch(program=[str(Path(__file__).parent / "leave_often.py")])
+    said = output(process, seconds=120)
+    assert process.returncode == 0 and said.count("left\n") == 2, said
+
+
+@pytest.mark.parametrize("end", ["leave", "stop"])
+def test_a_run_that_is_over_does_not_abort(work, end: str) -> None:
+    """Threads that are still freeing what was reduced must not meet an interpreter that has ended."""
+    process = launch(program=[str(Path(__file__).parent / "exit_at_once.py"), end])
+    said = output(process, seconds=120)
+    assert process.returncode == 0 and said.count("ended") == 2 and "terminate" not in said, said
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_masters_of_two_processes_stay_the_same(work, fused: bool) -> None:
+    """Without DDP: gradients are averaged in float32, tensor by tensor, and fused each is stepped on as it arrives."""
+    program = [str(Path(__file__).parent / "each_rank.py")]
+    exact = ["--mixed_precision", "bf16", "--full_bf16", "--max_train_epochs", "", "--max_train_steps", "2"]
+    exact += ["--resolution", "64", "--max_bucket_reso", "64", *(["--fused_backward_pass"] if fused else [])]
+    two = output(launch("--train_batch_size", "1", *exact, program=program))
+    alone = "".join(digest_lines([*OPTIONS, "--train_batch_size", "2", *exact]))
+    assert assert_they_agree(two, alone, loss=1e-2, norm=5e-2) == 2
+
+
+def test_two_processes_write_the_files_of_one(work) -> None:
+    """The command of the documentation; SGD, because AdamW's first steps turn rounding into signs."""
+    sgd = ["--optimizer_type", "SGD", "--learning_rate", "0.01", "--learning_rate_te1", "0.01"]
+    said = output(launch(*sgd, "--train_batch_size", "2", "--save_every_n_epochs", "1", "--output_dir", "two"))
+    alone = [*OPTIONS, *sgd, "--train_batch_size", "4", "--output_dir", "one", "--save_every_n_epochs", "1"]
+    config = load_config(alone, program="sdxl-train")
+    assert config is not None and train(config) == 0
+    names = sorted(path.name for path in Path("one").glob("*.safetensors"))
+    assert names == sorted(path.name for path in Path("two").glob("*.safetensors")), said
+    assert len(names) == 2
+    start = load_file("base.safetensors")
+    for name in names:
+        one, two = changes(f"one/{name}", start), changes(f"two/{name}", start)
+        assert one.norm() > 0
+        assert (one - two).norm() < 1e-3 * one.norm()
+
+
+def test_a_lost_process_ends_the_run_with_one_cause(work) -> None:
+    process = launch("--max_train_epochs", "500", "--save_every_n_epochs", "1")
+    wait_for(Path("out"), "*-000001.safetensors", process)
+    started = time.monotonic()
+    os.kill(children(process)[1], signal.SIGKILL)
+    said = output(process, 60)
+    assert time.monotonic() - started < 60
+    assert process.returncode == 1
+    assert said.count("error: ") == 1 and "error: another process of this run has ended" in said
+    assert "SIGKILL" in said.partition("Root Cause")[2]
+
+
+def test_a_wrong_option_is_said_once(work) -> None:
+    said = output(launch("--metadata_thumbnail", "nofile.png"))
+    assert said.count("error: ") == 1 and "error: command line: metadata_thumbnail = 'nofile.png'" in said
+    assert "metadata_thumbnail" in said.partition("Root Cause")[2]
+
+
+def test_an_image_that_one_rank_cannot_read_ends_the_run(work) -> None:
+    """Without a cache, the rank whose turn it is finds it, and says it; the other only loses its peer."""
+    photo = sorted(Path("images").glob("*.jpg"))[3]
+    photo.write_bytes(photo.read_bytes()[:3000])
+    said = output(launch("--no-cache_latents", "--no-cache_latents_to_disk", "--train_batch_size", "1"), 90)
+    named = [line for line in said.splitlines() if line.startswith("error: ") and photo.name in line]
+    assert len(named) == 1 and photo.name in said.partition("Root Cause")[2]
+
+
+def wait_for(folder: Path, pattern: str, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not any(folder.glob(pattern)):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.1)

@@ -1,0 +1,109 @@
+"""The report that is made on a GPU works on a CPU: what can run passes, what needs CUDA says so, failures are lines."""
+
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.benchmarks import gpu_acceptance, gpu_checks
+from scripts.benchmarks.gpu_acceptance import (
+    head,
+    memory_line,
+    prepared,
+    run_checks,
+    table,
+    unusable_gpu,
+    utilisation_of,
+)
+from scripts.benchmarks.gpu_checks import Bench, Line, guarded_steps
+from scripts.benchmarks.gpu_speed import enlarged
+from sdxl_finetune.optim import update
+from sdxl_finetune.training.setup import build_run
+
+NEED_CUDA = {"xformers against SDPA", "peak memory against the estimate"}
+IN_PROCESS = [name for name in gpu_acceptance.CHECKS if name != "ranks"]
+"""tests/test_processes.py starts two ranks."""
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's compiler, when it is imported
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo looks, and silences it
+]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    return prepared(tmp_path_factory.mktemp("gpu"), cuda=False, quick=True)
+
+
+def test_what_runs_on_a_cpu_passes(bench: Bench, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_checks, "PIECE", 1 << 14)
+    monkeypatch.setattr(update, "PIECE", 1 << 14)
+    lines = list(run_checks(bench, IN_PROCESS))
+    assert [line for line in lines if line.outcome == "FAIL"] == []
+    left_out = {line.name for line in lines if line.outcome == "not run"}
+    assert left_out >= NEED_CUDA and sum(name.startswith("no waiting") for name in left_out - NEED_CUDA) == 3
+    assert len(left_out) == 5 and len(lines) - len(left_out) == 8
+    assert all("CUDA" in line.measured for line in lines if line.outcome == "not run")
+    report = "\n".join([*head(), *table(lines)])
+    assert "- device: CPU" in report and torch.__version__ in report
+    assert report.count("| not run |") == 5 and report.count("| pass |") == 8
+
+
+def test_a_check_that_raises_fails_and_the_others_go_on(bench: Bench, monkeypatch) -> None:
+    def broken(_: Bench):
+        yield Line("first", "something", "pass")
+        raise ValueError("no | such\nthing")
+
+    checks = {"broken": broken, "attention": gpu_acceptance.check_attention}
+    monkeypatch.setattr(gpu_acceptance, "CHECKS", checks)
+    lines = list(run_checks(bench, list(checks)))
+    assert [line.outcome for line in lines] == ["pass", "FAIL", "not run"]
+    assert lines[1].measured.startswith("raised ValueError: no | such (test_gpu_acceptance.py:")
+    assert table(lines)[3].count("|") == 4
+
+
+def test_steps_are_made_and_logged_within_the_guard(bench: Bench) -> None:
+    """On a GPU the guard has torch raise where the host waits for the device."""
+    assert guarded_steps(bench.configured("--mixed_precision", "bf16", steps=4), nullcontext) == 2
+
+
+def test_utilisation_is_of_the_device_that_is_named() -> None:
+    assert utilisation_of("NVIDIA A100-SXM4-80GB", 7.0).endswith("144 of 312 TFLOP/s: model FLOP utilisation 46.2%")
+    assert "149.7" in utilisation_of("NVIDIA A40", 1.0)
+    for unknown in ("NVIDIA RTX A4000", "NVIDIA H100 PCIe"):
+        assert utilisation_of(unknown, 1.0) == "21 TFLOP/s (unknown device: no peak to compare with)"
+
+
+def test_peak_memory_is_compared_with_the_estimate(bench: Bench, monkeypatch) -> None:
+    on_gpu, rows = replace(bench, cuda=True), [{"batch": 1, "peak_bytes": 2 << 30}, {"batch": 2, "peak_bytes": 3 << 30}]
+    line = memory_line(on_gpu, bench.folder / "start.safetensors", rows)
+    assert re.match(r"batch 1: 2.00 GiB \(estimate [0-9.]+ GiB\); batch 2: 3.00 GiB \(estimate ", line.measured)
+    for share, outcome in ((1.05, "pass"), (1.2, "FAIL")):
+        monkeypatch.setattr(
+            gpu_acceptance, "estimated_peak_bytes", lambda config, at=share: at * ((1 + config.train_batch_size) << 30)
+        )
+        assert memory_line(on_gpu, bench.folder / "start.safetensors", rows).outcome == outcome
+
+
+def test_a_torch_without_cuda_is_said_where_there_is_a_gpu(monkeypatch, tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", "")
+    assert unusable_gpu() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is a build without CUDA. Install one with it, .venv/bin/pip install" in unusable_gpu()
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert "driver is older than its CUDA 12.6" in unusable_gpu()
+
+
+def test_a_batch_is_repeated_whole(bench: Bench) -> None:
+    with build_run(bench.configured("--train_batch_size", "1", steps=1)) as run:
+        batch = next(run.batches())
+    larger = enlarged(batch, 3)
+    assert larger.latents.shape == (3, *batch.latents.shape[1:]) and larger.images_in_step == 3
+    assert larger.weights.sum().item() == pytest.approx(1) and torch.equal(larger.tokens1[2], batch.tokens1[0])
