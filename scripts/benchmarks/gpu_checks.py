@@ -31,7 +31,7 @@ from sdxl_finetune.optim.parameters import Group
 from sdxl_finetune.optim.update import PIECE, ExactUpdate
 from sdxl_finetune.runtime.processes import build_accelerator
 from sdxl_finetune.runtime.signals import StopRequest
-from sdxl_finetune.training.loop import record, train, training_steps
+from sdxl_finetune.training.loop import train, training_steps
 from sdxl_finetune.training.setup import build_run
 
 ROOT = Path(__file__).parents[2]
@@ -285,12 +285,12 @@ def guarded_steps(config: Config, guard: Callable[[], AbstractContextManager[Non
     """How many steps of a run, after two to warm up, were made and logged within `guard`."""
     made = 0
     with build_run(config) as run:
-        steps = training_steps(run, StopRequest())
+        steps = training_steps(run.learner, run.batches(), StopRequest())
         for _ in range(2):
-            record(run, next(steps))
+            run.log.record(next(steps))
         with guard():
             for step in steps:
-                record(run, step)
+                run.log.record(step)
                 made += 1
     return made
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdxl_finetune.low_bits import Masters
 from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, unet_config
-from sdxl_finetune.model.keymap import LOGIT_SCALE
+from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap
 from sdxl_finetune.model.text import (
     build_te1,
     build_te2,
@@ -112,6 +112,19 @@ def size_ids(
 ) -> Int64[Tensor, "k 6"]:
     """The six numbers of SDXL's size conditioning (section 2.2 of the paper), in the order of its label embedding."""
     return torch.cat([original_size, crop_top_left, target_size], dim=1)
+
+
+def named_parts(sdxl: SDXL) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of the U-Net and both text encoders: {unet, text_encoder1, text_encoder2: {name: parameter}}.
+
+    The U-Net's parameters stand under their checkpoint names, in which `block_lr` counts blocks.
+    """
+    keymap = KeyMap(sdxl.architecture.layout)
+    return {
+        "unet": {keymap.place(f"unet.{name}").key: parameter for name, parameter in sdxl.unet.named_parameters()},
+        "text_encoder1": dict(sdxl.te1.named_parameters()),
+        "text_encoder2": dict(sdxl.te2.named_parameters()),
+    }
 
 
 @contextmanager
