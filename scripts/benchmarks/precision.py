@@ -30,7 +30,6 @@ from scripts.benchmarks.full_size import kept_bytes
 from scripts.benchmarks.proof import TOY, as_bf16
 from scripts.toy.style import write_pictures
 from sdxl_finetune.config import load_config
-from sdxl_finetune.low_bits import exact_value
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training.loop import training_steps
 from sdxl_finetune.training.setup import Run, build_run
@@ -192,7 +191,7 @@ def weights_of(run: Run) -> dict[str, torch.Tensor]:
 
     def value(parameter: torch.nn.Parameter) -> torch.Tensor:
         beside = states[parameter].get("kahan_comp", 0.0) if parameter in states else 0.0
-        return (exact_value(parameter, run.sdxl.masters).float() + beside).flatten()
+        return (run.sdxl.masters.value(parameter).float() + beside).flatten()
 
     return {part: torch.cat([*map(value, module.parameters())]) for part, module in run.sdxl.named_children()}
 

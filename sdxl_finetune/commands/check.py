@@ -30,17 +30,17 @@ from sdxl_finetune.latents.preparing import cache_dir
 from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import Inspected, inspect_checkpoint
 from sdxl_finetune.model.sdxl import SDXL
-from sdxl_finetune.optim.ema import asks_for_average
+from sdxl_finetune.optim.ema import uses_ema
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import optimizer_name, trial_optimizer
-from sdxl_finetune.optim.parameters import Group, build_groups
+from sdxl_finetune.optim.parameters import Group, trained_parameters
 from sdxl_finetune.optim.update import check_update
 from sdxl_finetune.output.checkpoints import PRECISIONS, Due, weights_due
 from sdxl_finetune.output.log import console
 from sdxl_finetune.output.metadata import load_thumbnail, versions
 from sdxl_finetune.output.prompts import load_prompts, preview_due
 from sdxl_finetune.runtime.processes import weight_dtype
-from sdxl_finetune.training.setup import named_parts, total_steps
+from sdxl_finetune.training.setup import total_steps
 from sdxl_finetune.training.state import final_state, states_due
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _check_data(config: Config, found: Findings) -> Index | None:
     return index
 
 
-def _check_model(config: Config, found: Findings) -> list[Group] | None:
+def _check_model(config: Config, found: Findings) -> Sequence[Group] | None:
     assert config.pretrained_model_name_or_path is not None
     inspected: Inspected | None = found.attempt(inspect_checkpoint, config.pretrained_model_name_or_path)
     if inspected is None:
@@ -150,10 +150,11 @@ def _check_model(config: Config, found: Findings) -> list[Group] | None:
         return None
     with torch.device("meta"):
         model = SDXL(inspected.architecture)
-    parts = named_parts(model)
-    groups = found.attempt(build_groups, config, parts)
-    if groups is None:
+    parts = model.parameters_by_part()
+    parameters = found.attempt(trained_parameters, config, parts, model.masters)
+    if parameters is None:
         return None
+    groups = parameters.groups
     trained = {group.name: f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in groups}
     frozen = [
         f"{part} {_millions(size)}"
@@ -228,7 +229,7 @@ def _files(config: Config, plan: Plan, groups: Sequence[Group], state_bytes: flo
     trained = sum(group.size for group in groups)
     size = 4 if config.keeps_masters else weight_dtype(config).itemsize
     state = (parameters - vae) * size + vae * 4 + trained * state_bytes
-    state += 4 * trained * asks_for_average(config)
+    state += 4 * trained * uses_ema(config)
     last = final_state(config)
     if config.save_state or last:
         yield from _kind("states", *_saves(config, plan, steps, states_due), last.name if last else None, state)

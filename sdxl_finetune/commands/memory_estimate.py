@@ -31,15 +31,14 @@ from sdxl_finetune.diffusion.schedule import build_schedule
 from sdxl_finetune.model.architecture import Architecture, vae_config
 from sdxl_finetune.model.attention import enable_gradient_checkpointing
 from sdxl_finetune.model.sdxl import SDXL
-from sdxl_finetune.optim.ema import build_average
-from sdxl_finetune.optim.optimizer import build_optimizer
-from sdxl_finetune.optim.parameters import Group, build_groups
-from sdxl_finetune.optim.stepping import Reach
-from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, PlainUpdate, Update, is_exact
+from sdxl_finetune.optim.ema import build_ema
+from sdxl_finetune.optim.parameters import trained_parameters
+from sdxl_finetune.optim.step_unit import StepUnit
+from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, PlainUpdate, Update, build_update
 from sdxl_finetune.runtime.processes import weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training.loop import training_steps
-from sdxl_finetune.training.setup import Run, named_parts
+from sdxl_finetune.training.setup import Run
 
 SCRATCH = {"bitsandbytes::optimizer_update_8bit_blockwise": 20, "bitsandbytes::optimizer_update_32bit": 12}
 """Bytes for each element that bitsandbytes' kernels take on a CPU while they step on a tensor: float32 copies of state,
@@ -57,7 +56,7 @@ class Estimate:
     """By what they are for; together they are the peak."""
     phase: str
     """Of the step, in which the peak is."""
-    reach: Reach | None
+    step_unit: StepUnit | None
     """Of the optimizer, where the update asks for it."""
 
     @property
@@ -73,7 +72,7 @@ def estimate(config: Config, architecture: Architecture, shape: Shape, *, cuda: 
         rehearsed = _Rehearsed(config, architecture, shape, ledger, cuda=cuda, ranks=ranks)
         next(training_steps(rehearsed.run, StopRequest()))
         ledger.own(STATES, rehearsed.states())
-        return Estimate(parts=rehearsed.parts(), phase=ledger.peak()[1], reach=rehearsed.reach)
+        return Estimate(parts=rehearsed.parts(), phase=ledger.peak()[1], step_unit=rehearsed.step_unit)
 
 
 def largest_batch(index: Index, plan: Plan) -> Shape:
@@ -185,6 +184,12 @@ class _Alone(Accelerator):
     def unscale_gradients(self, optimizer: Any = None) -> None:
         pass
 
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        return model, _Prepared(optimizer)
+
+    def prepare_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        return model
+
 
 class _Autocast(nn.Module):
     """The model as accelerate prepares it: in the precision of the arithmetic that the config asks for."""
@@ -236,31 +241,25 @@ class _Rehearsed:
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.sdxl)
         self.sdxl.train()
-        self.groups: Sequence[Group] = build_groups(config, named_parts(self.sdxl))
-        self.trained = [one for group in self.groups for one in group.parameters.values()]
+        masters = self.sdxl.masters
+        self.parameters = trained_parameters(config, self.sdxl.parameters_by_part(), masters)
+        self.trained = [parameter for _, parameter in self.parameters.named()]
         self._note_gradients()
         self.update: Update
-        if is_exact(config):
-            masters = self.sdxl.masters
-            self.update = ExactUpdate(config, self.groups, masters, self.accelerator, _disable_current_modes)
-        else:
-            with _disable_current_modes():
-                optimizer = build_optimizer(config, self.groups)
-            self.update = PlainUpdate(self.accelerator, self.sdxl, _Prepared(optimizer), self.groups)
+        _, self.update = build_update(config, self.parameters, self.sdxl, self.accelerator, _disable_current_modes)
         self._note_gradients()
         ledger.own(STATES, self.states())
         if config.keeps_masters and not cuda:  # low bits of what is frozen stay in the machine's memory
-            frozen = (one for one in self.sdxl.parameters() if not one.requires_grad)
-            self.sdxl.masters |= {one: torch.zeros_like(one, dtype=torch.int16) for one in frozen}
-        ledger.own("masters", self.sdxl.masters.values())
+            for parameter in self.sdxl.parameters():
+                if not parameter.requires_grad:
+                    masters.prepare(parameter, whole=False)
+        ledger.own("masters", masters.tensors())
         if cuda and config.mixed_precision != "no":
             _norms_as_on_cuda(self.sdxl)
         if cuda:
             _batched(self.update.optimizer)
-        self.average = (
-            build_average(self.groups, self.sdxl.masters, config) if not (cuda and config.ema_on_cpu) else None
-        )
-        ledger.own("average", self.average.averages.values() if self.average else ())
+        self.ema = build_ema(self.parameters, config) if not (cuda and config.ema_on_cpu) else None
+        ledger.own("average", self.ema.averages.values() if self.ema else ())
 
     def parts(self) -> dict[str, int]:
         """Bytes at the peak by what they are for."""
@@ -279,8 +278,8 @@ class _Rehearsed:
         return [one for state in states for one in state.values() if isinstance(one, Tensor)]
 
     @property
-    def reach(self) -> Reach | None:
-        return self.update.reach if isinstance(self.update, ExactUpdate) else None
+    def step_unit(self) -> StepUnit | None:
+        return self.update.step_unit if isinstance(self.update, ExactUpdate) else None
 
     def _between_processes(self) -> int:
         """What several processes take for their gradients, beside what one does."""
@@ -323,9 +322,9 @@ class _Rehearsed:
             model=_Autocast(sdxl, self._ledger, config.mixed_precision),
             vae=self.vae,
             schedule=build_schedule(zero_terminal_snr=config.zero_terminal_snr),
-            groups=self.groups,
+            parameters=self.parameters,
             update=self.update,
-            average=self.average,
+            ema=self.ema,
             lr=lambda step, base: base,
         )
 

@@ -120,7 +120,7 @@ def _read(path: Path) -> Image.Image:
 @contextmanager
 def shown_weights(run: Run, average: bool) -> Iterator[None]:
     """Within it, the model holds the weights that are not for training but for use."""
-    with run.update.shown(), run.average.in_place() if run.average and average else nullcontext():
+    with run.update.weights_for_use(), run.ema.in_place() if run.ema and average else nullcontext():
         yield
 
 
@@ -197,7 +197,7 @@ def _save(run: Run, weights: Sequence[Due], states: Sequence[Due], *, step: int,
 
 def _save_weights(run: Run, due: Due, step: int, where: Mapping[str, Any]) -> None:
     epoch, now = run.plan.place(step)[0], datetime.now().astimezone()
-    if run.average and run.config.ema_save:
+    if run.ema and run.config.ema_save:
         where = {**where, "averaged": True}
     metadata = build_metadata(
         run.config, epoch=epoch, step=step, seed=run.seed, now=now, thumbnail=run.thumbnail, resume=where
@@ -224,8 +224,8 @@ def _save_state(run: Run, due: Due, step: int, where: Mapping[str, Any], interru
         run.sdxl,
         run.vae,
         run.update.optimizer,
-        run.update.stepped,
-        average=run.average.averages if run.average else None,
+        run.update.optimizer_groups,
+        average=run.ema.averages if run.ema else None,
         scaler=None if scaler is None else scaler.state_dict(),
         about=about | {"checkpoint": run.checkpoint_format, "interrupted": interrupted},
     )

@@ -106,16 +106,16 @@ def training_steps(run: Run, stop: StopRequest) -> Iterator[Step]:
     """Makes the run's optimizer steps, one after the other, and yields each."""
     config, accelerator, update = run.config, run.accelerator, run.update
     loss, images, data_wait = torch.zeros((), device=accelerator.device), 0, 0.0
-    meter = Meter(run.groups, run.sdxl.masters, accelerator.device)
+    meter = Meter(run.parameters, accelerator.device)
     for waited, batch in timed(run.batches()):
         position = batch.position
-        rates = {group.name: run.lr(position.step, group.lr) for group in run.groups}
+        rates = {group.name: run.lr(position.step, group.lr) for group in run.parameters.groups}
         set_lr(update.optimizer, list(rates.values()))
         if position.last_micro:
             meter.begin_step()
         with name_the_batch(batch, config):
             batch = batch.to(accelerator.device)
-            with update.gradients(last=position.last_micro, alone=position.micros == 1):
+            with update.accumulate(last=position.last_micro, only=position.micros == 1):
                 losses = image_losses(run.model, batch, batch_latents(batch, run.vae), run.schedule, config)
                 micro_loss = (losses * batch.weights).sum()
                 accelerator.backward(micro_loss)
@@ -123,10 +123,10 @@ def training_steps(run: Run, stop: StopRequest) -> Iterator[Step]:
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
             if not position.last_micro:
                 continue
-            norms = update.step(config.max_grad_norm)
+            norms = update.step()
             meter.end_step(norms)
-            if run.average:
-                run.average.update(position.step, images)
+            if run.ema:
+                run.ema.update(position.step, images)
         asked = torch.full_like(loss, stop.number or 0)
         loss, asked, *sums = accelerator.reduce(torch.cat([torch.stack([loss, asked]), meter.sums]), "mean")
         yield Step(

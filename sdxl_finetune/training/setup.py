@@ -31,16 +31,15 @@ from sdxl_finetune.latents.encoding import LatentStore
 from sdxl_finetune.latents.preparing import encode_dataset, shared_index
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.compilation import check_compiler, compile_blocks
-from sdxl_finetune.model.keymap import KeyMap
 from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
 from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.vae import pixels_per_latent
-from sdxl_finetune.optim.ema import MovingAverage, build_average
+from sdxl_finetune.optim.ema import Ema, build_ema
 from sdxl_finetune.optim.lr import Rate, build_lr
-from sdxl_finetune.optim.optimizer import build_optimizer, optimizer_class, optimizer_name
-from sdxl_finetune.optim.parameters import Group, build_groups
-from sdxl_finetune.optim.update import ExactUpdate, PlainUpdate, Update, check_update, is_exact
+from sdxl_finetune.optim.optimizer import optimizer_class, optimizer_name
+from sdxl_finetune.optim.parameters import TrainedParameters, trained_parameters
+from sdxl_finetune.optim.update import Update, build_update, check_update
 from sdxl_finetune.output.checkpoints import epochs_between_saves, kind_to_save
 from sdxl_finetune.output.log import Log, console, run_directory
 from sdxl_finetune.output.metadata import load_thumbnail
@@ -83,10 +82,9 @@ class Run:
     """`sdxl` as accelerate prepared it."""
     vae: AutoencoderKL
     schedule: Schedule
-    groups: Sequence[Group]
+    parameters: TrainedParameters
     update: Update
-    average: MovingAverage | None
-    """Of the trained weights, if there is one."""
+    ema: Ema | None
     lr: Rate
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
@@ -100,7 +98,7 @@ class Run:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        return [parameter for group in self.groups for parameter in group.parameters.values()]
+        return [parameter for _, parameter in self.parameters.named()]
 
     @property
     def output_dir(self) -> Path:
@@ -172,14 +170,14 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         plan = replace(plan, origin=settle_origin(start, order, config))
     steps = total_steps(config, plan)
     lr = build_lr(config, steps)
-    groups, model, update = _prepare(config, loaded.model, accelerator)
-    average = build_average(groups, loaded.model.masters, config)
+    parameters, model, update = _prepare(config, loaded.model, accelerator)
+    ema = build_ema(parameters, config)
     if start and start.is_state:
-        _restore(config, start, update, average, accelerator)
+        _restore(config, start, update, ema, accelerator)
     schedule = build_schedule(zero_terminal_snr=config.zero_terminal_snr).to(accelerator.device)
     share = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
     validation = build_validation(config, index, store, tokenizer, loaded.vae, schedule, **share)
-    _say_what_is_trained(index, plan, steps, groups)
+    _say_what_is_trained(index, plan, steps, parameters)
     _begin_log(config, log, plan, steps)
     return Run(
         config=config,
@@ -194,9 +192,9 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         model=model,
         vae=loaded.vae,
         schedule=schedule,
-        groups=groups,
+        parameters=parameters,
         update=update,
-        average=average,
+        ema=ema,
         lr=lr,
         tokenizer=tokenizer,
         prompts=prompts,
@@ -302,48 +300,33 @@ def _restore(
     config: Config,
     start: Start,
     update: Update,
-    average: MovingAverage | None,
+    ema: Ema | None,
     accelerator: Accelerator,
 ) -> None:
     changed = changed_arguments(start, config)
-    scaler, unknown = load_optimizer(start.path, update.optimizer, update.stepped, changed=changed)
+    scaler, unknown = load_optimizer(start.path, update.optimizer, update.optimizer_groups, changed=changed)
     if unknown:
         logger.info("%d parameters begin without optimizer state, as %s", len(unknown), unknown[0])
     if scaler is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
-    if average and (new := average.load(load_average(start.path))):
+    if ema and (new := ema.load(load_average(start.path))):
         logger.info("the average of %d parameters begins with their values, as of %s", len(new), new[0])
 
 
-def _prepare(config: Config, sdxl: SDXL, accelerator: Accelerator) -> tuple[list[Group], nn.Module, Update]:
+def _prepare(config: Config, sdxl: SDXL, accelerator: Accelerator) -> tuple[TrainedParameters, nn.Module, Update]:
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(sdxl)
     use_attention(sdxl, "xformers" if config.xformers or config.diffusers_xformers else "sdpa")
     if config.torch_compile:
         compile_blocks(sdxl, config.dynamo_backend)
     sdxl.train()
-    groups = build_groups(config, named_parts(sdxl))
+    parameters = trained_parameters(config, sdxl.parameters_by_part(), sdxl.masters)
     # The device first: an optimizer whose states are made when it is built makes them there.
     sdxl.to(accelerator.device)
-    if is_exact(config):
-        update = ExactUpdate(config, groups, sdxl.masters, accelerator)
-        # For evaluation, so that it is not wrapped in DDP, whose buckets add up in the precision of the weights.
-        return groups, accelerator.prepare_model(sdxl, evaluation_mode=True), update
-    model, optimizer = accelerator.prepare(sdxl, build_optimizer(config, groups))
-    return groups, model, PlainUpdate(accelerator, model, optimizer, groups)
+    return parameters, *build_update(config, parameters, sdxl, accelerator)
 
 
-def named_parts(sdxl: SDXL) -> Mapping[str, Mapping[str, nn.Parameter]]:
-    """The parameters by part; the U-Net's under their checkpoint names, in which block_lr counts blocks."""
-    keymap = KeyMap(sdxl.architecture.layout)
-    return {
-        "unet": {keymap.place(f"unet.{name}").key: parameter for name, parameter in sdxl.unet.named_parameters()},
-        "text_encoder1": dict(sdxl.te1.named_parameters()),
-        "text_encoder2": dict(sdxl.te2.named_parameters()),
-    }
-
-
-def _say_what_is_trained(index: Index, plan: Plan, steps: int, groups: Sequence[Group]) -> None:
+def _say_what_is_trained(index: Index, plan: Plan, steps: int, parameters: TrainedParameters) -> None:
     logger.info("%s", index.describe())
     logger.info(
         "%d batches and %d steps an epoch, %d steps in all",
@@ -351,5 +334,5 @@ def _say_what_is_trained(index: Index, plan: Plan, steps: int, groups: Sequence[
         plan.steps_per_epoch,
         steps,
     )
-    for group in groups:
+    for group in parameters.groups:
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)

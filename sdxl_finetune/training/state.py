@@ -15,7 +15,7 @@ Names and removals are the reference's (golden checkpoint_keys.json.gz: names, s
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.save import single_file_tensors
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import write_safetensors
-from sdxl_finetune.optim.parameters import Group, part_of
+from sdxl_finetune.optim.parameters import Group, named_parameters, part_of
 from sdxl_finetune.output.checkpoints import Due, due_after, final_weights, saved_names, step_name
 
 FORMAT = 1
@@ -100,7 +100,9 @@ def save_state(
         folder.mkdir()
         write_safetensors(folder / WEIGHTS, single_file_tensors(model, vae, None, exact=True), {})
         kept: dict[str, Any] = {
-            "state": {name: dict(optimizer.state[one]) for name, one in _parameters(groups) if one in optimizer.state},
+            "state": {
+                name: dict(optimizer.state[one]) for name, one in named_parameters(groups) if one in optimizer.state
+            },
             "groups": {
                 group.name: {name: value for name, value in values.items() if name not in ("params", "lr")}
                 for group, values in zip(groups, optimizer.param_groups, strict=True)
@@ -156,7 +158,7 @@ def load_optimizer(
         values.update({name: _copy(value, values.get(name)) for name, value in old.items() if name not in changed})
     values_of = {id(one): values for values in optimizer.param_groups for one in values["params"]}
     unknown = []
-    for name, parameter in _parameters(groups):
+    for name, parameter in named_parameters(groups):
         if name in kept["state"]:
             optimizer.state[parameter] = {
                 key: _placed(optimizer, parameter, key, value, values_of[id(parameter)])
@@ -173,12 +175,6 @@ def load_optimizer(
 def load_average(path: Path) -> Mapping[str, Tensor]:
     """The moving average that the state in directory `path` holds, mapped from the file; empty if it has none."""
     return torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True).get("average") or {}
-
-
-def _parameters(groups: Sequence[Group]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for group in groups:
-        for name, parameter in group.parameters.items():
-            yield f"{group.part}.{name}", parameter
 
 
 def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:
