@@ -29,11 +29,11 @@ from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.preparing import cache_dir
 from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import Inspected, inspect_checkpoint
-from sdxl_finetune.model.sdxl import SDXL, named_parts
-from sdxl_finetune.optim.ema import asks_for_average
+from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.optim.ema import uses_ema
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import optimizer_name, trial_optimizer
-from sdxl_finetune.optim.parameters import Group, build_groups
+from sdxl_finetune.optim.parameters import Group, trained_parameters
 from sdxl_finetune.optim.update import check_update
 from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
 from sdxl_finetune.output.console import console
@@ -139,7 +139,7 @@ def _check_data(config: Config, found: Findings) -> Index | None:
     return index
 
 
-def _check_model(config: Config, found: Findings) -> list[Group] | None:
+def _check_model(config: Config, found: Findings) -> Sequence[Group] | None:
     assert config.pretrained_model_name_or_path is not None
     inspected: Inspected | None = found.attempt(inspect_checkpoint, config.pretrained_model_name_or_path)
     if inspected is None:
@@ -150,10 +150,11 @@ def _check_model(config: Config, found: Findings) -> list[Group] | None:
         return None
     with torch.device("meta"):
         model = SDXL(inspected.architecture)
-    parts = named_parts(model)
-    groups = found.attempt(build_groups, config, parts)
-    if groups is None:
+    parts = model.parameters_by_part()
+    trained_parts = found.attempt(trained_parameters, config, parts, model.masters)
+    if trained_parts is None:
         return None
+    groups = trained_parts.groups
     trained = {group.name: f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in groups}
     frozen = [
         f"{part} {_millions(size)}"
@@ -226,7 +227,7 @@ def _files(config: Config, timeline: Timeline, groups: Sequence[Group], state_by
     trained = sum(group.size for group in groups)
     size = 4 if config.keeps_masters else weight_dtype(config).itemsize
     state = (parameters - vae) * size + vae * 4 + trained * state_bytes
-    state += 4 * trained * asks_for_average(config)
+    state += 4 * trained * uses_ema(config)
     moments = list(saves_every(config, timeline.epochs).moments(timeline))
     weights_saves = [save for moment in moments for save in checkpoints_due(config, moment, timeline.epochs)]
     state_saves = [save for moment in moments for save in states_due(config, moment, timeline.epochs)]

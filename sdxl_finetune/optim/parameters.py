@@ -1,18 +1,21 @@
-"""Which parameters are trained, at which learning rate.
+"""The trained parameters: their learning rates, their names in checkpoints and training states, their exact values.
 
-The parts are the reference's: the U-Net (or its blocks, with `block_lr`), text encoder 1 and text encoder 2.
-A rate of 0 freezes a part and keeps it out of the optimizer. Parameters come under their checkpoint names, so
-that a block means the same thing as in the reference: embeddings, input blocks, middle blocks, output blocks
-and the output convolution, in this order (23 of them in SDXL).
+The parts are the reference's: U-Net, text encoder 1 and text encoder 2. With `block_lr` the U-Net is divided into its
+blocks, in the reference's order: embeddings, input blocks, middle blocks, output blocks, output convolution. SDXL has
+23 of them. A learning rate of 0 freezes a part and keeps it out of the optimizer.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.distributed
+from torch import Tensor
 from torch.nn import Parameter
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.low_bits import MasterWeights
 
 UNET_PREFIX = "model.diffusion_model."
 
@@ -22,30 +25,64 @@ class Group:
     """Parameters that share a learning rate."""
 
     name: str
-    """As the reference logs it: unet, text_encoder1, text_encoder2, or block0, block1, ... with block_lr."""
+    """Name in the reference's log: unet, text_encoder1, text_encoder2, or block0, block1, ... with block_lr."""
     parameters: dict[str, Parameter]
-    """Under their names in a checkpoint file."""
+    """Parameters by their names in a checkpoint file."""
     lr: float
-    """The learning rate that the schedule starts from."""
+    """Learning rate before the learning-rate schedule changes it."""
 
     @property
     def part(self) -> str:
-        """unet, text_encoder1 or text_encoder2: what a parameter belongs to with block_lr or without."""
+        """The part to which the group belongs, with block_lr or without: unet, text_encoder1 or text_encoder2."""
         return part_of(self.name)
 
     @property
     def size(self) -> int:
+        """Number of elements of all parameters."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
 
-def part_of(name: str) -> str:
-    """The part of the group of this name."""
-    return name if name.startswith("text_encoder") else "unet"
+@dataclass(frozen=True)
+class TrainedParameters:
+    """All trained parameters of a model with their exact values."""
+
+    groups: Sequence[Group]
+    masters: MasterWeights
+    """Master weights of the whole model, frozen parameters included."""
+
+    def named(self) -> Iterator[tuple[str, Parameter]]:
+        """Yields each trained parameter with its full name, as in training states."""
+        return named_parameters(self.groups)
+
+    def value(self, parameter: Parameter) -> Tensor:
+        """Returns the exact value of a parameter: in float32 if it has a master weight, else as it is."""
+        return self.masters.value(parameter)
+
+    def broadcast(self) -> None:
+        """Gives all ranks the first rank's values, because files on several machines might differ."""
+        for _, parameter in self.named():
+            for tensor in (parameter.data, self.masters.kept(parameter)):
+                if tensor is not None:  # as bytes, because gloo and NCCL do not know int16
+                    torch.distributed.broadcast(tensor.view(-1).view(torch.uint8), 0)
+
+
+def named_parameters(groups: Iterable[Group]) -> Iterator[tuple[str, Parameter]]:
+    """Yields each parameter with its full name: its part, a dot, and its name in a checkpoint."""
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            yield f"{group.part}.{name}", parameter
+
+
+def part_of(group_name: str) -> str:
+    """Returns the part to which the group of this name belongs."""
+    return group_name if group_name.startswith("text_encoder") else "unet"
 
 
 def part_rates(config: Config) -> dict[str, float]:
-    """Base learning rate of each part; 0 is frozen. Without train_text_encoder the encoders are frozen, as in the
-    reference; a text encoder's rate that is not given is the U-Net's.
+    """Returns the learning rate of each part before the schedule; 0 means frozen.
+
+    As in the reference, the text encoders are frozen without train_text_encoder. A text encoder without a learning
+    rate of its own takes the U-Net's.
     """
 
     def encoder_rate(given: float | None) -> float:
@@ -60,15 +97,19 @@ def part_rates(config: Config) -> dict[str, float]:
     }
 
 
-def build_groups(config: Config, parts: Mapping[str, Mapping[str, Parameter]]) -> list[Group]:
-    """Freezes what is not trained and returns what is. `parts` maps unet, text_encoder1 and text_encoder2 to their
-    parameters under checkpoint names. Raises UserError when nothing is left to train.
+def trained_parameters(
+    config: Config, parts: Mapping[str, Mapping[str, Parameter]], masters: MasterWeights
+) -> TrainedParameters:
+    """Sets requires_grad of all parameters and returns those that are trained.
+
+    `parts` maps unet, text_encoder1 and text_encoder2 to their parameters by checkpoint name. Raises UserError if
+    every learning rate is 0, or if block_lr does not fit the U-Net.
     """
     rates = part_rates(config)
     groups = []
     for part, parameters in parts.items():
         if part == "unet" and config.block_lr is not None:
-            groups += _blocks(config.block_lr, parameters)
+            groups += _block_groups(config.block_lr, parameters)
         else:
             groups.append(Group(part, dict(parameters), rates[part]))
     for group in groups:
@@ -76,11 +117,13 @@ def build_groups(config: Config, parts: Mapping[str, Mapping[str, Parameter]]) -
             parameter.requires_grad_(group.lr != 0)
     trained = [group for group in groups if group.lr != 0]
     if not trained:
-        raise UserError(Problem("every learning rate is 0, so nothing would be trained", key="learning_rate"))
-    return trained
+        problem = "every learning rate is 0, so nothing would be trained: set one above 0"
+        raise UserError(Problem(problem, key="learning_rate"))
+    return TrainedParameters(trained, masters)
 
 
-def _blocks(rates: tuple[float, ...], parameters: Mapping[str, Parameter]) -> list[Group]:
+def _block_groups(rates: tuple[float, ...], parameters: Mapping[str, Parameter]) -> list[Group]:
+    """Returns one group for each block of the U-Net."""
     blocks = _unet_blocks(parameters)
     count = max(blocks.values()) + 1
     if len(rates) != count:
@@ -93,7 +136,7 @@ def _blocks(rates: tuple[float, ...], parameters: Mapping[str, Parameter]) -> li
 
 
 def _unet_blocks(names: Iterable[str]) -> dict[str, int]:
-    """The block of each U-Net parameter: 0 embeddings, then input, middle and output blocks, last the output."""
+    """Returns the number of the block of each U-Net parameter, in the order of the module's docstring."""
     place = {}
     for name in names:
         first, second, *_ = name.removeprefix(UNET_PREFIX).split(".")
