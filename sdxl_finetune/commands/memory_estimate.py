@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.optim.ema import build_ema
 from sdxl_finetune.optim.parameters import trained_parameters
 from sdxl_finetune.optim.step_unit import StepUnit
-from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, PlainUpdate, Update, build_update
+from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, PlainUpdate, build_update
 from sdxl_finetune.runtime.processes import weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training.loop import training_steps
@@ -185,7 +186,7 @@ class _Alone(Accelerator):
         pass
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        return model, _Prepared(optimizer)
+        return model, SimpleNamespace(optimizer=optimizer, step=optimizer.step, zero_grad=optimizer.zero_grad)
 
     def prepare_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
         return model
@@ -245,7 +246,6 @@ class _Rehearsed:
         self.parameters = trained_parameters(config, self.sdxl.parameters_by_part(), masters)
         self.trained = [parameter for _, parameter in self.parameters.named()]
         self._note_gradients()
-        self.update: Update
         _, self.update = build_update(config, self.parameters, self.sdxl, self.accelerator, _disable_current_modes)
         self._note_gradients()
         ledger.own(STATES, self.states())
@@ -327,13 +327,6 @@ class _Rehearsed:
             ema=self.ema,
             lr=lambda step, base: base,
         )
-
-
-class _Prepared:
-    """An optimizer as accelerate gives it back."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer, self.step, self.zero_grad = optimizer, optimizer.step, optimizer.zero_grad
 
 
 def _allocate(module: nn.Module, dtype: torch.dtype) -> None:
