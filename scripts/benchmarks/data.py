@@ -145,7 +145,7 @@ started = time.perf_counter()
 config = load_config(sys.argv[1:], program="sdxl-train")
 with build_run(config) as run:
     built = time.perf_counter()
-    next(training_steps(run, StopRequest()))
+    next(training_steps(run.learner, run.batches(), StopRequest()))
     print(f"{built - started:.2f} s to build the run, {time.perf_counter() - started:.2f} s to the first step's end")
 """
 

@@ -29,8 +29,9 @@ from sdxl_finetune.commands.model import main as model_tool
 from sdxl_finetune.config import load_config
 from sdxl_finetune.model.tensorfile import write_safetensors
 from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.loop import training_steps
-from sdxl_finetune.training.setup import Run, build_run
+from sdxl_finetune.training.setup import build_run
 
 GiB = 1 << 30
 STEPS = 3
@@ -95,12 +96,12 @@ def train(arguments: argparse.Namespace) -> None:
     with peak("load and train") as highest, build_run(config) as run:
         say("after loading", anonymous_bytes())
         started = time.perf_counter()
-        for step in training_steps(run, StopRequest()):
+        for step in training_steps(run.learner, run.batches(), StopRequest()):
             seconds, started = time.perf_counter() - started, time.perf_counter()
             loss = step.loss.item()
-            print(f"step {step.position.step + 1}: loss {loss:.4f}, {seconds:.0f} s, so far {highest[0] / GiB:.2f} GiB")
+            print(f"step {step.number}: loss {loss:.4f}, {seconds:.0f} s, so far {highest[0] / GiB:.2f} GiB")
         say("peak", highest[0])
-        count, parts = kept_bytes(run)
+        count, parts = kept_bytes(run.learner)
     print(f"trained parameters: {count / 1e9:.3f} billion")
     print(", ".join(f"{name} {size / count:.3f}" for name, size in parts.items()), end=": ")
     print(f"{sum(parts.values()) / count:.3f} bytes for each trained parameter")
@@ -110,11 +111,11 @@ def say(when: str, size: int) -> None:
     print(f"private memory {when}: {size / GiB:.2f} GiB", flush=True)
 
 
-def kept_bytes(run: Run) -> tuple[int, dict[str, int]]:
+def kept_bytes(learner: Learner) -> tuple[int, dict[str, int]]:
     """Trained parameters, and the bytes that are kept for them from step to step."""
-    trained = run.trained
-    masters = [run.sdxl.masters.kept(parameter) for parameter in trained]
-    values = [value for state in run.update.optimizer.state.values() for value in state.values()]
+    trained = [parameter for _, parameter in learner.parameters.named()]
+    masters = [learner.sdxl.masters.kept(parameter) for parameter in trained]
+    values = [value for state in learner.update.optimizer.state.values() for value in state.values()]
     # By place, as 8-bit states share their tables.
     states = {value.data_ptr(): value.nbytes for value in values if isinstance(value, torch.Tensor)}
     return sum(one.numel() for one in trained), {

@@ -31,7 +31,7 @@ from sdxl_finetune.optim.parameters import Group, TrainedParameters
 from sdxl_finetune.optim.update import SLICE, ExactUpdate
 from sdxl_finetune.runtime.processes import build_accelerator
 from sdxl_finetune.runtime.signals import StopRequest
-from sdxl_finetune.training.loop import record, train, training_steps
+from sdxl_finetune.training.loop import train, training_steps
 from sdxl_finetune.training.setup import build_run
 
 ROOT = Path(__file__).parents[2]
@@ -120,10 +120,8 @@ def check_bitsandbytes(bench: Bench) -> Iterator[Line]:
         options = {"optimizer_type": "AdamW8bit", "full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": 0.0}
         config = Config(**options, learning_rate=1e-4, fused_backward_pass=fused)
         accelerator = build_accelerator(config)
-        start, masters = (
-            {name: drawn(shape, at, bench) for at, (name, shape) in enumerate(shapes.items())},
-            MasterWeights(),
-        )
+        start = {name: drawn(shape, at, bench) for at, (name, shape) in enumerate(shapes.items())}
+        masters = MasterWeights()
         model, whole = nn.ParameterDict(), nn.ParameterDict(start)
         for name, value in start.items():
             high, low = split(value)
@@ -289,12 +287,12 @@ def guarded_steps(config: Config, guard: Callable[[], AbstractContextManager[Non
     """How many steps of a run, after two to warm up, were made and logged within `guard`."""
     made = 0
     with build_run(config) as run:
-        steps = training_steps(run, StopRequest())
+        steps = training_steps(run.learner, run.batches(), StopRequest())
         for _ in range(2):
-            record(run, next(steps))
+            run.log.record(next(steps))
         with guard():
             for step in steps:
-                record(run, step)
+                run.log.record(step)
                 made += 1
     return made
 

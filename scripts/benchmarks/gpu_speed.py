@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ from sdxl_finetune.errors import UserError, say_errors
 from sdxl_finetune.output.log import peak_memory_bytes
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory
 from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.loop import training_steps
-from sdxl_finetune.training.setup import Run, build_run
+from sdxl_finetune.training.setup import build_run
 
 WARM = 3
 """Steps before the clock starts: the first ones compile, allocate and try out."""
@@ -90,46 +90,40 @@ def configured(
     return config
 
 
-@dataclass(frozen=True, kw_only=True)
-class Repeated(Run):
-    """A run that trains on one batch, again and again."""
-
-    given: Batch
-    times: int
-
-    def batches(self) -> Iterator[Batch]:
-        for step in range(self.times):
-            yield dataclasses.replace(self.given, position=Position(epoch=0, step=step, micro=0, micros=1))
+def repeated(batch: Batch, times: int) -> Iterator[Batch]:
+    """The same batch for each of so many steps."""
+    for step in range(times):
+        yield dataclasses.replace(batch, position=Position(epoch=0, step=step, micro=0, micros=1))
 
 
 def measure(config: Config, sizes: Sequence[int], *, steps: int, seconds: float = 1e9) -> Iterator[dict[str, Any]]:
-    """What each size of batch has shown, until one does not fit or the time is over."""
+    """Yields the figures of each batch size, until one does not fit or the time is over."""
     began = time.perf_counter()
     with build_run(config) as run:
         first = next(run.batches())
-        parts = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
         for size in sizes:
             if time.perf_counter() - began > seconds:
                 return
             try:
-                yield measured(Repeated(**parts, given=enlarged(first, size), times=WARM + steps), size)
+                yield measured(run.learner, enlarged(first, size), steps)
             except OutOfMemory:
                 yield {"batch": size, "out_of_memory": True}
                 return
 
 
-def measured(run: Repeated, size: int) -> dict[str, Any]:
-    device = run.accelerator.device
+def measured(learner: Learner, batch: Batch, steps: int) -> dict[str, Any]:
+    """The figures of `steps` steps on this batch, after WARM steps that are not counted."""
+    device, size = learner.accelerator.device, batch.images_in_step
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started, warm = time.perf_counter(), 0.0
-    for step in training_steps(run, StopRequest()):
-        if step.position.step + 1 == WARM:
+    for step in training_steps(learner, repeated(batch, WARM + steps), StopRequest()):
+        if step.number == WARM:
             synchronize(device)
             warm, started = time.perf_counter() - started, time.perf_counter()
         loss = step.loss
     synchronize(device)
-    speed = size * (run.times - WARM) / (time.perf_counter() - started)
+    speed = size * steps / (time.perf_counter() - started)
     assert math.isfinite(loss.item()), f"the loss is {loss.item()}"
     return {"batch": size, "images_per_second": speed, "peak_bytes": peak_memory_bytes(device), "warm_seconds": warm}
 

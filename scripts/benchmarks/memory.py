@@ -145,8 +145,8 @@ def measure(config: Config) -> tuple[int, tuple[int, int, int]]:
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched, build_run(config) as run:
-        shape = largest_batch(run.dataset.index, run.plan)
-        steps = training_steps(run, StopRequest())
+        shape = largest_batch(run.dataset.index, run.timeline.plan)
+        steps = training_steps(run.learner, run.batches(), StopRequest())
         next(steps)
         with record_function(STEP):
             next(steps)

@@ -31,8 +31,9 @@ from scripts.benchmarks.proof import TOY, as_bf16
 from scripts.toy.style import write_pictures
 from sdxl_finetune.config import load_config
 from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.loop import training_steps
-from sdxl_finetune.training.setup import Run, build_run
+from sdxl_finetune.training.setup import build_run
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "precision.md"
@@ -174,26 +175,26 @@ def run(
     config = load_config([*given, *flags, *scheme.options], program="sdxl-train")
     assert config is not None
     with build_run(config) as built:
-        kept = {0: weights_of(built)}
-        for step in training_steps(built, StopRequest()):
-            done = step.position.step + 1
+        kept = {0: weights_of(built.learner)}
+        for step in training_steps(built.learner, built.batches(), StopRequest()):
+            done = step.number
             if done in marks:
                 assert math.isfinite(step.loss.item())
-                kept[done] = weights_of(built)
-        count, sizes = kept_bytes(built)
+                kept[done] = weights_of(built.learner)
+        count, sizes = kept_bytes(built.learner)
     AcceleratorState._reset_state(reset_partial_state=True)
     return kept, {name: size / count for name, size in sizes.items()}
 
 
-def weights_of(run: Run) -> dict[str, torch.Tensor]:
+def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
     """Of each part, with what masters or Kahan sums hold beside the bf16 numbers that the model computes with."""
-    states = run.update.optimizer.state
+    states = learner.update.optimizer.state
 
     def value(parameter: torch.nn.Parameter) -> torch.Tensor:
         beside = states[parameter].get("kahan_comp", 0.0) if parameter in states else 0.0
-        return (run.sdxl.masters.value(parameter).float() + beside).flatten()
+        return (learner.sdxl.masters.value(parameter).float() + beside).flatten()
 
-    return {part: torch.cat([*map(value, module.parameters())]) for part, module in run.sdxl.named_children()}
+    return {part: torch.cat([*map(value, module.parameters())]) for part, module in learner.sdxl.named_children()}
 
 
 def table(rows: Mapping[str, Measured], marks: Sequence[int]) -> list[str]:

@@ -212,7 +212,9 @@ def crops(folder: Path) -> Row:
     asked = ["--max_train_epochs", "24", "--no-cache_latents", "--no-train_text_encoder"]
     asked += ["--min_timestep", "400", "--learning_rate", "1e-3", "--random_crop"]
     truth = cut_off(train(folder, "crops-told", *asked, data="wide"))
-    letter_box = cut_off(train(folder, "crops-letter-box", *asked, data="wide", program="letter_box"))
+    letter_box = cut_off(
+        train(folder, "crops-letter-box", *asked, data="wide", program="scripts.benchmarks.letter_box")
+    )
     return Row(
         "random crops: told to the model as they are, or as the reference tells them (letter-box), 720 steps",
         "a model that was told the truth cuts off fewer objects at crop 0,0",
@@ -282,7 +284,9 @@ def full_bf16(folder: Path) -> Row:
     start = folder / "start.safetensors"
     starts = as_bf16(TOY, start)
     exact = train(folder, "bf16-exact", *asked, model=start)
-    rounded = train(folder, "bf16-rounded", *asked, "--optimizer_type", "rounding.RoundingAdamW", model=start)
+    rounded = train(
+        folder, "bf16-rounded", *asked, "--optimizer_type", "scripts.benchmarks.rounding.RoundingAdamW", model=start
+    )
     before, losses = validation(exact, 0)["loss"], [validation(model)["loss"] for model in (exact, rounded)]
     ends = [load_file(model) for model in (exact, rounded)]
     errors = [lost(part, starts, *ends) for part in PARTS]

@@ -18,7 +18,8 @@ from sdxl_finetune.commands.model import main as model_tool
 from sdxl_finetune.config import load_config
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.runtime.signals import StopRequest
-from sdxl_finetune.training.loop import record, training_steps
+from sdxl_finetune.training.learner import Learner
+from sdxl_finetune.training.loop import training_steps
 from sdxl_finetune.training.setup import Run, build_run
 
 
@@ -69,25 +70,26 @@ def prepared(folder: Path, arguments: argparse.Namespace):
 def measure(run: Run, count: int) -> tuple[float, float]:
     """Median seconds of a step of the loop and of a bare step, taken in turn after a warm-up."""
     batch = next(iter(run.batches())).to(run.accelerator.device)
-    latents = batch_latents(batch, run.vae)
+    learner = run.learner
+    latents = batch_latents(batch, learner.vae)
     loop_times, bare_times = [], []
-    steps = training_steps(run, StopRequest())
+    steps = training_steps(learner, run.batches(), StopRequest())
     for number in range(count + 5):
         started = time.perf_counter()
-        record(run, next(steps))
-        synchronize(run)
+        run.log.record(next(steps))
+        synchronize(learner)
         middle = time.perf_counter()
-        bare_step(run, batch, latents)
-        synchronize(run)
+        bare_step(learner, batch, latents)
+        synchronize(learner)
         if number >= 5:
             loop_times.append(middle - started)
             bare_times.append(time.perf_counter() - middle)
     return statistics.median(loop_times), statistics.median(bare_times)
 
 
-def bare_step(run: Run, batch, latents: torch.Tensor) -> None:
+def bare_step(learner: Learner, batch, latents: torch.Tensor) -> None:
     """Forward, backward and optimizer step, and nothing else."""
-    prediction = run.model(
+    prediction = learner.model(
         latents,
         batch.timesteps,
         batch.tokens1,
@@ -97,12 +99,12 @@ def bare_step(run: Run, batch, latents: torch.Tensor) -> None:
         batch.target_size,
     )
     torch.nn.functional.mse_loss(prediction, batch.noise).backward()
-    run.update.optimizer.step()
-    run.update.optimizer.zero_grad(set_to_none=True)
+    learner.update.optimizer.step()
+    learner.update.optimizer.zero_grad(set_to_none=True)
 
 
-def synchronize(run: Run) -> None:
-    if run.accelerator.device.type == "cuda":
+def synchronize(learner: Learner) -> None:
+    if learner.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
 
 

@@ -7,7 +7,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.errors import Problem, UserError, say_errors
 from sdxl_finetune.latents.preparing import encode_dataset, shared_index
 from sdxl_finetune.model.load import load_vae
-from sdxl_finetune.output.log import console
+from sdxl_finetune.output.console import console
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory
 from sdxl_finetune.runtime.processes import build_accelerator
 from sdxl_finetune.runtime.signals import Interrupt, stop_on_signals

@@ -29,19 +29,20 @@ from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.preparing import cache_dir
 from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import Inspected, inspect_checkpoint
-from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.model.sdxl import SDXL, named_parts
 from sdxl_finetune.optim.ema import uses_ema
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import optimizer_name, trial_optimizer
 from sdxl_finetune.optim.parameters import Group, trained_parameters
 from sdxl_finetune.optim.update import check_update
-from sdxl_finetune.output.checkpoints import PRECISIONS, Due, weights_due
-from sdxl_finetune.output.log import console
+from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
+from sdxl_finetune.output.console import console
 from sdxl_finetune.output.metadata import load_thumbnail, versions
-from sdxl_finetune.output.prompts import load_prompts, preview_due
+from sdxl_finetune.output.prompts import load_prompts
 from sdxl_finetune.runtime.processes import weight_dtype
+from sdxl_finetune.training.every import Timeline, previews_every, saves_every
+from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
 from sdxl_finetune.training.setup import total_steps
-from sdxl_finetune.training.state import final_state, states_due
 
 logger = logging.getLogger(__name__)
 
@@ -80,17 +81,16 @@ def check(config: Config) -> int:
         groups = _check_model(config, found)
         state_bytes = found.attempt(_state_bytes, config)
         found.attempt(check_update, config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        plan = None
         if index:
             plan = _plan(config, index, processes())
-            steps = total_steps(config, plan)
-            found.say("steps", *_steps(config, index, plan, steps))
-            lr = found.attempt(build_lr, config, steps)
+            timeline = Timeline(plan, total_steps(config, plan))
+            found.say("steps", *_steps(config, index, timeline))
+            lr = found.attempt(build_lr, config, timeline.steps)
             if lr and groups:
-                found.say("learning rate", *_rates(lr, groups, plan, steps))
-        if index and plan and groups and state_bytes is not None:
-            found.say("memory", *_memory(config, index, plan))
-            found.say("files", *_files(config, plan, groups, state_bytes))
+                found.say("learning rate", *_rates(lr, groups, timeline))
+            if groups and state_bytes is not None:
+                found.say("memory", *_memory(config, index, plan))
+                found.say("files", *_files(config, timeline, groups, state_bytes))
         if index:
             found.say("latents", *_latents(config, index))
         for function, argument in ((load_thumbnail, config.metadata_thumbnail), (load_prompts, config.sample_prompts)):
@@ -150,20 +150,19 @@ def _check_model(config: Config, found: Findings) -> Sequence[Group] | None:
         return None
     with torch.device("meta"):
         model = SDXL(inspected.architecture)
-    parts = model.parameters_by_part()
+    parts = named_parts(model)
     parameters = found.attempt(trained_parameters, config, parts, model.masters)
     if parameters is None:
         return None
-    groups = parameters.groups
-    trained = {group.name: f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in groups}
+    trained = [f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in parameters.groups]
     frozen = [
         f"{part} {_millions(size)}"
-        for part, parameters in parts.items()
-        if (size := sum(p.numel() for p in parameters.values() if not p.requires_grad))
+        for part, named in parts.items()
+        if (size := sum(p.numel() for p in named.values() if not p.requires_grad))
     ]
-    found.say("trained", ", ".join(trained.values()))
+    found.say("trained", ", ".join(trained))
     found.say("frozen", ", ".join([*frozen, "VAE"]))
-    return groups
+    return parameters.groups
 
 
 def _millions(size: int) -> str:
@@ -185,8 +184,8 @@ def _plan(config: Config, index: Index, ranks: int) -> Plan:
     return build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=config.seed or 0)
 
 
-def _steps(config: Config, index: Index, plan: Plan, steps: int) -> Iterator[str]:
-    own = processes()
+def _steps(config: Config, index: Index, timeline: Timeline) -> Iterator[str]:
+    own, plan, steps = processes(), timeline.plan, timeline.steps
     epochs = steps / plan.steps_per_epoch
     yield (
         f"{plan.batches_per_epoch} batches and {plan.steps_per_epoch} steps an epoch, {steps} steps in all"
@@ -197,8 +196,9 @@ def _steps(config: Config, index: Index, plan: Plan, steps: int) -> Iterator[str
     yield "steps an epoch on " + ", ".join(f"{count}: {each}" for count, each in plans.items())
 
 
-def _rates(lr: Rate, groups: Sequence[Group], plan: Plan, steps: int) -> Iterator[str]:
-    """The rate in the first and last step, at quarters, and wherever it turns."""
+def _rates(lr: Rate, groups: Sequence[Group], timeline: Timeline) -> Iterator[str]:
+    """The learning rate in the first and last step, at quarters, and wherever it turns."""
+    steps = timeline.steps
     grid = sorted({round(step) for step in np.linspace(0, steps - 1, min(steps, GRID)).tolist()})
     values = [lr(step, groups[0].lr) for step in grid]
     slopes = [_sign(after - before) for before, after in itertools.pairwise(values)]
@@ -210,37 +210,37 @@ def _rates(lr: Rate, groups: Sequence[Group], plan: Plan, steps: int) -> Iterato
     }
     for step in chosen:
         rates = ", ".join(f"{name} {lr(step, base):.3g}" for name, base in names.items())
-        yield f"step {step + 1} (epoch {step // plan.steps_per_epoch + 1}): {rates}"
+        yield f"step {step + 1} (epoch {timeline.plan.place(step)[0] + 1}): {rates}"
 
 
 def _sign(difference: float) -> int:
     return 0 if math.isclose(difference, 0, abs_tol=1e-15) else 1 if difference > 0 else -1
 
 
-def _files(config: Config, plan: Plan, groups: Sequence[Group], state_bytes: float) -> Iterator[str]:
+def _files(config: Config, timeline: Timeline, groups: Sequence[Group], state_bytes: float) -> Iterator[str]:
     assert config.pretrained_model_name_or_path is not None and config.output_dir is not None
     file = inspect_checkpoint(config.pretrained_model_name_or_path).file
     dtype = PRECISIONS[config.save_precision] or weight_dtype(config)
     parameters = sum(math.prod(source.shape) for source in file.tensors.values())
-    steps = total_steps(config, plan)
-    final = config.output_name or "last"
-    yield from _kind("weights", *_saves(config, plan, steps, weights_due), final, parameters * dtype.itemsize)
     vae = sum(math.prod(source.shape) for key, source in file.tensors.items() if key.startswith((VAE, "vae.")))
     trained = sum(group.size for group in groups)
     size = 4 if config.keeps_masters else weight_dtype(config).itemsize
     state = (parameters - vae) * size + vae * 4 + trained * state_bytes
     state += 4 * trained * uses_ema(config)
+    moments = list(saves_every(config, timeline.epochs).moments(timeline))
+    weights_saves = [save for moment in moments for save in checkpoints_due(config, moment, timeline.epochs)]
+    state_saves = [save for moment in moments for save in states_due(config, moment, timeline.epochs)]
+    yield from _kind("weights", weights_saves, final_name(config), parameters * dtype.itemsize)
     last = final_state(config)
     if config.save_state or last:
-        yield from _kind("states", *_saves(config, plan, steps, states_due), last.name if last else None, state)
+        yield from _kind("states", state_saves, last.name if last else None, state)
     else:
         yield f"a training state, saved when the run is stopped by a signal, takes {_size(state)}"
-    if previews := _previews(config, plan, steps):
+    previews = len(list(previews_every(config).moments(timeline))) if config.sample_prompts else 0
+    if previews:
         yield f"{previews} rounds of previews"
-    needed = sum(
-        (_kept(*_saves(config, plan, steps, due)) + 2) * size
-        for due, size in ((weights_due, parameters * dtype.itemsize), (states_due, state))
-    )
+    # One more of each kind for the end of the run, and one more while it is being written.
+    needed = (_kept(weights_saves) + 2) * parameters * dtype.itemsize + (_kept(state_saves) + 2) * state
     free = shutil.disk_usage(_existing(config.output_dir)).free
     yield f"free in {config.output_dir}: {_size(free)}" + ("" if free > needed else f", LESS THAN {_size(needed)}")
 
@@ -255,52 +255,17 @@ def _memory(config: Config, index: Index, plan: Plan) -> Iterator[str]:
         yield f"cannot be foretold with {optimizer_name(config)}: {str(error).splitlines()[0]}"
 
 
-def _kind(kind: str, names: list[str], removed: list[str], final: str | None, size: float) -> Iterator[str]:
-    kept = _kept(names, removed) + (final is not None)
+def _kind(kind: str, saves: Sequence[Save], final: str | None, size: float) -> Iterator[str]:
+    kept, names = _kept(saves) + (final is not None), [save.name for save in saves]
     shown = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
     end = f" and {final} at the end" if final else ""
     yield f"{len(names)} numbered {kind} ({shown or 'none'}){end}"
     yield f"{_size(size)} each; {kept} stay, and one more while saving: {_size((kept + 1) * size)}"
 
 
-def _kept(names: list[str], removed: list[str]) -> int:
-    return len(names) - len(removed)
-
-
-def _ends(plan: Plan, steps: int) -> Iterator[tuple[int, int]]:
-    """(steps done, epoch that then ended) for all epochs of a run."""
-    each = plan.steps_per_epoch
-    for epoch in range(1, -(-steps // each) + 1):
-        yield min(epoch * each, steps), epoch
-
-
-def _saves(config: Config, plan: Plan, steps: int, find_due: Callable[..., list[Due]]) -> tuple[list[str], list[str]]:
-    """Names of what a run saves with a number, and of what later ones replace."""
-    epochs = -(-steps // plan.steps_per_epoch)
-    moments: dict[int, int | None] = dict(_ends(plan, steps))
-    if every := config.save_every_n_steps:
-        moments = {step: moments.get(step) for step in {*moments, *range(every, steps + 1, every)}}
-    names, removed = [], []
-    for step in sorted(moments):
-        for due in find_due(config, epoch=moments[step], step=step, epochs=epochs):
-            names.append(due.name)
-            if due.replaces in names:
-                removed.append(due.replaces)
-    return names, removed
-
-
-def _previews(config: Config, plan: Plan, steps: int) -> int:
-    if not config.sample_prompts:
-        return 0
-    every = config.sample_every_n_steps or 0
-    moments: list[tuple[int, int | None]] = [(0, None), *_ends(plan, steps)]
-    moments += [(step, None) for step in range(every, steps + 1, every)] if every else []
-    asked = {
-        "every_n_steps": config.sample_every_n_steps,
-        "every_n_epochs": config.sample_every_n_epochs,
-        "at_first": config.sample_at_first,
-    }
-    return sum(preview_due(**asked, step=step, epoch=epoch) for step, epoch in moments)  # type: ignore[arg-type]
+def _kept(saves: Sequence[Save]) -> int:
+    """Number of saves that no later one replaces."""
+    return len({save.name for save in saves} - {save.replaces for save in saves})
 
 
 def _latents(config: Config, index: Index) -> Iterator[str]:

@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from sdxl_finetune.commands.memory_estimate import Estimate, Shape, estimate
+from sdxl_finetune.commands.memory_estimate import BatchShape, Estimate, estimate
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.architecture import Architecture
@@ -47,7 +48,7 @@ def remedies(config: Config) -> Iterator[tuple[str, Config]]:
         yield name, config
 
 
-def fits(config: Config, architecture: Architecture, shape: Shape, found: Estimate, ranks: int) -> Iterator[str]:
+def fits(config: Config, architecture: Architecture, shape: BatchShape, found: Estimate, ranks: int) -> Iterator[str]:
     """Which of CARDS the step fits, and what would make it fit the others."""
     missing = [card for card in sorted(CARDS, reverse=True) if on_cuda(found) > card * 10**9]
     fitting = [card for card in CARDS if card not in missing]
@@ -55,8 +56,8 @@ def fits(config: Config, architecture: Architecture, shape: Shape, found: Estima
         yield f"fits a card of {' / '.join(map(str, fitting))} GB"
     used: list[str] = []
     tried = ((name, changed, shape) for name, changed in remedies(config))
-    for name, changed, smaller in (*tried, ("train_batch_size = 1", None, (1, *shape[1:]))):
-        if not missing or (changed is None and shape[0] == 1):
+    for name, changed, smaller in (*tried, ("train_batch_size = 1", None, replace(shape, images=1))):
+        if not missing or (changed is None and shape.images == 1):
             break
         config = changed or config
         used.append(name)
@@ -71,12 +72,12 @@ def fits(config: Config, architecture: Architecture, shape: Shape, found: Estima
         yield f"does not fit {card} GB" + (f", nor with {', '.join(used)}" if used else "")
 
 
-def describe(config: Config, architecture: Architecture, shape: Shape, ranks: int) -> Iterator[str]:
+def describe(config: Config, architecture: Architecture, shape: BatchShape, ranks: int) -> Iterator[str]:
     """Lines for sdxl-check."""
-    images, height, width = shape
     logger.info("rehearsing steps on tensors without memory, to know what they take")
     found = estimate(config, architecture, shape, cuda=True, ranks=ranks)
-    yield f"{images} image{'s' * (images > 1)} of {width}x{height}, {config.max_token_length} tokens, on a GPU:"
+    images = f"{shape.images} image{'s' * (shape.images > 1)} of {shape.width}x{shape.height}"
+    yield f"{images}, {config.max_token_length} tokens, on a GPU:"
     yield ", ".join(f"{part} {_size(size)}" for part, size in found.parts.items())
     yield f"together {_size(found.total)} at the peak, in the {found.phase}"
     extra = on_cuda(found) - found.total

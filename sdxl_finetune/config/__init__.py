@@ -4,5 +4,20 @@ from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.config.datasets import load_datasets
 from sdxl_finetune.config.load import load_config, to_toml
 from sdxl_finetune.config.options import Config
+from sdxl_finetune.config.output_options import LoggingOptions, PreviewOptions, ResumeOptions, SavingOptions
+from sdxl_finetune.config.training_options import LengthOptions, ValidationOptions
 
-__all__ = ["Config", "Dataset", "Subset", "load_config", "load_datasets", "to_toml"]
+__all__ = [
+    "Config",
+    "Dataset",
+    "LengthOptions",
+    "LoggingOptions",
+    "PreviewOptions",
+    "ResumeOptions",
+    "SavingOptions",
+    "Subset",
+    "ValidationOptions",
+    "load_config",
+    "load_datasets",
+    "to_toml",
+]

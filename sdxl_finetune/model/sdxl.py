@@ -48,18 +48,6 @@ class SDXL(nn.Module):
         norm = [f"te1.text_model.final_layer_norm.{kind}" for kind in ("weight", "bias")]
         return [*layer, *norm, LOGIT_SCALE]
 
-    def parameters_by_part(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Returns the parameters of unet, text_encoder1 and text_encoder2 by name.
-
-        U-Net parameters have their names in a single-file checkpoint, in which block_lr counts blocks.
-        """
-        keymap = KeyMap(self.architecture.layout)
-        return {
-            "unet": {keymap.place(f"unet.{name}").key: parameter for name, parameter in self.unet.named_parameters()},
-            "text_encoder1": dict(self.te1.named_parameters()),
-            "text_encoder2": dict(self.te2.named_parameters()),
-        }
-
     def encode_text(
         self,
         tokens1: Int64[Tensor, "k chunks 77"],
@@ -124,6 +112,19 @@ def size_ids(
 ) -> Int64[Tensor, "k 6"]:
     """The six numbers of SDXL's size conditioning (section 2.2 of the paper), in the order of its label embedding."""
     return torch.cat([original_size, crop_top_left, target_size], dim=1)
+
+
+def named_parts(sdxl: SDXL) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of the U-Net and both text encoders: {unet, text_encoder1, text_encoder2: {name: parameter}}.
+
+    The U-Net's parameters stand under their checkpoint names, in which `block_lr` counts blocks.
+    """
+    keymap = KeyMap(sdxl.architecture.layout)
+    return {
+        "unet": {keymap.place(f"unet.{name}").key: parameter for name, parameter in sdxl.unet.named_parameters()},
+        "text_encoder1": dict(sdxl.te1.named_parameters()),
+        "text_encoder2": dict(sdxl.te2.named_parameters()),
+    }
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""What a run leaves to read: TensorBoard, metrics.jsonl, the console log of each rank, config, versions, its end.
+"""The log of a run: TensorBoard, metrics.jsonl, the console log of each rank, config, versions, why the run ended.
 
-All of it lies in one run directory under logging_dir; without logging_dir a run shows progress and messages on the
-console and leaves nothing, as in the reference. Tag names are the reference's: loss, lr/unet, loss/epoch, ... (read in
-its sdxl_train.py). Scalars come from the device when they have arrived by themselves: nothing here makes the host
-wait for a step that is still being computed.
+All of it lies in one run directory under `logging_dir`. Without `logging_dir` a run shows progress and messages on the
+console and writes no log, as in the reference. Tag names are the reference's: loss, lr/unet, loss/epoch, ... (read in
+its sdxl_train.py). Scalars are read from the device after they have arrived: nothing here makes the host wait for a
+step that is still being computed.
 """
 
 import json
@@ -19,24 +19,23 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, TypeVar
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config, to_toml
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.contact_sheet import contact_sheet
+from sdxl_finetune.output.delayed_scalars import DelayedScalars
 from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.output.trackers import build_trackers
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -47,54 +46,51 @@ class NonFiniteLoss(ArithmeticError):
         super().__init__(f"the {name} of step {step} is {value}; nothing was saved after it")
 
 
-class DelayedScalars(Generic[T]):
-    """Scalars on their way from the device to the host, each set with the record that it belongs to.
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step as the training loop made it. Tensors have one element and are still on the device."""
 
-    A set is copied to pinned memory as soon as the device gets there and handed out `delay` pushes later: the copy
-    has then long been made, and waiting for its event only keeps the host from running further ahead. The lag is
-    fixed, so that all ranks see a set at the same step. Scalars on the CPU are handed out at once.
-    """
+    position: Position
+    loss: Tensor
+    """Mean loss of the step's images, over all ranks."""
+    grad_norm: Tensor
+    """Norm of the gradients of all trained parameters, before clipping."""
+    measured: Mapping[str, Tensor]
+    """Further scalars by their tag names (see optim/meter.py); NaN where there was nothing to measure."""
+    stop_requested: Tensor
+    """Positive if any rank was asked to stop before the step ended."""
+    lr: Mapping[str, float]
+    """Learning rate of each parameter group, by the reference's names (unet, text_encoder1, ...)."""
+    images: int
+    """Number of images trained on, over all ranks."""
+    data_wait_seconds: float
+    """Seconds that this rank waited for its batches."""
 
-    def __init__(self, delay: int = 4) -> None:
-        self.delay = delay
-        self._queue: deque[tuple[T, list[str], Tensor, torch.cuda.Event | None]] = deque()
+    @property
+    def number(self) -> int:
+        """Optimizer steps made with this one, from the start of training."""
+        return self.position.step + 1
 
-    def push(self, record: T, scalars: Mapping[str, Tensor]) -> list[tuple[T, dict[str, float]]]:
-        """Takes one set (tensors of one element, on one device); returns those that have arrived, oldest first."""
-        values = torch.stack([scalar.detach().float().reshape(()) for scalar in scalars.values()])
-        event = None
-        if values.is_cuda:
-            pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = pinned.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._queue.append((record, list(scalars), values, event))
-        return self._take(left=self.delay if event else 0)
-
-    def flush(self) -> list[tuple[T, dict[str, float]]]:
-        """Waits for all that is on its way."""
-        return self._take(left=0)
-
-    def _take(self, left: int) -> list[tuple[T, dict[str, float]]]:
-        taken = []
-        while len(self._queue) > left:
-            record, names, values, event = self._queue.popleft()
-            if event is not None:
-                event.synchronize()
-            taken.append((record, dict(zip(names, values.tolist(), strict=True))))
-        return taken
+    @property
+    def epoch(self) -> int:
+        """Number of the step's epoch, from 1."""
+        return self.position.epoch + 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Step:
-    """What the host knows of an optimizer step when it has been asked for."""
+class _Record:
+    """A step, and what the host measured when the step was asked of the device."""
 
-    step: int
-    epoch: int
-    lr: Mapping[str, float]
+    step: Step
     images_per_second: float
-    data_wait_seconds: float
     peak_memory_bytes: int
+
+    def speed(self) -> dict[str, float]:
+        return {
+            "images_per_second": self.images_per_second,
+            "data_wait_seconds": self.step.data_wait_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
 
 
 def run_directory(config: Config, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
@@ -111,56 +107,21 @@ def run_directory(config: Config, now: datetime, *, resumed: tuple[str, int] | N
     return config.logging_dir / f"{config.log_prefix or ''}{now:%Y%m%d%H%M%S}"
 
 
-class _Console(logging.Handler):
-    """Messages on stderr, above the progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stderr)
-        except Exception:
-            self.handleError(record)
-
-
-@contextmanager
-def console(config: Config, rank: int) -> Iterator[None]:
-    """Within it, messages go to the terminal, or to console_log_file. Of ranks other than the first only warnings
-    do, with the rank before them.
-    """
-    if config.console_log_file:
-        config.console_log_file.parent.mkdir(parents=True, exist_ok=True)
-        handler: logging.Handler = logging.FileHandler(config.console_log_file, encoding="utf-8")
-    else:
-        handler = _Console()
-    level = logging.getLevelName(config.console_log_level or "INFO")
-    where = f"[rank {rank}] " if rank else ""
-    layout = "%(message)s" if config.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s"
-    handler.setFormatter(logging.Formatter(where + layout, datefmt="%Y-%m-%d %H:%M:%S"))
-    handler.setLevel(max(level, logging.WARNING) if rank else level)
-    root = logging.getLogger()
-    previous = root.level
-    root.setLevel(level)
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(previous)
-        handler.close()
-
-
 class Log:
     """The log of one rank of one run, from start to end; only the first rank writes scalars and pictures.
 
     With `with`, the reason for the end is what left the block: nothing, or the exception.
     """
 
-    def __init__(self, config: Config, directory: Path | None, *, rank: int, done: int = 0) -> None:
-        """`done` steps were made before, by the run that this one goes on from."""
+    def __init__(self, config: Config, directory: Path | None, *, rank: int, ranks: int = 1, done: int = 0) -> None:
+        """`done` is the number of optimizer steps made before this run resumed."""
         self._directory = directory
         self._rank = rank
-        self._delayed: DelayedScalars[_Step] = DelayedScalars()
+        self._delayed: DelayedScalars[_Record] = DelayedScalars()
         self._stops: DelayedScalars[None] = DelayedScalars(delay=1)
-        self._scaled = config.mixed_precision == "fp16"  # a scaler makes gradients overflow, and skips those steps
+        # A gradient scaler makes gradients overflow now and then, and skips those steps.
+        self._has_scaler = config.mixed_precision == "fp16"
+        self._several_ranks = ranks > 1
         self._losses: deque[float] = deque()
         self._loss_sum = 0.0
         self._last_step = self._done = done
@@ -223,39 +184,22 @@ class Log:
             )
         self._since = time.perf_counter()
 
-    def step(
-        self,
-        *,
-        step: int,
-        epoch: int,
-        loss: Tensor,
-        grad_norm: Tensor | None,
-        lr: Mapping[str, float],
-        images: int,
-        data_wait_seconds: float,
-        stop: Tensor | None = None,
-        measured: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Records an optimizer step that has been asked of the device. `step` and `epoch` count from 1; `lr` is by
-        the reference's name of the part ("unet", "text_encoder1", ...); `images` over all ranks; `stop` is positive
-        if a rank was asked to stop; `measured` is whatever else, left out where it is not a number. Raises
-        NonFiniteLoss for this step or, on a GPU, an earlier one.
+    def record(self, step: Step) -> None:
+        """Records a step that was asked of the device. Its scalars are written when they have arrived.
+
+        Raises NonFiniteLoss for this step or, on a GPU, for an earlier one.
         """
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        record = _Step(
+        record = _Record(
             step=step,
-            epoch=epoch,
-            lr=dict(lr),
-            images_per_second=images / max(seconds, 1e-9),
-            data_wait_seconds=data_wait_seconds,
-            peak_memory_bytes=peak_memory_bytes(loss.device),
+            images_per_second=step.images / max(seconds, 1e-9),
+            peak_memory_bytes=peak_memory_bytes(step.loss.device),
         )
-        for _, arrived in self._stops.push(None, {"stop": stop}) if stop is not None else ():
-            self.stop_seen |= arrived["stop"] > 0
-        scalars = {"loss": loss, "grad_norm": grad_norm, **(measured or {})}
-        given = {name: scalar for name, scalar in scalars.items() if scalar is not None}
-        self._read(self._delayed.push(record, given))
+        if self._several_ranks:
+            for _, arrived in self._stops.push(None, {"stop": step.stop_requested}):
+                self.stop_seen |= arrived["stop"] > 0
+        self._read(self._delayed.push(record, {"loss": step.loss, "grad_norm": step.grad_norm, **step.measured}))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -323,48 +267,44 @@ class Log:
             logging.getLogger().removeHandler(self._file)
             self._file.close()
 
-    def _read(self, arrived: list[tuple[_Step, dict[str, float]]]) -> None:
+    def _read(self, arrived: list[tuple[_Record, dict[str, float]]]) -> None:
         for record, scalars in arrived:
-            self._last_step = record.step
+            self._last_step = record.step.number
             scalars = {name: value for name, value in scalars.items() if "/" not in name or not math.isnan(value)}
-            average = self._average(scalars["loss"])
+            mean_loss = self._mean_loss(scalars["loss"])
             if self._rank == 0:
-                self._write_step(record, scalars, average)
+                self._write_step(record, scalars, mean_loss)
             if not math.isfinite(scalars["loss"]):
-                raise NonFiniteLoss(record.step, scalars["loss"])
-            if not (self._scaled or math.isfinite(scalars.get("grad_norm", 0.0))):
-                raise NonFiniteLoss(record.step, scalars["grad_norm"], "gradient's norm")
+                raise NonFiniteLoss(record.step.number, scalars["loss"])
+            if not (self._has_scaler or math.isfinite(scalars["grad_norm"])):
+                raise NonFiniteLoss(record.step.number, scalars["grad_norm"], "gradient norm")
 
-    def _average(self, loss: float) -> float:
-        """The mean of the last epoch's worth of losses: the reference's avr_loss and loss/epoch."""
+    def _mean_loss(self, loss: float) -> float:
+        """Mean loss of the last steps, as many as an epoch has: the reference's avr_loss and loss/epoch."""
         if len(self._losses) == self._losses.maxlen:
             self._loss_sum -= self._losses[0]
         self._losses.append(loss)
         self._loss_sum += loss
         return self._loss_sum / len(self._losses)
 
-    def _write_step(self, record: _Step, scalars: Mapping[str, float], average: float) -> None:
-        speed = {
-            "images_per_second": record.images_per_second,
-            "data_wait_seconds": record.data_wait_seconds,
-            "peak_memory_bytes": record.peak_memory_bytes,
-        }
+    def _write_step(self, record: _Record, scalars: Mapping[str, float], mean_loss: float) -> None:
+        number, epoch, lr, speed = record.step.number, record.step.epoch, record.step.lr, record.speed()
         if self._metrics:
-            row = {"step": record.step, "epoch": record.epoch, **scalars, "lr": record.lr, **speed}
+            row = {"step": number, "epoch": epoch, **scalars, "lr": dict(lr), **speed}
             self._metrics.write(json.dumps(_without_infinities(row)) + "\n")
-        rates = {f"lr/{part}": rate for part, rate in record.lr.items()}
+        rates = {f"lr/{name}": rate for name, rate in lr.items()}
         for tracker in self._trackers:
-            tracker.scalars({**scalars, **rates, **speed}, record.step)
-            if (record.step - self._first_epoch_at) % self._steps_per_epoch == 0 or record.step == self._steps:
-                # Summed anew: a run that was resumed in the epoch has added up other sums.
-                tracker.epoch_loss(math.fsum(self._losses) / len(self._losses), record.epoch, record.step)
+            tracker.scalars({**scalars, **rates, **speed}, number)
+            if (number - self._first_epoch_at) % self._steps_per_epoch == 0 or number == self._steps:
+                # Summed anew, because a run that was resumed within the epoch has a running sum of other rounding.
+                tracker.epoch_loss(math.fsum(self._losses) / len(self._losses), epoch, number)
         if self._progress is not None:
-            parts = [f"epoch {record.epoch}/{self._epochs}", f"avr_loss={average:.4g}"]
+            parts = [f"epoch {epoch}/{self._epochs}", f"avr_loss={mean_loss:.4g}"]
             parts += [f"images/s={record.images_per_second:.3g}"]
-            if self._next_save and record.step < self._steps:
-                parts += [f"next save in {self._next_save(record.step) - record.step} steps"]
+            if self._next_save and number < self._steps:
+                parts += [f"next save in {self._next_save(number) - number} steps"]
             self._progress.set_postfix_str(", ".join(parts), refresh=False)
-            self._progress.update(record.step - self._progress.n)
+            self._progress.update(number - self._progress.n)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

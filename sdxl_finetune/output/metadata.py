@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import mimetypes
 import platform
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,11 @@ def build_metadata(
     seed: int,
     now: datetime,
     thumbnail: str | None = None,
-    resume: Mapping[str, Any] | None = None,
+    resume: str = "{}",
 ) -> dict[str, str]:
     """The metadata of weights saved after `step` optimizer steps and `epoch` whole epochs, from the start of training.
 
-    `resume` is what else a run needs to know to go on from them (see resume.py); `now` is the time of saving, with
+    `resume` is JSON text that a resumed run needs (TrainingState.to_metadata); `now` is the time of saving, with
     its time zone (modelspec.date is written without it, as in the reference); `thumbnail` is what `load_thumbnail`
     gave.
     """
@@ -63,7 +62,7 @@ def build_metadata(
         "seed": str(seed),
         "versions": json.dumps(versions(), sort_keys=True),
         "config": json.dumps(shareable(config), sort_keys=True, ensure_ascii=False),
-        "resume": json.dumps(resume or {}, sort_keys=True),
+        "resume": resume,
     }
     return modelspec(config, now=now, thumbnail=thumbnail) | {PREFIX + name: value for name, value in own.items()}
 

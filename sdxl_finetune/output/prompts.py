@@ -182,21 +182,6 @@ def _number(value: Any, kind: type[int | float]) -> int | float | None:
         return None
 
 
-def preview_due(
-    *, every_n_steps: int | None, every_n_epochs: int | None, at_first: bool, step: int, epoch: int | None
-) -> bool:
-    """Whether previews are drawn: asked before training (step 0), after every optimizer step (`step` are
-    done, `epoch` is None) and after every epoch (`epoch` are done). A period in epochs wins over one in
-    steps; None or 0 is no period."""
-    if step == 0:
-        return at_first
-    if every_n_epochs:
-        return epoch is not None and epoch % every_n_epochs == 0
-    if every_n_steps:
-        return epoch is None and step % every_n_steps == 0
-    return False
-
-
 def preview_name(
     output_name: str | None, *, epoch: int | None, step: int, index: int, time: datetime, seed: int | None
 ) -> str:

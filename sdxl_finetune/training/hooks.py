@@ -1,243 +1,262 @@
-"""What happens every so often in a run: previews, saved weights and saved states.
+"""What happens now and then during a run: previews, validation, checkpoints and training states.
 
-When, and under which name, is decided by pure functions of the position (output/prompts.py, output/weights.py,
-output/state.py); here they meet the run. None of it changes anything about training.
-
-All ranks pass through here at the same steps. The previews are shared out among them; the first one saves.
+Pure functions of the moment decide when, and under which name (every.py, saves.py). Here they meet the run. None of it
+changes anything about training. All ranks pass through here at the same steps: they share out the previews and the
+validation, and the first rank saves.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.files import remove_leftovers
+from sdxl_finetune.model.save import single_file_tensors
+from sdxl_finetune.optim.optimizer import optimizer_name
 from sdxl_finetune.output.checkpoints import (
-    Due,
-    existing,
-    final_weights,
+    Save,
+    existing_checkpoints,
+    final_name,
     remove,
     remove_replaced,
-    save_weights,
-    weights_due,
+    step_name,
+    write_checkpoint,
 )
-from sdxl_finetune.output.metadata import build_metadata
+from sdxl_finetune.output.metadata import build_metadata, shareable
 from sdxl_finetune.output.previews import draw_previews
-from sdxl_finetune.output.prompts import Prompt, load_prompts, preview_due
-from sdxl_finetune.training.resume import Start, about_state, where_it_stands
+from sdxl_finetune.output.prompts import Prompt, load_prompts
+from sdxl_finetune.training.every import Moment, previews_every, validation_every
+from sdxl_finetune.training.optimizer_state import collect_optimizer_state
+from sdxl_finetune.training.resume import Start
+from sdxl_finetune.training.saves import STATE_SUFFIX, checkpoints_due, final_state, states_due
 from sdxl_finetune.training.setup import Run
-from sdxl_finetune.training.state import (
-    final_state,
-    interrupted_state,
-    interrupted_states,
-    is_saved_name,
-    save_state,
-    states_due,
-)
-from sdxl_finetune.training.validation import validation_due
+from sdxl_finetune.training.state import TrainingState, interrupted_states, is_saved_name, save_state
 
 logger = logging.getLogger(__name__)
 
 
 def begin(run: Run) -> None:
-    """Before the first step: removes what a killed run left half written, and does what it was about to do after the
-    step that this one goes on from; or draws the previews of an untrained model.
+    """Prepares the output folder and does what is due before the first step.
+
+    Half-written files of a killed run are removed. A new run draws previews and validates the untrained model. A
+    resumed run saves the checkpoints and states that were due at the resumed step and are missing.
     """
     if run.accelerator.is_main_process:
         for path in remove_leftovers(run.output_dir, lambda name: is_saved_name(run.config, name)):
-            logger.info("removed %s, which was never finished", path)
+            logger.info("removed %s, which an earlier run left half-written", path)
     if run.start is None:
-        preview_if_due(run, step=0, epoch=None)
-        validate_if_due(run, step=0, epoch=None)
+        moment = run.timeline.after(0)
+        preview_if_due(run, moment)
+        validate_if_due(run, moment)
     elif run.start.path.resolve().parent == run.output_dir.resolve():
-        _catch_up(run, run.start)
+        _save_missing(run, run.start)
 
 
-def _catch_up(run: Run, start: Start) -> None:
-    """What else was due at the step that a run goes on from, and what would have been removed then."""
-    epochs, within = run.plan.place(start.step)
-    epoch = None if within else epochs
-    weights = weights_due(run.config, epoch=epoch, step=start.step, epochs=run.epochs)
-    states = states_due(run.config, epoch=epoch, step=start.step, epochs=run.epochs) if start.is_state else []
-    missing_weights = [due for due in weights if not existing(run.output_dir, due.name, run.save_as)]
-    missing_states = [due for due in states if not (run.output_dir / due.name).exists()]
-    _save(run, missing_weights, missing_states, step=start.step)
-    if run.accelerator.is_main_process:
-        for due in weights:
-            remove_replaced(due, run.output_dir, run.save_as)
-        if start.is_state:
-            _remove_states(run, states, start.step)
+def is_finished(run: Run) -> bool:
+    """True if the final checkpoint already exists and no step is left to make."""
+    start = run.start
+    final = existing_checkpoints(run.output_dir, final_name(run.config), run.save_as)
+    if start is None or start.state.step < run.timeline.steps or not final:
+        return False
+    return not start.is_state or final[-1].stat().st_mtime >= start.state.saved_at
 
 
-def preview_if_due(run: Run, *, step: int, epoch: int | None) -> None:
-    """Draws the previews that are due: before training (step 0), after a step (epoch None), or after an epoch."""
-    config = run.config
-    due = preview_due(
-        every_n_steps=config.sample_every_n_steps,
-        every_n_epochs=config.sample_every_n_epochs,
-        at_first=config.sample_at_first,
-        step=step,
-        epoch=epoch,
-    )
-    if not (due and run.prompts):
+def preview_if_due(run: Run, moment: Moment) -> None:
+    """Draws the previews that are due at this moment, and shows them in the log."""
+    every = previews_every(run.config)
+    if not (run.prompts and every.is_due(moment)):
         return
     run.log.flush()
     shared = [(_current_prompts(run), datetime.now())]
     broadcast_object_list(shared)
     prompts, now = shared[0]
-    with run.log.pause(), shown_weights(run, config.ema_previews):
+    learner = run.learner
+    with run.log.pause(), published_weights(run, run.config.ema_previews):
         drawn = draw_previews(
-            run.sdxl,
-            run.vae,
+            learner.sdxl,
+            learner.vae,
             prompts,
-            config=config,
+            config=run.config,
             tokenizer=run.tokenizer,
-            schedule=run.schedule,
+            schedule=learner.noise_schedule,
             autocast=run.accelerator.autocast,
             seed=run.seed,
-            epoch=epoch,
-            step=step,
+            epoch=moment.epoch if every.epochs else None,
+            step=moment.step,
             now=now,
             rank=run.accelerator.process_index,
             ranks=run.accelerator.num_processes,
         )
-        previews = gather_object([(one.index, one.prompt.prompt, one.path) for one in drawn])
+        previews = gather_object([(preview.index, preview.prompt.prompt, preview.path) for preview in drawn])
     if run.accelerator.is_main_process and previews:
-        run.log.previews([(index, _read(path), prompt) for index, prompt, path in sorted(previews)], step)
+        images = [(index, _read_image(path), prompt) for index, prompt, path in sorted(previews)]
+        run.log.previews(images, moment.step)
 
 
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.copy()
+def validate_if_due(run: Run, moment: Moment) -> None:
+    """Computes the validation losses that are due at this moment, and logs them."""
+    if run.validation is None or not validation_every(run.config).is_due(moment):
+        return
+    run.log.flush()
+    with run.log.pause(), published_weights(run, run.config.ema_validation):
+        losses = run.validation(run.learner)
+    epoch = run.timeline.plan.place(moment.step - 1)[0] + 1 if moment.step else 0
+    run.log.validation(losses, step=moment.step, epoch=epoch)
+
+
+def save_if_due(run: Run, moment: Moment) -> bool:
+    """Saves the checkpoints and training states that are due. Returns True if a state was saved."""
+    epochs = run.timeline.epochs
+    states = states_due(run.config, moment, epochs)
+    _save(run, checkpoints_due(run.config, moment, epochs), states, step=moment.step)
+    return bool(states)
+
+
+def save_final(run: Run) -> None:
+    """Saves the final checkpoint, and the training state if the options ask for one."""
+    state = final_state(run.config)
+    _save(run, [Save(name=final_name(run.config))], [state] if state else [], step=run.timeline.steps)
+
+
+def save_interrupted(run: Run, moment: Moment) -> None:
+    """Saves the training state of a run that is stopped at this moment."""
+    state = Save(name=step_name(run.config, moment.step) + STATE_SUFFIX)
+    _save(run, [], [state], step=moment.step, is_interrupted=True)
 
 
 @contextmanager
-def shown_weights(run: Run, average: bool) -> Iterator[None]:
-    """Within it, the model holds the weights that are not for training but for use."""
-    with run.update.weights_for_use(), run.ema.in_place() if run.ema and average else nullcontext():
+def published_weights(run: Run, ema: bool) -> Iterator[None]:
+    """Within the context the model holds the weights for use, not those in training.
+
+    They are the EMA if there is one and `ema` asks for it, and what a schedule-free optimizer publishes.
+    """
+    learner = run.learner
+    with learner.update.weights_for_use(), learner.ema.in_place() if learner.ema and ema else nullcontext():
         yield
 
 
-def validate_if_due(run: Run, *, step: int, epoch: int | None) -> None:
-    """Validates before training (step 0), as often as is asked for, and at the end; `epoch` has ended, if any has."""
-    last = step == run.steps
-    if run.validation is None or not validation_due(run.config, step=step, epoch=epoch, last=last):
-        return
-    run.log.flush()
-    with run.log.pause(), shown_weights(run, run.config.ema_validation):
-        losses = run.validation(run.sdxl, run.accelerator.device, run.accelerator.autocast)
-    run.log.validation(losses, step=step, epoch=run.plan.place(step - 1)[0] + 1 if step else 0)
-
-
 def _current_prompts(run: Run) -> Sequence[Prompt]:
-    """The prompts as the file has them now, as in the reference: it may be edited during a run."""
+    """The prompts that the file holds now, as in the reference: it may be edited during a run."""
     assert run.config.sample_prompts is not None
     if not run.accelerator.is_main_process:
         return ()
     try:
         return load_prompts(run.config.sample_prompts)
     except UserError as error:
-        logger.warning("the prompts that the run began with are drawn again: %s", error)
+        logger.warning("%s; the prompts from the start of the run are used instead", error)
         return run.prompts
 
 
-def save_if_due(run: Run, *, step: int, epoch: int | None) -> bool:
-    """Saves the weights and states that are due after `step` steps; `epoch` is the number of the epoch that has ended,
-    if one has. Returns whether a state was saved.
+def _read_image(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()
+
+
+def _save_missing(run: Run, start: Start) -> None:
+    """Saves what was due at the step that a run resumes from and is missing, and removes what it replaces."""
+    step, epochs = start.state.step, run.timeline.epochs
+    moment = run.timeline.after(step)
+    checkpoints = checkpoints_due(run.config, moment, epochs)
+    states = states_due(run.config, moment, epochs) if start.is_state else []
+    missing = [save for save in checkpoints if not existing_checkpoints(run.output_dir, save.name, run.save_as)]
+    missing_states = [save for save in states if not (run.output_dir / save.name).exists()]
+    _save(run, missing, missing_states, step=step)
+    if run.accelerator.is_main_process:
+        for save in checkpoints:
+            remove_replaced(save, run.output_dir, run.save_as)
+        if start.is_state:
+            _remove_old_states(run, states, step)
+
+
+def _save(
+    run: Run, checkpoints: Sequence[Save], states: Sequence[Save], *, step: int, is_interrupted: bool = False
+) -> None:
+    """Saves on the first rank while the other ranks wait, once every loss so far is known to be finite.
+
+    Old checkpoints and states are deleted only after the new ones are complete.
     """
-    states = states_due(run.config, epoch=epoch, step=step, epochs=run.epochs)
-    _save(run, weights_due(run.config, epoch=epoch, step=step, epochs=run.epochs), states, step=step)
-    return bool(states)
-
-
-def save_final(run: Run) -> None:
-    """Saves the weights, and the state if it is asked for, at the end of training."""
-    state = final_state(run.config)
-    _save(run, [final_weights(run.config)], [state] if state else [], step=run.steps)
-
-
-def save_interrupted(run: Run, *, step: int) -> None:
-    """Saves the state of a run that is stopped after `step` steps."""
-    _save(run, [], [interrupted_state(run.config, step)], step=step, interrupted=True)
-
-
-def is_finished(run: Run) -> bool:
-    """Whether there is nothing left to do but what the run that this one goes on from has done."""
-    start = run.start
-    final = existing(run.output_dir, final_weights(run.config).name, run.save_as)
-    if start is None or start.step < run.steps or not final:
-        return False
-    return not start.is_state or final[-1].stat().st_mtime >= start.about["time"]
-
-
-def _save(run: Run, weights: Sequence[Due], states: Sequence[Due], *, step: int, interrupted: bool = False) -> None:
-    """On the first rank, and only when every loss so far is known to be finite; the others wait. Nothing older goes
-    before what replaces it is complete.
-    """
-    if not (weights or states):
+    if not (checkpoints or states):
         return
     run.log.note_save(step)
     with run.log.pause():
         if run.accelerator.is_main_process:
-            where = where_it_stands(run.plan, run.order, step, run.log.name)
-            # The state first: a run that is killed between them goes on from it, and saves the weights then.
-            for due in states:
-                _save_state(run, due, step, where, interrupted)
-            for due in weights:
-                _save_weights(run, due, step, where)
-            _remove_states(run, states, step if states else 0)
+            state = _training_state(run, step, is_interrupted)
+            # States first: a run that is killed in between resumes from the state, and then saves the checkpoint.
+            for save in states:
+                _save_state(run, save, state)
+            for save in checkpoints:
+                _save_checkpoint(run, save, state)
+            _remove_old_states(run, states, step if states else 0)
         run.accelerator.wait_for_everyone()
 
 
-def _save_weights(run: Run, due: Due, step: int, where: Mapping[str, Any]) -> None:
-    epoch, now = run.plan.place(step)[0], datetime.now().astimezone()
-    if run.ema and run.config.ema_save:
-        where = {**where, "averaged": True}
-    metadata = build_metadata(
-        run.config, epoch=epoch, step=step, seed=run.seed, now=now, thumbnail=run.thumbnail, resume=where
+def _training_state(run: Run, step: int, is_interrupted: bool) -> TrainingState:
+    plan = run.timeline.plan
+    epoch, steps_into_epoch = plan.place(step)
+    return TrainingState(
+        step=step,
+        epoch=epoch,
+        steps_into_epoch=steps_into_epoch,
+        seed=run.seed,
+        origin=plan.origin,
+        data_order=run.data_order,
+        log=run.log.name,
+        checkpoint_format=run.checkpoint_format,
+        optimizer=optimizer_name(run.config),
+        config=shareable(run.config),
+        is_interrupted=is_interrupted,
     )
-    with shown_weights(run, run.config.ema_save):
-        save_weights(
-            due,
+
+
+def _save_checkpoint(run: Run, save: Save, state: TrainingState) -> None:
+    learner, ema = run.learner, run.config.ema_save
+    metadata = build_metadata(
+        run.config,
+        epoch=state.epoch,
+        step=state.step,
+        seed=run.seed,
+        now=datetime.now().astimezone(),
+        thumbnail=run.thumbnail,
+        resume=state.to_metadata(holds_ema=ema and learner.ema is not None),
+    )
+    with published_weights(run, ema):
+        write_checkpoint(
+            save,
             run.config,
-            run.sdxl,
-            run.vae,
-            directory=run.output_dir,
-            kind=run.save_as,
+            learner.sdxl,
+            learner.vae,
+            save_as=run.save_as,
             metadata=metadata,
-            epoch=epoch,
-            step=step,
+            epoch=state.epoch,
+            step=state.step,
         )
 
 
-def _save_state(run: Run, due: Due, step: int, where: Mapping[str, Any], interrupted: bool) -> None:
-    path, scaler = run.output_dir / due.name, run.accelerator.scaler
-    about = about_state(run.config, where, step=step, epoch=run.plan.place(step)[0], seed=run.seed)
-    save_state(
-        path,
-        run.sdxl,
-        run.vae,
-        run.update.optimizer,
-        run.update.optimizer_groups,
-        average=run.ema.averages if run.ema else None,
+def _save_state(run: Run, save: Save, state: TrainingState) -> None:
+    learner, scaler = run.learner, run.accelerator.scaler
+    optimizer = collect_optimizer_state(
+        learner.update.optimizer,
+        learner.update.optimizer_groups,
+        ema=learner.ema.averages if learner.ema else None,
         scaler=None if scaler is None else scaler.state_dict(),
-        about=about | {"checkpoint": run.checkpoint_format, "interrupted": interrupted},
     )
+    path = run.output_dir / save.name
+    save_state(path, state, single_file_tensors(learner.sdxl, learner.vae, None, exact=True), optimizer)
     logger.info("saved %s", path)
 
 
-def _remove_states(run: Run, states: Sequence[Due], step: int) -> None:
-    """Those that these states of `step` replace; and, as there is one of this step, those that interruptions left
-    before, which nothing else would ever remove.
+def _remove_old_states(run: Run, states: Sequence[Save], step: int) -> None:
+    """Removes what these training states replace, and the states of runs that were interrupted before `step`.
+
+    Nothing else would ever remove the state of an interrupted run.
     """
-    for due in states:
-        if due.replaces:
-            remove(run.output_dir / due.replaces)
+    for save in states:
+        if save.replaces:
+            remove(run.output_dir / save.replaces)
     for path in interrupted_states(run.config, before=step):
         remove(path)

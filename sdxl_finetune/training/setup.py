@@ -1,7 +1,7 @@
-"""A run: everything that training consists of, built from a config in the order in which it can fail.
+"""A run: everything that training consists of, built in the order in which it can fail.
 
-Mistakes that cost nothing to find come first (optimizer, prompts, tokenizer, data, learning rate), then the
-checkpoint is read and the latents are encoded, and the optimizer is built last.
+Mistakes that cost nothing to find come first (optimizer, prompts, tokenizer, data, learning rate). Then the checkpoint
+is read and the latents are encoded, and the optimizer is built last.
 """
 
 import logging
@@ -16,18 +16,14 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers import AutoencoderKL
-from torch import nn
 
-from sdxl_finetune.batch import Batch, Position
-from sdxl_finetune.config import Config
+from sdxl_finetune.batch import Batch
+from sdxl_finetune.config import Config, LengthOptions
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.draws import draw
-from sdxl_finetune.diffusion.schedule import Schedule, build_schedule
-from sdxl_finetune.latents.encoding import LatentStore
 from sdxl_finetune.latents.preparing import encode_dataset, shared_index
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.compilation import check_compiler, compile_blocks
@@ -35,26 +31,27 @@ from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
 from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.vae import pixels_per_latent
-from sdxl_finetune.optim.ema import Ema, build_ema
-from sdxl_finetune.optim.lr import Rate, build_lr
+from sdxl_finetune.optim.lr import build_lr
 from sdxl_finetune.optim.optimizer import optimizer_class, optimizer_name
-from sdxl_finetune.optim.parameters import TrainedParameters, trained_parameters
-from sdxl_finetune.optim.update import Update, build_update, check_update
-from sdxl_finetune.output.checkpoints import epochs_between_saves, kind_to_save
-from sdxl_finetune.output.log import Log, console, run_directory
+from sdxl_finetune.optim.update import check_update
+from sdxl_finetune.output.checkpoints import format_to_save
+from sdxl_finetune.output.console import console
+from sdxl_finetune.output.log import Log, run_directory
 from sdxl_finetune.output.metadata import load_thumbnail
 from sdxl_finetune.output.prompts import Prompt, load_prompts
 from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.training.every import Timeline, saves_every
+from sdxl_finetune.training.learner import Learner, build_learner
+from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
 from sdxl_finetune.training.resume import (
     Start,
-    changed_arguments,
+    changed_optimizer_args,
     check_options,
+    data_order,
     find_start,
-    order_facts,
-    settle_origin,
+    resumed_origin,
 )
-from sdxl_finetune.training.state import load_average, load_optimizer
 from sdxl_finetune.training.validation import Validation, build_validation
 
 logger = logging.getLogger(__name__)
@@ -64,67 +61,40 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the training loop works with."""
+    """Everything that the training loop and its hooks work with."""
 
     config: Config
     seed: int
     accelerator: Accelerator
-    plan: Plan
     start: Start | None
-    """What the run goes on from."""
-    order: Mapping[str, Any]
-    """What the order of images depends on."""
-    steps: int
-    """Optimizer steps of the whole run, from the start of training."""
+    """The training state or checkpoint that the run continues from."""
+    timeline: Timeline
+    data_order: Mapping[str, Any]
+    """The facts that the order of images depends on, saved to compare them on resume."""
     dataset: TrainingDataset
-    sdxl: SDXL
-    model: nn.Module
-    """`sdxl` as accelerate prepared it."""
-    vae: AutoencoderKL
-    schedule: Schedule
-    parameters: TrainedParameters
-    update: Update
-    ema: Ema | None
-    lr: Rate
+    learner: Learner
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
     thumbnail: str | None
+    """Data URL of the picture in the metadata."""
     checkpoint_format: Format
-    """Of the model that training started from, before any resume."""
+    """Format of the model that training started from, before any resume."""
     save_as: SaveAs
     validation: Validation | None
-    """Of held out images, if there are any."""
+    """None if no images are held out."""
     log: Log
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self.parameters.named()]
 
     @property
     def output_dir(self) -> Path:
         assert self.config.output_dir is not None
         return self.config.output_dir
 
-    @property
-    def first_step(self) -> int:
-        """Steps that were made before, by the run that this one goes on from."""
-        return self.start.step if self.start else 0
-
-    @property
-    def epochs(self) -> int:
-        """How many epochs the run enters; max_train_steps may cut the last one short."""
-        return epochs_of(self.plan, self.steps)
-
-    def epoch_ended_by(self, position: Position) -> int | None:
-        """The number, from 1, of the epoch whose last step this is; None within an epoch."""
-        done = position.step + 1
-        return position.epoch + 1 if self.plan.place(done)[1] == 0 or done == self.steps else None
-
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, in order, from the first step that is still to be made to the last."""
+        first_step = self.start.state.step if self.start else 0
         return load_batches(
             self.dataset,
-            self.plan.micro_batches(self.first_step, self.steps),
+            self.timeline.plan.micro_batches(first_step, self.timeline.steps),
             workers=self.config.max_data_loader_n_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             on_bad_image=self.config.on_bad_image,
@@ -133,8 +103,9 @@ class Run:
 
 @contextmanager
 def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
-    """Within it the run exists; its log is closed with the reason why it ended. Raises UserError, and Interrupt if a
-    stop is asked for while images are encoded.
+    """Builds the run, and closes its log with the reason for the end when the context ends.
+
+    Raises UserError for the user's mistakes, and Interrupt if a stop is requested while images are encoded.
     """
     accelerator = build_accelerator(config)
     with console(config, accelerator.process_index):
@@ -145,13 +116,11 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
 
 
 def _build(config: Config, accelerator: Accelerator, start: Start | None, log: Log, stop: StopRequest | None) -> Run:
-    seed = start.seed if start and start.seed is not None and config.seed is None else shared_seed(config)
-    torch.manual_seed(seed)  # for what draws outside of our control, as a user's own optimizer may
-    optimizer_class(optimizer_name(config))
-    check_update(config, accelerator.device)
-    if config.torch_compile:
-        check_compiler(config.dynamo_backend, accelerator.device)
-    if start:
+    seed = start.state.seed if start and config.seed is None else None
+    seed = shared_seed(config) if seed is None else seed
+    torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
+    check_optimization(config, accelerator.device)
+    if start and start.is_state:
         check_options(start, config)
     tokenizer = build_tokenizer(
         max_token_length=config.max_token_length,
@@ -161,178 +130,135 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     prompts = load_prompts(config.sample_prompts) if config.sample_prompts else ()
     thumbnail = load_thumbnail(config.metadata_thumbnail)
     index = shared_index(config, accelerator)
-    build_lr(config, total_steps(config, _plan(config, index, seed, accelerator)))
-    loaded = _load(config, start)
-    index, store = encode_dataset(config, index, loaded.vae, accelerator, stop)
-    plan = _plan(config, index, seed, accelerator)
-    order = order_facts(index, plan)
+    loaded = _load_model(config, start)
+    index, latents = encode_dataset(config, index, loaded.vae, accelerator, stop)
+    ranks = accelerator.num_processes
+    plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
+    order = data_order(index, plan)
     if start:
-        plan = replace(plan, origin=settle_origin(start, order, config))
-    steps = total_steps(config, plan)
-    lr = build_lr(config, steps)
-    parameters, model, update = _prepare(config, loaded.model, accelerator)
-    ema = build_ema(parameters, config)
+        plan = replace(plan, origin=resumed_origin(start, order, config))
+    timeline = Timeline(plan, total_steps(config, plan))
+    _prepare_model(config, loaded.model, accelerator)
+    learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, timeline.steps))
     if start and start.is_state:
-        _restore(config, start, update, ema, accelerator)
-    schedule = build_schedule(zero_terminal_snr=config.zero_terminal_snr).to(accelerator.device)
-    share = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
-    validation = build_validation(config, index, store, tokenizer, loaded.vae, schedule, **share)
-    _say_what_is_trained(index, plan, steps, parameters)
-    _begin_log(config, log, plan, steps)
+        _restore(start, learner)
+    dataset = TrainingDataset(
+        index=index,
+        latents=latents,
+        tokenize=tokenizer,
+        draw=partial(draw, config, seed, latent_scale=loaded.vae.config.scaling_factor),
+        seed=seed,
+        max_steps=timeline.steps,
+        all_latents=config.adaptive_noise_scale is not None,
+        pixels_per_latent=pixels_per_latent(loaded.vae),
+        rank=accelerator.process_index,
+        ranks=ranks,
+    )
+    _log_beginning(config, log, index, timeline, learner)
     return Run(
         config=config,
         seed=seed,
         accelerator=accelerator,
-        plan=plan,
         start=start,
-        order=order,
-        steps=steps,
-        dataset=_dataset(config, accelerator, index, store, tokenizer, loaded.vae, seed, steps),
-        sdxl=loaded.model,
-        model=model,
-        vae=loaded.vae,
-        schedule=schedule,
-        parameters=parameters,
-        update=update,
-        ema=ema,
-        lr=lr,
+        timeline=timeline,
+        data_order=order,
+        dataset=dataset,
+        learner=learner,
         tokenizer=tokenizer,
         prompts=prompts,
         thumbnail=thumbnail,
         checkpoint_format=loaded.format,
-        save_as=kind_to_save(config, loaded.format),
-        validation=validation,
+        save_as=format_to_save(config, loaded.format),
+        validation=build_validation(config, dataset),
         log=log,
     )
 
 
-def _dataset(
-    config: Config,
-    accelerator: Accelerator,
-    index: Index,
-    store: LatentStore | None,
-    tokenizer: Tokenizer,
-    vae: AutoencoderKL,
-    seed: int,
-    steps: int,
-) -> TrainingDataset:
-    return TrainingDataset(
-        index=index,
-        latents=store,
-        tokenize=tokenizer,
-        draw=partial(draw, config, seed, latent_scale=vae.config.scaling_factor),
-        seed=seed,
-        max_steps=steps,
-        all_latents=config.adaptive_noise_scale is not None,
-        pixels_per_latent=pixels_per_latent(vae),
-        rank=accelerator.process_index,
-        ranks=accelerator.num_processes,
-    )
+def check_optimization(config: Config, device: torch.device) -> None:
+    """Raises UserError for an optimizer, learning-rate schedule or compiler that cannot be used as the config says."""
+    optimizer_class(optimizer_name(config))
+    check_update(config, device)
+    build_lr(config, total_steps=1)  # the number of steps is known later, and no other mistake depends on it
+    if config.torch_compile:
+        check_compiler(config.dynamo_backend, device)
 
 
-def epochs_of(plan: Plan, steps: int) -> int:
-    """How many epochs a run of so many steps enters."""
-    whole, more = plan.place(steps)
-    return whole + (more > 0)
+def total_steps(options: LengthOptions, plan: Plan) -> int:
+    """Optimizer steps of the whole run: from `max_train_epochs` if it is set, else `max_train_steps`."""
+    if options.max_train_epochs is None:
+        return options.max_train_steps
+    return plan.steps_until(options.max_train_epochs)
 
 
-def _next_save(config: Config, plan: Plan, steps: int, step: int) -> int:
-    """The step, after `step`, at which weights are saved next."""
-    times = [steps]
-    if every := config.save_every_n_steps:
-        times.append((step // every + 1) * every)
-    epochs = epochs_of(plan, steps)
-    if (every := epochs_between_saves(config, epochs)) and (
-        epoch := (plan.place(step)[0] // every + 1) * every
-    ) < epochs:
-        times.append(plan.steps_until(epoch))
-    return min(times)
-
-
-def total_steps(config: Config, plan: Plan) -> int:
-    """Optimizer steps of the whole run: max_train_epochs if given, else max_train_steps."""
-    return config.max_train_steps if config.max_train_epochs is None else plan.steps_until(config.max_train_epochs)
-
-
-def _on_first_rank(accelerator: Accelerator, look: Callable[[], T]) -> T:
-    """What the first rank finds, on all ranks."""
-    found = [look() if accelerator.is_main_process else None]
-    broadcast_object_list(found)
-    return cast(T, found[0])
+def _on_first_rank(accelerator: Accelerator, find: Callable[[], T]) -> T:
+    """Calls `find` on the first rank only, and returns its result on all ranks."""
+    results = [find() if accelerator.is_main_process else None]
+    broadcast_object_list(results)
+    return cast(T, results[0])
 
 
 def _open_log(config: Config, accelerator: Accelerator, start: Start | None) -> Log:
-    resumed = (start.log, start.step) if start and start.log else None
+    resumed = (start.state.log, start.state.step) if start and start.state.log else None
     directory = _on_first_rank(accelerator, lambda: run_directory(config, datetime.now(), resumed=resumed))
-    return Log(config, directory, rank=accelerator.process_index, done=start.step if start else 0)
+    done = start.state.step if start else 0
+    return Log(config, directory, rank=accelerator.process_index, ranks=accelerator.num_processes, done=done)
 
 
-def _begin_log(config: Config, log: Log, plan: Plan, steps: int) -> None:
-    log.begin(
-        steps=steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        first_epoch_at=plan.origin[0],
-        epochs=epochs_of(plan, steps),
-        next_save=partial(_next_save, config, plan, steps),
-    )
+def _load_model(config: Config, start: Start | None) -> Loaded:
+    """Loads the model that the config names, or the one to resume from.
 
-
-def _plan(config: Config, index: Index, seed: int, accelerator: Accelerator) -> Plan:
-    ranks, accumulation = accelerator.num_processes, config.gradient_accumulation_steps
-    return build_plan(index, ranks=ranks, accumulation=accumulation, seed=seed)
-
-
-def _load(config: Config, start: Start | None) -> Loaded:
-    """The model to train: the one that the config names, or the one to go on from. Saved weights hold the VAE in their
-    own precision, so that the one that training began with is read again.
+    Checkpoints hold the VAE in their own precision. A run that resumes from a checkpoint therefore reads the VAE that
+    training began with.
     """
-    given = config.pretrained_model_name_or_path
-    assert given is not None
-    if start is None:
-        return load_checkpoint(given, dtype=weight_dtype(config), vae_path=config.vae, exact=config.keeps_masters)
-    vae = None if start.is_state else config.vae or given
-    exact = config.keeps_masters
-    loaded = load_checkpoint(start.weights, dtype=weight_dtype(config), vae_path=vae, exact=exact)
-    return replace(loaded, format=start.about["checkpoint"]) if start.is_state else loaded
+    path, vae = config.pretrained_model_name_or_path, config.vae
+    assert path is not None
+    if start:
+        vae = None if start.is_state else vae or path
+        path = start.weights
+    loaded = load_checkpoint(path, dtype=weight_dtype(config), vae_path=vae, exact=config.keeps_masters)
+    if start and start.state.checkpoint_format:
+        return replace(loaded, format=start.state.checkpoint_format)
+    return loaded
 
 
-def _restore(
-    config: Config,
-    start: Start,
-    update: Update,
-    ema: Ema | None,
-    accelerator: Accelerator,
-) -> None:
-    changed = changed_arguments(start, config)
-    scaler, unknown = load_optimizer(start.path, update.optimizer, update.optimizer_groups, changed=changed)
-    if unknown:
-        logger.info("%d parameters begin without optimizer state, as %s", len(unknown), unknown[0])
-    if scaler is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(scaler)
-    if ema and (new := ema.load(load_average(start.path))):
-        logger.info("the average of %d parameters begins with their values, as of %s", len(new), new[0])
-
-
-def _prepare(config: Config, sdxl: SDXL, accelerator: Accelerator) -> tuple[TrainedParameters, nn.Module, Update]:
+def _prepare_model(config: Config, sdxl: SDXL, accelerator: Accelerator) -> None:
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(sdxl)
     use_attention(sdxl, "xformers" if config.xformers or config.diffusers_xformers else "sdpa")
     if config.torch_compile:
         compile_blocks(sdxl, config.dynamo_backend)
     sdxl.train()
-    parameters = trained_parameters(config, sdxl.parameters_by_part(), sdxl.masters)
-    # The device first: an optimizer whose states are made when it is built makes them there.
+    # Moved before the optimizer is built, because some optimizers make their states then, on the parameters' device.
     sdxl.to(accelerator.device)
-    return parameters, *build_update(config, parameters, sdxl, accelerator)
 
 
-def _say_what_is_trained(index: Index, plan: Plan, steps: int, parameters: TrainedParameters) -> None:
+def _restore(start: Start, learner: Learner) -> None:
+    """Gives the learner the optimizer state, gradient scaler and EMA of a training state."""
+    update, scaler = learner.update, learner.accelerator.scaler
+    changed = changed_optimizer_args(start, learner.config)
+    saved_scaler, unknown = restore_optimizer_state(
+        start.optimizer, update.optimizer, update.optimizer_groups, changed=changed
+    )
+    if unknown:
+        logger.info("%d parameters start without optimizer state, for example %s", len(unknown), unknown[0])
+    if saved_scaler is not None and scaler is not None:
+        scaler.load_state_dict(saved_scaler)
+    if learner.ema and (unknown := learner.ema.load(load_ema(start.optimizer))):
+        logger.info("the EMA of %d parameters starts with their values, for example %s", len(unknown), unknown[0])
+
+
+def _log_beginning(config: Config, log: Log, index: Index, timeline: Timeline, learner: Learner) -> None:
+    plan, steps = timeline.plan, timeline.steps
     logger.info("%s", index.describe())
     logger.info(
-        "%d batches and %d steps an epoch, %d steps in all",
-        plan.batches_per_epoch,
-        plan.steps_per_epoch,
-        steps,
+        "%d batches and %d steps an epoch, %d steps in all", plan.batches_per_epoch, plan.steps_per_epoch, steps
     )
-    for group in parameters.groups:
+    for group in learner.parameters.groups:
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
+    log.begin(
+        steps=steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        first_epoch_at=plan.origin[0],
+        epochs=timeline.epochs,
+        next_save=partial(saves_every(config, timeline.epochs).next_step, timeline),
+    )

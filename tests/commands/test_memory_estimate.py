@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scripts.benchmarks.memory import GRID, compare, config_for
-from sdxl_finetune.commands.memory_estimate import estimate
+from sdxl_finetune.commands.memory_estimate import BatchShape, estimate
 from sdxl_finetune.commands.memory_report import GiB, fits
 from sdxl_finetune.config import Config
 from sdxl_finetune.model.architecture import FULL
@@ -35,7 +35,7 @@ def test_the_full_size() -> None:
     settings on a CPU: tensors, and what Python and the libraries take besides. Nothing of that size is allocated here.
     """
     started = time.process_time()
-    found = estimate(Config(**NEEDS, **LEAST), FULL, (1, 128, 128), cuda=False)
+    found = estimate(Config(**NEEDS, **LEAST), FULL, BatchShape(1, 128, 128), cuda=False)
     assert found.total == pytest.approx(20.0 * GiB, rel=0.1)
     parameters = 2_567_463_684 + 115_561_728 + 694_659_840
     kept = found.parts["weights"] + found.parts["masters"] + found.parts["optimizer states"]
@@ -44,7 +44,7 @@ def test_the_full_size() -> None:
 
 
 def test_settings_save_what_they_promise() -> None:
-    shape, usual = (2, 256, 256), Config(**NEEDS)
+    shape, usual = BatchShape(2, 256, 256), Config(**NEEDS)
     most = estimate(usual, TINY, shape, cuda=True)
     parameters = most.parts["weights"] // 4
     states = most.parts["optimizer states"] / 2
@@ -53,12 +53,12 @@ def test_settings_save_what_they_promise() -> None:
     for part in ("weights", "masters"):
         assert less.parts[part] == pytest.approx(2 * parameters, rel=0.01)
     assert less.total < 0.7 * most.total
-    kept = estimate(usual.model_copy(update={"gradient_checkpointing": True}), TINY, (8, 256, 256), cuda=True)
-    assert kept.total < estimate(usual, TINY, (8, 256, 256), cuda=True).total
+    kept = estimate(usual.model_copy(update={"gradient_checkpointing": True}), TINY, BatchShape(8, 256, 256), cuda=True)
+    assert kept.total < estimate(usual, TINY, BatchShape(8, 256, 256), cuda=True).total
 
 
 def test_a_card_that_is_too_small_is_told_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, config = (2, 256, 256), Config(**NEEDS)
+    shape, config = BatchShape(2, 256, 256), Config(**NEEDS)
     monkeypatch.setattr("sdxl_finetune.commands.memory_report.CARDS", (0.001, 1.35, 80))
     said = list(fits(config, TINY, shape, estimate(config, TINY, shape, cuda=True), 1))
     assert said[0] == "fits a card of 80 GB"
@@ -71,5 +71,5 @@ def test_attention_keeps_no_scores(autocast: bool) -> None:
     """Four times the positions take four times the memory, and not sixteen times."""
     config = Config(**NEEDS, mixed_precision="bf16" if autocast else "no", optimizer_type="AdamW8bit")
     config = config.model_copy(update={"train_text_encoder": False, "fused_backward_pass": True})
-    small, large = (estimate(config, TINY, (1, side, side), cuda=False).total for side in (512, 1024))
+    small, large = (estimate(config, TINY, BatchShape(1, side, side), cuda=False).total for side in (512, 1024))
     assert small < large < 5 * small

@@ -16,11 +16,27 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.output.log import DelayedScalars, Log, NonFiniteLoss, console, run_directory
+from sdxl_finetune.output.console import console
+from sdxl_finetune.output.delayed_scalars import DelayedScalars
+from sdxl_finetune.output.log import Log, NonFiniteLoss, Step, run_directory
 
 LOSSES = [4.0, 2.0, 3.0, 1.0, 0.5, 0.25]
+
+
+def step(index: int = 0, *, epoch: int = 0, loss: torch.Tensor, **values) -> Step:
+    """An optimizer step; `index` and `epoch` count from 0."""
+    usual = {
+        "grad_norm": 10 * loss,
+        "measured": {},
+        "stop_requested": torch.zeros(()),
+        "lr": {},
+        "images": 4,
+        "data_wait_seconds": 0.25,
+    }
+    return Step(position=Position(epoch=epoch, step=index, micro=0, micros=1), loss=loss, **{**usual, **values})
 
 
 def write_run(config: Config, directory: Path | None, *, rank: int = 0, losses: list[float] = LOSSES) -> None:
@@ -28,15 +44,8 @@ def write_run(config: Config, directory: Path | None, *, rank: int = 0, losses: 
     with Log(config, directory, rank=rank) as log:
         log.begin(steps=len(losses), steps_per_epoch=3)
         for index, loss in enumerate(losses):
-            log.step(
-                step=index + 1,
-                epoch=index // 3 + 1,
-                loss=torch.tensor(loss),
-                grad_norm=torch.tensor(10 * loss),
-                lr={"unet": 1e-5 * (index + 1), "text_encoder1": 1e-6},
-                images=4,
-                data_wait_seconds=0.25,
-            )
+            lr = {"unet": 1e-5 * (index + 1), "text_encoder1": 1e-6}
+            log.record(step(index, epoch=index // 3, loss=torch.tensor(loss), lr=lr))
         logging.getLogger("sdxl_finetune.anything").warning("a message")
         log.previews([(1, Image.new("RGB", (16, 8), "red"), "a red picture")], step=len(losses))
 
@@ -134,10 +143,9 @@ def test_a_gradient_that_is_no_number_ends_the_run_unless_it_is_scaled(tmp_path:
     """Its step spoils the weights before any loss shows it; a scaler leaves that step out."""
     with Log(Config(mixed_precision=precision), tmp_path, rank=0) as log:
         log.begin(steps=1, steps_per_epoch=1)
-        given = {"loss": torch.ones(()), "grad_norm": torch.tensor(math.inf), "lr": {}, "data_wait_seconds": 0.0}
         expected = nullcontext() if precision == "fp16" else pytest.raises(NonFiniteLoss, match="norm of step 1 is inf")
         with expected:
-            log.step(step=1, epoch=1, images=1, **given)
+            log.record(step(loss=torch.ones(()), grad_norm=torch.tensor(math.inf)))
 
 
 def test_pauses_are_no_part_of_a_step(tmp_path: Path) -> None:
@@ -145,11 +153,9 @@ def test_pauses_are_no_part_of_a_step(tmp_path: Path) -> None:
         log.begin(steps=1, steps_per_epoch=1)
         with log.pause():
             time.sleep(0.5)
-        scalars = {"loss": torch.ones(()), "grad_norm": None, "lr": {}, "data_wait_seconds": 0.0}
-        log.step(step=1, epoch=1, images=100, **scalars)
+        log.record(step(loss=torch.ones(()), images=100))
     (row,) = rows(tmp_path)
     assert row["images_per_second"] > 400
-    assert "grad_norm" not in row
 
 
 def test_the_directory_is_named_as_the_references(tmp_path: Path) -> None:

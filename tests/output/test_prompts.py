@@ -1,6 +1,5 @@
 """Prompt files, times and names of previews: the golden ones, and where we differ on purpose."""
 
-import itertools
 import json
 import logging
 from datetime import datetime
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.output.prompts import Prompt, line_values, load_prompts, preview_due, preview_name
+from sdxl_finetune.output.prompts import Prompt, line_values, load_prompts, preview_name
 
 DIFFERENT = {
     # Options begin after white space, and before a letter.
@@ -160,27 +159,3 @@ def test_golden_names(golden) -> None:
             for index, seed in enumerate([42, None, None, 1])
         ]
         assert [name.replace("20241005010203", "YYYYmmddHHMMSS") for name in names] == call["files"]
-
-
-def test_golden_times(golden) -> None:
-    for line in golden("sample_prompts.json")["when"]["timelines"]:
-        options = dict.fromkeys(["--sample_every_n_steps", "--sample_every_n_epochs"])
-        for name, value in itertools.pairwise(line["cli"]):
-            if name in options:
-                options[name] = int(value)
-
-        def due(epoch: int | None, step: int, options=options, line=line) -> bool:
-            return preview_due(
-                every_n_steps=options["--sample_every_n_steps"],
-                every_n_epochs=options["--sample_every_n_epochs"],
-                at_first="--sample_at_first" in line["cli"],
-                step=step,
-                epoch=epoch,
-            )
-
-        moments = [(0, 0)]
-        for epoch in range(line["epochs"]):
-            steps = range(epoch * line["steps_per_epoch"] + 1, (epoch + 1) * line["steps_per_epoch"] + 1)
-            moments += [(None, step) for step in steps] + [(epoch + 1, steps[-1])]
-        sampled = [(call["epoch_argument"], call["steps_argument"]) for call in line["sampled"]]
-        assert [moment for moment in moments if due(*moment)] == sampled

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config
-from sdxl_finetune.output.log import Log
+from sdxl_finetune.output.log import Log, Step
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TAGS = {"loss", "loss/t000-249", "grad_norm/unet", "update/unet", "lr/unet", "validation/loss", "previews"}
@@ -44,15 +45,17 @@ def test_a_browser_shows_the_run(tmp_path: Path) -> None:
     with Log(Config(logging_dir=tmp_path), tmp_path / "run", rank=0) as log:
         log.begin(steps=4, steps_per_epoch=2)
         for step in range(1, 5):
-            log.step(
-                step=step,
-                epoch=1,
-                loss=torch.tensor(1 / step),
-                grad_norm=torch.tensor(1.0),
-                lr={"unet": 1e-5},
-                images=4,
-                data_wait_seconds=0.1,
-                measured={name: torch.tensor(0.5) for name in ("loss/t000-249", "grad_norm/unet", "update/unet")},
+            log.record(
+                Step(
+                    position=Position(epoch=0, step=step - 1, micro=0, micros=1),
+                    loss=torch.tensor(1 / step),
+                    grad_norm=torch.tensor(1.0),
+                    measured={name: torch.tensor(0.5) for name in ("loss/t000-249", "grad_norm/unet", "update/unet")},
+                    stop_requested=torch.zeros(()),
+                    lr={"unet": 1e-5},
+                    images=4,
+                    data_wait_seconds=0.1,
+                )
             )
         log.validation({"loss": 0.5}, step=4, epoch=2)
         log.previews([(0, Image.new("RGB", (64, 64), "red"), "a red picture")], step=4)

@@ -16,10 +16,10 @@ def digest_lines(arguments: Sequence[str]) -> Iterator[str]:
     config = load_config(arguments, program="sdxl-train")
     assert config is not None
     with build_run(config) as run:
-        for step in training_steps(run, StopRequest()):
+        for step in training_steps(run.learner, run.batches(), StopRequest()):
             digest = hashlib.sha256()
-            for name, parameter in sorted(run.sdxl.named_parameters()):
-                value = run.sdxl.masters.value(parameter).float().cpu()
+            for name, parameter in sorted(run.learner.sdxl.named_parameters()):
+                value = run.learner.sdxl.masters.value(parameter).float().cpu()
                 digest.update(name.encode() + value.numpy().tobytes())
             yield f"digest {step.position.step} {digest.hexdigest()} {step.loss.item()!r} {step.grad_norm.item()!r}\n"
 

@@ -186,7 +186,8 @@ def test_changed_options_are_said(work, caplog) -> None:
     assert config is not None
     with build_run(config) as built:
         groups = [
-            {name: group[name] for name in ("weight_decay", "betas")} for group in built.update.optimizer.param_groups
+            {name: group[name] for name in ("weight_decay", "betas")}
+            for group in built.learner.update.optimizer.param_groups
         ]
     assert groups == [{"weight_decay": 0.2, "betas": (0.8, 0.9)}] * 3
     said = next(message for message in caplog.messages if message.startswith("options that have changed"))

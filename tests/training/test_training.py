@@ -59,7 +59,8 @@ def evaluate(path: str | Path) -> float:
     with build_run(config) as built, torch.no_grad():
         losses = []
         for batch, _ in zip(built.batches(), range(12), strict=False):
-            losses.append(image_losses(built.model, batch, batch_latents(batch, built.vae), built.schedule, config))
+            latents = batch_latents(batch, built.learner.vae)
+            losses.append(image_losses(built.learner.model, batch, latents, built.learner.noise_schedule, config))
     return float(torch.cat(losses).mean())
 
 

@@ -14,7 +14,6 @@ from sdxl_finetune.config import Config, load_config, load_datasets
 from sdxl_finetune.data.index import build_index, hold_out
 from sdxl_finetune.training.loop import train
 from sdxl_finetune.training.setup import build_run
-from sdxl_finetune.training.validation import validation_due
 
 DATA = """
 [[datasets]]
@@ -73,7 +72,7 @@ def test_the_share_asked_for_is_held_out(base, work) -> None:
     with build_run(config(base, *FOLDER, "--validation_split", "0.25")) as built:
         index = built.dataset.index
         assert index.held_out.sum() == 2 and (index.repeats[index.held_out] == 0).all()
-        used = {int(row) for batch in built.plan.micro_batches(0, 6) for row in batch.items}
+        used = {int(row) for batch in built.timeline.plan.micro_batches(0, 6) for row in batch.items}
         assert used == set(np.flatnonzero(~index.held_out).tolist())
         assert "2 held out for validation" in index.describe()
 
@@ -149,19 +148,3 @@ def test_the_average_is_validated_unless_told_otherwise(base, work) -> None:
     slow = run(base, *asked, "--ema_half_life", "100000")[-1]
     weights = run(base, *asked, "--ema_half_life", "100000", "--no-ema_validation")[-1]
     assert weights == plain != slow
-
-
-def test_when(base) -> None:
-    def due(last: int, per_epoch: int, **options) -> list[int]:
-        asked = Config(**options)
-        ends = {step: step // per_epoch for step in range(per_epoch, last + 1, per_epoch)}
-        return [
-            step
-            for step in range(last + 1)
-            if validation_due(asked, step=step, epoch=ends.get(step), last=step == last)
-        ]
-
-    assert due(10, 4) == [0, 4, 8, 10]
-    assert due(10, 2, validate_every_n_epochs=2) == [0, 4, 8, 10]
-    assert due(10, 4, validate_every_n_steps=3) == [0, 3, 6, 9, 10]
-    assert due(10, 4, validate_every_n_steps=3, validate_every_n_epochs=1) == [0, 4, 8, 10]

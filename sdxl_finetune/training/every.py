@@ -1,0 +1,120 @@
+"""When previews, validation and saves are due: every N steps, every N epochs, at the start, at the end.
+
+The training loop and sdxl-check ask the same `Every`, so that the check prints what the run will do.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sdxl_finetune.config import PreviewOptions, SavingOptions, ValidationOptions
+from sdxl_finetune.data.batch_plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """The moment after an optimizer step, or before the first one."""
+
+    step: int
+    """Optimizer steps made, counted from the start of training."""
+    epoch: int | None
+    """Number, from 1, of the epoch that ended with this step; None within an epoch and before the first step."""
+    is_last: bool = False
+    """True after the last step of the run."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All optimizer steps of a run and the epochs that they form."""
+
+    plan: Plan
+    steps: int
+    """Optimizer steps of the whole run, from the start of training."""
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs that the run enters. `max_train_steps` may cut the last epoch short."""
+        whole, steps_into_next = self.plan.place(self.steps)
+        return whole + (steps_into_next > 0)
+
+    def after(self, step: int) -> Moment:
+        """The moment at which `step` optimizer steps are made. The end of the run also ends its last epoch."""
+        epochs, steps_into_epoch = self.plan.place(step)
+        is_last = step == self.steps
+        epoch = None
+        if step and (is_last or steps_into_epoch == 0):
+            epoch = epochs + (steps_into_epoch > 0)
+        return Moment(step=step, epoch=epoch, is_last=is_last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Every:
+    """Something that recurs during a run. A period of None or 0 is off."""
+
+    steps: int | None = None
+    epochs: int | None = None
+    at_start: bool = False
+    at_end: bool = False
+
+    def is_due(self, moment: Moment) -> bool:
+        """True if it happens at this moment."""
+        if moment.step == 0:
+            return self.at_start
+        return self.is_due_by_step(moment) or self.is_due_by_epoch(moment) or (self.at_end and moment.is_last)
+
+    def is_due_by_step(self, moment: Moment) -> bool:
+        """True if the period in steps ends at this moment."""
+        return bool(self.steps) and moment.step > 0 and moment.step % (self.steps or 1) == 0
+
+    def is_due_by_epoch(self, moment: Moment) -> bool:
+        """True if the period in epochs ends at this moment."""
+        return bool(self.epochs) and moment.epoch is not None and moment.epoch % (self.epochs or 1) == 0
+
+    def next_step(self, timeline: Timeline, step: int) -> int:
+        """The first step after `step` at which it may be due; at most the last step of the run."""
+        candidates = [timeline.steps]
+        if self.steps:
+            candidates.append((step // self.steps + 1) * self.steps)
+        if self.epochs:
+            epoch = (timeline.plan.place(step)[0] // self.epochs + 1) * self.epochs
+            candidates.append(timeline.plan.steps_until(epoch))
+        return min(candidates)
+
+    def moments(self, timeline: Timeline) -> Iterator[Moment]:
+        """All moments of the run at which it is due, in order."""
+        step = 0
+        while True:
+            moment = timeline.after(step)
+            if self.is_due(moment):
+                yield moment
+            if step >= timeline.steps:
+                return
+            step = self.next_step(timeline, step)
+
+
+def previews_every(options: PreviewOptions) -> Every:
+    """When previews are drawn. A period in epochs wins over a period in steps, as in the reference."""
+    steps = None if options.sample_every_n_epochs else options.sample_every_n_steps
+    return Every(steps=steps, epochs=options.sample_every_n_epochs, at_start=options.sample_at_first)
+
+
+def validation_every(options: ValidationOptions) -> Every:
+    """When the model is validated: before the first step, after the last one, and in the period of the options.
+
+    A period in epochs wins over a period in steps. Without either option the model is validated after each epoch.
+    """
+    epochs, steps = options.validate_every_n_epochs, options.validate_every_n_steps
+    if epochs is None and steps is None:
+        epochs = 1
+    return Every(steps=None if epochs else steps, epochs=epochs, at_start=True, at_end=True)
+
+
+def saves_every(options: SavingOptions, epochs: int) -> Every:
+    """When numbered checkpoints are saved in a run of `epochs` epochs.
+
+    `save_n_epoch_ratio` asks for a number of checkpoints over the run. It wins over `save_every_n_epochs`, as in the
+    reference.
+    """
+    period = options.save_every_n_epochs
+    if options.save_n_epoch_ratio:
+        period = epochs // options.save_n_epoch_ratio or 1
+    return Every(steps=options.save_every_n_steps, epochs=period)

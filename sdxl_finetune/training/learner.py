@@ -1,0 +1,67 @@
+"""The learner: the model, its trained parameters, and everything else that an optimizer step needs.
+
+A run builds one learner and feeds it batches. The memory estimate builds one on tensors without memory.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import nn
+
+from sdxl_finetune.config import Config
+from sdxl_finetune.diffusion.schedule import Schedule, build_schedule
+from sdxl_finetune.model.sdxl import SDXL, named_parts
+from sdxl_finetune.optim.ema import Ema, build_ema
+from sdxl_finetune.optim.lr import Rate
+from sdxl_finetune.optim.parameters import TrainedParameters, trained_parameters
+from sdxl_finetune.optim.update import Context, Update, build_update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """Exactly what a training step needs."""
+
+    config: Config
+    accelerator: Accelerator
+    sdxl: SDXL
+    model: nn.Module
+    """`sdxl` as accelerate prepared it: its forward runs in the precision of `mixed_precision`."""
+    vae: AutoencoderKL
+    """Encodes batches of images that have no cached latents."""
+    noise_schedule: Schedule
+    parameters: TrainedParameters
+    update: Update
+    """The optimizer, and how its steps reach the parameters."""
+    ema: Ema | None
+    lr: Rate
+
+
+def build_learner(
+    config: Config,
+    sdxl: SDXL,
+    vae: AutoencoderKL,
+    accelerator: Accelerator,
+    lr: Rate,
+    real_tensors: Context = nullcontext,
+) -> Learner:
+    """Builds the learner of a model that is on its device. Raises UserError if nothing would be trained.
+
+    Within `real_tensors()` tensors are real, where those of the model are not. The optimizer is built in it.
+    """
+    parameters = trained_parameters(config, named_parts(sdxl), sdxl.masters)
+    model, update = build_update(config, parameters, sdxl, accelerator, real_tensors)
+    noise_schedule = build_schedule(zero_terminal_snr=config.zero_terminal_snr).to(accelerator.device)
+    return Learner(
+        config=config,
+        accelerator=accelerator,
+        sdxl=sdxl,
+        model=model,
+        vae=vae,
+        noise_schedule=noise_schedule,
+        parameters=parameters,
+        update=update,
+        ema=build_ema(parameters, config),
+        lr=lr,
+    )

@@ -1,0 +1,113 @@
+"""The optimizer's part of a training state: collecting it, and giving it back bit for bit.
+
+state      tensors and numbers that the optimizer keeps, by the full name of each parameter (unet.xxx)
+groups     the values of each parameter group (betas, weight decay, ...), by the group's name
+average    the EMA of the trained weights, float32, by full name
+scaler     the gradient scaler of fp16
+random     torch's random state, which some optimizers draw from
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxl_finetune.optim.parameters import Group, named_parameters, part_of
+
+COUNTERS_ON_CPU = ("step", "mu_product")
+"""State values that torch's optimizers keep on the CPU, where reading them costs no synchronisation."""
+
+
+def collect_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Group],
+    *,
+    ema: Mapping[str, Tensor] | None,
+    scaler: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Everything in `optimizer.pt`. The tensors are those of the optimizer, not copies."""
+    return {
+        "state": {name: dict(optimizer.state[one]) for name, one in named_parameters(groups) if one in optimizer.state},
+        "groups": {
+            group.name: {name: value for name, value in values.items() if name not in ("params", "lr")}
+            for group, values in zip(groups, optimizer.param_groups, strict=True)
+        },
+        "average": ema,
+        "scaler": scaler,
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def restore_optimizer_state(
+    file: Path, optimizer: torch.optim.Optimizer, groups: Sequence[Group], *, changed: frozenset[str]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Gives the optimizer the state in `file` bit for bit, and torch its random state.
+
+    Values of parameter groups that are named in `changed` keep what the config says now. Returns the gradient scaler's
+    state, and the names of trained parameters that the file does not know.
+
+    `load_state_dict` is not used: torch's converts states to the parameters' precision, and the one of some
+    optimizers copies all of them once more.
+    """
+    saved = _load(file)
+    for group, values in zip(groups, optimizer.param_groups, strict=True):
+        old: dict[str, Any] = saved["groups"].get(group.name) or next(  # block_lr was turned on or off
+            (old for name, old in saved["groups"].items() if part_of(name) == group.part), {}
+        )
+        values.update({name: _copy(value, values.get(name)) for name, value in old.items() if name not in changed})
+    values_of = {id(parameter): values for values in optimizer.param_groups for parameter in values["params"]}
+    unknown = []
+    for name, parameter in named_parameters(groups):
+        if name in saved["state"]:
+            optimizer.state[parameter] = {
+                key: _placed(optimizer, parameter, key, value, values_of[id(parameter)])
+                for key, value in saved["state"][name].items()
+            }
+        else:
+            unknown.append(name)
+    torch.set_rng_state(saved["random"].clone())
+    if saved["random_cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(saved["random_cuda"].clone())
+    return saved["scaler"], unknown if saved["state"] else []
+
+
+def load_ema(file: Path) -> Mapping[str, Tensor]:
+    """The EMA in `file`, mapped from the disk; empty if the run had none."""
+    return _load(file).get("average") or {}
+
+
+def _load(file: Path) -> dict[str, Any]:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:
+    """Copies a value to where the optimizer keeps it.
+
+    Step counters stay on the CPU unless the optimizer counts on the device. The paged optimizers of bitsandbytes get
+    their own paged buffers.
+    """
+    if key in COUNTERS_ON_CPU and not (group.get("capturable") or group.get("fused")):
+        return _copy(value)
+    if getattr(optimizer, "is_paged", False) and isinstance(value, Tensor):
+        if value.shape == parameter.shape:
+            return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
+        if value.shape == (2, *parameter.shape):  # AdEMAMix
+            return optimizer._get_state_double_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
+    return _copy(value, parameter)
+
+
+def _copy(value: Any, like: Any = None) -> Any:
+    """Copies tensors out of the mapped file, onto the device of `like` if that is a tensor."""
+    match value:
+        case Tensor():
+            device = like.device if isinstance(like, Tensor) else value.device
+            return torch.empty_like(value, device=device).copy_(value)
+        case dict():
+            return {key: _copy(one, like) for key, one in value.items()}
+        case list() | tuple():
+            return type(value)(_copy(one, like) for one in value)
+        case _:
+            return value

@@ -1,0 +1,70 @@
+"""Which checkpoints and training states are saved at a moment, and which older ones each of them replaces.
+
+Times, names and removals are the reference's (golden checkpoint_keys.json.gz: names, removal, save_runs): numbered
+checkpoints every N epochs and every N steps, no numbered checkpoint for the last epoch, `{output_name}` at the end.
+Epochs and steps are counted from the start of training, never from a resume.
+"""
+
+from sdxl_finetune.config import Config, SavingOptions
+from sdxl_finetune.output.checkpoints import Save, epoch_name, final_name, step_name
+from sdxl_finetune.training.every import Moment, saves_every
+
+STATE_SUFFIX = "-state"
+"""A training state's directory is named as the checkpoint that is saved with it, and this suffix."""
+
+
+def checkpoints_due(options: SavingOptions, moment: Moment, epochs: int) -> list[Save]:
+    """The numbered checkpoints to save at this moment of a run of `epochs` epochs."""
+    return _due(options, moment, epochs, options.save_last_n_epochs, options.save_last_n_steps)
+
+
+def states_due(config: Config, moment: Moment, epochs: int) -> list[Save]:
+    """The numbered training states to save at this moment of a run of `epochs` epochs."""
+    if not config.save_state:
+        return []
+    keep_epochs = config.save_last_n_epochs_state or config.save_last_n_epochs
+    keep_steps = config.save_last_n_steps_state or config.save_last_n_steps
+    return [
+        Save(name=save.name + STATE_SUFFIX, replaces=save.replaces and save.replaces + STATE_SUFFIX)
+        for save in _due(config, moment, epochs, keep_epochs, keep_steps)
+    ]
+
+
+def _due(
+    options: SavingOptions, moment: Moment, epochs: int, keep_epochs: int | None, keep_steps: int | None
+) -> list[Save]:
+    every, due = saves_every(options, epochs), []
+    if every.steps and every.is_due_by_step(moment):
+        old = replaced_step(moment.step, every.steps, keep_steps)
+        due.append(
+            Save(name=step_name(options, moment.step), replaces=None if old is None else step_name(options, old))
+        )
+    if every.epochs and moment.epoch and every.is_due_by_epoch(moment) and moment.epoch < epochs:
+        old = replaced_epoch(moment.epoch, every.epochs, keep_epochs)
+        due.append(
+            Save(name=epoch_name(options, moment.epoch), replaces=None if old is None else epoch_name(options, old))
+        )
+    return due
+
+
+def final_state(config: Config) -> Save | None:
+    """The training state to save at the end of training, if the options ask for one."""
+    wanted = config.save_state or config.save_state_on_train_end
+    return Save(name=final_name(config) + STATE_SUFFIX) if wanted else None
+
+
+def replaced_epoch(epoch: int, every: int, keep: int | None) -> int | None:
+    """The epoch whose checkpoint is removed after that of `epoch`, if the last `keep` are kept; None keeps all."""
+    if keep is None or epoch < every * keep:
+        return None
+    return epoch - every * keep
+
+
+def replaced_step(step: int, every: int, keep: int | None) -> int | None:
+    """The step whose checkpoint is removed after that of `step`, if checkpoints are kept for `keep` steps.
+
+    It is the last multiple of `every` that is more than `keep` steps ago.
+    """
+    if keep is None or step <= keep:
+        return None
+    return (step - keep - 1) // every * every
