@@ -77,9 +77,7 @@ class MasterWeights:
         kept = self._kept.get(parameter)
         if kept is None:
             return parameter.detach()
-        if kept.dtype == torch.int16:
-            return join(parameter.detach(), kept.to(parameter.device))
-        return kept
+        return join(parameter.detach(), kept.to(parameter.device)) if kept.dtype == torch.int16 else kept
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
         """Returns the dtype of `value`, in which a file holds the parameter without loss."""
@@ -115,32 +113,26 @@ class MasterWeights:
     def replaced_by(self, values: Mapping[Parameter, Float32[Tensor, "..."]]) -> Iterator[None]:
         """Gives the parameters other float32 values within the context, and their own tensors back after it.
 
-        It takes no memory on the device. If the new value has the parameter's dtype and device, the two tensors are
-        swapped. Otherwise the old values wait in host memory.
+        It takes no memory on the device. If a new value has its parameter's dtype and device, the two tensors are
+        swapped. Otherwise the old value waits in host memory.
         """
-        originals: dict[Parameter, Tensor] = {}
-        kept = dict(self._kept)
-
-        def is_swapped(parameter: Parameter) -> bool:
-            value = values[parameter]
-            return parameter.dtype == value.dtype and parameter.device == value.device
-
+        swapped = {one for one, new in values.items() if (one.dtype, one.device) == (new.dtype, new.device)}
+        originals = {one: one.data if one in swapped else one.data.to("cpu", copy=True) for one in values}
+        kept = self._kept
         try:
             for parameter, value in values.items():
-                if is_swapped(parameter):
-                    originals[parameter], parameter.data = parameter.data, value
-                    continue
-                originals[parameter] = parameter.data.to("cpu", copy=True)
-                if parameter.dtype == torch.bfloat16:
-                    parameter.data.copy_(rounded(value))
-                    self._kept[parameter] = value
-                else:
-                    parameter.data.copy_(value)
+                _put(parameter, rounded(value) if parameter.dtype == torch.bfloat16 else value, parameter in swapped)
+            self._kept = kept | {one: new for one, new in values.items() if one.dtype == torch.bfloat16}
             yield
         finally:
             for parameter, original in originals.items():
-                if is_swapped(parameter):
-                    parameter.data = original
-                else:
-                    parameter.data.copy_(original)
+                _put(parameter, original, parameter in swapped)
             self._kept = kept
+
+
+def _put(parameter: Parameter, value: Tensor, swap: bool) -> None:
+    """Replaces the parameter's tensor, or copies the value into it."""
+    if swap:
+        parameter.data = value
+    else:
+        parameter.data.copy_(value)

@@ -120,10 +120,8 @@ def check_bitsandbytes(bench: Bench) -> Iterator[Line]:
         options = {"optimizer_type": "AdamW8bit", "full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": 0.0}
         config = Config(**options, learning_rate=1e-4, fused_backward_pass=fused)
         accelerator = build_accelerator(config)
-        start, masters = (
-            {name: drawn(shape, at, bench) for at, (name, shape) in enumerate(shapes.items())},
-            MasterWeights(),
-        )
+        start = {name: drawn(shape, at, bench) for at, (name, shape) in enumerate(shapes.items())}
+        masters = MasterWeights()
         model, whole = nn.ParameterDict(), nn.ParameterDict(start)
         for name, value in start.items():
             high, low = split(value)

@@ -151,19 +151,18 @@ def _check_model(config: Config, found: Findings) -> Sequence[Group] | None:
     with torch.device("meta"):
         model = SDXL(inspected.architecture)
     parts = model.parameters_by_part()
-    trained_parts = found.attempt(trained_parameters, config, parts, model.masters)
-    if trained_parts is None:
+    parameters = found.attempt(trained_parameters, config, parts, model.masters)
+    if parameters is None:
         return None
-    groups = trained_parts.groups
-    trained = {group.name: f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in groups}
+    trained = [f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in parameters.groups]
     frozen = [
         f"{part} {_millions(size)}"
-        for part, parameters in parts.items()
-        if (size := sum(p.numel() for p in parameters.values() if not p.requires_grad))
+        for part, named in parts.items()
+        if (size := sum(p.numel() for p in named.values() if not p.requires_grad))
     ]
-    found.say("trained", ", ".join(trained.values()))
+    found.say("trained", ", ".join(trained))
     found.say("frozen", ", ".join([*frozen, "VAE"]))
-    return groups
+    return parameters.groups
 
 
 def _millions(size: int) -> str:

@@ -61,7 +61,7 @@ class Estimate:
     phase: str
     """The part of the step in which the peak is."""
     step_unit: StepUnit | None
-    """What the optimizer must see together, if the update asks for it."""
+    """How the optimizer steps, if the update asks for it."""
 
     @property
     def total(self) -> int:
@@ -80,8 +80,8 @@ def estimate(config: Config, architecture: Architecture, shape: BatchShape, *, c
         parts, phase = _parts_of_peak(allocations)
     if extra := _bytes_between_processes(learner, ranks):
         parts["gradients"] = parts.get("gradients", 0) + extra
-    unit = learner.update.step_unit if isinstance(learner.update, ExactUpdate) else None
-    return Estimate(parts=parts, phase=phase, step_unit=unit)
+    step_unit = learner.update.step_unit if isinstance(learner.update, ExactUpdate) else None
+    return Estimate(parts=parts, phase=phase, step_unit=step_unit)
 
 
 def largest_batch(index: Index, plan: Plan) -> BatchShape:
@@ -116,7 +116,7 @@ def _build_fake_learner(config: Config, architecture: Architecture, allocations:
     if config.keeps_masters and not cuda:  # on a GPU the low bits of frozen parameters stay in host memory
         for parameter in sdxl.parameters():
             if not parameter.requires_grad:
-                sdxl.masters.add(parameter, torch.zeros_like(parameter, dtype=torch.int16))
+                sdxl.masters.prepare(parameter, whole=False)
     allocations.set_owner("masters", sdxl.masters.tensors())
     allocations.set_owner("EMA", learner.ema.averages.values() if learner.ema else ())
     if cuda and config.mixed_precision != "no":

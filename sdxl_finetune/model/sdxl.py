@@ -49,9 +49,9 @@ class SDXL(nn.Module):
         return [*layer, *norm, LOGIT_SCALE]
 
     def parameters_by_part(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Returns the parameters of unet, text_encoder1 and text_encoder2 by name.
+        """The parameters of unet, text_encoder1 and text_encoder2 by name.
 
-        U-Net parameters have their names in a single-file checkpoint, in which block_lr counts blocks.
+        U-Net parameters have their names in a single-file checkpoint, in which `block_lr` counts blocks.
         """
         keymap = KeyMap(self.architecture.layout)
         return {

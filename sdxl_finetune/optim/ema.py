@@ -21,10 +21,10 @@ from sdxl_finetune.optim.parameters import TrainedParameters
 class Ema:
     """The EMA of all trained parameters. It starts with their values."""
 
-    def __init__(self, parameters: TrainedParameters, config: Config) -> None:
-        self._config, self._trained = config, parameters
+    def __init__(self, parameters: TrainedParameters, options: Config) -> None:
+        self._options, self._trained = options, parameters
         self._parameters = dict(parameters.named())
-        device = torch.device("cpu") if config.ema_on_cpu else None
+        device = torch.device("cpu") if options.ema_on_cpu else None
         self.averages: dict[str, Tensor] = {
             name: parameters.value(parameter).to(device or parameter.device, torch.float32, copy=True)
             for name, parameter in self._parameters.items()
@@ -33,11 +33,9 @@ class Ema:
 
     def decay(self, step: int, images: int) -> float:
         """Returns d for the optimizer step `step` (from 0) on so many images."""
-        if self._config.ema_half_life is not None:
-            asked = 0.5 ** (images / self._config.ema_half_life)
-        else:
-            assert self._config.ema_decay is not None
-            asked = self._config.ema_decay
+        half_life = self._options.ema_half_life
+        asked = self._options.ema_decay if half_life is None else 0.5 ** (images / half_life)
+        assert asked is not None, "see uses_ema"
         return min(asked, (1 + step) / (10 + step))
 
     @torch.no_grad()
@@ -62,10 +60,10 @@ class Ema:
         return missing
 
 
-def build_ema(parameters: TrainedParameters, config: Config) -> Ema | None:
+def build_ema(parameters: TrainedParameters, options: Config) -> Ema | None:
     """Returns the EMA, or None if the options ask for none."""
-    return Ema(parameters, config) if uses_ema(config) else None
+    return Ema(parameters, options) if uses_ema(options) else None
 
 
-def uses_ema(config: Config) -> bool:
-    return config.ema_decay is not None or config.ema_half_life is not None
+def uses_ema(options: Config) -> bool:
+    return options.ema_decay is not None or options.ema_half_life is not None

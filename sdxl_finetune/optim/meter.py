@@ -53,9 +53,8 @@ class Meter:
         self._measured |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
         for name, sample in self._samples.items():
             before = self._before.pop(name)
-            changes = [
-                self._trained.value(parameter).float() - old for parameter, old in zip(sample, before, strict=True)
-            ]
+            after = [self._trained.value(parameter).float() for parameter in sample]
+            changes = torch._foreach_sub(after, before)
             self._measured[f"update/{name}"] = get_total_norm(changes) / get_total_norm(before)
 
     @property

@@ -5,6 +5,7 @@ blocks, in the reference's order: embeddings, input blocks, middle blocks, outpu
 23 of them. A learning rate of 0 freezes a part and keeps it out of the optimizer.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import MasterWeights
 
 UNET_PREFIX = "model.diffusion_model."
+BLOCKS = {"time_embed": 0, "label_emb": 0, "input_blocks": 1, "middle_block": 2, "output_blocks": 3, "out": 4}
+"""Order of the U-Net's blocks by the first word of their names. Embeddings are one block."""
 
 
 @dataclass(frozen=True)
@@ -78,38 +81,31 @@ def part_of(group_name: str) -> str:
     return group_name if group_name.startswith("text_encoder") else "unet"
 
 
-def part_rates(config: Config) -> dict[str, float]:
+def part_rates(options: Config) -> dict[str, float]:
     """Returns the learning rate of each part before the schedule; 0 means frozen.
 
     As in the reference, the text encoders are frozen without train_text_encoder. A text encoder without a learning
     rate of its own takes the U-Net's.
     """
-
-    def encoder_rate(given: float | None) -> float:
-        if not config.train_text_encoder:
-            return 0.0
-        return config.learning_rate if given is None else given
-
-    return {
-        "unet": config.learning_rate,
-        "text_encoder1": encoder_rate(config.learning_rate_te1),
-        "text_encoder2": encoder_rate(config.learning_rate_te2),
-    }
+    rates = {"unet": options.learning_rate}
+    for part, rate in (("text_encoder1", options.learning_rate_te1), ("text_encoder2", options.learning_rate_te2)):
+        rates[part] = (options.learning_rate if rate is None else rate) if options.train_text_encoder else 0.0
+    return rates
 
 
 def trained_parameters(
-    config: Config, parts: Mapping[str, Mapping[str, Parameter]], masters: MasterWeights
+    options: Config, parts: Mapping[str, Mapping[str, Parameter]], masters: MasterWeights
 ) -> TrainedParameters:
     """Sets requires_grad of all parameters and returns those that are trained.
 
     `parts` maps unet, text_encoder1 and text_encoder2 to their parameters by checkpoint name. Raises UserError if
     every learning rate is 0, or if block_lr does not fit the U-Net.
     """
-    rates = part_rates(config)
+    rates = part_rates(options)
     groups = []
     for part, parameters in parts.items():
-        if part == "unet" and config.block_lr is not None:
-            groups += _block_groups(config.block_lr, parameters)
+        if part == "unet" and options.block_lr is not None:
+            groups += _block_groups(options.block_lr, parameters)
         else:
             groups.append(Group(part, dict(parameters), rates[part]))
     for group in groups:
@@ -122,25 +118,15 @@ def trained_parameters(
     return TrainedParameters(trained, masters)
 
 
-def _block_groups(rates: tuple[float, ...], parameters: Mapping[str, Parameter]) -> list[Group]:
-    """Returns one group for each block of the U-Net."""
-    blocks = _unet_blocks(parameters)
-    count = max(blocks.values()) + 1
-    if len(rates) != count:
-        problem = f"needs one learning rate for each of this U-Net's {count} blocks, got {len(rates)}"
+def _block_groups(rates: Sequence[float], parameters: Mapping[str, Parameter]) -> list[Group]:
+    """Returns one group for each block of the U-Net, in the order of BLOCKS."""
+    blocks: dict[tuple[int, int], dict[str, Parameter]] = defaultdict(dict)
+    for name, parameter in parameters.items():
+        kind, number, *_ = name.removeprefix(UNET_PREFIX).split(".")
+        place = BLOCKS[kind], int(number) if "block" in kind else 0
+        blocks[place][name] = parameter
+    if len(rates) != len(blocks):
+        problem = f"needs one learning rate for each of this U-Net's {len(blocks)} blocks, got {len(rates)}"
         raise UserError(Problem(problem, key="block_lr"))
-    return [
-        Group(f"block{index}", {name: parameters[name] for name in parameters if blocks[name] == index}, rate)
-        for index, rate in enumerate(rates)
-    ]
-
-
-def _unet_blocks(names: Iterable[str]) -> dict[str, int]:
-    """Returns the number of the block of each U-Net parameter, in the order of the module's docstring."""
-    place = {}
-    for name in names:
-        first, second, *_ = name.removeprefix(UNET_PREFIX).split(".")
-        kind = {"time_embed": 0, "label_emb": 0, "input_blocks": 1, "middle_block": 2, "output_blocks": 3, "out": 4}
-        place[name] = (kind[first], int(second) if kind[first] in (1, 2, 3) else 0)
-    order = {key: index for index, key in enumerate(sorted(set(place.values())))}
-    return {name: order[key] for name, key in place.items()}
+    pairs = zip(sorted(blocks), rates, strict=True)
+    return [Group(f"block{index}", blocks[place], rate) for index, (place, rate) in enumerate(pairs)]

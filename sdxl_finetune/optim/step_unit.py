@@ -42,36 +42,32 @@ def find_step_unit(build: Build, cls: type, device: torch.device) -> StepUnit:
 
     Raises UserError if the optimizer cannot be built.
     """
-    if cls.__module__.startswith(NEEDS_ALL):
-        return StepUnit.ALL
-    if shows_other_weights(cls):  # it also changes parameters between steps
+    if cls.__module__.startswith(NEEDS_ALL) or shows_other_weights(cls):  # the latter change weights between steps
         return StepUnit.ALL
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2, 64, 2 * BLOCK, generator=generator).to(device)
     # Most gradients have one sign, so that an estimate from the direction of several steps grows.
     gradients = (torch.randn(STEPS, 2, 64, 2 * BLOCK, generator=generator) + 1).to(device)
-    halves = 2, 64 * BLOCK
     try:
-        whole = _trial(build, start, gradients, one_by_one=False)
-        if not torch.equal(whole, _trial(build, start, gradients, one_by_one=True)):
+        whole = _trial(build, start, gradients, together=True)
+        if not torch.equal(whole, _trial(build, start, gradients, together=False)):
             return StepUnit.ALL
-        of_halves = _trial(build, start[0].reshape(halves), gradients[:, 0].reshape(STEPS, *halves), one_by_one=True)
-        if torch.equal(whole[0].reshape(halves), of_halves):
-            return StepUnit.ELEMENTS
+        first = gradients[:, 0].reshape(STEPS, 2, -1)
+        halves = _trial(build, start[0].reshape(2, -1), first, together=False)
     except UserError:
         raise
     except Exception:  # the optimizer wants a closure, tensors of some shape, or another device
         return StepUnit.ALL
-    return StepUnit.TENSOR
+    return StepUnit.ELEMENTS if torch.equal(whole[0].reshape(2, -1), halves) else StepUnit.TENSOR
 
 
-def _trial(build: Build, start: Tensor, gradients: Tensor, *, one_by_one: bool) -> Tensor:
-    """Returns the tensors of `start` after steps with these gradients, made for all tensors at once or one by one."""
+def _trial(build: Build, start: Tensor, gradients: Tensor, *, together: bool) -> Tensor:
+    """Returns the tensors of `start` after steps with these gradients, for all tensors `together` or one by one."""
     parameters = [Parameter(tensor.clone()) for tensor in start]
     optimizer = build(parameters)
     numbers = range(len(parameters))
     for gradient in gradients:
-        for chosen in [[number] for number in numbers] if one_by_one else [numbers]:
+        for chosen in [numbers] if together else [[number] for number in numbers]:
             with restricted_to(optimizer, [[parameters[number] for number in chosen]]):
                 for number in chosen:
                     parameters[number].grad = gradient[number].clone()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -42,6 +42,7 @@ makes them unreadable."""
 IN_FLIGHT = 4
 """Gradients that may be on their way between ranks while the backward pass goes on."""
 
+Context: TypeAlias = Callable[[], AbstractContextManager[Any]]
 Norms: TypeAlias = dict[str, Tensor]
 """Norm of the gradients of each group before clipping."""
 
@@ -80,6 +81,7 @@ class PlainUpdate:
         self._max_norm = config.max_grad_norm
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
         self.optimizer_groups = parameters.groups
+        self._trained = [parameter for _, parameter in parameters.named()]
 
     def accumulate(self, *, last: bool, only: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._accelerator.no_sync(self._model)
@@ -88,17 +90,9 @@ class PlainUpdate:
     def step(self) -> Norms:
         """Clips all gradients together."""
         self._accelerator.unscale_gradients(self._prepared)
-        used = {
-            group.name: [parameter for parameter in group.parameters.values() if parameter.grad is not None]
-            for group in self.optimizer_groups
-        }
-        norms = {
-            name: _norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-            for name, parameters in used.items()
-        }
+        norms = _group_norms(self.optimizer_groups, lambda parameter: parameter.grad)
         if self._max_norm:
-            together = [parameter for parameters in used.values() for parameter in parameters]
-            clip_grads_with_norm_(together, self._max_norm, total_norm(norms))
+            clip_grads_with_norm_(self._trained, self._max_norm, total_norm(norms))
         self._prepared.step()
         self._prepared.zero_grad(set_to_none=True)
         return norms
@@ -111,6 +105,8 @@ class PlainUpdate:
 class Slice:
     """Elements of a parameter that the optimizer sees as one tensor."""
 
+    name: str
+    """Name of the parameter. Further slices of the same parameter end in #1, #2, ..."""
     group: int
     """Number of the parameter's group."""
     parameter: Parameter
@@ -129,7 +125,7 @@ class ExactUpdate:
         config: Config,
         parameters: TrainedParameters,
         accelerator: Accelerator,
-        real_tensors: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        real_tensors: Context = nullcontext,
     ) -> None:
         """Builds the optimizer within `real_tensors()`, which the memory estimate needs: its model has fake tensors."""
         self._groups, self._masters, self._ranks = parameters.groups, parameters.masters, accelerator.num_processes
@@ -145,20 +141,21 @@ class ExactUpdate:
         size = SLICE if self.step_unit == StepUnit.ELEMENTS else None
         slices = [_slices(number, group, self._masters, size) for number, group in enumerate(self._groups)]
         self.optimizer_groups: Sequence[Group] = [
-            Group(group.name, {name: part.buffer for name, part in named.items()}, group.lr)
-            for group, named in zip(self._groups, slices, strict=True)
+            Group(group.name, {part.name: part.buffer for part in parts}, group.lr)
+            for group, parts in zip(self._groups, slices, strict=True)
         ]
         with real_tensors():
             self.optimizer = build_optimizer(config, self.optimizer_groups)
+        together = list(chain.from_iterable(slices))
+        self._calls = _optimizer_calls(together, self.step_unit)
         self._slices: dict[Parameter, list[Slice]] = defaultdict(list)
-        for part in (part for named in slices for part in named.values()):
+        for part in together:
             self._slices[part.parameter].append(part)
-        self._calls = _optimizer_calls([part for parts in self._slices.values() for part in parts], self.step_unit)
         self.sums: dict[Parameter, Tensor] = {}
         """Gradients in float32, summed over micro-batches and ranks."""
         self._in_flight: deque[tuple[Parameter, Any]] = deque()
         self._squared_norms: dict[int, Tensor] = {}
-        """Of a fused step, by the number of the group."""
+        """Squared gradient norms of a fused step, by the number of the group."""
         self._last = self._only = True
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._receive_gradient)
@@ -176,13 +173,8 @@ class ExactUpdate:
         if self._fused:
             squares, self._squared_norms = self._squared_norms, {}
             return {self._groups[number].name: squares[number].sqrt() for number in sorted(squares)}
-        gradients = {
-            parameter: gradient for parameter in self._slices if (gradient := self._gradient(parameter)) is not None
-        }
-        norms = {
-            group.name: _norm([gradients[one] for one in group.parameters.values() if one in gradients])
-            for group in self._groups
-        }
+        gradients = {key: sum_ for key in self._slices if (sum_ := self.sums.get(key, key.grad)) is not None}
+        norms = _group_norms(self._groups, gradients.get)
         factor = _clip_factor(total_norm(norms), self._max_norm)
         for call in self._calls:
             self._step_on([(part, gradients[part.parameter]) for part in call if part.parameter in gradients], factor)
@@ -200,7 +192,6 @@ class ExactUpdate:
         finally:
             self._round_masters()
 
-    @torch.no_grad()
     def _round_masters(self) -> None:
         """Rounds whole float32 master weights, which the optimizer changed, into the model."""
         for parameter in self._slices:
@@ -234,13 +225,10 @@ class ExactUpdate:
         if self._fused:
             self._step_on_parameter(parameter)
 
-    def _gradient(self, parameter: Parameter) -> Tensor | None:
-        return self.sums.get(parameter, parameter.grad)
-
     @torch.no_grad()
     def _step_on_parameter(self, parameter: Parameter) -> None:
         """Makes the fused step on one parameter and frees its gradient."""
-        gradient = self._gradient(parameter)
+        gradient = self.sums.get(parameter, parameter.grad)
         assert gradient is not None
         norm = _norm([gradient])
         number = self._slices[parameter][0].group
@@ -276,10 +264,10 @@ def build_update(
     parameters: TrainedParameters,
     model: nn.Module,
     accelerator: Accelerator,
-    real_tensors: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    real_tensors: Context = nullcontext,
 ) -> tuple[nn.Module, Update]:
     """Returns the model as accelerate prepares it, and its update. `real_tensors` is as in ExactUpdate."""
-    if is_exact(config):
+    if config.keeps_masters or config.is_fused:
         update = ExactUpdate(config, parameters, accelerator, real_tensors)
         # Prepared for evaluation, so without DDP, whose buckets sum gradients in the precision of the weights.
         return accelerator.prepare_model(model, evaluation_mode=True), update
@@ -289,20 +277,12 @@ def build_update(
     return model, PlainUpdate(config, parameters, model, prepared, accelerator)
 
 
-def is_exact(config: Config) -> bool:
-    """Returns True if the options need an ExactUpdate."""
-    return config.keeps_masters or config.is_fused
-
-
 def check_update(config: Config, device: torch.device) -> None:
     """Raises UserError if the optimizer cannot be built, or cannot step inside the backward pass as the options ask."""
     if config.is_fused and step_unit(config, device) == StepUnit.ALL:
-        name = optimizer_name(config)
-        message = (
-            f"{name} needs all gradients at once and cannot step inside the backward pass: "
-            "remove fused_backward_pass and fused_optimizer_groups, or choose another optimizer_type"
-        )
-        raise UserError(Problem(message, key="fused_backward_pass", value=True))
+        message = f"{optimizer_name(config)} needs all gradients at once and cannot step inside the backward pass"
+        remedy = "remove fused_backward_pass and fused_optimizer_groups, or choose another optimizer_type"
+        raise UserError(Problem(f"{message}: {remedy}", key="fused_backward_pass", value=True))
 
 
 def step_unit(config: Config, device: torch.device) -> StepUnit:
@@ -316,6 +296,12 @@ def total_norm(norms: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(list(norms.values())))
 
 
+def _group_norms(groups: Sequence[Group], gradient_of: Callable[[Parameter], Tensor | None]) -> Norms:
+    """Returns the norm of each group's gradients; parameters without a gradient do not count."""
+    gradients = {group.name: [gradient_of(parameter) for parameter in group.parameters.values()] for group in groups}
+    return {name: _norm([one for one in given if one is not None]) for name, given in gradients.items()}
+
+
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     """Returns the norm of all elements, in float32: a bf16 norm has three digits."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
@@ -326,22 +312,21 @@ def _clip_factor(norm: Tensor, max_norm: float) -> Tensor | None:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
 
 
-def _slices(number: int, group: Group, masters: MasterWeights, size: int | None) -> dict[str, Slice]:
+def _slices(number: int, group: Group, masters: MasterWeights, size: int | None) -> list[Slice]:
     """Divides the parameters of group `number` into slices of `size` elements, or of whole parameters if None.
 
-    A slice is named as its parameter is; further slices of the same parameter end in #1, #2, ... Parameters without
-    low bits stay whole.
+    Parameters without low bits stay whole.
     """
-    slices = {}
+    slices = []
     for name, parameter in group.parameters.items():
         assert parameter.is_contiguous()
-        if not masters.has_low_bits(parameter):
+        if masters.has_low_bits(parameter):
+            for index, elements in enumerate(_cuts(parameter.numel(), size)):
+                buffer = Parameter(_placeholder(parameter.device, elements_of(parameter, elements).shape))
+                slices.append(Slice(f"{name}#{index}" if index else name, number, parameter, elements, buffer))
+        else:
             master = masters.kept(parameter)
-            slices[name] = Slice(number, parameter, None, parameter if master is None else Parameter(master))
-            continue
-        for index, elements in enumerate(_cuts(parameter.numel(), size)):
-            buffer = Parameter(_placeholder(parameter.device, elements_of(parameter, elements).shape))
-            slices[f"{name}#{index}" if index else name] = Slice(number, parameter, elements, buffer)
+            slices.append(Slice(name, number, parameter, None, parameter if master is None else Parameter(master)))
     return slices
 
 

@@ -3,10 +3,8 @@
 A run builds one learner and feeds it batches. The memory estimate builds one on tensors without memory.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
@@ -18,7 +16,7 @@ from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.optim.ema import Ema, build_ema
 from sdxl_finetune.optim.lr import Rate
 from sdxl_finetune.optim.parameters import TrainedParameters, trained_parameters
-from sdxl_finetune.optim.update import Update, build_update
+from sdxl_finetune.optim.update import Context, Update, build_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ def build_learner(
     vae: AutoencoderKL,
     accelerator: Accelerator,
     lr: Rate,
-    real_tensors: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    real_tensors: Context = nullcontext,
 ) -> Learner:
     """Builds the learner of a model that is on its device. Raises UserError if nothing would be trained.
 
@@ -54,13 +52,14 @@ def build_learner(
     """
     parameters = trained_parameters(config, sdxl.parameters_by_part(), sdxl.masters)
     model, update = build_update(config, parameters, sdxl, accelerator, real_tensors)
+    noise_schedule = build_schedule(zero_terminal_snr=config.zero_terminal_snr).to(accelerator.device)
     return Learner(
         config=config,
         accelerator=accelerator,
         sdxl=sdxl,
         model=model,
         vae=vae,
-        noise_schedule=build_schedule(zero_terminal_snr=config.zero_terminal_snr).to(accelerator.device),
+        noise_schedule=noise_schedule,
         parameters=parameters,
         update=update,
         ema=build_ema(parameters, config),

@@ -88,7 +88,7 @@ def train(model: Small, exact_update: ExactUpdate, micros: int = 1, steps: int =
 
 
 def plain(config: Config, rates=RATES, steps: int = 5, micros: int = 1) -> tuple[Small, torch.optim.Optimizer]:
-    """The same optimizer on float32 parameters, with the same gradients."""
+    """Trains float32 parameters with the same optimizer and the same gradients."""
     model = Small(values())
     optimizer = build_optimizer(config, groups_of(model, rates))
     for step in range(steps):
