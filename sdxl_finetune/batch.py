@@ -1,5 +1,7 @@
-"""Batch: the one thing that passes from data to objective. Everything random in a training step has been drawn
-by then, so that the loss is a plain function of weights and batch.
+"""Batch: the value that the data loader gives to the objective.
+
+All random numbers of a training step are drawn before the batch exists. The loss is therefore a plain function of
+weights and batch.
 """
 
 import dataclasses
@@ -10,22 +12,22 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 TIMESTEPS = 1000
-"""Of the noise schedule that SDXL was trained with: a batch's timesteps are 0 to 999."""
+"""Number of timesteps of SDXL's noise schedule. Timesteps are 0 to 999."""
 LATENT_CHANNELS = 4
 """Channels of SDXL's latents."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a micro-batch stands in the run; all counts start at 0 at the start of training, never of a resume."""
+    """The place of a micro-batch in the run. All counts start at 0 at the start of training, never at a resume."""
 
     epoch: int
     step: int
     """Optimizer step, over the whole run."""
     micro: int
-    """Micro-batch within the step's accumulation window."""
+    """Number of the micro-batch within its optimizer step."""
     micros: int
-    """How many micro-batches that window has (fewer at the end of an epoch)."""
+    """Micro-batches of this optimizer step: `gradient_accumulation_steps`, or fewer at the end of an epoch."""
 
     @property
     def last_micro(self) -> bool:
@@ -34,34 +36,34 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """k images of one bucket, for one rank. Sizes are pixels, (height, width); h, w are latent sizes, an eighth."""
+    """k images of one bucket, for one rank. Image sizes are (height, width) in pixels; h and w are latent sizes."""
 
     position: Position
     latents: Float32[Tensor, "k 4 h w"] | None
-    """As the VAE gives them, unscaled; None when `images` are to be encoded on the training device."""
+    """Latents as the VAE gives them, not multiplied by its scaling factor. None if the training device encodes."""
     images: Float32[Tensor, "k 3 H W"] | None
-    """In [-1, 1]."""
+    """Pixels in [-1, 1], for the training device to encode. None if there are latents."""
     encoding_noise: Float32[Tensor, "k 4 h w"] | None
-    """Standard normal, for the VAE's sample of `images`."""
+    """Standard normal noise for the VAE's sample of `images`."""
     noise: Float32[Tensor, "k 4 h w"]
     input_noise: Float32[Tensor, "k 4 h w"] | None
-    """Added to `noise` for the model's input only (ip_noise_gamma)."""
+    """Noise that is added to `noise` for the model's input only (`ip_noise_gamma`)."""
     timesteps: Int64[Tensor, " k"]
     tokens1: Int64[Tensor, "k chunks 77"]
     tokens2: Int64[Tensor, "k chunks 77"]
     token_weights: Float32[Tensor, "k chunks 77"] | None
-    """Of weighted_captions; one weight per token position, the same for both encoders."""
+    """Weight of each token of `weighted_captions`, the same for both text encoders."""
     original_size: Int64[Tensor, "k 2"]
     crop_top_left: Int64[Tensor, "k 2"]
     target_size: Int64[Tensor, "k 2"]
     weights: Float32[Tensor, " k"]
-    """Share of each image's loss in the step: over all ranks and the micro-batches of a window they add up to
-    the number of ranks (data parallel training averages over ranks)."""
+    """Share of each image's loss in the step. Over all ranks and all micro-batches of the step, the weights add up to
+    the number of ranks, because data-parallel training averages gradients over ranks."""
     images_in_step: int = 0
-    """Images that this micro-batch trains on, over all ranks."""
+    """Images of this micro-batch over all ranks."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; copies from pinned memory do not wait."""
+        """The same batch on `device`. A copy from pinned memory runs while the host continues."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
@@ -77,6 +79,6 @@ class Batch:
 
 
 def to_images(pixels: UInt8[Tensor, "k H W 3"]) -> Float32[Tensor, "k 3 H W"]:
-    """Images in [-1, 1] of pixels of 0 to 255, on their device."""
+    """Converts 8-bit pixels to images in [-1, 1], on the same device."""
     pixels = pixels.permute(0, 3, 1, 2)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)

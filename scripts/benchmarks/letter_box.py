@@ -15,5 +15,5 @@ def letter_box(view: View) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    setattr(View, "seen_top_left", property(letter_box))  # noqa: B010 (a class of ours, in a process of its own)
+    setattr(View, "crop_top_left", property(letter_box))  # noqa: B010 (a class of ours, in a process of its own)
     train()

@@ -1,7 +1,8 @@
-"""The data set as torch's loader knows it: a micro-batch's position and images in, one rank's Batch out.
+"""The data loader: makes one rank's Batch from the position and the images of a micro-batch.
 
-It keeps no state: flips, crops, captions and noise are functions of (seed, step, micro-batch, slot), so that any
-worker on any rank can make any batch, and slot i of a batch is the same however many ranks share it.
+The loader keeps no state. Flips, crops, captions and noise are functions of seed, step, micro-batch and slot (see
+seeding.py). Any data-loader worker on any rank can therefore make any batch, and slot i of a micro-batch is the same
+however many ranks share the micro-batch.
 """
 
 import atexit
@@ -13,12 +14,11 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
-from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float16, Float32, Int64
+from jaxtyping import Float32
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -31,62 +31,43 @@ from sdxl_finetune.data.images import ImageError, jitter_color
 from sdxl_finetune.data.index import Entry, Index
 from sdxl_finetune.data.tokens import Tokens
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.seeding import position_random, position_rng
+from sdxl_finetune.seeding import position_normal, position_random
 
 logger = logging.getLogger(__name__)
 
 WORKERS_WITH_LATENTS = 2
-"""Without images to decode a batch of 5 takes some 15 ms, most of it noise: two workers keep up with any GPU."""
+"""Most workers if latents are cached. A batch of 5 then takes about 15 ms, most of it for noise, and two workers keep
+up with any GPU."""
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
-
-class Draws(Protocol):
-    """What a micro-batch of k images over all ranks needs of random numbers."""
-
-    @property
-    def noise(self) -> Float32[Tensor, "k 4 h w"]: ...
-    @property
-    def input_noise(self) -> Float32[Tensor, "k 4 h w"] | None: ...
-    @property
-    def timesteps(self) -> Int64[Tensor, " k"]: ...
-
-
-Draw = Callable[[Position, tuple[int, int, int, int], Tensor | None], Draws]
-"""The draws of a global micro-batch from its position, its shape and, if they are cached, its unscaled latents."""
-
-
-@runtime_checkable
-class Latents(Protocol):
-    """Cached latents of an index: what `latents.prepare` returns."""
-
-    def read(self, rows: Sequence[int], mirrored: Sequence[bool]) -> Float16[np.ndarray, "k 4 h w"]:
-        """Unscaled latents of `rows`, which are of one bucket; of their mirror images where `mirrored`."""
-        ...
+DrawNoise = Callable[[Position, tuple[int, int, int, int], Tensor | None], tuple[Tensor, Tensor | None]]
+"""Draws noise and input noise of k images from position, shape (k, 4, h, w) and, on request, their unscaled latents."""
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A batch, and what is wrong with images that it should have held; without a batch, with more than an image."""
+class LoadedBatch:
+    """A batch, and the problems of the images in it that could not be read."""
 
     batch: Batch | None
+    """None if the run cannot continue, as with a damaged latent."""
     problems: tuple[Problem, ...]
 
-    def pin_memory(self) -> "Loaded":
+    def pin_memory(self) -> "LoadedBatch":
         return replace(self, batch=self.batch and self.batch.pin_memory())
 
 
 @dataclass(frozen=True)
 class View:
-    """How one image is looked at this time."""
+    """How one image is seen this time."""
 
     entry: Entry
     mirrored: bool
     left_top: tuple[int, int]
-    """Cut off the resized image, in pixels, before it is mirrored."""
+    """Pixels that are cut off at the left and top of the resized image, before it is mirrored."""
 
     @property
-    def seen_top_left(self) -> tuple[int, int]:
-        """Of the crop, as the model is told: in the resized image, mirrored if the image is."""
+    def crop_top_left(self) -> tuple[int, int]:
+        """Offset of the crop as the model is given it, in pixels of the resized image, mirrored if the image is."""
         left, top = self.left_top
         if self.mirrored:
             left = mirrored_left(left, self.entry.resized[0], self.entry.bucket.width)
@@ -95,113 +76,101 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDataset(TorchDataset):
-    """Micro-batches of an index, for one rank."""
+    """One rank's batches of the images of an index, by micro-batch."""
 
     index: Index
-    latents: Latents | None
-    """Without it, batches hold images."""
+    read_latents: Callable[[Sequence[int], Sequence[bool]], np.ndarray] | None
+    """Reads unscaled latents (k, 4, h, w) of k rows of one bucket, mirrored or not. None: batches hold images."""
     tokenize: Callable[[Sequence[str]], Tokens]
-    draw: Draw
+    draw_noise: DrawNoise
+    draw_timesteps: Callable[[Position, int], Tensor]
+    """Draws the timesteps of k images from position and k."""
     seed: int
     max_steps: int
-    all_latents: bool = False
-    """Whether `draw` wants the cached latents, those of all ranks."""
+    """Optimizer steps of the whole run, of which `token_warmup_step` may be a share."""
+    noise_needs_latents: bool = False
+    """True if `draw_noise` needs the cached latents of all ranks."""
     pixels_per_latent: int = 8
     rank: int = 0
     ranks: int = 1
 
-    def __getitem__(self, micro: MicroBatch) -> Loaded:
-        # An exception that leaves a worker arrives as another, with the worker's traceback for a message.
-        try:
-            return self._load(micro)
-        except UserError as error:
-            return Loaded(None, error.problems)
-
-    def _load(self, micro: MicroBatch) -> Loaded:
-        position, count = micro.position, len(micro.items)
-        views = [self._view(position, slot, row) for slot, row in enumerate(micro.items.tolist())]
-        # A rank left without an image takes the first one at weight 0, so that all ranks compute one shape.
-        slots = np.array_split(np.arange(count), self.ranks)[self.rank].tolist()
-        weights = torch.full((len(slots) or 1,), self.ranks / (count * position.micros) if slots else 0.0)
+    def __getitem__(self, micro_batch: MicroBatch) -> LoadedBatch:
+        position, rows = micro_batch.position, micro_batch.rows.tolist()
+        slots = np.array_split(np.arange(len(rows)), self.ranks)[self.rank].tolist()
+        weights = torch.full((len(slots) or 1,), self.ranks / (len(rows) * position.micros) if slots else 0.0)
+        # A rank without an image takes the first one at weight 0, because all ranks have to compute on one shape.
         slots = slots or [0]
-        scale, bucket = self.pixels_per_latent, views[0].entry.bucket
-        shape = (count, LATENT_CHANNELS, bucket.height // scale, bucket.width // scale)
-        latents = images = None
+        needed = range(len(rows)) if self.noise_needs_latents else slots
+        views = {slot: self._view(position, slot, rows[slot]) for slot in needed}
+        own_views = [views[slot] for slot in slots]
+        scale, bucket = self.pixels_per_latent, own_views[0].entry.bucket
+        shape = (len(rows), LATENT_CHANNELS, bucket.height // scale, bucket.width // scale)
+        latents = images = encoding_noise = None
         problems: tuple[Problem, ...] = ()
-        if self.latents is not None:
-            latents = self._read_latents(micro, views, range(count) if self.all_latents else slots)
-        else:
-            images, readable, problems = self._load_images(position, {slot: views[slot] for slot in slots})
+        if self.read_latents is None:
+            images, readable, problems = self._read_images(position, slots, own_views)
             weights *= readable
-        draws = self.draw(position, shape, latents if self.all_latents else None)
-        if latents is not None and self.all_latents:
+            place = position.step, position.micro
+            normal = [position_normal(shape[1:], self.seed, "encoding", *place, slot) for slot in slots]
+            encoding_noise = torch.from_numpy(np.stack(normal))
+        else:
+            try:
+                cached = self.read_latents([rows[slot] for slot in needed], [view.mirrored for view in views.values()])
+            except UserError as error:
+                # Raised in a worker, it would arrive as another exception with the worker's traceback as its message.
+                return LoadedBatch(None, error.problems)
+            latents = torch.from_numpy(cached).float()
+        noise, input_noise = self.draw_noise(position, shape, latents if self.noise_needs_latents else None)
+        if latents is not None and self.noise_needs_latents:
             latents = latents[slots]
-        mine = [views[slot] for slot in slots]
         tokens = self.tokenize([self._caption(position, slot, views[slot].entry) for slot in slots])
         batch = Batch(
             position=position,
             latents=latents,
             images=images,
-            encoding_noise=None if images is None else self._encoding_noise(position, slots, shape),
-            noise=draws.noise[slots],
-            input_noise=None if draws.input_noise is None else draws.input_noise[slots],
-            timesteps=draws.timesteps[slots],
+            encoding_noise=encoding_noise,
+            noise=noise[slots],
+            input_noise=None if input_noise is None else input_noise[slots],
+            timesteps=self.draw_timesteps(position, len(rows))[slots],
             tokens1=tokens.ids1,
             tokens2=tokens.ids2,
             token_weights=tokens.weights,
-            original_size=torch.tensor([view.entry.size[::-1] for view in mine]),
-            crop_top_left=torch.tensor([view.seen_top_left for view in mine]),
-            target_size=torch.tensor([(bucket.height, bucket.width)] * len(mine)),
+            original_size=torch.tensor([view.entry.size[::-1] for view in own_views]),
+            crop_top_left=torch.tensor([view.crop_top_left for view in own_views]),
+            target_size=torch.tensor([(bucket.height, bucket.width)] * len(slots)),
             weights=weights,
-            images_in_step=count,
+            images_in_step=len(rows),
         )
-        return Loaded(batch, problems)
-
-    def _read_latents(
-        self, micro: MicroBatch, views: Sequence[View], slots: Sequence[int]
-    ) -> Float32[Tensor, "k 4 h w"]:
-        assert self.latents is not None
-        rows = [int(micro.items[slot]) for slot in slots]
-        return torch.from_numpy(self.latents.read(rows, [views[slot].mirrored for slot in slots])).float()
-
-    def _encoding_noise(
-        self, position: Position, slots: list[int], shape: tuple[int, int, int, int]
-    ) -> Float32[Tensor, "k 4 h w"]:
-        rngs = [position_rng(self.seed, "encoding", position.step, position.micro, slot) for slot in slots]
-        return torch.from_numpy(np.stack([rng.standard_normal(shape[1:], np.float32) for rng in rngs]))
+        return LoadedBatch(batch, problems)
 
     def _view(self, position: Position, slot: int, row: int) -> View:
         entry = self.index[row]
         rng = position_random(self.seed, "view", position.step, position.micro, slot)
         mirrored = rng.random() < 0.5 and entry.subset.flip_aug
         bucket = (entry.bucket.width, entry.bucket.height)
-        left_top = crop_left_top(entry.resized, bucket, rng if entry.subset.random_crop else None)
-        return View(entry, mirrored, left_top)
+        return View(entry, mirrored, crop_left_top(entry.resized, bucket, rng if entry.subset.random_crop else None))
 
     def _caption(self, position: Position, slot: int, entry: Entry) -> str:
         rng = position_random(self.seed, "caption", position.step, position.micro, slot)
         where = {"epoch": position.epoch, "step": position.step, "max_steps": self.max_steps}
         return caption(entry.subset, entry.caption, rng, **where)
 
-    def _load_images(
-        self, position: Position, views: dict[int, View]
+    def _read_images(
+        self, position: Position, slots: Sequence[int], views: Sequence[View]
     ) -> tuple[Float32[Tensor, "k 3 H W"], Float32[Tensor, " k"], tuple[Problem, ...]]:
-        """The images; 1 for each that could be read and 0 (a grey one) for others; and what is wrong with those."""
-        loaded, readable, problems = [], [], []
-        for slot, view in views.items():
-            bucket = view.entry.bucket
+        """Images in [-1, 1]; 1 for each readable image, 0 for an unreadable one, which is grey; and the problems."""
+        images, readable, problems = [], torch.ones(len(slots)), []
+        for number, (slot, view) in enumerate(zip(slots, views, strict=True)):
             try:
                 pixels = view.entry.load(view.left_top)
-                readable.append(1.0)
             except ImageError as error:
                 problems.append(Problem(error.reason, file=error.path))
-                pixels = np.full((bucket.height, bucket.width, 3), 128, np.uint8)
-                readable.append(0.0)
+                pixels = np.full((view.entry.bucket.height, view.entry.bucket.width, 3), 128, np.uint8)
+                readable[number] = 0
             if view.entry.subset.color_aug:
-                rng = position_random(self.seed, "color", position.step, position.micro, slot)
-                pixels = jitter_color(pixels, rng)
-            loaded.append(pixels[:, ::-1] if view.mirrored else pixels)
-        return to_images(torch.from_numpy(np.stack(loaded))), torch.tensor(readable), tuple(problems)
+                pixels = jitter_color(pixels, position_random(self.seed, "color", position.step, position.micro, slot))
+            images.append(pixels[:, ::-1] if view.mirrored else pixels)
+        return to_images(torch.from_numpy(np.stack(images))), readable, tuple(problems)
 
 
 def load_batches(
@@ -212,13 +181,15 @@ def load_batches(
     pin_memory: bool,
     on_bad_image: str,
 ) -> Generator[Batch, None, None]:
-    """The batches of one rank, in order, made ahead by up to `workers` processes (max_data_loader_n_workers); 0
-    makes them here. Close the generator to end the workers.
+    """One rank's batches, in order.
 
-    An image that cannot be read raises UserError if `on_bad_image` is "stop", and is named in a warning, once, if
-    it is "skip".
+    Up to `workers` processes (max_data_loader_n_workers) prepare them ahead; with 0 this process makes them. Close the
+    generator to end the workers.
+
+    An unreadable image raises UserError if `on_bad_image` is "stop". If it is "skip", one warning names the image, and
+    its loss weight is 0. Raises UserError for a damaged latent.
     """
-    limit = WORKERS_WITH_LATENTS if dataset.latents is not None else os.cpu_count() or 1
+    limit = WORKERS_WITH_LATENTS if dataset.read_latents is not None else os.cpu_count() or 1
     workers = min(workers, limit)
     loader: DataLoader = DataLoader(
         dataset,
@@ -228,22 +199,22 @@ def load_batches(
         pin_memory=pin_memory,
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # else the loader draws from the main process's own
+        generator=torch.Generator(),  # without it the loader draws from the main process's global generator
     )
     with _stop_signals_blocked() if workers else contextlib.nullcontext():
         running = iter(loader)
-    # Workers ignore SIGTERM, by which an exiting process would otherwise end them: it would wait for ever. torch ends
-    # them when nothing refers to the iterator any more, which an exception's traceback may do for long.
+    # Workers ignore SIGTERM, by which an exiting process would end them, and the exit would wait for ever. torch ends
+    # them when nothing refers to the iterator any more, but an exception's traceback may refer to it for a long time.
     end_workers = getattr(running, "_shutdown_workers", lambda: None)
     atexit.register(end_workers)
-    named: set[Problem] = set()
+    reported: set[Problem] = set()
     try:
         while (loaded := next(running, None)) is not None:
             if loaded.batch is None or (loaded.problems and on_bad_image == "stop"):
                 raise UserError(loaded.problems)
-            for problem in set(loaded.problems) - named:
+            for problem in set(loaded.problems) - reported:
                 logger.warning("skipped: %s", problem)
-            named.update(loaded.problems)
+            reported.update(loaded.problems)
             yield loaded.batch
     finally:
         end_workers()
@@ -252,13 +223,16 @@ def load_batches(
 
 @contextlib.contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Processes started within it do not receive SIGINT and SIGTERM: these are for the main process, which ends
-    its workers after the step, and launchers and terminals send them to all.
+    """Processes that are started in this context never receive SIGINT and SIGTERM.
+
+    Launchers and terminals send these signals to all processes. Only the main process acts on them: it ends its workers
+    after the step.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # else the first process starts it, which unblocks both signals
+    # Otherwise the first worker would start the resource tracker, which unblocks both signals.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -270,4 +244,4 @@ def _start_worker(_number: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")
-    cv2.setNumThreads(0)  # torch has set its own
+    cv2.setNumThreads(0)  # torch sets its own number of threads in a worker, but not OpenCV's

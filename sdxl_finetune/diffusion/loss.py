@@ -1,6 +1,6 @@
-"""The loss of each element: squared, absolute, or between the two (pseudo-Huber) with a threshold per image.
+"""The loss of each element of a prediction, and the thresholds of the pseudo-Huber losses.
 
-In float32 whatever the prediction's precision. The values are the reference's (tests/golden/loss.json).
+Losses are float32, whatever the precision of the prediction. The values are the reference's (tests/golden/loss.json).
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from sdxl_finetune.batch import TIMESTEPS
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import LossOptions
 from sdxl_finetune.diffusion.schedule import Schedule
 
 
@@ -22,10 +22,14 @@ def elementwise_loss(
     loss_type: Literal["l2", "l1", "huber", "smooth_l1"],
     threshold: Float32[Tensor, " k"] | None = None,
 ) -> Float32[Tensor, "k c h w"]:
-    """l2 is the squared error of Ho et al., arXiv 2006.11239, equation 14. huber and smooth_l1 are 2c H and 2
-    H of the pseudo-Huber H = sqrt(error^2 + c^2) - c (Khrapov et al., arXiv 2403.16728), where c is the
-    image's `threshold`: huber is near l2 for errors much smaller than c, smooth_l1 near 2 l1 for errors much
-    larger.
+    """The loss of each element, where c is the `threshold` of the image and H the pseudo-Huber loss:
+
+        l2         error^2                  Ho et al., arXiv 2006.11239, equation 14
+        l1         |error|
+        huber      2 c H                    H = sqrt(error^2 + c^2) - c
+        smooth_l1  2 H                      Khrapov et al., arXiv 2403.16728
+
+    For errors much smaller than c, huber is close to l2. For errors much larger than c, smooth_l1 is close to 2 l1.
     """
     error = prediction.float() - target.float()
     match loss_type:
@@ -42,23 +46,27 @@ def elementwise_loss(
             assert_never(loss_type)
 
 
-def huber_threshold(config: Config, schedule: Schedule, timesteps: Int64[Tensor, " k"]) -> Float32[Tensor, " k"] | None:
-    """The threshold c of each image, or None for losses without one.
+def huber_threshold(
+    options: LossOptions, schedule: Schedule, timesteps: Int64[Tensor, " k"]
+) -> Float32[Tensor, " k"] | None:
+    """The threshold c of each image by `huber_schedule`, or None for losses without a threshold:
 
-    exponential falls from huber_scale to huber_scale x huber_c over the timesteps (arXiv 2403.16728); snr
-    falls from 1 to huber_c with c + (1 - c) / (1 + sigma / alpha)^2 and knows no huber_scale, as in the
-    reference.
+        constant     huber_c * huber_scale
+        exponential  huber_c ^ (t / 1000) * huber_scale                 arXiv 2403.16728
+        snr          huber_c + (1 - huber_c) / (1 + sigma / alpha)^2    the reference
+
+    The snr schedule ignores `huber_scale`, as in the reference.
     """
-    if config.loss_type not in ("huber", "smooth_l1"):
+    if options.loss_type not in ("huber", "smooth_l1"):
         return None
-    match config.huber_schedule:
+    match options.huber_schedule:
         case "constant":
-            return torch.full_like(timesteps, config.huber_c * config.huber_scale, dtype=torch.float32)
+            return torch.full_like(timesteps, options.huber_c * options.huber_scale, dtype=torch.float32)
         case "exponential":
-            return torch.exp(math.log(config.huber_c) / TIMESTEPS * timesteps) * config.huber_scale
+            return torch.exp(math.log(options.huber_c) / TIMESTEPS * timesteps) * options.huber_scale
         case "snr":
             alphas_cumprod = schedule.alphas_cumprod[timesteps]
             ratio = torch.sqrt((1 - alphas_cumprod) / alphas_cumprod)
-            return config.huber_c + (1 - config.huber_c) / (1 + ratio) ** 2
+            return options.huber_c + (1 - options.huber_c) / (1 + ratio) ** 2
         case _:
-            assert_never(config.huber_schedule)
+            assert_never(options.huber_schedule)

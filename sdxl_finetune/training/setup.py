@@ -23,7 +23,8 @@ from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
-from sdxl_finetune.diffusion.draws import draw
+from sdxl_finetune.diffusion.noise import draw_noise
+from sdxl_finetune.diffusion.timesteps import draw_timesteps
 from sdxl_finetune.latents.preparing import encode_dataset, shared_index
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.compilation import check_compiler, compile_blocks
@@ -144,12 +145,13 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         _restore(start, learner)
     dataset = TrainingDataset(
         index=index,
-        latents=latents,
+        read_latents=latents.read if latents else None,
         tokenize=tokenizer,
-        draw=partial(draw, config, seed, latent_scale=loaded.vae.config.scaling_factor),
+        draw_noise=partial(draw_noise, config, seed),
+        draw_timesteps=partial(draw_timesteps, config, seed),
         seed=seed,
         max_steps=timeline.steps,
-        all_latents=config.adaptive_noise_scale is not None,
+        noise_needs_latents=config.adaptive_noise_scale is not None,
         pixels_per_latent=pixels_per_latent(loaded.vae),
         rank=accelerator.process_index,
         ranks=ranks,

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,11 +24,10 @@ from sdxl_finetune.config import Config, Dataset
 from sdxl_finetune.data.batch_plan import MicroBatch
 from sdxl_finetune.data.index import Entry, Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
-from sdxl_finetune.diffusion.draws import Draws
 from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.model.sdxl import evaluating
 from sdxl_finetune.model.vae import batch_latents
-from sdxl_finetune.seeding import position_rng
+from sdxl_finetune.seeding import position_normal
 from sdxl_finetune.training.learner import Learner
 
 UNWEIGHTED = {
@@ -52,19 +52,26 @@ AS_WRITTEN = {
 one of its options, chosen by position."""
 
 
-@dataclass(frozen=True)
-class ValidationDraw:
-    """Draws noise and timesteps of validation batches, as functions of the image and the timestep."""
+def draw_validation_noise(
+    timesteps: Sequence[int],
+    image_ids: Sequence[Sequence[tuple[int, int]]],
+    position: Position,
+    shape: tuple[int, int, int, int],
+    _latents: None,
+) -> tuple[Tensor, None]:
+    """Draws the noise of a validation batch as a function of the image and the timestep.
 
-    timesteps: Sequence[int]
-    image_ids: Sequence[Sequence[tuple[int, int]]]
-    """For each batch, for each image: its `validation_seed` and a hash of its file name."""
+    `image_ids` has, for each batch and each image, its `validation_seed` and a hash of its file name.
+    """
+    timestep = timesteps[position.step]
+    ids = image_ids[position.micro]
+    noise = [position_normal(shape[1:], seed, "validation", timestep, name) for seed, name in ids]
+    return torch.from_numpy(np.stack(noise)), None
 
-    def __call__(self, position: Position, shape: tuple[int, int, int, int], _latents: Tensor | None) -> Draws:
-        timestep = self.timesteps[position.step]
-        rngs = [position_rng(seed, "validation", timestep, name) for seed, name in self.image_ids[position.micro]]
-        noise = torch.from_numpy(np.stack([rng.standard_normal(shape[1:], np.float32) for rng in rngs]))
-        return Draws(noise=noise, input_noise=None, timesteps=torch.full((shape[0],), timestep))
+
+def validation_timesteps(timesteps: Sequence[int], position: Position, images: int) -> Tensor:
+    """The timestep of this position, for each image."""
+    return torch.full((images,), timesteps[position.step])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +148,11 @@ def build_validation(config: Config, training: TrainingDataset) -> Validation | 
     dataset = replace(
         training,
         index=Index(index.path, datasets, index.excluded, index.bad_files),
-        draw=ValidationDraw(timesteps, image_ids),
+        draw_noise=partial(draw_validation_noise, timesteps, image_ids),
+        draw_timesteps=partial(validation_timesteps, timesteps),
         seed=config.validation_seed,
         max_steps=1,
-        all_latents=False,
+        noise_needs_latents=False,
         rank=0,
         ranks=1,
     )

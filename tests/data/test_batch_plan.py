@@ -1,4 +1,4 @@
-"""Every image exactly num_repeats times an epoch, one shape a batch, windows that stay within their epoch."""
+"""Each image is in exactly num_repeats batches of an epoch, batches have one shape, and steps stay within an epoch."""
 
 import pickle
 from collections import Counter
@@ -35,23 +35,23 @@ def plans(draw: st.DrawFn) -> Plan:
 
 @settings(deadline=None)
 @given(plans())
-def test_every_image_as_often_as_it_repeats(plan: Plan) -> None:
+def test_every_image_is_used_num_repeats_times_an_epoch(plan: Plan) -> None:
     micro_batches = list(plan.micro_batches(0, 3 * plan.steps_per_epoch))
     for epoch in range(3):
         mine = [micro for micro in micro_batches if micro.position.epoch == epoch]
-        counts = Counter(np.concatenate([micro.items for micro in mine]).tolist())
+        counts = Counter(np.concatenate([micro.rows for micro in mine]).tolist())
         assert counts == {row: n for row, n in enumerate(plan.repeats.tolist()) if n}
         assert len(mine) == plan.batches_per_epoch
         assert len({micro.position.step for micro in mine}) == plan.steps_per_epoch
     for micro in micro_batches:
-        assert len(set(plan.bucket[micro.items])) == 1
-        assert 1 <= len(micro.items) <= plan.batch_sizes[plan.bucket[micro.items[0]]]
+        assert len(set(plan.bucket[micro.rows])) == 1
+        assert 1 <= len(micro.rows) <= plan.batch_sizes[plan.bucket[micro.rows[0]]]
 
 
 @settings(deadline=None)
 @given(plans())
-def test_windows(plan: Plan) -> None:
-    """Micro-batches 0 to micros - 1 of each step; only the last window of an epoch is short."""
+def test_steps_have_all_their_micro_batches_within_one_epoch(plan: Plan) -> None:
+    """Only the last step of an epoch has fewer micro-batches."""
     steps = plan.steps_per_epoch
     windows: dict[int, list] = {}
     for micro in plan.micro_batches(0, 2 * steps):
@@ -67,32 +67,32 @@ def test_windows(plan: Plan) -> None:
 
 @settings(deadline=None)
 @given(plans(), st.data())
-def test_any_step_can_be_gone_to(plan: Plan, data: st.DataObject) -> None:
-    """The plan is pure: a run that resumes at a step sees what the whole run saw from there."""
+def test_a_plan_that_starts_at_a_step_continues_like_the_whole_plan(plan: Plan, data: st.DataObject) -> None:
+    """A resumed run gets the micro-batches that an uninterrupted run gets from that step on."""
     last = 3 * plan.steps_per_epoch
     first = data.draw(st.integers(0, last))
     whole = [micro for micro in plan.micro_batches(0, last) if micro.position.step >= first]
     resumed = list(plan.micro_batches(first, last))
     assert [micro.position for micro in resumed] == [micro.position for micro in whole]
-    assert all((a.items == b.items).all() for a, b in zip(resumed, whole, strict=True))
+    assert all((a.rows == b.rows).all() for a, b in zip(resumed, whole, strict=True))
     assert list(plan.micro_batches(last, last)) == []
 
 
 @settings(deadline=None)
 @given(plans())
-def test_the_largest_batch_is_first(plan: Plan) -> None:
-    pixels = [plan.areas[plan.bucket[micro.items]].sum() for micro in plan.micro_batches(0, plan.steps_per_epoch)]
+def test_the_first_batch_has_the_most_pixels(plan: Plan) -> None:
+    pixels = [plan.areas[plan.bucket[micro.rows]].sum() for micro in plan.micro_batches(0, plan.steps_per_epoch)]
     assert pixels[0] == max(pixels)
 
 
-def test_epochs_and_seeds_differ() -> None:
+def test_the_order_differs_between_epochs_and_seeds() -> None:
     plans = [build([0] * 40, [1] * 40, [4], seed=seed) for seed in (1, 2)]
     orders = [plan.epoch(epoch).rows.tolist() for plan in plans for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 6
 
 
-def test_ranks_share_a_global_batch(tmp_path: Path, subset, dataset, write_images) -> None:
-    """Two ranks of batch 2 do what one of batch 4 does; each dataset keeps its own batch size and buckets."""
+def test_two_ranks_at_half_the_batch_size_use_the_same_global_batches(tmp_path: Path, subset, dataset, write_images) -> None:
+    """Each dataset keeps its own batch size and buckets."""
     write_images(tmp_path / "a", {f"{number}.png": (64, 64) for number in range(9)})
     plans = []
     for batch_size, ranks in ((4, 1), (2, 2)):
@@ -106,6 +106,6 @@ def test_ranks_share_a_global_batch(tmp_path: Path, subset, dataset, write_image
     assert (first == second).all()
 
 
-def test_micro_batches_are_small() -> None:
+def test_a_pickled_micro_batch_is_small() -> None:
     micro = next(build([0] * 1000, [1] * 1000, [8]).micro_batches(0, 5))
     assert len(pickle.dumps(micro)) < 1000

@@ -188,8 +188,8 @@ def test_golden_two_datasets(tmp_path: Path, golden, subset, dataset) -> None:
     plan = build_plan(index, ranks=1, accumulation=1, seed=0)
     assert plan.batches_per_epoch == sum(expected["lengths"])
     for batch in plan.micro_batches(0, plan.steps_per_epoch):
-        (owner,) = {index[row].bucket.dataset for row in batch.items.tolist()}
-        assert len(batch.items) <= (5, 2)[owner]
+        (owner,) = {index[row].bucket.dataset for row in batch.rows.tolist()}
+        assert len(batch.rows) <= (5, 2)[owner]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Batches are functions of the position: any rank, any worker, any number of them gives the same images."""
+"""Batches are functions of the position: the same on any rank and in any number of data-loader workers."""
 
 import logging
 import os
@@ -22,18 +22,23 @@ from sdxl_finetune.data.images import load_image, resize_and_crop
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
-from sdxl_finetune.diffusion.draws import Draws
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.seeding import position_rng
+from sdxl_finetune.seeding import position_normal, position_rng
 
 SIZES = {"a.png": (64, 64), "b.jpg": (200, 180), "c.png": (70, 64), "d.webp": (64, 90), "e.png": (90, 70)}
 
 
-def draw(position: Position, shape: tuple[int, ...], latents: Tensor | None) -> Draws:
-    rngs = [position_rng(1, "noise", position.step, position.micro, slot) for slot in range(shape[0])]
-    noise = torch.tensor(np.stack([rng.standard_normal(shape[1:], np.float32) for rng in rngs]))
-    timesteps = torch.tensor([int(rng.integers(1000)) for rng in rngs])
-    return Draws(noise=noise, input_noise=0 * noise if latents is None else latents, timesteps=timesteps)
+def draw_noise(position: Position, shape: tuple[int, ...], latents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gives the latents as input noise, so that tests see which latents it was given."""
+    slots = range(shape[0])
+    rows = [position_normal(shape[1:], 1, "noise", position.step, position.micro, slot) for slot in slots]
+    noise = torch.tensor(np.stack(rows))
+    return noise, 0 * noise if latents is None else latents
+
+
+def draw_timesteps(position: Position, images: int) -> Tensor:
+    rngs = [position_rng(1, "timestep", position.step, position.micro, slot) for slot in range(images)]
+    return torch.tensor([int(rng.integers(1000)) for rng in rngs])
 
 
 @pytest.fixture
@@ -49,7 +54,8 @@ def index(tmp_path: Path, subset, dataset, write_images) -> Index:
 
 
 def build(index: Index, **options: object) -> TrainingDataset:
-    defaults = {"latents": None, "draw": draw, "seed": 5, "max_steps": 100}
+    draws = {"draw_noise": draw_noise, "draw_timesteps": draw_timesteps}
+    defaults = {"read_latents": None, "seed": 5, "max_steps": 100, **draws}
     return TrainingDataset(index=index, tokenize=Tokenizer(max_token_length=None), **{**defaults, **options})
 
 
@@ -67,8 +73,8 @@ def same(left: Batch, right: Batch) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_ranks_share_a_micro_batch(index: Index, ranks: int) -> None:
-    """Together the ranks hold what one would; the weights of a window add up to the number of ranks."""
+def test_ranks_together_hold_the_micro_batch_of_a_single_rank(index: Index, ranks: int) -> None:
+    """The weights of an optimizer step add up to the number of ranks."""
     micro_batches = list(plan(index).micro_batches(0, 6))
     totals: dict[int, float] = {}
     for micro in micro_batches:
@@ -79,7 +85,7 @@ def test_ranks_share_a_micro_batch(index: Index, ranks: int) -> None:
         assert torch.equal(rows(parts, "crop_top_left"), alone.crop_top_left)
         assert torch.allclose(rows(parts, "weights"), alone.weights * ranks)
         sizes = [int((part.weights > 0).sum()) for part in parts]
-        assert sum(sizes) == len(micro.items) == alone.images_in_step and max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == len(micro.rows) == alone.images_in_step and max(sizes) - min(sizes) <= 1
         assert all(len(part.weights) == max(size, 1) for part, size in zip(parts, sizes, strict=True))
         assert len({part.images.shape[1:] for part in parts}) == 1
         total = sum(float(part.weights.sum()) for part in parts)
@@ -87,12 +93,12 @@ def test_ranks_share_a_micro_batch(index: Index, ranks: int) -> None:
     assert all(abs(total - ranks) < 1e-6 for total in totals.values())
 
 
-def test_the_model_is_told_the_truth(index: Index) -> None:
-    """The image is what stands at crop_top_left of the resized image, mirrored first if the image is."""
+def test_crop_top_left_is_where_the_image_was_cropped(index: Index) -> None:
+    """The batch's image is the crop at crop_top_left of the resized image, mirrored before the crop if at all."""
     seen = set()
     for micro in plan(index).micro_batches(0, 12):
         batch = build(index)[micro].batch
-        for slot, row in enumerate(micro.items.tolist()):
+        for slot, row in enumerate(micro.rows.tolist()):
             entry = index[row]
             bucket = (entry.bucket.width, entry.bucket.height)
             whole = resize_and_crop(load_image(entry.path, entry.resized), entry.resized, (0, 0), entry.resized)
@@ -111,16 +117,16 @@ def test_the_model_is_told_the_truth(index: Index) -> None:
     assert centred == {(3, 0)} and len(anywhere) > 1
 
 
-def test_captions_and_positions_vary(index: Index) -> None:
+def test_captions_and_noise_repeat_at_a_position_and_differ_at_another(index: Index) -> None:
     micro = next(plan(index).micro_batches(0, 1))
-    later = MicroBatch(Position(epoch=1, step=7, micro=0, micros=2), micro.items)
+    later = MicroBatch(Position(epoch=1, step=7, micro=0, micros=2), micro.rows)
     first, again, other = (build(index)[each].batch for each in (micro, micro, later))
     assert same(first, again)
     assert not torch.equal(first.tokens1, other.tokens1) and not torch.equal(first.noise, other.noise)
     assert not same(first, build(index, seed=6)[micro].batch)
 
 
-def test_color_augmentation_reaches_the_images(index: Index, subset, dataset, tmp_path: Path) -> None:
+def test_color_aug_changes_the_images_of_a_batch(index: Index, subset, dataset, tmp_path: Path) -> None:
     built = dataset(subset(tmp_path / "1", color_aug=True), bucket_reso_steps=64, min_bucket_reso=64)
     colored = build_index([built], tmp_path / "cache", on_bad_image="stop")
     changed = 0
@@ -140,27 +146,27 @@ def encode(pixels: Tensor, noise: Tensor):
 
 @pytest.fixture
 def cached(index: Index, cache_latents) -> TrainingDataset:
-    return build(index, latents=cache_latents(index, encode)[0], all_latents=True)
+    return build(index, read_latents=cache_latents(index, encode)[0].read, noise_needs_latents=True)
 
 
-def test_cached_latents(index: Index, cached: TrainingDataset) -> None:
+def test_batches_hold_cached_latents_mirrored_or_not(index: Index, cached: TrainingDataset) -> None:
     mirrored = 0
     for micro in plan(index).micro_batches(0, 6):
         batch = cached[micro].batch
         assert batch.images is None and batch.latents.dtype == torch.float32
-        assert torch.equal(batch.input_noise, batch.latents), "draw was given the latents"
-        for slot, row in enumerate(micro.items.tolist()):
-            stored = [cached.latents.read([row], [flip])[0] for flip in (False, True)]
+        assert torch.equal(batch.input_noise, batch.latents), "draw_noise was given the latents"
+        for slot, row in enumerate(micro.rows.tolist()):
+            stored = [cached.read_latents([row], [flip])[0] for flip in (False, True)]
             match = [np.array_equal(batch.latents[slot].numpy(), latent) for latent in stored]
             assert sum(match) == 1
             mirrored += match[1]
-        shared = [build(index, latents=cached.latents, rank=rank, ranks=2)[micro].batch for rank in (0, 1)]
+        shared = [build(index, read_latents=cached.read_latents, rank=rank, ranks=2)[micro].batch for rank in (0, 1)]
         assert torch.equal(rows(shared, "latents"), batch.latents)
     assert mirrored > 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_latent_ends_the_run_with_its_own_message(
+def test_a_damaged_latent_ends_the_run_with_a_one_line_message(
     index: Index, cache_latents, tmp_path: Path, workers: int
 ) -> None:
     store, _, shards = cache_latents(index, encode, folder=tmp_path / "disk")
@@ -170,7 +176,7 @@ def test_a_damaged_latent_ends_the_run_with_its_own_message(
             file.write(bytes(200))
     settings = {"workers": workers, "pin_memory": False, "on_bad_image": "skip"}
     with pytest.raises(UserError, match=r"^[^\n]*the latent of .* is damaged[^\n]*start again[^\n]*$"):
-        list(load_batches(build(index, latents=store), plan(index).micro_batches(0, 20), **settings))
+        list(load_batches(build(index, read_latents=store.read), plan(index).micro_batches(0, 20), **settings))
 
 
 @pytest.fixture
@@ -183,7 +189,7 @@ def loaded(index: Index) -> Callable[..., list[Batch]]:
 
 
 def test_workers_give_the_same_batches_in_order(index: Index, cached: TrainingDataset, loaded) -> None:
-    """Over two epochs, with latents from shared memory; SIGTERM and SIGINT to the workers change nothing."""
+    """Over two epochs, with latents from shared memory. Workers ignore SIGTERM and SIGINT."""
     steps = 2 * plan(index).steps_per_epoch
     before = torch.random.get_rng_state()
     expected = loaded(cached, steps)
@@ -199,11 +205,11 @@ def test_workers_give_the_same_batches_in_order(index: Index, cached: TrainingDa
     assert len(workers) >= 2 and len(found) == len(expected)
     assert all(same(left, right) for left, right in zip(found, expected, strict=True))
     assert {batch.position.epoch for batch in found} == {0, 1}
-    assert torch.equal(before, torch.random.get_rng_state()), "the main process's random numbers are its own"
+    assert torch.equal(before, torch.random.get_rng_state()), "the global generator of the main process is unchanged"
 
 
-def test_a_bad_image_stops_the_run(index: Index, loaded) -> None:
-    """One clear line from a worker, no traceback."""
+def test_an_unreadable_image_stops_the_run(index: Index, loaded) -> None:
+    """The worker's problem arrives as one line without a traceback."""
     broken = index[3].path
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(UserError) as caught:
@@ -212,7 +218,7 @@ def test_a_bad_image_stops_the_run(index: Index, loaded) -> None:
     assert problem.file == str(broken) and "\n" not in str(problem) and "Traceback" not in str(problem)
 
 
-def test_a_bad_image_is_skipped(index: Index, loaded, caplog) -> None:
+def test_an_unreadable_image_is_skipped_at_weight_zero(index: Index, loaded, caplog) -> None:
     broken = index[3].path
     broken.write_bytes(broken.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
@@ -243,8 +249,8 @@ if __name__ == "__main__":
 """
 
 
-def test_an_abandoned_loader_does_not_hold_up_the_exit(tmp_path: Path, write_images) -> None:
-    """Workers that ignore SIGTERM must be ended in another way when the process exits without closing."""
+def test_a_process_with_an_open_loader_exits_promptly(tmp_path: Path, write_images) -> None:
+    """Workers ignore SIGTERM, so the exiting process has to end them in another way."""
     write_images(tmp_path / "a", {f"{number}.png": (64, 64) for number in range(5)})
     (tmp_path / "abandon.py").write_text(ABANDON)
     arguments = [tmp_path / "abandon.py", Path(__file__).parents[2], tmp_path / "a", tmp_path / "cache"]

@@ -72,7 +72,7 @@ def test_the_share_asked_for_is_held_out(base, work) -> None:
     with build_run(config(base, *FOLDER, "--validation_split", "0.25")) as built:
         index = built.dataset.index
         assert index.held_out.sum() == 2 and (index.repeats[index.held_out] == 0).all()
-        used = {int(row) for batch in built.timeline.plan.micro_batches(0, 6) for row in batch.items}
+        used = {int(row) for batch in built.timeline.plan.micro_batches(0, 6) for row in batch.rows}
         assert used == set(np.flatnonzero(~index.held_out).tolist())
         assert "2 held out for validation" in index.describe()
 
