@@ -1,8 +1,8 @@
-"""What happens now and then during a run: previews, validation, checkpoints and training states.
+"""Hooks of the training loop: previews, validation, checkpoints and training states.
 
-Pure functions of the moment decide when, and under which name (every.py, saves.py). Here they meet the run. None of it
-changes anything about training. All ranks pass through here at the same steps: they share out the previews and the
-validation, and the first rank saves.
+Pure functions of the moment decide when something is due, and under which name it is saved (every.py, saves.py). The
+hooks carry it out. No hook changes anything about training. All ranks call the hooks at the same steps: they share out
+the previews and the validation, and the first rank saves.
 """
 
 import logging

@@ -1,4 +1,6 @@
-"""The optimizer's part of a training state: collecting it, and giving it back bit for bit.
+"""The optimizer's part of a training state (`optimizer.pt`): collecting it, and restoring it bit for bit.
+
+The file holds a dictionary:
 
 state      tensors and numbers that the optimizer keeps, by the full name of each parameter (unet.xxx)
 groups     the values of each parameter group (betas, weight decay, ...), by the group's name
