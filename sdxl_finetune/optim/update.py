@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_
 
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import Config, OptimizerOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import MasterWeights, elements_of
 from sdxl_finetune.optim.optimizer import (
@@ -75,7 +75,12 @@ class PlainUpdate:
     """Steps on the model's own parameters, with model and optimizer as accelerate prepared them."""
 
     def __init__(
-        self, config: Config, parameters: TrainedParameters, model: nn.Module, optimizer: Any, accelerator: Accelerator
+        self,
+        config: OptimizerOptions,
+        parameters: TrainedParameters,
+        model: nn.Module,
+        optimizer: Any,
+        accelerator: Accelerator,
     ) -> None:
         self._accelerator, self._model, self._prepared = accelerator, model, optimizer
         self._max_norm = config.max_grad_norm
@@ -285,7 +290,7 @@ def check_update(config: Config, device: torch.device) -> None:
         raise UserError(Problem(f"{message}: {remedy}", key="fused_backward_pass", value=True))
 
 
-def step_unit(config: Config, device: torch.device) -> StepUnit:
+def step_unit(config: OptimizerOptions, device: torch.device) -> StepUnit:
     """Finds the step unit of the optimizer. Raises UserError if the optimizer cannot be built."""
     cls = optimizer_class(optimizer_name(config))
     return find_step_unit(partial(trial_optimizer, config), cls, device)
