@@ -22,7 +22,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import Config, HardwareOptions, LengthOptions
 from sdxl_finetune.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _say_overruled(config: Config) -> None:
         )
 
 
-def shared_seed(config: Config) -> int:
+def shared_seed(config: LengthOptions) -> int:
     """The run's seed: the config's, or one that the first process draws and all share."""
     if config.seed is not None:
         return config.seed
@@ -100,6 +100,6 @@ def shared_seed(config: Config) -> int:
     return drawn[0]
 
 
-def weight_dtype(config: Config) -> torch.dtype:
+def weight_dtype(config: HardwareOptions) -> torch.dtype:
     """The precision in which the trained weights are held."""
     return torch.bfloat16 if config.full_bf16 else torch.float32
