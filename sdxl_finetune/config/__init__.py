@@ -5,11 +5,18 @@ from sdxl_finetune.config.datasets import load_datasets
 from sdxl_finetune.config.load import load_config, to_toml
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.output_options import LoggingOptions, PreviewOptions, ResumeOptions, SavingOptions
-from sdxl_finetune.config.training_options import LengthOptions, LossOptions, NoiseOptions, ValidationOptions
+from sdxl_finetune.config.training_options import (
+    HardwareOptions,
+    LengthOptions,
+    LossOptions,
+    NoiseOptions,
+    ValidationOptions,
+)
 
 __all__ = [
     "Config",
     "Dataset",
+    "HardwareOptions",
     "LengthOptions",
     "LoggingOptions",
     "LossOptions",

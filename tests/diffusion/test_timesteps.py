@@ -40,9 +40,7 @@ def test_noise_options_do_not_change_the_timesteps() -> None:
 
 
 def test_timesteps_differ_between_seeds_steps_and_micro_batches_but_not_epochs() -> None:
-    places = [
-        {"seed": seed, "step": step, "micro": micro} for seed in (0, 1) for step in (0, 1, 2) for micro in (0, 1)
-    ]
+    places = [{"seed": seed, "step": step, "micro": micro} for seed in (0, 1) for step in (0, 1, 2) for micro in (0, 1)]
     assert len({tuple(drawn(4, **place).tolist()) for place in places}) == len(places)
     assert torch.equal(drawn(4, epoch=3), drawn(4))
 
