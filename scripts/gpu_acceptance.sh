@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Checks in about ten minutes on any NVIDIA machine, from a fresh clone, what only a GPU can show, and prints a report
-# to paste: docs/gpu.md. Runs on a CPU too, with what needs CUDA marked as not run. Exit status 1 if a check failed.
-# Arguments go to scripts/benchmarks/gpu_acceptance.py: names of checks, --folder FOLDER, --cpu.
+# Runs the checks that need a GPU and prints a report to paste. docs/gpu.md describes the checks.
+#
+#   bash scripts/gpu_acceptance.sh [names of checks] [--folder FOLDER] [--cpu]
+#
+# Needs a machine with an NVIDIA GPU and a fresh clone, and takes about ten minutes. On a CPU it marks the checks that
+# need CUDA as not run. The exit status is 1 if a check failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

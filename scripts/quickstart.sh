@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# From nothing to a fine-tuned checkpoint: sets up .venv, draws pictures in a style that the small model of tests/toy
-# does not know, teaches it that style, and shows it before and after. Writes only to ./quickstart.
+# Fine-tunes a small SDXL model as an example, from set-up to checkpoint, in a few minutes on a CPU.
+#
+# The script sets up .venv, draws pictures in a style that the small model of tests/toy does not know, trains the model
+# on these pictures, and draws the same prompts before and after. All pictures, logs and checkpoints go to ./quickstart.
+# Arguments go to sdxl-train, for example: bash scripts/quickstart.sh --max_train_epochs 2
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
@@ -21,12 +24,15 @@ PROMPTS
 log=$(ls -dt quickstart/logs/*/ | head -n 1)
 cat <<DONE
 
-Trained. Look at
-  the style    quickstart/before_after.png
-  checkpoint   quickstart/quickstart.safetensors   (.venv/bin/sdxl-model info quickstart/quickstart.safetensors)
-  more of it   .venv/bin/sdxl-model generate quickstart/quickstart.safetensors --width 64 --height 64 \\
-                 --prompt "best quality, gallery style, flat style, one object, red cross, white background"
-  previews     quickstart/sample/
-  log          $log
-  TensorBoard  .venv/bin/tensorboard --logdir quickstart/logs
+The training is done. Look at these files:
+  before and after   quickstart/before_after.png
+  checkpoint         quickstart/quickstart.safetensors
+  previews           quickstart/sample/
+  log                $log
+
+Try these commands:
+  describe the checkpoint   .venv/bin/sdxl-model info quickstart/quickstart.safetensors
+  draw another picture      .venv/bin/sdxl-model generate quickstart/quickstart.safetensors --width 64 --height 64 \\
+                              --prompt "best quality, gallery style, flat style, one object, red cross, white background"
+  show the curves           .venv/bin/tensorboard --logdir quickstart/logs
 DONE

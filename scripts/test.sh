@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set-up, scripts/check.sh, then every test. Arguments go to pytest: scripts/test.sh tests/data -k crop
+# Sets up .venv, runs scripts/check.sh, then all tests. Continuous integration runs this script.
+# Arguments go to pytest and choose tests, for example: bash scripts/test.sh tests/data -k crop
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev

@@ -1,29 +1,28 @@
-"""Exact float32 values of parameters that the model holds in bf16.
+"""Exact float32 values of parameters that the model holds in bf16: low bits and master weights.
 
-A float32 number is a bf16 number and sixteen more bits. With u the float32's bits,
+A float32 number is a bf16 number and 16 more bits. With `u` the bits of the float32 number:
 
     high = top 16 bits of (u + 0x8000)        low = low 16 bits of u, as an int16        u = (high << 16) + low
 
-which is exact both ways for all 2^32 patterns, if sums wrap; `high` is u rounded to the nearest bf16, ties away from
-zero (to the even one would need low = +32768, which an int16 does not have). So `high` is the parameter, that the model
-computes with, and `low` is kept beside it: 4 bytes for a float32 weight and its bf16 copy. Undefined numbers (NaN)
-survive the way back and forth, but `high` alone does not always show them.
+All sums wrap. The formulas are exact in both directions for all 2^32 patterns. `high` is the nearest bf16 number; ties
+go away from zero. A tie cannot go to the even number, because that needs low = +32768, which an int16 does not have.
+
+The model computes with `high`. The low bits are kept beside it, so a float32 value and its bf16 copy take 4 bytes.
+NaN survives both directions, but `high` alone does not always show a NaN.
 """
 
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import BFloat16, Float32, Int16
 from torch import Tensor
 from torch.nn import Parameter
 
-Masters: TypeAlias = dict[Parameter, Tensor]
-"""What makes a bf16 parameter exact: its low bits (int16), or all of its value (float32)."""
-
 
 def split(value: Float32[Tensor, " *n"]) -> tuple[BFloat16[Tensor, " *n"], Int16[Tensor, " *n"]]:
-    """`high` and `low` of a float32 tensor."""
-    halves = value.contiguous().view(-1).view(torch.int16).view(-1, 2)  # low half first: all machines of torch's do so
+    """Splits a float32 tensor into `high` and `low`."""
+    halves = value.contiguous().view(-1).view(torch.int16).view(-1, 2)  # torch's machines store the low half first
     low = halves[:, 0].clone()
     high = low >> 15  # -1 where the low half rounds up
     torch.sub(halves[:, 1], high, out=high)
@@ -31,7 +30,7 @@ def split(value: Float32[Tensor, " *n"]) -> tuple[BFloat16[Tensor, " *n"], Int16
 
 
 def join(high: BFloat16[Tensor, " *n"], low: Int16[Tensor, " *n"]) -> Float32[Tensor, " *n"]:
-    """The float32 tensor that `split` has taken apart."""
+    """Returns the float32 tensor that `split` took apart."""
     halves = torch.empty(high.numel(), 2, dtype=torch.int16, device=high.device)
     halves[:, 0] = low.reshape(-1)
     torch.add(high.reshape(-1).view(torch.int16), halves[:, 0] >> 15, out=halves[:, 1])
@@ -39,15 +38,101 @@ def join(high: BFloat16[Tensor, " *n"], low: Int16[Tensor, " *n"]) -> Float32[Te
 
 
 def rounded(value: Float32[Tensor, " *n"]) -> BFloat16[Tensor, " *n"]:
-    """What the model holds of a master: the nearest bf16 number, as `split` rounds."""
+    """Rounds to the nearest bf16 number, with the ties of `split`."""
     return split(value)[0]
 
 
-def exact_value(parameter: Parameter, masters: Masters) -> Tensor:
-    """The parameter's value: in float32 if there is a master, else as it is."""
-    kept = masters.get(parameter)
-    if kept is None:
-        return parameter.detach()
-    if kept.dtype == torch.int16:
-        return join(parameter.detach(), kept.to(parameter.device))
-    return kept
+def elements_of(tensor: Tensor, elements: slice | None) -> Tensor:
+    """Returns a view of the flattened tensor's `elements`, or of the whole tensor in its own shape if None."""
+    return tensor.detach() if elements is None else tensor.detach().view(-1)[elements]
+
+
+class MasterWeights:
+    """Exact values of a model's parameters. After loading, only this class writes low bits.
+
+    For a bf16 parameter it keeps either the low bits (int16) or the whole value (float32). A parameter for which it
+    keeps nothing is exact as it is.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Parameter, Tensor] = {}
+
+    def add(self, parameter: Parameter, low: Int16[Tensor, " *n"]) -> None:
+        """Keeps the low bits of a parameter that holds the high bits."""
+        self._kept[parameter] = low
+
+    def kept(self, parameter: Parameter) -> Tensor | None:
+        """Returns the low bits or the float32 value of a parameter, or None."""
+        return self._kept.get(parameter)
+
+    def has_low_bits(self, parameter: Parameter) -> bool:
+        kept = self._kept.get(parameter)
+        return kept is not None and kept.dtype == torch.int16
+
+    def tensors(self) -> list[Tensor]:
+        return list(self._kept.values())
+
+    def value(self, parameter: Parameter) -> Tensor:
+        """Returns the parameter's value: in float32 if low bits or a float32 value are kept, else as it is."""
+        kept = self._kept.get(parameter)
+        if kept is None:
+            return parameter.detach()
+        return join(parameter.detach(), kept.to(parameter.device)) if kept.dtype == torch.int16 else kept
+
+    def dtype(self, parameter: Parameter) -> torch.dtype:
+        """Returns the dtype of `value`, in which a file holds the parameter without loss."""
+        return torch.float32 if parameter in self._kept else parameter.dtype
+
+    def prepare(self, parameter: Parameter, *, whole: bool) -> None:
+        """Puts the low bits of a parameter to be trained, or its `whole` float32 value, on the parameter's device."""
+        if whole:
+            self._kept[parameter] = self.value(parameter).float().to(parameter.device)
+        elif parameter in self._kept:
+            self._kept[parameter] = self._kept[parameter].to(parameter.device)
+        else:
+            self._kept[parameter] = torch.zeros_like(parameter, dtype=torch.int16)
+
+    def read(self, parameter: Parameter, elements: slice | None) -> Float32[Tensor, " *n"]:
+        """Joins the `elements` of a parameter with their low bits in a new tensor."""
+        return join(elements_of(parameter, elements), elements_of(self._kept[parameter], elements))
+
+    def write(self, parameter: Parameter, elements: slice | None, value: Float32[Tensor, " *n"]) -> None:
+        """Splits new values into `elements` of the parameter and their low bits."""
+        high, low = split(value)
+        elements_of(self._kept[parameter], elements).copy_(low)
+        # Copied in place, so that autograd notices if a backward pass still needs the old values.
+        elements_of(parameter, elements).copy_(high)
+
+    def round_into(self, parameter: Parameter) -> None:
+        """Rounds the parameter's float32 value, if it is kept, into the bf16 parameter."""
+        kept = self._kept.get(parameter)
+        if kept is not None and kept.dtype == torch.float32:
+            parameter.detach().copy_(rounded(kept))
+
+    @contextmanager
+    def replaced_by(self, values: Mapping[Parameter, Float32[Tensor, "..."]]) -> Iterator[None]:
+        """Gives the parameters other float32 values within the context, and their own tensors back after it.
+
+        It takes no memory on the device. If a new value has its parameter's dtype and device, the two tensors are
+        swapped. Otherwise the old value waits in host memory.
+        """
+        swapped = {one for one, new in values.items() if (one.dtype, one.device) == (new.dtype, new.device)}
+        originals = {one: one.data if one in swapped else one.data.to("cpu", copy=True) for one in values}
+        kept = self._kept
+        try:
+            for parameter, value in values.items():
+                _put(parameter, rounded(value) if parameter.dtype == torch.bfloat16 else value, parameter in swapped)
+            self._kept = kept | {one: new for one, new in values.items() if one.dtype == torch.bfloat16}
+            yield
+        finally:
+            for parameter, original in originals.items():
+                _put(parameter, original, parameter in swapped)
+            self._kept = kept
+
+
+def _put(parameter: Parameter, value: Tensor, swap: bool) -> None:
+    """Replaces the parameter's tensor, or copies the value into it."""
+    if swap:
+        parameter.data = value
+    else:
+        parameter.data.copy_(value)

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sdxl_finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "files", "seeding", "low_bits"},
+    {"errors", "files", "seeding", "low_bits", "clip_vocabulary"},
     {"batch", "config"},
     {"data", "diffusion", "model", "optim", "runtime"},
     {"latents"},

@@ -1,4 +1,4 @@
-"""bf16 and low bits are float32, for every pattern."""
+"""A bf16 number and its low bits are the float32 number, for every bit pattern."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from sdxl_finetune.low_bits import exact_value, join, rounded, split
+from sdxl_finetune.low_bits import MasterWeights, join, rounded, split
 
 CORNERS = [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x10000, 0x3F807FFF, 0x3F808000, 0x7F7FFFFF, 0x7F800000, 0x7FC00001]
 
@@ -16,14 +16,14 @@ def floats(bits: list[int]) -> torch.Tensor:
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
-def test_any_pattern_survives(bits) -> None:
+def test_join_restores_every_bit_pattern_that_was_split(bits) -> None:
     value = floats(bits)
     assert torch.equal(join(*split(value)).view(torch.int32), value.view(torch.int32))
 
 
 @pytest.mark.parametrize("exponent", [0, 1, 64, 126, 127, 128, 200, 254, 255])
-def test_patterns_of_an_exponent(exponent: int) -> None:
-    """All mantissas, both signs; the high half is the nearest bf16 number, ties away from zero."""
+def test_split_rounds_all_mantissas_of_an_exponent_to_the_nearest_bf16(exponent: int) -> None:
+    """Both signs; ties go away from zero."""
     for sign in (0, 1):
         value = (torch.arange(1 << 23, dtype=torch.int32) + (exponent << 23) - (sign << 31)).view(torch.float32)
         high, low = split(value)
@@ -34,23 +34,38 @@ def test_patterns_of_an_exponent(exponent: int) -> None:
             assert bool((high[ties].abs() >= value[ties].abs()).all())
 
 
-def test_rounding_of_ties_and_corners() -> None:
+def test_zeros_infinities_nan_and_ties_survive() -> None:
     value = floats(CORNERS + [one + (1 << 31) for one in CORNERS])
     assert torch.equal(join(*split(value)).view(torch.int32), value.view(torch.int32))
     assert rounded(floats([0x3F808000])).item() == 1.0078125 and rounded(floats([0xBF808000])).item() == -1.0078125
 
 
-def test_shapes_and_strides() -> None:
+def test_split_keeps_shapes_of_strided_and_empty_tensors() -> None:
     value = torch.randn(4, 6, 5)
     for one in (value, value.transpose(0, 2), value[:0]):
         high, low = split(one)
         assert high.shape == low.shape == one.shape and torch.equal(join(high, low), one)
 
 
-def test_a_master_is_low_bits_or_a_whole_value() -> None:
+def test_a_master_weight_is_low_bits_or_a_whole_value() -> None:
     value = torch.randn(3, 4)
     high, low = split(value)
-    parameter = Parameter(high)
-    assert torch.equal(exact_value(parameter, {}), high)
-    assert torch.equal(exact_value(parameter, {parameter: low}), value)
-    assert torch.equal(exact_value(parameter, {parameter: value}), value)
+    parameter, masters = Parameter(high), MasterWeights()
+    assert torch.equal(masters.value(parameter), high) and masters.dtype(parameter) == torch.bfloat16
+    masters.add(parameter, low)
+    assert torch.equal(masters.value(parameter), value) and masters.dtype(parameter) == torch.float32
+    assert masters.has_low_bits(parameter)
+    masters.prepare(parameter, whole=True)
+    assert torch.equal(masters.value(parameter), value) and not masters.has_low_bits(parameter)
+
+
+def test_new_values_of_some_elements_leave_the_others_as_they_are() -> None:
+    value = torch.randn(3, 4)
+    high, low = split(value)
+    parameter, masters = Parameter(high), MasterWeights()
+    masters.add(parameter, low)
+    masters.write(parameter, slice(2, 7), torch.arange(5) / 3)
+    value.view(-1)[2:7] = torch.arange(5) / 3
+    assert torch.equal(masters.value(parameter), value) and torch.equal(parameter, rounded(value))
+    assert torch.equal(masters.read(parameter, slice(5, 9)), value.view(-1)[5:9])
+    assert torch.equal(masters.read(parameter, None), value)

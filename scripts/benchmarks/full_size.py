@@ -113,13 +113,14 @@ def say(when: str, size: int) -> None:
 
 def kept_bytes(learner: Learner) -> tuple[int, dict[str, int]]:
     """Trained parameters, and the bytes that are kept for them from step to step."""
-    trained, masters = [one for group in learner.groups for one in group.parameters.values()], learner.sdxl.masters
+    trained = [parameter for _, parameter in learner.parameters.named()]
+    masters = [learner.sdxl.masters.kept(parameter) for parameter in trained]
     values = [value for state in learner.update.optimizer.state.values() for value in state.values()]
     # By place, as 8-bit states share their tables.
     states = {value.data_ptr(): value.nbytes for value in values if isinstance(value, torch.Tensor)}
     return sum(one.numel() for one in trained), {
         "weights": sum(one.nbytes for one in trained),
-        "masters": sum(masters[one].nbytes for one in trained if one in masters),
+        "masters": sum(one.nbytes for one in masters if one is not None),
         "optimizer": sum(states.values()),
     }
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from scripts.benchmarks import precision
 from sdxl_finetune.config import Config, load_config, to_toml
-from sdxl_finetune.low_bits import Masters, exact_value, split
+from sdxl_finetune.low_bits import MasterWeights, split
 from sdxl_finetune.model.attention import use_attention
 from sdxl_finetune.model.compilation import compile_blocks
 from sdxl_finetune.model.load import load_checkpoint
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.optim.optimizer import build_optimizer
-from sdxl_finetune.optim.parameters import Group
-from sdxl_finetune.optim.update import PIECE, ExactUpdate
+from sdxl_finetune.optim.parameters import Group, TrainedParameters
+from sdxl_finetune.optim.update import SLICE, ExactUpdate
 from sdxl_finetune.runtime.processes import build_accelerator
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training.loop import train, training_steps
@@ -114,32 +114,34 @@ def exact_float32() -> Iterator[None]:
 
 
 def check_bitsandbytes(bench: Bench) -> Iterator[Line]:
-    """AdamW8bit on float32 views of bf16 weights, in pieces, against whole float32 parameters."""
-    shapes = {"matrix": (PIECE // 1024 * 2 + 500, 1024), "kernel": (64, 64, 3, 3), "norm": (1280,)}
+    """AdamW8bit on float32 views of bf16 weights, in slices, against whole float32 parameters."""
+    shapes = {"matrix": (SLICE // 1024 * 2 + 500, 1024), "kernel": (64, 64, 3, 3), "norm": (1280,)}
     for fused in (False, True):
         options = {"optimizer_type": "AdamW8bit", "full_bf16": True, "mixed_precision": "bf16", "max_grad_norm": 0.0}
         config = Config(**options, learning_rate=1e-4, fused_backward_pass=fused)
         accelerator = build_accelerator(config)
-        start, masters = {name: drawn(shape, at, bench) for at, (name, shape) in enumerate(shapes.items())}, {}
+        start = {name: drawn(shape, at, bench) for at, (name, shape) in enumerate(shapes.items())}
+        masters = MasterWeights()
         model, whole = nn.ParameterDict(), nn.ParameterDict(start)
         for name, value in start.items():
             high, low = split(value)
             model[name] = nn.Parameter(high)
-            masters[model[name]] = low
-        update = ExactUpdate(config, [Group("unet", dict(model.items()), 1e-4)], masters, accelerator)
+            masters.add(model[name], low)
+        parameters = TrainedParameters([Group("unet", dict(model.items()), 1e-4)], masters)
+        update = ExactUpdate(config, parameters, accelerator)
         optimizer = build_optimizer(config, [Group("unet", dict(whole.items()), 1e-4)])
         for step in range(3):
             gradients = {name: drawn(shape, 10 + step, bench).bfloat16().float() for name, shape in shapes.items()}
-            with update.gradients(last=True, alone=True):
+            with update.accumulate(last=True, only=True):
                 torch.stack([(model[name].float() * one).sum() for name, one in gradients.items()]).sum().backward()
-            update.step(0.0)
+            update.step()
             for name, one in gradients.items():
                 whole[name].grad = one
             optimizer.step()
         different = [*differing_weights(model, masters, whole), *differing_states(update, optimizer, whole)]
         way = "fused, " if fused else ""
         words = f"differ: {', '.join(different)}" if different else "masters and states bit-identical after 3 steps"
-        yield Line(f"AdamW8bit on float32 views ({way}pieces)", words, "FAIL" if different else "pass")
+        yield Line(f"AdamW8bit on float32 views ({way}slices)", words, "FAIL" if different else "pass")
 
 
 def drawn(shape: Sequence[int], seed: int, bench: Bench) -> Tensor:
@@ -147,21 +149,21 @@ def drawn(shape: Sequence[int], seed: int, bench: Bench) -> Tensor:
     return (torch.randn(*shape, generator=generator) * 0.02).to(bench.device)
 
 
-def differing_weights(model: nn.ParameterDict, masters: Masters, whole: nn.ParameterDict) -> list[str]:
-    return [name for name, one in model.items() if not torch.equal(exact_value(one, masters), whole[name])]
+def differing_weights(model: nn.ParameterDict, masters: MasterWeights, whole: nn.ParameterDict) -> list[str]:
+    return [name for name, one in model.items() if not torch.equal(masters.value(one), whole[name])]
 
 
 def differing_states(update: ExactUpdate, optimizer: torch.optim.Optimizer, whole: nn.ParameterDict) -> list[str]:
-    """Names of states that are not those of the pieces, one after the other."""
-    pieces: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for name, shadow in update.stepped[0].parameters.items():
-        pieces[name.partition("#")[0]].append(update.optimizer.state[shadow])
+    """Names of states that are not those of the slices, one after the other."""
+    slices: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for name, buffer in update.optimizer_groups[0].parameters.items():
+        slices[name.partition("#")[0]].append(update.optimizer.state[buffer])
     return [
         f"{name} {key}"
         for name, parameter in whole.items()
         for key, value in optimizer.state[parameter].items()
         if key.startswith(("state", "absmax"))
-        and not torch.equal(torch.cat([one[key].flatten() for one in pieces[name]]), value.flatten())
+        and not torch.equal(torch.cat([one[key].flatten() for one in slices[name]]), value.flatten())
     ]
 
 

@@ -30,7 +30,6 @@ from scripts.benchmarks.full_size import kept_bytes
 from scripts.benchmarks.proof import TOY, as_bf16
 from scripts.toy.style import write_pictures
 from sdxl_finetune.config import load_config
-from sdxl_finetune.low_bits import exact_value
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.loop import training_steps
@@ -193,7 +192,7 @@ def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
 
     def value(parameter: torch.nn.Parameter) -> torch.Tensor:
         beside = states[parameter].get("kahan_comp", 0.0) if parameter in states else 0.0
-        return (exact_value(parameter, learner.sdxl.masters).float() + beside).flatten()
+        return (learner.sdxl.masters.value(parameter).float() + beside).flatten()
 
     return {part: torch.cat([*map(value, module.parameters())]) for part, module in learner.sdxl.named_children()}
 

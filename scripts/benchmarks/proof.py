@@ -35,7 +35,7 @@ from scripts.benchmarks.proof_reads import (
 )
 from scripts.toy.style import write_pictures
 from scripts.toy.world import NEW_STYLE
-from sdxl_finetune.data.tokens import load_vocabulary, token_ids
+from sdxl_finetune.data.tokens import load_encoding, token_ids
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "tests" / "toy" / "toy.safetensors"
@@ -351,7 +351,7 @@ def save_like(model: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Pa
 
 def twin_words(model: Path, target: Path) -> Path:
     """The same file in which both encoders have one vector for the two words."""
-    (one,), (other,) = (token_ids(word, load_vocabulary(None)) for word in (NEW_STYLE, TWIN))
+    (one,), (other,) = (token_ids(word, load_encoding(None)) for word in (NEW_STYLE, TWIN))
     tensors = load_file(model)
     for name, tensor in tensors.items():
         if name.endswith("token_embedding.weight"):

@@ -31,7 +31,7 @@ class Allocations(TorchDispatchMode):
         """Storages that answer if any number of a tensor differs from 0. The answer for weights is yes, and Prodigy
         asks. Other questions of this kind ask for errors, and the answer is no."""
         self.owners: dict[int, str] = {}
-        """What a storage is for, by its number. Storages of the step itself have no entry."""
+        """Purpose of a storage, by its number. Storages of the step itself have no entry."""
         self.phase = ""
         """The part of the step that runs now."""
 

@@ -1,8 +1,8 @@
-"""`sdxl-check`: everything that can be known of a run before it trains, on one screen.
+"""`sdxl-check`: a dry run that prints everything that can be known before training, on one screen.
 
-Each part is looked at on its own, so that all problems are found at once. It reads the config, the images' headers
-and captions, and the header of the model; it trains nothing and writes only the dataset index, which the run then
-finds.
+The command reads the config, the headers and captions of the images, and the header of the model. It checks each part
+on its own, so that it reports all problems at once. It trains nothing and writes only the dataset index, which the run
+uses later.
 """
 
 import itertools
@@ -29,11 +29,11 @@ from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.preparing import cache_dir
 from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import Inspected, inspect_checkpoint
-from sdxl_finetune.model.sdxl import SDXL, named_parts
-from sdxl_finetune.optim.ema import asks_for_average
+from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.optim.ema import uses_ema
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import optimizer_name, trial_optimizer
-from sdxl_finetune.optim.parameters import Group, build_groups
+from sdxl_finetune.optim.parameters import Group, trained_parameters
 from sdxl_finetune.optim.update import check_update
 from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
 from sdxl_finetune.output.console import console
@@ -47,22 +47,22 @@ from sdxl_finetune.training.setup import total_steps
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-GRID = 4000
-"""Steps at which the learning rate is looked at, at most."""
+MOST_SAMPLES = 4000
+"""Steps at most at which the learning rate is computed, because a run may have millions."""
 WIDTH = 100
-"""Columns of the screen."""
+"""Columns of the output."""
 MiB, GiB = 1 << 20, 1 << 30
 
 
 @dataclass
 class Findings:
-    """Lines to show, by heading, and what is wrong."""
+    """Lines of the report with their headings, and the problems that were found."""
 
     lines: list[tuple[str, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     def attempt(self, function: Callable[..., T], *arguments: object, **options: object) -> T | None:
-        """What the function gives; None when it finds the user's input wrong, which is noted."""
+        """Returns the function's result. If it raises UserError, notes the problems and returns None."""
         try:
             return function(*arguments, **options)
         except UserError as error:
@@ -74,7 +74,7 @@ class Findings:
 
 
 def check(config: Config) -> int:
-    """Prints what is found; returns 0, or 2 when something would keep the run from training."""
+    """Prints the report. Returns 0, or 2 if a problem would stop the run."""
     found = Findings()
     with console(config, 0):
         index = _check_data(config, found)
@@ -105,7 +105,7 @@ def check(config: Config) -> int:
 
 
 def processes() -> int:
-    """Processes that are expected to train: those of a launch, or one for each GPU."""
+    """Number of processes that will train: those of the launch, or one for each GPU."""
     return int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
 
 
@@ -122,7 +122,7 @@ def _check_data(config: Config, found: Findings) -> Index | None:
     skip = config.skip_cache_check
     index = found.attempt(build_index, datasets, cache_dir(config), config.on_bad_image, skip_check=skip)
     if index is None:
-        # The rest of the report is about the images that are sound.
+        # The rest of the report describes the images that can be read.
         try:
             index = build_index(datasets, cache_dir(config), "skip", skip_check=skip)
         except UserError:
@@ -139,7 +139,7 @@ def _check_data(config: Config, found: Findings) -> Index | None:
     return index
 
 
-def _check_model(config: Config, found: Findings) -> list[Group] | None:
+def _check_model(config: Config, found: Findings) -> Sequence[Group] | None:
     assert config.pretrained_model_name_or_path is not None
     inspected: Inspected | None = found.attempt(inspect_checkpoint, config.pretrained_model_name_or_path)
     if inspected is None:
@@ -150,19 +150,19 @@ def _check_model(config: Config, found: Findings) -> list[Group] | None:
         return None
     with torch.device("meta"):
         model = SDXL(inspected.architecture)
-    parts = named_parts(model)
-    groups = found.attempt(build_groups, config, parts)
-    if groups is None:
+    parts = model.parameters_by_part()
+    parameters = found.attempt(trained_parameters, config, parts, model.masters)
+    if parameters is None:
         return None
-    trained = {group.name: f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in groups}
+    trained = [f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in parameters.groups]
     frozen = [
         f"{part} {_millions(size)}"
-        for part, parameters in parts.items()
-        if (size := sum(p.numel() for p in parameters.values() if not p.requires_grad))
+        for part, named in parts.items()
+        if (size := sum(p.numel() for p in named.values() if not p.requires_grad))
     ]
-    found.say("trained", ", ".join(trained.values()))
+    found.say("trained", ", ".join(trained))
     found.say("frozen", ", ".join([*frozen, "VAE"]))
-    return groups
+    return parameters.groups
 
 
 def _millions(size: int) -> str:
@@ -170,7 +170,7 @@ def _millions(size: int) -> str:
 
 
 def _state_bytes(config: Config) -> float:
-    """Bytes that the optimizer keeps for each parameter, seen on a small one. Raises UserError for the optimizer."""
+    """Bytes of optimizer state for each trained element, measured on a small tensor. Raises UserError."""
     dtype = torch.float32 if config.keeps_masters else weight_dtype(config)
     parameter = torch.nn.Parameter(torch.zeros(128, 128, dtype=dtype))
     optimizer = trial_optimizer(config, [parameter])
@@ -199,7 +199,7 @@ def _steps(config: Config, index: Index, timeline: Timeline) -> Iterator[str]:
 def _rates(lr: Rate, groups: Sequence[Group], timeline: Timeline) -> Iterator[str]:
     """The learning rate in the first and last step, at quarters, and wherever it turns."""
     steps = timeline.steps
-    grid = sorted({round(step) for step in np.linspace(0, steps - 1, min(steps, GRID)).tolist()})
+    grid = sorted({round(step) for step in np.linspace(0, steps - 1, min(steps, MOST_SAMPLES)).tolist()})
     values = [lr(step, groups[0].lr) for step in grid]
     slopes = [_sign(after - before) for before, after in itertools.pairwise(values)]
     turns = [grid[at] for at in range(1, len(slopes)) if slopes[at] != slopes[at - 1]]
@@ -226,7 +226,7 @@ def _files(config: Config, timeline: Timeline, groups: Sequence[Group], state_by
     trained = sum(group.size for group in groups)
     size = 4 if config.keeps_masters else weight_dtype(config).itemsize
     state = (parameters - vae) * size + vae * 4 + trained * state_bytes
-    state += 4 * trained * asks_for_average(config)
+    state += 4 * trained * uses_ema(config)
     moments = list(saves_every(config, timeline.epochs).moments(timeline))
     weights_saves = [save for moment in moments for save in checkpoints_due(config, moment, timeline.epochs)]
     state_saves = [save for moment in moments for save in states_due(config, moment, timeline.epochs)]
@@ -251,8 +251,8 @@ def _memory(config: Config, index: Index, plan: Plan) -> Iterator[str]:
     assert architecture is not None
     try:
         yield from describe(config, architecture, largest_batch(index, plan), processes())
-    except RuntimeError as error:  # of a user's own optimizer, which looks at numbers that a rehearsal does not have
-        yield f"cannot be foretold with {optimizer_name(config)}: {str(error).splitlines()[0]}"
+    except RuntimeError as error:  # a user's own optimizer may read numbers, which fake tensors do not have
+        yield f"no memory estimate for {optimizer_name(config)}: {str(error).splitlines()[0]}"
 
 
 def _kind(kind: str, saves: Sequence[Save], final: str | None, size: float) -> Iterator[str]:
@@ -270,7 +270,7 @@ def _kept(saves: Sequence[Save]) -> int:
 
 def _latents(config: Config, index: Index) -> Iterator[str]:
     if not config.cache_latents:
-        yield "encoded anew at each use (cache_latents is off)"
+        yield "encoded again at each use, because cache_latents is off"
         return
     areas = np.array([bucket.width * bucket.height for bucket in index.buckets], np.int64)
     used = index.used
@@ -305,7 +305,7 @@ def _machine(config: Config) -> Iterator[str]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """The folder itself if it exists, else the nearest existing folder above it."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 

@@ -28,7 +28,7 @@ from sdxl_finetune.data.index import Index
 from sdxl_finetune.model.architecture import Architecture, vae_config
 from sdxl_finetune.model.attention import enable_gradient_checkpointing
 from sdxl_finetune.model.sdxl import SDXL
-from sdxl_finetune.optim.stepping import Reach
+from sdxl_finetune.optim.step_unit import StepUnit
 from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, PlainUpdate
 from sdxl_finetune.runtime.processes import weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
@@ -60,7 +60,7 @@ class Estimate:
     """Bytes by purpose; their sum is the peak."""
     phase: str
     """The part of the step in which the peak is."""
-    reach: Reach | None
+    step_unit: StepUnit | None
     """How the optimizer steps, if the update asks for it."""
 
     @property
@@ -80,8 +80,8 @@ def estimate(config: Config, architecture: Architecture, shape: BatchShape, *, c
         parts, phase = _parts_of_peak(allocations)
     if extra := _bytes_between_processes(learner, ranks):
         parts["gradients"] = parts.get("gradients", 0) + extra
-    reach = learner.update.reach if isinstance(learner.update, ExactUpdate) else None
-    return Estimate(parts=parts, phase=phase, reach=reach)
+    step_unit = learner.update.step_unit if isinstance(learner.update, ExactUpdate) else None
+    return Estimate(parts=parts, phase=phase, step_unit=step_unit)
 
 
 def largest_batch(index: Index, plan: Plan) -> BatchShape:
@@ -114,9 +114,10 @@ def _build_fake_learner(config: Config, architecture: Architecture, allocations:
     _note_gradients(sdxl, allocations, learner)
     allocations.set_owner(OPTIMIZER_STATES, _optimizer_states(learner))
     if config.keeps_masters and not cuda:  # on a GPU the low bits of frozen parameters stay in host memory
-        frozen = (parameter for parameter in sdxl.parameters() if not parameter.requires_grad)
-        sdxl.masters |= {parameter: torch.zeros_like(parameter, dtype=torch.int16) for parameter in frozen}
-    allocations.set_owner("masters", sdxl.masters.values())
+        for parameter in sdxl.parameters():
+            if not parameter.requires_grad:
+                sdxl.masters.prepare(parameter, whole=False)
+    allocations.set_owner("masters", sdxl.masters.tensors())
     allocations.set_owner("EMA", learner.ema.averages.values() if learner.ema else ())
     if cuda and config.mixed_precision != "no":
         _cast_norms_as_cuda(sdxl)

@@ -11,7 +11,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.architecture import Architecture
 from sdxl_finetune.optim.optimizer import optimizer_name
-from sdxl_finetune.optim.stepping import Reach
+from sdxl_finetune.optim.step_unit import StepUnit
 from sdxl_finetune.runtime.out_of_memory import remedies
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def describe(config: Config, architecture: Architecture, shape: BatchShape, rank
     extra = on_cuda(found) - found.total
     yield f"and an allowance of {_size(extra)} for CUDA's context, workspaces and fragmentation (not measured)"
     yield from fits(config, architecture, shape, found, ranks)
-    if found.reach == Reach.ALL and config.keeps_masters:
+    if found.step_unit == StepUnit.ALL and config.keeps_masters:
         plain, low = found.parts["masters"], found.parts["masters"] // 2
         name = optimizer_name(config)
         yield f"{name} looks at all tensors at once: float32 masters, {_size(plain)} where others take {_size(low)}"

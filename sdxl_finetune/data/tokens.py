@@ -1,10 +1,9 @@
-"""Captions as token ids for SDXL's two CLIP text encoders.
+"""Turns captions into token ids for SDXL's two CLIP text encoders.
 
-Both encoders read the same byte-pair encoding and differ in what fills up a chunk: the end token for encoder
-1, id 0 for encoder 2. A caption of more than 75 tokens is cut, wherever that falls, into chunks of 75 that
-each have their own start and end. The vocabulary is the one inside instant-clip-tokenizer, so that nothing is
-downloaded; the ids are those of the CLIPTokenizer (the one written in Python, with ftfy) that sd-scripts
-uses.
+Both encoders read CLIP's byte-pair encoding. A caption of more than 75 tokens is cut, even inside a word, into chunks
+of 75 tokens that each have their own start and end token. The two encoders differ only in the id that fills up a
+chunk: the end token for encoder 1, id 0 for encoder 2. The ids equal those of transformers' slow CLIPTokenizer with
+ftfy, which sd-scripts uses; docs/differences.md names the exceptions.
 """
 
 import functools
@@ -21,16 +20,21 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from sdxl_finetune.clip_vocabulary import END_TOKEN, START_TOKEN, WORD_END, load_merges, load_vocabulary
 from sdxl_finetune.errors import Problem, UserError
 
 CHUNK = 75
-"""Tokens of a caption that fit between start and end."""
-START, END, FILL2 = 49406, 49407, 0
-SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
-SPECIAL_NAME = re.compile(f"({'|'.join(map(re.escape, SPECIAL))})")
+"""Caption tokens in a chunk. CLIP reads 77 positions; the start and the end token take two."""
+START, END, FILL_2 = 49406, 49407, 0
+"""Ids of the start token, of the end token, and of what fills up a chunk for encoder 2."""
+SPECIAL_IDS = {START_TOKEN: START, END_TOKEN: END}
+SPECIAL_NAME = re.compile(f"({'|'.join(map(re.escape, SPECIAL_IDS))})")
 SAVED_NAMES = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k")
-"""What sd-scripts calls the two tokenizers' folders in its `tokenizer_cache_dir`."""
+"""Folders in sd-scripts' `tokenizer_cache_dir`: the tokenizer of encoder 1, then that of encoder 2."""
 PROBE, PROBE_IDS = "a photo of a cat", [320, 1125, 539, 320, 2368]
+"""A caption and its ids, by which a saved tokenizer is recognised as CLIP's."""
+WORD = r"\p{L}+|\p{N}|'(?:[stmd]|re|ve|ll)|[^\s\p{L}\p{N}]+"
+"""Regular expression of one word of CLIP: letters, one digit, an English ending such as 's, or other marks."""
 WEIGHT_MARK = re.compile(
     r"\\(?P<escaped>[\\()\[\]]?)"
     r"|:(?P<weight>[+-]?(?:\d{1,9}(?:\.\d*)?|\.\d+))\)"
@@ -38,12 +42,16 @@ WEIGHT_MARK = re.compile(
     r"|(?P<plain>[^\\()\[\]:]+|:)"
 )
 BRACKET_WEIGHT = {"(": 1.1, "[": 1 / 1.1}
+"""Factor on the weight of text between brackets without a number."""
+
+Encode = Callable[[str], list[int]]
+"""Returns the ids of clean lower-case text, without start and end token."""
 
 logger = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
-    """What the two encoders read for k captions."""
+    """The input of both text encoders for k captions, and the weight of each token, if captions are weighted."""
 
     ids1: Int64[Tensor, "k chunks 77"]
     ids2: Int64[Tensor, "k chunks 77"]
@@ -52,34 +60,37 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """Turns captions into Tokens. A plain value: a worker process that is given it loads the vocabulary itself."""
+    """Turns captions into Tokens.
+
+    A Tokenizer holds settings only, so it is cheap to pickle. Each process that uses one loads the vocabulary itself.
+    """
 
     max_token_length: int | None
-    """Tokens of a caption that are read, rounded down to a multiple of 75 (255 is 225); None is 75."""
+    """Tokens of a caption that are read, rounded down to a multiple of 75 (255 becomes 225). None means 75."""
     weighted: bool = False
-    """Whether (brackets:1.3) and [brackets] are weights, as in `weighted_captions`, and not text."""
+    """True if (brackets:1.3) and [brackets] are weights, as with `weighted_captions`. False if they are text."""
     folders: tuple[Path | None, Path | None] = (None, None)
-    """Saved tokenizers to use, for encoder 1 and 2, in place of the vocabulary inside."""
+    """Saved tokenizers for encoder 1 and encoder 2. None is the package's vocabulary."""
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
-        """The tokens of k captions; the weights are those of encoder 1's tokens, which encoder 2 shares."""
-        parsed = [self._parse(text) for text in captions]
-        first = [_encode(parts, load_vocabulary(self.folders[0])) for parts in parsed]
+        """Returns the tokens of k captions. Encoder 2 uses the weights of encoder 1's tokens, as in sd-scripts."""
+        pieces = [self._parse(caption) for caption in captions]
+        first = [_encode_pieces(row, load_encoding(self.folders[0])) for row in pieces]
         second = first
         if self.folders[0] != self.folders[1]:
-            second = [_encode(parts, load_vocabulary(self.folders[1])) for parts in parsed]
+            second = [_encode_pieces(row, load_encoding(self.folders[1])) for row in pieces]
         weights = None
         if self.weighted:
             weights = self._tensor([chunks(row, self._chunks, 1.0, 1.0, 1.0) for _, row in first], torch.float32)
         return Tokens(
             ids1=self._tensor([chunks(ids, self._chunks, START, END, END) for ids, _ in first], torch.int64),
-            ids2=self._tensor([chunks(ids, self._chunks, START, END, FILL2) for ids, _ in second], torch.int64),
+            ids2=self._tensor([chunks(ids, self._chunks, START, END, FILL_2) for ids, _ in second], torch.int64),
             weights=weights,
         )
 
     def length(self, caption: str) -> int:
-        """Tokens of a whole caption, as encoder 1 counts them, however many of them are read."""
-        return len(_encode(self._parse(caption), load_vocabulary(self.folders[0]))[0])
+        """Returns the number of tokens of a whole caption for encoder 1, also those beyond `max_token_length`."""
+        return len(_encode_pieces(self._parse(caption), load_encoding(self.folders[0]))[0])
 
     def _parse(self, caption: str) -> list[tuple[str, float]]:
         return parse_weights(caption) if self.weighted else [(caption, 1.0)]
@@ -95,18 +106,25 @@ class Tokenizer:
 def build_tokenizer(
     *, max_token_length: int | None, weighted_captions: bool = False, tokenizer_cache_dir: Path | None = None
 ) -> Tokenizer:
-    """The tokenizer of a run. Tokenizers that sd-scripts saved in `tokenizer_cache_dir` are used; where there
-    are none (it downloads them then) the vocabulary inside serves, which is the same. Raises UserError for a
-    folder that holds something else."""
+    """Returns the tokenizer of a run.
+
+    The run uses the tokenizers that sd-scripts saved in `tokenizer_cache_dir`. For a missing tokenizer it uses the
+    package's vocabulary, which is the same; sd-scripts would download the tokenizer. Raises UserError if a saved
+    tokenizer is not CLIP's.
+    """
     folders: list[Path | None] = [None, None]
     problems = []
     if tokenizer_cache_dir is not None:
-        present = [tokenizer_cache_dir / name for name in SAVED_NAMES]
-        folders = [folder if folder.is_dir() else None for folder in present]
-        problems = [_problem(folder) for folder in folders if folder and not _is_clip(folder)]
+        saved = [tokenizer_cache_dir / name for name in SAVED_NAMES]
+        folders = [folder if folder.is_dir() else None for folder in saved]
+        problems = [_not_clip(folder) for folder in folders if folder and not _is_clip(folder)]
         if folders == [None, None]:
-            message = "tokenizer_cache_dir %s holds neither %s nor %s: the vocabulary inside is used"
-            logger.warning(message, tokenizer_cache_dir, *SAVED_NAMES)
+            logger.warning(
+                "tokenizer_cache_dir: %s contains neither %s nor %s. The vocabulary of this package is used, which is "
+                "the same. Remove tokenizer_cache_dir, or set it to the folder that sd-scripts used.",
+                tokenizer_cache_dir,
+                *SAVED_NAMES,
+            )
     if problems:
         raise UserError(problems)
     return Tokenizer(max_token_length=max_token_length, weighted=weighted_captions, folders=(folders[0], folders[1]))
@@ -114,63 +132,81 @@ def build_tokenizer(
 
 def _is_clip(folder: Path) -> bool:
     try:
-        return load_vocabulary(folder)(PROBE) == PROBE_IDS
+        return load_encoding(folder)(PROBE) == PROBE_IDS
     except Exception:  # tokenizers raises no narrower class for a file that it cannot read
         return False
 
 
-def _problem(folder: Path) -> Problem:
-    message = "holds no CLIP tokenizer: put its vocab.json and merges.txt there, or remove the folder"
+def _not_clip(folder: Path) -> Problem:
+    message = "contains no CLIP tokenizer. Put CLIP's vocab.json and merges.txt into this folder, or remove the folder."
     return Problem(message, key="tokenizer_cache_dir", file=str(folder))
 
 
 @functools.cache
-def load_vocabulary(folder: Path | None) -> Callable[[str], list[int]]:
-    """CLIP's byte-pair encoding of clean lower-case text: that of the tokenizer saved in `folder`, or the one
-    inside. Loaded once in a process."""
-    if folder is None:
-        from instant_clip_tokenizer import Tokenizer as InsideTokenizer
+def load_encoding(folder: Path | None) -> Encode:
+    """Returns the byte-pair encoding of the tokenizer saved in `folder`, or of the package's vocabulary for None.
 
-        return InsideTokenizer().encode
+    A process loads each encoding once.
+    """
+    if folder is None:
+        return _build_encoding()
     from transformers import CLIPTokenizer
 
     saved = CLIPTokenizer.from_pretrained(folder, model_max_length=10**9, local_files_only=True)
     return lambda text: saved(text, add_special_tokens=False).input_ids
 
 
-def token_ids(text: str, vocabulary: Callable[[str], list[int]]) -> list[int]:
-    """The ids of `text`, any number of them, without start and end. A special token's name, written out, is
-    that token; what stands between is cleaned piece by piece, in CLIPTokenizer's order."""
+def _build_encoding() -> Encode:
+    """Returns CLIP's byte-pair encoding, made from the package's vocabulary."""
+    from tokenizers import Regex, models, pre_tokenizers
+    from tokenizers import Tokenizer as Pipeline
+
+    pipeline = Pipeline(models.BPE(load_vocabulary(), list(load_merges()), end_of_word_suffix=WORD_END))
+    words = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pipeline.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    return lambda text: pipeline.encode(text).ids
+
+
+def token_ids(text: str, encode: Encode) -> list[int]:
+    """Returns all ids of `text`, without start and end token.
+
+    The name of a special token, written out in the text, becomes that token. The text around such a name is cleaned
+    and encoded piece by piece, in the order of CLIPTokenizer.
+    """
     ids: list[int] = []
     for piece in SPECIAL_NAME.split(text):
-        ids += [SPECIAL[piece]] if piece in SPECIAL else vocabulary(_clean(piece).lower())
+        ids += [SPECIAL_IDS[piece]] if piece in SPECIAL_IDS else encode(_clean(piece).lower())
     return ids
 
 
 def _clean(text: str) -> str:
-    """ftfy's repairs (broken encodings, entities, curly quotes, full-width letters). It costs more than the
-    encoding and changes nothing in plain ASCII, the usual caption."""
+    """Returns `text` with ftfy's repairs: broken encodings, HTML entities, curly quotes, full-width letters.
+
+    Plain ASCII, the usual caption, needs no repair. It skips ftfy, which takes longer than the encoding.
+    """
     return text if text.isascii() and text.isprintable() and "&" not in text else ftfy.fix_text(text)
 
 
-def _encode(parts: list[tuple[str, float]], vocabulary: Callable[[str], list[int]]) -> tuple[list, list]:
-    """The ids of weighted pieces of text, and the weight of each id."""
-    encoded = [(token_ids(text, vocabulary), weight) for text, weight in parts]
+def _encode_pieces(pieces: list[tuple[str, float]], encode: Encode) -> tuple[list[int], list[float]]:
+    """Returns the ids of weighted pieces of text, and the weight of each id."""
+    encoded = [(token_ids(text, encode), weight) for text, weight in pieces]
     return [id for ids, _ in encoded for id in ids], [weight for ids, weight in encoded for _ in ids]
 
 
 def chunks(values: list, count: int, start: int | float, end: int | float, fill: int | float) -> list[list]:
-    """`count` chunks of 77: start, up to 75 of `values`, end, fill. What is left over is dropped."""
+    """Returns `count` chunks of 77 entries: start, up to 75 of `values`, end, fill. Further values are dropped."""
     parts = [values[index * CHUNK : (index + 1) * CHUNK] for index in range(count)]
     return [[start, *part, end, *[fill] * (CHUNK - len(part))] for part in parts]
 
 
 def parse_weights(text: str) -> list[tuple[str, float]]:
-    """Text in pieces with their weights, in the syntax of weighted captions (AUTOMATIC1111's web UI).
+    """Returns the pieces of a weighted caption and their weights, in the syntax of AUTOMATIC1111's web UI.
 
-    (a) weighs 1.1, (a:1.3) 1.3, [a] 1 / 1.1; nested ones multiply; a bracket left open closes with the text;
-    a backslash makes the bracket or backslash after it text. Neighbours of one weight are one piece, since
-    words end where a piece ends. A malformed number, on which the reference fails, is text.
+    (a) weighs 1.1, (a:1.3) weighs 1.3 and [a] weighs 1 / 1.1. Weights of nested brackets multiply. An open bracket
+    ends with the text. A backslash turns the bracket or backslash after it into text. Neighbours of the same weight
+    are one piece, because a word cannot continue in the next piece. A malformed number is text; sd-scripts raises
+    ValueError.
     """
     texts: list[str] = []
     weights: list[float] = []
@@ -194,5 +230,5 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     for bracket, factor in BRACKET_WEIGHT.items():
         while opened[bracket]:
             close(bracket, factor)
-    runs = itertools.groupby(zip(texts, weights, strict=True), key=lambda piece: piece[1])
-    return [("".join(text for text, _ in run), weight) for weight, run in runs]
+    groups = itertools.groupby(zip(texts, weights, strict=True), key=lambda piece: piece[1])
+    return [("".join(text for text, _ in group), weight) for weight, group in groups]

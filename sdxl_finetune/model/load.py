@@ -52,7 +52,7 @@ def load_checkpoint(
     path: Path, *, dtype: torch.dtype | None, vae_path: Path | None = None, exact: bool = False
 ) -> Loaded:
     """The model at `path`, in `dtype` (None: one that holds the file's values exactly), and its VAE, or the VAE at
-    `vae_path` instead. If `exact`, what bfloat16 lacks of the file's values is kept in the model's masters. UserError
+    `vae_path` instead. If `exact`, the low bits that bf16 lacks go into the model's master weights. UserError
     when a file cannot be read or is not what it should be.
     """
     opened, format_ = open_base_model(path, needs_vae=vae_path is None)
@@ -68,7 +68,8 @@ def load_checkpoint(
         _check(parts, named, model.unused_names())
         for part, module in parts.items():
             low = _fill(part, module, named, dtype or exact_dtype(opened.tensors), exact=exact)
-            model.masters |= {module.get_parameter(name): bits for name, bits in low.items()}
+            for name, bits in low.items():
+                model.masters.add(module.get_parameter(name), bits)
         model.unused = {name: named.read(name).clone() for name in model.unused_names() if name in named}
     vae = _build_vae(named_vae, vae_path or path)
     with _about(path):

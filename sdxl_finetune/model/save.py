@@ -16,7 +16,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from typing_extensions import assert_never
 
-from sdxl_finetune.low_bits import exact_value
 from sdxl_finetune.model.diffusers_folder import save_folder
 from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap, Place, module_name, put
 from sdxl_finetune.model.sdxl import SDXL
@@ -95,8 +94,7 @@ def _tensors(model: SDXL, vae: AutoencoderKL) -> Iterator[tuple[str, Source]]:
     """All tensors by name, with the exact values of those that have a master."""
     for part, module in (("unet", model.unet), ("te1", model.te1), ("te2", model.te2), ("vae", vae)):
         for name, parameter in module.named_parameters():
-            dtype = torch.float32 if parameter in model.masters else parameter.dtype
-            read = partial(exact_value, parameter, model.masters)
+            dtype, read = model.masters.dtype(parameter), partial(model.masters.value, parameter)
             yield module_name(part, name), Source(shape=tuple(parameter.shape), dtype=dtype, read=read)
     for name, tensor in model.unused.items():
         yield name, source_of(tensor)

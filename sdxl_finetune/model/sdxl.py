@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from sdxl_finetune.low_bits import Masters
+from sdxl_finetune.low_bits import MasterWeights
 from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, unet_config
 from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap
 from sdxl_finetune.model.text import (
@@ -38,8 +38,8 @@ class SDXL(nn.Module):
         self.unused: dict[str, Tensor] = {}
         """By name (see keymap): te1's last layer and final norm, te2's logit_scale. On the CPU, as the file had
         them; no part of the module's state, never trained, always saved."""
-        self.masters: Masters = {}
-        """Of parameters in bf16: what they lack of their values. Saved files are made of both."""
+        self.masters = MasterWeights()
+        """Exact values of the parameters in bf16, frozen ones included. Files are saved from them."""
 
     def unused_names(self) -> list[str]:
         """The names of the tensors that `unused` holds for a whole checkpoint."""
@@ -47,6 +47,18 @@ class SDXL(nn.Module):
         layer = [f"{last}.{name}" for name, _ in text_model(self.te2).encoder.layers[0].named_parameters()]
         norm = [f"te1.text_model.final_layer_norm.{kind}" for kind in ("weight", "bias")]
         return [*layer, *norm, LOGIT_SCALE]
+
+    def parameters_by_part(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters of unet, text_encoder1 and text_encoder2 by name.
+
+        U-Net parameters have their names in a single-file checkpoint, in which `block_lr` counts blocks.
+        """
+        keymap = KeyMap(self.architecture.layout)
+        return {
+            "unet": {keymap.place(f"unet.{name}").key: parameter for name, parameter in self.unet.named_parameters()},
+            "text_encoder1": dict(self.te1.named_parameters()),
+            "text_encoder2": dict(self.te2.named_parameters()),
+        }
 
     def encode_text(
         self,
@@ -112,19 +124,6 @@ def size_ids(
 ) -> Int64[Tensor, "k 6"]:
     """The six numbers of SDXL's size conditioning (section 2.2 of the paper), in the order of its label embedding."""
     return torch.cat([original_size, crop_top_left, target_size], dim=1)
-
-
-def named_parts(sdxl: SDXL) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of the U-Net and both text encoders: {unet, text_encoder1, text_encoder2: {name: parameter}}.
-
-    The U-Net's parameters stand under their checkpoint names, in which `block_lr` counts blocks.
-    """
-    keymap = KeyMap(sdxl.architecture.layout)
-    return {
-        "unet": {keymap.place(f"unet.{name}").key: parameter for name, parameter in sdxl.unet.named_parameters()},
-        "text_encoder1": dict(sdxl.te1.named_parameters()),
-        "text_encoder2": dict(sdxl.te2.named_parameters()),
-    }
 
 
 @contextmanager

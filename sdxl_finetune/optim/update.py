@@ -1,9 +1,11 @@
-"""From gradients to new weights: sums over micro-batches and processes, clipping, and the optimizer's step.
+"""From gradients to new weights: sums over micro-batches and ranks, gradient clipping, the optimizer's step.
 
-`PlainUpdate` leaves all of it to torch and accelerate: float32 weights, or bf16 ones rounded as in the reference.
-`ExactUpdate` does it tensor by tensor. With full_bf16 the optimizer works on float32 views of the weights (masters.py),
-which so take the very steps of float32 training; gradients are added up in float32; and with fused_backward_pass each
-tensor is stepped on as soon as its gradient is complete, which then makes room for the next.
+`PlainUpdate` leaves all of it to torch and accelerate. Its weights are float32, or bf16 and rounded after each step as
+in the reference.
+
+`ExactUpdate` works tensor by tensor. With full_bf16 the optimizer steps on float32 buffers that are filled from weights
+and low bits (low_bits.py). So the weights take the same steps as in float32 training. Gradients are summed in float32.
+With fused_backward_pass the update steps on each tensor as soon as its gradient is complete, and frees the gradient.
 """
 
 from collections import defaultdict, deque
@@ -11,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Any, TypeAlias
+from itertools import chain, pairwise
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torch.distributed
@@ -23,7 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.low_bits import Masters, exact_value, join, rounded, split
+from sdxl_finetune.low_bits import MasterWeights, elements_of
 from sdxl_finetune.optim.optimizer import (
     averaged_weights,
     build_optimizer,
@@ -31,160 +33,174 @@ from sdxl_finetune.optim.optimizer import (
     optimizer_name,
     trial_optimizer,
 )
-from sdxl_finetune.optim.parameters import Group
-from sdxl_finetune.optim.stepping import Reach, find_reach, only
+from sdxl_finetune.optim.parameters import Group, TrainedParameters
+from sdxl_finetune.optim.step_unit import StepUnit, find_step_unit, restricted_to
 
-PIECE = 1 << 22
-"""Elements that are stepped on at a time. States are kept by piece, so that another number makes them unreadable."""
+SLICE = 1 << 22
+"""Elements of a slice: its float32 buffer takes 16 MiB. Saved optimizer states are divided by slices, so another number
+makes them unreadable."""
 IN_FLIGHT = 4
-"""Gradients that may be on their way between processes while the backward pass goes on."""
+"""Gradients that may be on their way between ranks while the backward pass goes on."""
 
+Context: TypeAlias = Callable[[], AbstractContextManager[Any]]
 Norms: TypeAlias = dict[str, Tensor]
 """Norm of the gradients of each group before clipping."""
 
 
+@runtime_checkable  # jaxtyping checks annotations in the tests
+class Update(Protocol):
+    """Turns gradients into new weights."""
+
+    optimizer: torch.optim.Optimizer
+    optimizer_groups: Sequence[Group]
+    """Tensors on which the optimizer steps, in its order; its states are saved under their names."""
+
+    def accumulate(self, *, last: bool, only: bool) -> AbstractContextManager[None]:
+        """Returns a context for the forward and backward pass of a micro-batch.
+
+        The micro-batch is the `last` of its optimizer step or not, and the `only` one or not.
+        """
+
+    def step(self) -> Norms:
+        """Clips the gradients to max_grad_norm and makes the optimizer's step."""
+
+    def weights_for_use(self) -> AbstractContextManager[None]:
+        """Returns a context in which the model holds the weights to save and to draw previews with.
+
+        Only schedule-free optimizers tell them from the weights in training.
+        """
+
+
 class PlainUpdate:
-    """The optimizer on the model's own parameters, as accelerate prepared both."""
+    """Steps on the model's own parameters, with model and optimizer as accelerate prepared them."""
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, groups: Sequence[Group]) -> None:
+    def __init__(
+        self, config: Config, parameters: TrainedParameters, model: nn.Module, optimizer: Any, accelerator: Accelerator
+    ) -> None:
         self._accelerator, self._model, self._prepared = accelerator, model, optimizer
+        self._max_norm = config.max_grad_norm
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
-        self.stepped = groups
-        """What the optimizer steps on, in its order: what its state is of."""
+        self.optimizer_groups = parameters.groups
+        self._trained = [parameter for _, parameter in parameters.named()]
 
-    def gradients(self, *, last: bool, alone: bool) -> AbstractContextManager[None]:
-        """Around forward and backward pass of a micro-batch; the `last` of its step, and perhaps the only one."""
+    def accumulate(self, *, last: bool, only: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._accelerator.no_sync(self._model)
 
     @torch.no_grad()
-    def step(self, max_norm: float) -> Norms:
-        """Makes the step, after gradients were scaled down together to `max_norm` (0: as they are)."""
+    def step(self) -> Norms:
+        """Clips all gradients together."""
         self._accelerator.unscale_gradients(self._prepared)
-        given = {
-            group.name: [one for one in group.parameters.values() if one.grad is not None] for group in self.stepped
-        }
-        norms = {name: _norm([one.grad for one in own if one.grad is not None]) for name, own in given.items()}
-        if max_norm:
-            clip_grads_with_norm_([one for own in given.values() for one in own], max_norm, total_norm(norms))
+        norms = _group_norms(self.optimizer_groups, lambda parameter: parameter.grad)
+        if self._max_norm:
+            clip_grads_with_norm_(self._trained, self._max_norm, total_norm(norms))
         self._prepared.step()
         self._prepared.zero_grad(set_to_none=True)
         return norms
 
-    def shown(self) -> AbstractContextManager[None]:
-        """Within it the model holds the weights for use, where an optimizer tells them from those in training."""
+    def weights_for_use(self) -> AbstractContextManager[None]:
         return averaged_weights(self.optimizer)
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """What the optimizer steps on as one tensor: all of a parameter, or so many of its elements."""
+class Slice:
+    """Elements of a parameter that the optimizer sees as one tensor."""
 
+    name: str
+    """Name of the parameter. Further slices of the same parameter end in #1, #2, ..."""
     group: int
+    """Number of the parameter's group."""
     parameter: Parameter
-    start: int
-    stop: int
-    shadow: Parameter
-    """What the optimizer knows: float32; of low bits, filled only during the step. Or the parameter itself."""
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """This part of a tensor of the parameter's shape, as the optimizer sees it."""
-        if tensor.shape == self.shadow.shape:
-            return tensor.detach()
-        return tensor.detach().view(-1)[self.start : self.stop].view(self.shadow.shape)
+    elements: slice | None
+    """Elements of the flattened parameter. None: the whole parameter in its own shape."""
+    buffer: Parameter
+    """float32 buffer that the optimizer updates. With low bits it is filled just before the step and released after it.
+    Without a master weight it is the parameter itself."""
 
 
 class ExactUpdate:
-    """Steps on float32 values, a few tensors or a part of one at a time, all processes on the same gradients."""
+    """Steps on float32 values, one slice or a few at a time; all ranks step with the same gradients."""
 
     def __init__(
         self,
         config: Config,
-        groups: Sequence[Group],
-        masters: Masters,
+        parameters: TrainedParameters,
         accelerator: Accelerator,
-        numbers: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        real_tensors: Context = nullcontext,
     ) -> None:
-        """Within `numbers()` tensors are real, where those of the model are not: to try out and build the optimizer."""
-        self._groups, self._masters, self._ranks = groups, masters, accelerator.num_processes
+        """Builds the optimizer within `real_tensors()`, which the memory estimate needs: its model has fake tensors."""
+        self._groups, self._masters, self._ranks = parameters.groups, parameters.masters, accelerator.num_processes
         self._fused, self._max_norm = config.is_fused, config.max_grad_norm
-        with numbers():
-            self.reach = reach = reach_of(config, accelerator.device)
-        assert not (self._fused and reach == Reach.ALL), "see check_update"
-        trained = [one for group in groups for one in group.parameters.values()]
-        for parameter in trained:
-            if config.keeps_masters:
-                masters[parameter] = _master(parameter, masters, whole=reach == Reach.ALL)
-            for tensor in (parameter.data, masters.get(parameter)) if self._ranks > 1 else ():
-                if tensor is not None:  # files on several machines might differ; int16 is no type of gloo's and NCCL's
-                    torch.distributed.broadcast(tensor.view(-1).view(torch.uint8), 0)
-        size = PIECE if reach == Reach.ELEMENTS else None
-        pieces = [_pieces(number, group, masters, size) for number, group in enumerate(groups)]
-        self.stepped: Sequence[Group] = [
-            Group(group.name, {name: one.shadow for name, one in own.items()}, group.lr)
-            for group, own in zip(groups, pieces, strict=True)
+        with real_tensors():
+            self.step_unit = step_unit(config, accelerator.device)
+        assert not (self._fused and self.step_unit == StepUnit.ALL), "see check_update"
+        trained = [parameter for _, parameter in parameters.named()]
+        for parameter in trained if config.keeps_masters else ():
+            self._masters.prepare(parameter, whole=self.step_unit == StepUnit.ALL)
+        if self._ranks > 1:
+            parameters.broadcast()
+        size = SLICE if self.step_unit == StepUnit.ELEMENTS else None
+        slices = [_slices(number, group, self._masters, size) for number, group in enumerate(self._groups)]
+        self.optimizer_groups: Sequence[Group] = [
+            Group(group.name, {part.name: part.buffer for part in parts}, group.lr)
+            for group, parts in zip(self._groups, slices, strict=True)
         ]
-        with numbers():
-            self.optimizer = build_optimizer(config, self.stepped)
-        self._pieces: dict[Parameter, list[Piece]] = defaultdict(list)
-        for piece in (piece for own in pieces for piece in own.values()):
-            self._pieces[piece.parameter].append(piece)
-        self._bundles = _bundles([one for own in self._pieces.values() for one in own], reach)
+        with real_tensors():
+            self.optimizer = build_optimizer(config, self.optimizer_groups)
+        together = list(chain.from_iterable(slices))
+        self._calls = _optimizer_calls(together, self.step_unit)
+        self._slices: dict[Parameter, list[Slice]] = defaultdict(list)
+        for part in together:
+            self._slices[part.parameter].append(part)
         self.sums: dict[Parameter, Tensor] = {}
-        """Gradients in float32, added up over micro-batches and processes."""
+        """Gradients in float32, summed over micro-batches and ranks."""
         self._in_flight: deque[tuple[Parameter, Any]] = deque()
-        self._squares: dict[int, Tensor] = {}
-        self._last = self._alone = True
+        self._squared_norms: dict[int, Tensor] = {}
+        """Squared gradient norms of a fused step, by the number of the group."""
+        self._last = self._only = True
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(self._receive)
+            parameter.register_post_accumulate_grad_hook(self._receive_gradient)
 
     @contextmanager
-    def gradients(self, *, last: bool, alone: bool) -> Iterator[None]:
-        self._last, self._alone = last, alone
+    def accumulate(self, *, last: bool, only: bool) -> Iterator[None]:
+        self._last, self._only = last, only
         yield
         while self._in_flight:
-            self._arrive()
+            self._finish_reduction()
 
     @torch.no_grad()
-    def step(self, max_norm: float) -> Norms:
-        """As of PlainUpdate; fused, the step has been made, and each tensor's gradient was scaled by itself."""
+    def step(self) -> Norms:
+        """Clips all gradients together. A fused step is made already; it clipped the gradient of each tensor alone."""
         if self._fused:
-            squares, self._squares = self._squares, {}
-            return {
-                group.name: squares[number].sqrt() for number, group in enumerate(self._groups) if number in squares
-            }
-        gradients = {one: self._gradient(one) for one in self._pieces}
-        norms = {
-            group.name: _norm([gradients[one] for one in group.parameters.values() if gradients[one] is not None])  # type: ignore[misc]
-            for group in self._groups
-        }
-        scale = _scale(total_norm(norms), max_norm) if max_norm else None
-        for bundle in self._bundles:
-            self._step_on([(piece, one) for piece in bundle if (one := gradients[piece.parameter]) is not None], scale)
-        for parameter in self._pieces:
+            squares, self._squared_norms = self._squared_norms, {}
+            return {self._groups[number].name: squares[number].sqrt() for number in sorted(squares)}
+        gradients = {key: sum_ for key in self._slices if (sum_ := self.sums.get(key, key.grad)) is not None}
+        norms = _group_norms(self._groups, gradients.get)
+        factor = _clip_factor(total_norm(norms), self._max_norm)
+        for call in self._calls:
+            self._step_on([(part, gradients[part.parameter]) for part in call if part.parameter in gradients], factor)
+        for parameter in self._slices:
             parameter.grad = None
         self.sums.clear()
         return norms
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def weights_for_use(self) -> Iterator[None]:
         try:
             with averaged_weights(self.optimizer):
-                self._show()
+                self._round_masters()
                 yield
         finally:
-            self._show()
+            self._round_masters()
+
+    def _round_masters(self) -> None:
+        """Rounds whole float32 master weights, which the optimizer changed, into the model."""
+        for parameter in self._slices:
+            self._masters.round_into(parameter)
 
     @torch.no_grad()
-    def _show(self) -> None:
-        """Gives the model what the optimizer has done to masters that are float32 tensors of their own."""
-        for parameter, kept in self._masters.items():
-            if kept.dtype == torch.float32:
-                parameter.copy_(rounded(kept))
-
-    @torch.no_grad()
-    def _receive(self, parameter: Parameter) -> None:
-        """Called when the gradient of a micro-batch is complete."""
-        if not self._alone or self._ranks > 1:
+    def _receive_gradient(self, parameter: Parameter) -> None:
+        """Takes the gradient of a micro-batch; autograd calls it when the gradient is complete."""
+        if not self._only or self._ranks > 1:
             assert parameter.grad is not None
             if parameter in self.sums:
                 self.sums[parameter].add_(parameter.grad)
@@ -197,142 +213,149 @@ class ExactUpdate:
             work = torch.distributed.all_reduce(self.sums[parameter], async_op=True)
             self._in_flight.append((parameter, work))
             if len(self._in_flight) > IN_FLIGHT:
-                self._arrive()
+                self._finish_reduction()
         elif self._fused:
-            self._step_at_once(parameter)
+            self._step_on_parameter(parameter)
 
-    def _arrive(self) -> None:
+    def _finish_reduction(self) -> None:
+        """Waits for the oldest sum over ranks."""
         parameter, work = self._in_flight.popleft()
         work.wait()
         self.sums[parameter].div_(self._ranks)
         if self._fused:
-            self._step_at_once(parameter)
-
-    def _gradient(self, parameter: Parameter) -> Tensor | None:
-        return self.sums.get(parameter, parameter.grad)
+            self._step_on_parameter(parameter)
 
     @torch.no_grad()
-    def _step_at_once(self, parameter: Parameter) -> None:
-        gradient = self._gradient(parameter)
+    def _step_on_parameter(self, parameter: Parameter) -> None:
+        """Makes the fused step on one parameter and frees its gradient."""
+        gradient = self.sums.get(parameter, parameter.grad)
         assert gradient is not None
         norm = _norm([gradient])
-        number = self._pieces[parameter][0].group
-        self._squares[number] = self._squares.get(number, 0) + norm.square()
-        scale = _scale(norm, self._max_norm) if self._max_norm else None
-        for piece in self._pieces[parameter]:
-            self._step_on([(piece, gradient)], scale)
+        number = self._slices[parameter][0].group
+        self._squared_norms[number] = self._squared_norms.get(number, 0) + norm.square()
+        factor = _clip_factor(norm, self._max_norm)
+        for part in self._slices[parameter]:
+            self._step_on([(part, gradient)], factor)
         parameter.grad = None
         self.sums.pop(parameter, None)
 
-    def _step_on(self, given: Sequence[tuple[Piece, Tensor]], scale: Tensor | None) -> None:
-        """The optimizer's step on these pieces, with these gradients of their parameters."""
-        known: list[list[Parameter]] = [[] for _ in self._groups]
-        for piece, gradient in given:
-            kept = self._masters.get(piece.parameter)
-            if kept is not None and kept.dtype == torch.int16:
-                piece.shadow.data = join(piece.take(piece.parameter), piece.take(kept))
-            own = piece.take(gradient).to(piece.shadow.dtype)
-            piece.shadow.grad = own if scale is None else own * scale
-            known[piece.group].append(piece.shadow)
-        with only(self.optimizer, known):
+    def _step_on(self, slices: Sequence[tuple[Slice, Tensor]], factor: Tensor | None) -> None:
+        """Calls the optimizer for these slices, given the gradients of their whole parameters."""
+        buffers: list[list[Parameter]] = [[] for _ in self._groups]
+        for part, gradient in slices:
+            if self._masters.has_low_bits(part.parameter):
+                part.buffer.data = self._masters.read(part.parameter, part.elements)
+            sliced = elements_of(gradient, part.elements).to(part.buffer.dtype)
+            part.buffer.grad = sliced if factor is None else sliced * factor
+            buffers[part.group].append(part.buffer)
+        with restricted_to(self.optimizer, buffers):
             self.optimizer.step()
-        for piece, _ in given:
-            self._keep(piece)
-            piece.shadow.grad = None
-
-    def _keep(self, piece: Piece) -> None:
-        """Takes the new values. They are copied, so that autograd notices if something still needs the old ones."""
-        kept = self._masters.get(piece.parameter)
-        if kept is None:
-            return
-        if kept.dtype == torch.int16:
-            high, low = split(piece.shadow.data)
-            piece.take(kept).copy_(low)
-            piece.shadow.data = _placeholder(piece.parameter.device, piece.shadow.shape)
-        else:
-            high = rounded(piece.shadow.data)
-        piece.take(piece.parameter).copy_(high)
+        for part, _ in slices:
+            if self._masters.has_low_bits(part.parameter):
+                self._masters.write(part.parameter, part.elements, part.buffer.data)
+                part.buffer.data = _placeholder(part.buffer.device, part.buffer.shape)
+            else:
+                self._masters.round_into(part.parameter)
+            part.buffer.grad = None
 
 
-Update: TypeAlias = PlainUpdate | ExactUpdate
-
-
-def is_exact(config: Config) -> bool:
-    """Whether the run needs an ExactUpdate."""
-    return config.keeps_masters or config.is_fused
+def build_update(
+    config: Config,
+    parameters: TrainedParameters,
+    model: nn.Module,
+    accelerator: Accelerator,
+    real_tensors: Context = nullcontext,
+) -> tuple[nn.Module, Update]:
+    """Returns the model as accelerate prepares it, and its update. `real_tensors` is as in ExactUpdate."""
+    if config.keeps_masters or config.is_fused:
+        update = ExactUpdate(config, parameters, accelerator, real_tensors)
+        # Prepared for evaluation, so without DDP, whose buckets sum gradients in the precision of the weights.
+        return accelerator.prepare_model(model, evaluation_mode=True), update
+    with real_tensors():
+        optimizer = build_optimizer(config, parameters.groups)
+    model, prepared = accelerator.prepare(model, optimizer)
+    return model, PlainUpdate(config, parameters, model, prepared, accelerator)
 
 
 def check_update(config: Config, device: torch.device) -> None:
-    """Raises UserError for an optimizer that cannot be built, or not step within the backward pass as is asked for."""
-    if config.is_fused and reach_of(config, device) == Reach.ALL:
-        message = f"{optimizer_name(config)} steps on all tensors at once, not on one as soon as it has its gradient"
-        raise UserError(Problem(f"{message}: leave this out", key="fused_backward_pass", value=True))
+    """Raises UserError if the optimizer cannot be built, or cannot step inside the backward pass as the options ask."""
+    if config.is_fused and step_unit(config, device) == StepUnit.ALL:
+        message = f"{optimizer_name(config)} needs all gradients at once and cannot step inside the backward pass"
+        remedy = "remove fused_backward_pass and fused_optimizer_groups, or choose another optimizer_type"
+        raise UserError(Problem(f"{message}: {remedy}", key="fused_backward_pass", value=True))
 
 
-def reach_of(config: Config, device: torch.device) -> Reach:
-    """What the config's optimizer has to see together. Raises UserError for one that cannot be built."""
-
-    name = optimizer_name(config)
-    return find_reach(partial(trial_optimizer, config), optimizer_class(name), device)
+def step_unit(config: Config, device: torch.device) -> StepUnit:
+    """Finds the step unit of the optimizer. Raises UserError if the optimizer cannot be built."""
+    cls = optimizer_class(optimizer_name(config))
+    return find_step_unit(partial(trial_optimizer, config), cls, device)
 
 
 def total_norm(norms: Mapping[str, Tensor]) -> Tensor:
+    """Returns the norm of all gradients, given the norm of each group."""
     return torch.linalg.vector_norm(torch.stack(list(norms.values())))
 
 
+def _group_norms(groups: Sequence[Group], gradient_of: Callable[[Parameter], Tensor | None]) -> Norms:
+    """Returns the norm of each group's gradients; parameters without a gradient do not count."""
+    gradients = {group.name: [gradient_of(parameter) for parameter in group.parameters.values()] for group in groups}
+    return {name: _norm([one for one in given if one is not None]) for name, given in gradients.items()}
+
+
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """In float32: bf16 norms have three digits."""
+    """Returns the norm of all elements, in float32: a bf16 norm has three digits."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
 
 
-def _scale(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients are multiplied with, as torch's clip_grad_norm_ does."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+def _clip_factor(norm: Tensor, max_norm: float) -> Tensor | None:
+    """Returns the factor on gradients that clips `norm` as torch's clip_grad_norm_ does; None if `max_norm` is 0."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
 
 
-def _master(parameter: Parameter, masters: Masters, *, whole: bool) -> Tensor:
-    """The low bits of a trained parameter on its device, or its `whole` value."""
-    if whole:
-        return exact_value(parameter, masters).float().to(parameter.device)
-    low = masters.get(parameter)
-    return torch.zeros_like(parameter, dtype=torch.int16) if low is None else low.to(parameter.device)
+def _slices(number: int, group: Group, masters: MasterWeights, size: int | None) -> list[Slice]:
+    """Divides the parameters of group `number` into slices of `size` elements, or of whole parameters if None.
 
-
-def _pieces(number: int, group: Group, masters: Masters, size: int | None) -> dict[str, Piece]:
-    """The pieces of a group by name: the parameter's, or that and a number."""
-    pieces = {}
+    Parameters without low bits stay whole.
+    """
+    slices = []
     for name, parameter in group.parameters.items():
         assert parameter.is_contiguous()
-        kept, count = masters.get(parameter), parameter.numel()
-        if kept is None or kept.dtype == torch.float32:
-            shadow = parameter if kept is None else Parameter(kept)
-            pieces[name] = Piece(number, parameter, 0, count, shadow)
-            continue
-        parts = max(1, count // size) if size else 1  # the last one takes in what is left
-        cuts = [*(part * (size or 0) for part in range(parts)), count]
-        for at, (start, stop) in enumerate(pairwise(cuts)):
-            shape = parameter.shape if len(cuts) == 2 else torch.Size([stop - start])
-            shadow = Parameter(_placeholder(parameter.device, shape))
-            pieces[name if at == 0 else f"{name}#{at}"] = Piece(number, parameter, start, stop, shadow)
-    return pieces
+        if masters.has_low_bits(parameter):
+            for index, elements in enumerate(_cuts(parameter.numel(), size)):
+                buffer = Parameter(_placeholder(parameter.device, elements_of(parameter, elements).shape))
+                slices.append(Slice(f"{name}#{index}" if index else name, number, parameter, elements, buffer))
+        else:
+            master = masters.kept(parameter)
+            slices.append(Slice(name, number, parameter, None, parameter if master is None else Parameter(master)))
+    return slices
+
+
+def _cuts(count: int, size: int | None) -> list[slice | None]:
+    """Divides `count` elements into slices of `size`; the last takes in the rest. None stands for all elements."""
+    if size is None or count < 2 * size:
+        return [None]
+    return [slice(start, stop) for start, stop in pairwise([*range(0, count - size + 1, size), count])]
 
 
 def _placeholder(device: torch.device, shape: torch.Size) -> Tensor:
-    """A float32 tensor of that shape and no size to speak of, for a shadow between two steps."""
+    """Returns a float32 tensor of this shape in 4 bytes, for a buffer between two steps."""
     return torch.zeros((), device=device).expand(shape)
 
 
-def _bundles(pieces: Sequence[Piece], reach: Reach) -> list[list[Piece]]:
-    """Pieces that are stepped on in one call, about PIECE elements; or all."""
-    if reach == Reach.ALL:
-        return [list(pieces)]
-    bundles: list[list[Piece]] = []
+def _optimizer_calls(slices: Sequence[Slice], unit: StepUnit) -> list[list[Slice]]:
+    """Groups slices that the optimizer steps on in one call: about SLICE elements, or all if the optimizer needs all.
+
+    A call for each small tensor would take tenths of a second for the 2,500 tensors of SDXL.
+    """
+    if unit == StepUnit.ALL:
+        return [list(slices)]
+    calls: list[list[Slice]] = []
     room = 0
-    for piece in pieces:
-        size = piece.stop - piece.start
-        if size > room or not bundles:
-            bundles.append([])
-            room = PIECE
-        bundles[-1].append(piece)
+    for part in slices:
+        size = part.buffer.numel()
+        if size > room or not calls:
+            calls.append([])
+            room = SLICE
+        calls[-1].append(part)
         room -= size
-    return bundles
+    return calls

@@ -39,11 +39,12 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of `step`, or its gradient's norm, is infinite or not a number: the weights are spoilt from there on."""
+    """The loss of `step`, or the norm of its gradients, is infinite or NaN, and so are the weights from then on."""
 
     def __init__(self, step: int, value: float, name: str = "loss") -> None:
         self.step = step
-        super().__init__(f"the {name} of step {step} is {value}; nothing was saved after it")
+        advice = "resume from the last checkpoint with a lower learning rate, or look for broken images"
+        super().__init__(f"the {name} of step {step} is {value}; nothing was saved after it: {advice}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +95,10 @@ class _Record:
 
 
 def run_directory(config: Config, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
-    """Where a run writes: `logging_dir/{log_prefix}{timestamp}`; or, for one `resumed` from a save, the folder of that
-    name, cut back to that step, if it is there and knows of the save. One rank decides and tells the others.
+    """The directory of a run's log: `logging_dir/{log_prefix}{timestamp}`; None without `logging_dir`.
+
+    A `resumed` run (name of its log folder, step) continues in its old folder, which is cut back to that step, if the
+    folder exists and has a record of the save. One rank calls this and tells the others.
     """
     if config.logging_dir is None:
         return None
@@ -103,14 +106,14 @@ def run_directory(config: Config, now: datetime, *, resumed: tuple[str, int] | N
         name, step = resumed
         if go_back(config.logging_dir / name, step):
             return config.logging_dir / name
-        logger.warning("%s holds no log of the run up to step %d; a new one begins", config.logging_dir / name, step)
+        logger.warning("%s has no log of the run up to step %d; a new log is started", config.logging_dir / name, step)
     return config.logging_dir / f"{config.log_prefix or ''}{now:%Y%m%d%H%M%S}"
 
 
 class Log:
-    """The log of one rank of one run, from start to end; only the first rank writes scalars and pictures.
+    """The log of one rank of one run, from start to end. Only the first rank writes scalars and pictures.
 
-    With `with`, the reason for the end is what left the block: nothing, or the exception.
+    As a context manager it records why the run ended: "finished", or the exception that left the context.
     """
 
     def __init__(self, config: Config, directory: Path | None, *, rank: int, ranks: int = 1, done: int = 0) -> None:
@@ -129,7 +132,7 @@ class Log:
         self._first_epoch_at, self._epochs = 0, 1
         self._next_save: Callable[[int], int] | None = None
         self.stop_seen = False
-        """Whether a step has arrived in which some rank was asked to stop: all ranks see it at the same step."""
+        """True once a step has arrived in which any rank was asked to stop. All ranks see it at the same step."""
         self._progress: tqdm | None = None
         self._since = time.perf_counter()
         self._file = self._metrics = None
@@ -157,7 +160,7 @@ class Log:
 
     @property
     def name(self) -> str | None:
-        """Of the run's folder in logging_dir."""
+        """Name of the run's folder in `logging_dir`."""
         return self._directory.name if self._directory else None
 
     def begin(
@@ -169,15 +172,17 @@ class Log:
         epochs: int = 1,
         next_save: Callable[[int], int] | None = None,
     ) -> None:
-        """Training starts now, and ends when the run has made `steps` optimizer steps, in its epoch `epochs`. Epochs
-        are counted off from the step `first_epoch_at`; `next_save` says after which step there is something to save.
+        """Starts the progress bar and the clock of the first step.
+
+        The run has `steps` optimizer steps in `epochs` epochs, which are counted from the step `first_epoch_at`.
+        `next_save` returns the step of the next save after a given step.
         """
         self._steps, self._steps_per_epoch, self._first_epoch_at = steps, steps_per_epoch, first_epoch_at
         self._epochs, self._next_save = epochs, next_save
         past = last_losses(self._directory, steps_per_epoch) if self._directory and self._done else ()
         self._losses, self._loss_sum = deque(past, maxlen=steps_per_epoch), math.fsum(past)
         if self._rank == 0:
-            # A terminal is redrawn, a file grows by each line.
+            # A terminal is redrawn in place; a file grows by a line at each refresh.
             interval = 0.2 if sys.stderr.isatty() else 30.0
             self._progress = tqdm(
                 total=steps, initial=self._done, desc="steps", smoothing=0.05, mininterval=interval, maxinterval=60
@@ -203,7 +208,7 @@ class Log:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What is done within it (saving, previews) does not count as time of a step."""
+        """Excludes the time spent in the context (saving, previews) from the time of the next step."""
         started = time.perf_counter()
         try:
             yield
@@ -211,14 +216,16 @@ class Log:
             self._since += time.perf_counter() - started
 
     def flush(self) -> None:
-        """Waits for every step that was recorded, so that nothing is saved on top of a loss that nobody has seen.
+        """Waits for the scalars of all recorded steps, so that every loss is checked before a checkpoint is saved.
+
         Raises NonFiniteLoss.
         """
         self._read(self._delayed.flush())
 
     def note_save(self, step: int) -> None:
-        """The weights or the state of `step` are about to be saved: a run that goes on from them will cut the log
-        off here. Raises NonFiniteLoss.
+        """Records that a checkpoint or training state of `step` is about to be saved.
+
+        A run that resumes from it cuts the log back to this point. Raises NonFiniteLoss.
         """
         self.flush()
         for tracker in self._trackers:
@@ -227,8 +234,9 @@ class Log:
             note_save(self._directory, step)
 
     def previews(self, drawn: Sequence[tuple[int, Image, str]], step: int) -> None:
-        """Shows the previews of prompts by their place in the prompt file, drawn after `step` steps: each on its own,
-        and all on one sheet.
+        """Shows previews that were drawn after `step` steps: each by itself, and all on one sheet.
+
+        `drawn` has for each preview: its number in the prompt file, the image, the prompt.
         """
         self.flush()
         if not self._trackers:
@@ -240,7 +248,7 @@ class Log:
             tracker.image("previews", sheet, "", step)
 
     def validation(self, losses: Mapping[str, float], *, step: int, epoch: int) -> None:
-        """The losses of a validation after `step` steps, the last in `epoch` (0: none yet), by what they are of."""
+        """Writes validation losses after `step` steps, by tag name. `epoch` is that of the last step, or 0."""
         logger.info("validation after step %d: loss %.5g", step, losses["loss"])
         if self._metrics:
             row = {"step": step, "epoch": epoch, "validation": _without_infinities(dict(losses))}
@@ -249,11 +257,11 @@ class Log:
             tracker.scalars({f"validation/{name}": loss for name, loss in losses.items()}, step)
 
     def close(self, reason: str) -> None:
-        """Writes what is still to be written and why the run ended; does nothing the second time."""
+        """Writes all pending scalars and why the run ended. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        with suppress(NonFiniteLoss, RuntimeError):  # the reason is known already, and a lost device says no more
+        with suppress(NonFiniteLoss, RuntimeError):  # the reason is known, and a lost device has no more scalars
             self.flush()
         if self._progress is not None:
             self._progress.close()
@@ -308,14 +316,14 @@ class Log:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use since the start: of `device`, or of this process when that is the CPU."""
+    """Peak memory in use since the start: of the GPU, or of this process if the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _without_infinities(row: dict[str, object]) -> dict[str, object]:
-    """JSON has no words for infinite and not a number: null."""
+    """Replaces infinities and NaN by null, because JSON has no words for them."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
@@ -325,7 +333,7 @@ def _make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"cannot be made: {error.strerror}"
+        message = f"the folder cannot be created ({error.strerror}): choose another one"
         raise UserError(Problem(message, key="logging_dir", value=str(directory))) from error
 
 

@@ -1,8 +1,8 @@
-"""What happens now and then during a run: previews, validation, checkpoints and training states.
+"""Hooks of the training loop: previews, validation, checkpoints and training states.
 
-Pure functions of the moment decide when, and under which name (every.py, saves.py). Here they meet the run. None of it
-changes anything about training. All ranks pass through here at the same steps: they share out the previews and the
-validation, and the first rank saves.
+Pure functions of the moment decide when something is due, and under which name it is saved (every.py, saves.py). The
+hooks carry it out. No hook changes anything about training. All ranks call the hooks at the same steps: they share out
+the previews and the validation, and the first rank saves.
 """
 
 import logging
@@ -136,7 +136,7 @@ def published_weights(run: Run, ema: bool) -> Iterator[None]:
     They are the EMA if there is one and `ema` asks for it, and what a schedule-free optimizer publishes.
     """
     learner = run.learner
-    with learner.update.shown(), learner.ema.in_place() if learner.ema and ema else nullcontext():
+    with learner.update.weights_for_use(), learner.ema.in_place() if learner.ema and ema else nullcontext():
         yield
 
 
@@ -241,7 +241,7 @@ def _save_state(run: Run, save: Save, state: TrainingState) -> None:
     learner, scaler = run.learner, run.accelerator.scaler
     optimizer = collect_optimizer_state(
         learner.update.optimizer,
-        learner.update.stepped,
+        learner.update.optimizer_groups,
         ema=learner.ema.averages if learner.ema else None,
         scaler=None if scaler is None else scaler.state_dict(),
     )

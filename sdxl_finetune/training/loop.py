@@ -82,16 +82,16 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
     """Makes one optimizer step after the other, of as many micro-batches each as their positions say."""
     config, accelerator, update = learner.config, learner.accelerator, learner.update
     loss, images, data_wait = torch.zeros((), device=accelerator.device), 0, 0.0
-    meter = Meter(learner.groups, learner.sdxl.masters, accelerator.device)
+    meter = Meter(learner.parameters, accelerator.device)
     for waited, batch in timed(batches):
         position = batch.position
-        rates = {group.name: learner.lr(position.step, group.lr) for group in learner.groups}
+        rates = {group.name: learner.lr(position.step, group.lr) for group in learner.parameters.groups}
         set_lr(update.optimizer, list(rates.values()))
         if position.last_micro:
             meter.begin_step()
         with name_the_batch(batch, config):
             batch = batch.to(accelerator.device)
-            with update.gradients(last=position.last_micro, alone=position.micros == 1):
+            with update.accumulate(last=position.last_micro, only=position.micros == 1):
                 latents = batch_latents(batch, learner.vae)
                 losses = image_losses(learner.model, batch, latents, learner.noise_schedule, config)
                 micro_loss = (losses * batch.weights).sum()
@@ -100,7 +100,7 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
             if not position.last_micro:
                 continue
-            norms = update.step(config.max_grad_norm)
+            norms = update.step()
             meter.end_step(norms)
             if learner.ema:
                 learner.ema.update(position.step, images)

@@ -1,4 +1,6 @@
-"""The optimizer's part of a training state: collecting it, and giving it back bit for bit.
+"""The optimizer's part of a training state (`optimizer.pt`): collecting it, and restoring it bit for bit.
+
+The file holds a dictionary:
 
 state      tensors and numbers that the optimizer keeps, by the full name of each parameter (unet.xxx)
 groups     the values of each parameter group (betas, weight decay, ...), by the group's name
@@ -7,14 +9,14 @@ scaler     the gradient scaler of fp16
 random     torch's random state, which some optimizers draw from
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdxl_finetune.optim.parameters import Group, part_of
+from sdxl_finetune.optim.parameters import Group, named_parameters, part_of
 
 COUNTERS_ON_CPU = ("step", "mu_product")
 """State values that torch's optimizers keep on the CPU, where reading them costs no synchronisation."""
@@ -29,7 +31,7 @@ def collect_optimizer_state(
 ) -> dict[str, Any]:
     """Everything in `optimizer.pt`. The tensors are those of the optimizer, not copies."""
     return {
-        "state": {name: dict(optimizer.state[one]) for name, one in _parameters(groups) if one in optimizer.state},
+        "state": {name: dict(optimizer.state[one]) for name, one in named_parameters(groups) if one in optimizer.state},
         "groups": {
             group.name: {name: value for name, value in values.items() if name not in ("params", "lr")}
             for group, values in zip(groups, optimizer.param_groups, strict=True)
@@ -60,7 +62,7 @@ def restore_optimizer_state(
         values.update({name: _copy(value, values.get(name)) for name, value in old.items() if name not in changed})
     values_of = {id(parameter): values for values in optimizer.param_groups for parameter in values["params"]}
     unknown = []
-    for name, parameter in _parameters(groups):
+    for name, parameter in named_parameters(groups):
         if name in saved["state"]:
             optimizer.state[parameter] = {
                 key: _placed(optimizer, parameter, key, value, values_of[id(parameter)])
@@ -81,12 +83,6 @@ def load_ema(file: Path) -> Mapping[str, Tensor]:
 
 def _load(file: Path) -> dict[str, Any]:
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _parameters(groups: Sequence[Group]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for group in groups:
-        for name, parameter in group.parameters.items():
-            yield f"{group.part}.{name}", parameter
 
 
 def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:

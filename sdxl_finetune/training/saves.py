@@ -1,8 +1,8 @@
 """Which checkpoints and training states are saved at a moment, and which older ones each of them replaces.
 
-Times, names and removals are the reference's (golden checkpoint_keys.json.gz: names, removal, save_runs): numbered
-checkpoints every N epochs and every N steps, no numbered checkpoint for the last epoch, `{output_name}` at the end.
-Epochs and steps are counted from the start of training, never from a resume.
+Numbered checkpoints are saved every N epochs and every N steps. The last epoch gets no numbered checkpoint, because
+`{output_name}` is saved at the end. Epochs and steps are counted from the start of training, never from a resume.
+Times, names and removals are the reference's (golden checkpoint_keys.json.gz: names, removal, save_runs).
 """
 
 from sdxl_finetune.config import Config, SavingOptions

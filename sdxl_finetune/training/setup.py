@@ -238,7 +238,9 @@ def _restore(start: Start, learner: Learner) -> None:
     """Gives the learner the optimizer state, gradient scaler and EMA of a training state."""
     update, scaler = learner.update, learner.accelerator.scaler
     changed = changed_optimizer_args(start, learner.config)
-    saved_scaler, unknown = restore_optimizer_state(start.optimizer, update.optimizer, update.stepped, changed=changed)
+    saved_scaler, unknown = restore_optimizer_state(
+        start.optimizer, update.optimizer, update.optimizer_groups, changed=changed
+    )
     if unknown:
         logger.info("%d parameters start without optimizer state, for example %s", len(unknown), unknown[0])
     if saved_scaler is not None and scaler is not None:
@@ -253,7 +255,7 @@ def _log_beginning(config: Config, log: Log, index: Index, timeline: Timeline, l
     logger.info(
         "%d batches and %d steps an epoch, %d steps in all", plan.batches_per_epoch, plan.steps_per_epoch, steps
     )
-    for group in learner.groups:
+    for group in learner.parameters.groups:
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
     log.begin(
         steps=steps,

@@ -91,7 +91,9 @@ def test_the_order_differs_between_epochs_and_seeds() -> None:
     assert len({tuple(order) for order in orders}) == 6
 
 
-def test_two_ranks_with_half_the_batch_size_do_the_same(tmp_path: Path, subset, dataset, write_images) -> None:
+def test_two_ranks_at_half_the_batch_size_use_the_same_global_batches(
+    tmp_path: Path, subset, dataset, write_images
+) -> None:
     """Each dataset keeps its own batch size and buckets."""
     write_images(tmp_path / "a", {f"{number}.png": (64, 64) for number in range(9)})
     plans = []

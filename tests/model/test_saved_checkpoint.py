@@ -91,7 +91,7 @@ def test_a_model_in_bf16_with_masters_saves_what_the_file_held(
     save_checkpoint(first, *little, save_as="safetensors", dtype=stored, metadata={})
     loaded = load_checkpoint(first, dtype=torch.bfloat16, exact=True)
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
-    assert bool(loaded.model.masters) == (stored != torch.bfloat16)
+    assert bool(loaded.model.masters.tensors()) == (stored != torch.bfloat16)
     for dtype in (stored, torch.float32):
         again = tmp_path / f"again {dtype}"
         with atomic_path(again) as path:
@@ -99,7 +99,7 @@ def test_a_model_in_bf16_with_masters_saves_what_the_file_held(
         one, other = (load_checkpoint(path, dtype=torch.float32).model.state_dict() for path in (first, again))
         assert all(torch.equal(one[name], other[name]) for name in one)
     rounded = load_checkpoint(first, dtype=torch.bfloat16).model
-    assert not rounded.masters
+    assert not rounded.masters.tensors()
     if stored != torch.bfloat16:
         assert not torch.equal(rounded.unet.conv_in.weight.float(), one["unet.conv_in.weight"])
 
@@ -110,7 +110,8 @@ def test_files_are_rounded_once(little: tuple[SDXL, AutoencoderKL], tmp_path: Pa
     parameter = model.unet.conv_in.bias
     value = torch.full_like(parameter, 1 + 3 / 1024, dtype=torch.float32)
     with torch.no_grad():
-        high, model.masters[parameter] = split(value)
+        high, low = split(value)
+        model.masters.add(parameter, low)
         parameter.copy_(high)
     save_checkpoint(tmp_path / "half", model, little[1], save_as="safetensors", dtype=torch.float16, metadata={})
     found = load_checkpoint(tmp_path / "half", dtype=None).model.unet.conv_in.bias
@@ -122,7 +123,8 @@ def test_a_master_beyond_float16_is_found(little: tuple[SDXL, AutoencoderKL], tm
     parameter = model.unet.conv_in.bias
     for value, beyond in ((65_504.0, False), (65_530.0, True)):  # in bf16 both are 65,536
         with torch.no_grad():
-            high, model.masters[parameter] = split(torch.full_like(parameter, value, dtype=torch.float32))
+            high, low = split(torch.full_like(parameter, value, dtype=torch.float32))
+            model.masters.add(parameter, low)
             parameter.copy_(high)
         assert saturated(model, little[1], torch.float16) == (["unet.conv_in.bias"] if beyond else [])
 

@@ -1,4 +1,4 @@
-"""What is measured of a step is what it says it is."""
+"""Measurements of a training step."""
 
 import math
 
@@ -7,22 +7,25 @@ import torch
 from accelerate import Accelerator
 from torch.nn import Parameter
 
+from sdxl_finetune.config import Config
+from sdxl_finetune.low_bits import MasterWeights
 from sdxl_finetune.optim.meter import SAMPLE, Meter
-from sdxl_finetune.optim.parameters import Group
+from sdxl_finetune.optim.parameters import Group, TrainedParameters
 from sdxl_finetune.optim.update import PlainUpdate, total_norm
 
 
-def groups_of() -> list[Group]:
+def random_parameters() -> TrainedParameters:
     torch.manual_seed(0)
     parts = {"unet": (3, 5), "text_encoder1": (7,)}
-    return [
+    groups = [
         Group(name, {f"{name}{at}": Parameter(torch.randn(shape)) for at in range(3)}, 1e-3)
         for name, shape in parts.items()
     ]
+    return TrainedParameters(groups, MasterWeights())
 
 
-def test_losses_are_told_apart_by_timestep() -> None:
-    meter = Meter(groups_of(), {}, torch.device("cpu"))
+def test_losses_are_measured_by_range_of_timesteps() -> None:
+    meter = Meter(random_parameters(), torch.device("cpu"))
     losses, timesteps = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 249, 250, 999])
     meter.add_losses(losses, timesteps, torch.ones(4))
     meter.add_losses(torch.tensor([100.0, 6.0]), torch.tensor([500, 999]), torch.tensor([0.0, 0.2]))
@@ -33,17 +36,18 @@ def test_losses_are_told_apart_by_timestep() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])
-def test_gradients_are_clipped_together_and_measured_apart(max_norm: float) -> None:
-    groups, expected = groups_of(), groups_of()
-    for number, (group, other) in enumerate(zip(groups, expected, strict=True)):
+def test_gradients_are_clipped_together_and_their_norms_measured_by_group(max_norm: float) -> None:
+    parameters, expected = random_parameters(), random_parameters()
+    for number, (group, other) in enumerate(zip(parameters.groups, expected.groups, strict=True)):
         for one, same in zip(group.parameters.values(), other.parameters.values(), strict=True):
             one.grad = torch.full_like(one, number + 1.0)
             same.grad = one.grad.clone()
-    groups[0].parameters["unet0"].grad = expected[0].parameters["unet0"].grad = None
-    every = [[one for group in side for one in group.parameters.values()] for side in (groups, expected)]
+    parameters.groups[0].parameters["unet0"].grad = expected.groups[0].parameters["unet0"].grad = None
+    every = [[parameter for _, parameter in side.named()] for side in (parameters, expected)]
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.SGD(every[0], lr=1.0))
-    norms = PlainUpdate(accelerator, torch.nn.Module(), optimizer, groups).step(max_norm)
+    config = Config(max_grad_norm=max_norm)
+    norms = PlainUpdate(config, parameters, torch.nn.Module(), optimizer, accelerator).step()
     total = torch.nn.utils.clip_grad_norm_(every[1], max_norm or math.inf).item()
     assert total_norm(norms).item() == pytest.approx(total, rel=1e-6)
     torch.optim.SGD(every[1], lr=1.0).step()
@@ -53,10 +57,10 @@ def test_gradients_are_clipped_together_and_measured_apart(max_norm: float) -> N
 
 
 def test_updates_are_measured_relative_to_the_weights() -> None:
-    groups = groups_of()
-    meter = Meter(groups, {}, torch.device("cpu"))
+    parameters = random_parameters()
+    meter = Meter(parameters, torch.device("cpu"))
     meter.begin_step()
-    for one in groups[0].parameters.values():
+    for one in parameters.groups[0].parameters.values():
         one.data *= 1.01
     meter.end_step({"unet": torch.tensor(3.0)})
     found = meter.take(meter.sums)
@@ -64,9 +68,9 @@ def test_updates_are_measured_relative_to_the_weights() -> None:
     assert found["update/unet"] == pytest.approx(0.01, rel=1e-4) and found["update/text_encoder1"] == 0
 
 
-def test_a_part_of_large_tensors_is_measured_by_one() -> None:
+def test_of_a_group_of_large_tensors_one_tensor_is_measured() -> None:
     group = Group("unet", {str(at): Parameter(torch.ones(SAMPLE + 1 + at)) for at in range(3)}, 1e-3)
-    meter = Meter([group], {}, torch.device("cpu"))
+    meter = Meter(TrainedParameters([group], MasterWeights()), torch.device("cpu"))
     meter.begin_step()
     group.parameters["0"].data += 1
     meter.end_step({})

@@ -185,7 +185,7 @@ def test_mistakes_are_the_users(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"log_with.*needs logging_dir"):
         Log(Config(log_with="tensorboard"), None, rank=0)
     (tmp_path / "file").write_text("= no TOML")
-    with pytest.raises(UserError, match=r"logging_dir.*cannot be made"):
+    with pytest.raises(UserError, match=r"logging_dir.*cannot be created"):
         Log(Config(), tmp_path / "file" / "run", rank=0)
     with pytest.raises(UserError, match=r"log_tracker_config.*cannot be read"):
         Log(Config(log_tracker_config=tmp_path / "file"), tmp_path / "run", rank=0)

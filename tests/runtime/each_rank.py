@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from sdxl_finetune.config import load_config
-from sdxl_finetune.low_bits import exact_value
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training.loop import training_steps
 from sdxl_finetune.training.setup import build_run
@@ -20,7 +19,7 @@ def digest_lines(arguments: Sequence[str]) -> Iterator[str]:
         for step in training_steps(run.learner, run.batches(), StopRequest()):
             digest = hashlib.sha256()
             for name, parameter in sorted(run.learner.sdxl.named_parameters()):
-                value = exact_value(parameter, run.learner.sdxl.masters).float().cpu()
+                value = run.learner.sdxl.masters.value(parameter).float().cpu()
                 digest.update(name.encode() + value.numpy().tobytes())
             yield f"digest {step.position.step} {digest.hexdigest()} {step.loss.item()!r} {step.grad_norm.item()!r}\n"
 

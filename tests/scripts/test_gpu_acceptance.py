@@ -39,8 +39,8 @@ def bench(tmp_path_factory) -> Bench:
 
 
 def test_what_runs_on_a_cpu_passes(bench: Bench, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_checks, "PIECE", 1 << 14)
-    monkeypatch.setattr(update, "PIECE", 1 << 14)
+    monkeypatch.setattr(gpu_checks, "SLICE", 1 << 14)
+    monkeypatch.setattr(update, "SLICE", 1 << 14)
     lines = list(run_checks(bench, IN_PROCESS))
     assert [line for line in lines if line.outcome == "FAIL"] == []
     left_out = {line.name for line in lines if line.outcome == "not run"}

@@ -137,10 +137,10 @@ def test_prompts_may_be_edited_during_a_run(work, caplog) -> None:
     assert config is not None
     with build_run(config) as built:
         Path("prompts.txt").write_text("one prompt --w 64 --h 64 --s 2 --d 1\n")
-        preview_if_due(built, step=1, epoch=None)
+        preview_if_due(built, built.timeline.after(1))
         assert [path.name.split("_")[2] for path in Path("out/sample").iterdir()] == ["00"]
         Path("prompts.txt").write_text("broken --w many\n")
-        preview_if_due(built, step=2, epoch=None)
+        preview_if_due(built, built.timeline.after(2))
     assert len(list(Path("out/sample").iterdir())) == 3 and "prompts.txt:1" in caplog.text
 
 
