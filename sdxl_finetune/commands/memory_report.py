@@ -11,7 +11,6 @@ from sdxl_finetune.commands.memory_estimate import BatchShape, Estimate, estimat
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.architecture import Architecture
-from sdxl_finetune.optim.optimizer import optimizer_name
 from sdxl_finetune.optim.step_unit import StepUnit
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ def remedies(config: Config) -> Iterator[tuple[str, Config]]:
     if not config.full_bf16 and config.mixed_precision != "fp16":
         changes = {"full_bf16": True, "mixed_precision": "bf16"}
         asked.append(('full_bf16 = true with mixed_precision = "bf16"', changes))
-    if not optimizer_name(config).lower().endswith(("8bit", "adafactor")):
+    if not config.optimizer_name.lower().endswith(("8bit", "adafactor")):
         changes = {"optimizer_type": "AdamW8bit", "optimizer_args": {}}
         changes |= {"use_8bit_adam": False, "use_lion_optimizer": False}
         asked.append(('optimizer_type = "AdamW8bit"', changes))
@@ -85,7 +84,7 @@ def describe(config: Config, architecture: Architecture, shape: BatchShape, rank
     yield from fits(config, architecture, shape, found, ranks)
     if found.step_unit == StepUnit.ALL and config.keeps_masters:
         plain, low = found.parts["masters"], found.parts["masters"] // 2
-        name = optimizer_name(config)
+        name = config.optimizer_name
         yield f"{name} looks at all tensors at once: float32 masters, {_size(plain)} where others take {_size(low)}"
     if not torch.cuda.is_available():
         here = estimate(config, architecture, shape, cuda=False, ranks=ranks)
