@@ -1,26 +1,55 @@
-"""Configuration: one typed schema, read from a TOML file and the command line, checked as a whole."""
+"""Configuration: one typed schema, read from a TOML file and the command line, and checked as a whole."""
 
+from sdxl_finetune.config.data_options import (
+    AugmentationOptions,
+    BucketOptions,
+    CaptionOptions,
+    DataOptions,
+    HoldOutOptions,
+    LatentOptions,
+)
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.config.datasets import load_datasets
 from sdxl_finetune.config.load import load_config, to_toml
 from sdxl_finetune.config.options import Config
-from sdxl_finetune.config.output_options import LoggingOptions, PreviewOptions, ResumeOptions, SavingOptions
+from sdxl_finetune.config.output_options import (
+    LoggingOptions,
+    MetadataOptions,
+    PreviewOptions,
+    ResumeOptions,
+    SavingOptions,
+)
 from sdxl_finetune.config.training_options import (
+    EmaOptions,
     HardwareOptions,
     LengthOptions,
     LossOptions,
+    LrOptions,
+    ModelOptions,
     NoiseOptions,
+    OptimizerOptions,
     ValidationOptions,
 )
 
 __all__ = [
+    "AugmentationOptions",
+    "BucketOptions",
+    "CaptionOptions",
     "Config",
+    "DataOptions",
     "Dataset",
+    "EmaOptions",
     "HardwareOptions",
+    "HoldOutOptions",
+    "LatentOptions",
     "LengthOptions",
     "LoggingOptions",
     "LossOptions",
+    "LrOptions",
+    "MetadataOptions",
+    "ModelOptions",
     "NoiseOptions",
+    "OptimizerOptions",
     "PreviewOptions",
     "ResumeOptions",
     "SavingOptions",

@@ -25,7 +25,7 @@ class Config(
     training_options.LengthOptions,
     training_options.OptimizerOptions,
     training_options.LrOptions,
-    training_options.AverageOptions,
+    training_options.EmaOptions,
     training_options.NoiseOptions,
     training_options.LossOptions,
     training_options.ValidationOptions,
@@ -50,16 +50,6 @@ class Config(
         if values.get("logging_dir") and not values.get("log_with"):
             values["log_with"] = "tensorboard"
         return values
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether the optimizer steps within the backward pass, which either of the reference's options asks for."""
-        return self.fused_backward_pass or bool(self.fused_optimizer_groups)
-
-    @property
-    def keeps_masters(self) -> bool:
-        """Whether bf16 weights are roundings of exact float32 ones."""
-        return self.full_bf16 and self.exact_masters
 
 
 GROUPS: tuple[type[Options], ...] = Config.__bases__

@@ -30,15 +30,13 @@ class ModelOptions(Options):
     """Caption tokens that are read, in chunks of 75; 255 is read as 225, as in the reference."""
     weighted_captions: bool = False
     """Read `(tag:1.3)` and `[tag]` in captions as weights, not as text."""
-    v_parameterization: bool = False
-    """Train the model to predict velocity, not noise."""
-    zero_terminal_snr: bool = False
-    """End the noise schedule in pure noise (Lin et al., arXiv 2305.08891); needs `v_parameterization`."""
 
 
 class NoiseOptions(Options):
     """Noise and timesteps"""
 
+    zero_terminal_snr: bool = False
+    """End the noise schedule in pure noise (Lin et al., arXiv 2305.08891); needs `v_parameterization`."""
     noise_offset: float | None = Field(None, ge=0)
     """Strength of one random shift per image and channel added to the noise; 0: none."""
     noise_offset_random_strength: bool = False
@@ -60,8 +58,10 @@ class NoiseOptions(Options):
 
 
 class LossOptions(Options):
-    """Loss"""
+    """Objective and loss"""
 
+    v_parameterization: bool = False
+    """Train the model to predict velocity, not noise."""
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = "l2"
     """Distance between prediction and target."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
@@ -128,8 +128,8 @@ class LrOptions(Options):
     """Lowest rate of cosine_with_min_lr and warmup_stable_decay, as a share of the highest."""
 
 
-class AverageOptions(Options):
-    """Moving average of the weights"""
+class EmaOptions(Options):
+    """EMA of the weights"""
 
     ema_decay: float | None = Field(None, ge=0, le=1)
     """Share of a moving average of the weights that stays at each step, as 0.999; unset: no average. (Ours.)"""
@@ -218,3 +218,13 @@ class HardwareOptions(Options):
     """Let several processes share gradient memory with the buffers that they are summed in."""
     ddp_static_graph: bool = False
     """Tell torch that each step uses the same parameters."""
+
+    @property
+    def is_fused(self) -> bool:
+        """True if the optimizer steps inside the backward pass. Either of the reference's two options asks for this."""
+        return self.fused_backward_pass or bool(self.fused_optimizer_groups)
+
+    @property
+    def keeps_masters(self) -> bool:
+        """True if each bf16 weight is the rounding of an exact float32 master weight."""
+        return self.full_bf16 and self.exact_masters

@@ -14,14 +14,14 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import EmaOptions
 from sdxl_finetune.optim.parameters import TrainedParameters
 
 
 class Ema:
     """The EMA of all trained parameters. It starts with their values."""
 
-    def __init__(self, parameters: TrainedParameters, options: Config) -> None:
+    def __init__(self, parameters: TrainedParameters, options: EmaOptions) -> None:
         self._options, self._trained = options, parameters
         self._parameters = dict(parameters.named())
         device = torch.device("cpu") if options.ema_on_cpu else None
@@ -53,17 +53,15 @@ class Ema:
 
     def load(self, saved: Mapping[str, Tensor]) -> list[str]:
         """Copies the averages of a training state; returns the names of parameters that are missing there."""
-        missing = [name for name in self.averages if name not in saved]
-        for name, average in self.averages.items():
-            if name in saved:
-                average.copy_(saved[name])
-        return missing
+        for name in self.averages.keys() & saved.keys():
+            self.averages[name].copy_(saved[name])
+        return [name for name in self.averages if name not in saved]
 
 
-def build_ema(parameters: TrainedParameters, options: Config) -> Ema | None:
+def build_ema(parameters: TrainedParameters, options: EmaOptions) -> Ema | None:
     """Returns the EMA, or None if the options ask for none."""
     return Ema(parameters, options) if uses_ema(options) else None
 
 
-def uses_ema(options: Config) -> bool:
+def uses_ema(options: EmaOptions) -> bool:
     return options.ema_decay is not None or options.ema_half_life is not None

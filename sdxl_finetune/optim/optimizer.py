@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import OptimizerOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.optim.parameters import Group
 
@@ -51,13 +51,13 @@ ONE_RATE = ("prodigyopt.", "dadaptation.")
 """Optimizers that estimate one learning rate for everything refuse groups of different rates at the first step."""
 
 
-def optimizer_name(config: Config) -> str:
+def optimizer_name(options: OptimizerOptions) -> str:
     """The optimizer asked for: optimizer_type, or the older flags, or AdamW."""
-    if config.use_8bit_adam:
+    if options.use_8bit_adam:
         return "AdamW8bit"
-    if config.use_lion_optimizer:
+    if options.use_lion_optimizer:
         return "Lion"
-    return config.optimizer_type or "AdamW"
+    return options.optimizer_type or "AdamW"
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -80,11 +80,11 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
-def build_optimizer(config: Config, groups: Sequence[Group]) -> torch.optim.Optimizer:
+def build_optimizer(options: OptimizerOptions, groups: Sequence[Group]) -> torch.optim.Optimizer:
     """The optimizer over `groups`, in their order, each with its own learning rate."""
-    name = optimizer_name(config)
+    name = optimizer_name(options)
     cls = optimizer_class(name)
-    arguments = dict(config.optimizer_args)
+    arguments = dict(options.optimizer_args)
     problems = _argument_problems(name, cls, arguments)
     rates = {group.lr for group in groups}
     if cls.__module__.startswith(tuple(prefix.rstrip(".") for prefix in ONE_RATE)) and len(rates) > 1:
@@ -99,7 +99,7 @@ def build_optimizer(config: Config, groups: Sequence[Group]) -> torch.optim.Opti
     parameters: list[dict[str, Any]] = [
         {"params": list(group.parameters.values()), "lr": None if relative_step else group.lr} for group in groups
     ]
-    default = config.learning_rate or max(rates)  # some refuse 0, which no group has
+    default = options.learning_rate or max(rates)  # some refuse 0, which no group has
     try:
         optimizer = cls(parameters, lr=None if relative_step else default, **arguments)  # type: ignore[call-arg]
     except (TypeError, ValueError, AssertionError) as error:
@@ -110,12 +110,12 @@ def build_optimizer(config: Config, groups: Sequence[Group]) -> torch.optim.Opti
     return optimizer
 
 
-def trial_optimizer(config: Config, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def trial_optimizer(options: OptimizerOptions, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The config's optimizer of a few parameters, to see how it works: at the U-Net's rate or, where that is 0, at one
     that moves them. Raises UserError.
     """
     named = {str(number): parameter for number, parameter in enumerate(parameters)}
-    return build_optimizer(config, [Group("unet", named, config.learning_rate or 1e-3)])
+    return build_optimizer(options, [Group("unet", named, options.learning_rate or 1e-3)])
 
 
 def _argument_problems(name: str, cls: type, arguments: dict[str, Any]) -> list[Problem]:

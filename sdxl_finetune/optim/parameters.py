@@ -14,7 +14,7 @@ import torch.distributed
 from torch import Tensor
 from torch.nn import Parameter
 
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import OptimizerOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import MasterWeights
 
@@ -81,7 +81,7 @@ def part_of(group_name: str) -> str:
     return group_name if group_name.startswith("text_encoder") else "unet"
 
 
-def part_rates(options: Config) -> dict[str, float]:
+def part_rates(options: OptimizerOptions) -> dict[str, float]:
     """Returns the learning rate of each part before the schedule; 0 means frozen.
 
     As in the reference, the text encoders are frozen without train_text_encoder. A text encoder without a learning
@@ -94,7 +94,7 @@ def part_rates(options: Config) -> dict[str, float]:
 
 
 def trained_parameters(
-    options: Config, parts: Mapping[str, Mapping[str, Parameter]], masters: MasterWeights
+    options: OptimizerOptions, parts: Mapping[str, Mapping[str, Parameter]], masters: MasterWeights
 ) -> TrainedParameters:
     """Sets requires_grad of all parameters and returns those that are trained.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdxl_finetune.batch import Position
-from sdxl_finetune.config import Config, to_toml
+from sdxl_finetune.config import Config, LoggingOptions, to_toml
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.contact_sheet import contact_sheet
@@ -94,7 +94,7 @@ class _Record:
         }
 
 
-def run_directory(config: Config, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
+def run_directory(config: LoggingOptions, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
     """The directory of a run's log: `logging_dir/{log_prefix}{timestamp}`; None without `logging_dir`.
 
     A `resumed` run (name of its log folder, step) continues in its old folder, which is cut back to that step, if the

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import sdxl_finetune
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import Config, NoiseOptions
 from sdxl_finetune.config.fields import plain
 from sdxl_finetune.config.options import SECRETS
 from sdxl_finetune.errors import Problem, UserError
@@ -85,7 +85,7 @@ def modelspec(config: Config, *, now: datetime, thumbnail: str | None = None) ->
     return {f"modelspec.{name}": value for name, value in fields.items() if value is not None}
 
 
-def _timestep_range(config: Config) -> str | None:
+def _timestep_range(config: NoiseOptions) -> str | None:
     if config.min_timestep is None and config.max_timestep is None:
         return None
     highest = 1000 if config.max_timestep is None else config.max_timestep

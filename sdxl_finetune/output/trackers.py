@@ -13,7 +13,7 @@ import numpy as np
 import toml
 from PIL.Image import Image
 
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import Config, LoggingOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.output.metadata import shareable
 
@@ -49,7 +49,7 @@ def build_trackers(config: Config, directory: Path | None, done: int = 0) -> lis
     return trackers
 
 
-def _tracker_arguments(config: Config) -> dict[str, dict[str, Any]]:
+def _tracker_arguments(config: LoggingOptions) -> dict[str, dict[str, Any]]:
     if config.log_tracker_config is None:
         return {}
     try:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from sdxl_finetune.batch import Batch
-from sdxl_finetune.config import Config, LengthOptions
+from sdxl_finetune.config import Config, HardwareOptions, LengthOptions
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
@@ -223,7 +223,7 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
     return loaded
 
 
-def _prepare_model(config: Config, sdxl: SDXL, accelerator: Accelerator) -> None:
+def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator) -> None:
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(sdxl)
     use_attention(sdxl, "xformers" if config.xformers or config.diffusers_xformers else "sdpa")
