@@ -28,7 +28,7 @@ from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.load import Loaded, load_checkpoint, open_base_model
 from sdxl_finetune.output.previews import build_sampler, draw_latents, parameters, save_picture, to_image
-from sdxl_finetune.output.prompts import LARGEST_SEED, MOST_STEPS, Prompt, load_prompts
+from sdxl_finetune.output.prompts import MAX_SEED, MAX_STEPS, Prompt, load_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +139,8 @@ def _wanted(arguments: argparse.Namespace) -> list[Wanted]:
     drawn = secrets.randbelow(LARGEST_DRAWN) if arguments.seed is None else arguments.seed
     for prompt in prompts:
         least = LEAST_STEPS.get(prompt.sampler or arguments.sampler, 1)
-        if not least <= prompt.steps <= MOST_STEPS:
-            message = f"must be from {least} to {MOST_STEPS} for {prompt.sampler or arguments.sampler}"
+        if not least <= prompt.steps <= MAX_STEPS:
+            message = f"must be from {least} to {MAX_STEPS} for {prompt.sampler or arguments.sampler}"
             raise UserError(Problem(message, key="steps", value=prompt.steps))
         _warn_if_cut(prompt.prompt, arguments.max_token_length)
     wanted = [
@@ -148,8 +148,8 @@ def _wanted(arguments: argparse.Namespace) -> list[Wanted]:
         for prompt in prompts
         for number in range(arguments.images)
     ]
-    if (largest := max(one.seed for one in wanted)) > LARGEST_SEED:
-        raise UserError(Problem(f"must be at most {LARGEST_SEED}", key="seed", value=largest))
+    if (largest := max(one.seed for one in wanted)) > MAX_SEED:
+        raise UserError(Problem(f"must be at most {MAX_SEED}", key="seed", value=largest))
     return wanted
 
 
