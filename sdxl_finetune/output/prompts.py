@@ -66,6 +66,25 @@ class Prompt:
     """None: the option `sample_sampler`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreviewFiles:
+    """Folder and file names of the previews that are drawn at one step. The names are those of sd-scripts."""
+
+    folder: Path
+    output_name: str | None
+    epoch: int | None
+    """Number of finished epochs if previews are drawn by epoch, 0 before training. None if they are drawn by step."""
+    step: int
+    """Number of optimizer steps that were made."""
+    time: datetime
+
+    def path(self, index: int, seed: int | None) -> Path:
+        """Returns the path for prompt number `index`. `seed` is the seed in the prompt file, if there is one."""
+        moment = f"{self.step:06d}" if self.epoch is None else f"e{self.epoch:06d}"
+        parts = [self.output_name, moment, f"{index:02d}", f"{self.time:%Y%m%d%H%M%S}", seed]
+        return self.folder / ("_".join(str(part) for part in parts if part is not None) + ".png")
+
+
 def load_prompts(path: Path, default: Prompt | None = None) -> tuple[Prompt, ...]:
     """Loads the prompts of a .txt, .toml or .json file, in the file's order.
 
@@ -187,19 +206,3 @@ def _parse_number(value: Any, kind: type[int | float]) -> int | float | None:
         return kind(value)
     except (ValueError, OverflowError):
         return None
-
-
-def preview_name(
-    output_name: str | None, *, epoch: int | None, step: int, index: int, time: datetime, seed: int | None
-) -> str:
-    """Names the file of one preview, as sd-scripts does.
-
-    `epoch` is the number of finished epochs if previews are drawn by epoch (0 before training), and None if they are
-    drawn by step. `index` is the position of the prompt in its file, and `seed` the seed given there, if any.
-    """
-    parts = [f"{step:06d}" if epoch is None else f"e{epoch:06d}", f"{index:02d}", f"{time:%Y%m%d%H%M%S}"]
-    if output_name is not None:
-        parts.insert(0, output_name)
-    if seed is not None:
-        parts.append(str(seed))
-    return "_".join(parts) + ".png"
