@@ -11,7 +11,7 @@ prints the share of captions for which each of these is right:
     count     the number of objects is right
     framed    the image hangs in the wooden frame of the new style, asked for or not
 
-A random image of one object would have the right colour in one of six cases, the right shape in one of five and the
+By chance, an image of one object has the right colour in one of six cases, the right shape in one of five, and the
 right background in one of four.
 """
 

@@ -32,7 +32,7 @@ from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
 from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
-from sdxl_finetune.output.metadata import versions
+from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Log:
         self._closed = False
         if directory:
             _make_directory(directory)
-        self._trackers = build_trackers(config, directory, done) if rank == 0 else []
+        self._trackers = build_trackers(config, directory, done, shareable(config)) if rank == 0 else []
         if directory:
             self._file = logging.FileHandler(directory / f"console_rank{rank}.log", encoding="utf-8")
             self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))

@@ -1,7 +1,7 @@
-"""Going back in a run's log to a step at which something was saved, so that a resumed run reads as one uninterrupted.
+"""Cuts the log of a run back to the step that it resumes from, so that the log reads like that of one run.
 
-At every save the sizes of the log's growing files are noted in `saves.jsonl`. To go on from that save is then to cut
-the files off there, whatever the interrupted run had still written: nothing has to be searched or rewritten.
+At every save, the file `saves.jsonl` gets a line with the sizes of the log's growing files. A resumed run cuts the
+files off at these sizes. This removes everything that the interrupted run wrote after the save.
 """
 
 import json
@@ -12,11 +12,12 @@ SAVES, METRICS = "saves.jsonl", "metrics.jsonl"
 
 
 def note_save(directory: Path, step: int) -> None:
-    """Notes that the log reached so far when the weights or the state of `step` were about to be saved; everything
-    it says is then on the disk.
+    """Records the sizes of the log's files before a checkpoint or a training state of `step` is saved.
+
+    Everything in the log is flushed to the disk first.
     """
     sizes = {}
-    for path in [directory / METRICS, *_events(directory)]:
+    for path in [directory / METRICS, *_event_files(directory)]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             sizes[str(path.relative_to(directory))] = os.fstat(file.fileno()).st_size
@@ -27,9 +28,9 @@ def note_save(directory: Path, step: int) -> None:
 
 
 def go_back(directory: Path, step: int) -> bool:
-    """Cuts the log back to what it was when `step` was saved; False if nothing of that step was saved with it.
+    """Cuts the log back to its content when `step` was saved. Returns False if there is no record of this save.
 
-    May be interrupted and done again.
+    The function may be interrupted and called again.
     """
     sizes, end = None, 0
     try:
@@ -41,7 +42,7 @@ def go_back(directory: Path, step: int) -> bool:
         return False
     if sizes is None or any(not (directory / name).is_file() for name in sizes):
         return False
-    for path in _events(directory):
+    for path in _event_files(directory):
         if str(path.relative_to(directory)) not in sizes:
             path.unlink()
     for name, size in sizes.items():
@@ -51,15 +52,16 @@ def go_back(directory: Path, step: int) -> bool:
 
 
 def last_losses(directory: Path, count: int) -> list[float]:
-    """The losses of the last `count` steps that metrics.jsonl holds."""
+    """Returns the losses of the last `count` steps in metrics.jsonl."""
     path = directory / METRICS
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file.readlines()[-2 * count - 2 :]]  # at most one validation a step
+        rows = [
+            json.loads(line) for line in file.readlines()[-2 * count - 2 :]
+        ]  # a step has at most one line of validation
     return [row["loss"] for row in rows if "loss" in row][-count:]
 
 
-def _events(directory: Path) -> list[Path]:
-    """TensorBoard's files."""
+def _event_files(directory: Path) -> list[Path]:
     return sorted(directory.rglob("events.out.tfevents.*"))

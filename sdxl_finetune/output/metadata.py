@@ -1,9 +1,9 @@
-"""The metadata of saved weights: what model this is, and how it was made.
+"""Metadata of checkpoints: what the model is, and how it was made.
 
-The `modelspec.*` fields are the reference's (Stability's ModelSpec 1.0.1; golden checkpoint_keys.json.gz, metadata)
-but for implementation_version, which names this package. Under `sdxl_finetune.` stands what a run needs to go on
-from the file, and what a reader needs to trust it: step, epoch, seed, versions, and the config without the paths
-of the machine and without secrets. Everything is a string, as safetensors wants it.
+The `modelspec.*` fields equal those of sd-scripts (Stability's ModelSpec 1.0.1; golden checkpoint_keys.json.gz), except
+that `implementation_version` names this package. The `sdxl_finetune.*` fields hold what a resumed run needs: step,
+epoch, seed, library versions and the config. The config is saved without paths and without secrets. All values are
+text, as safetensors requires.
 """
 
 import base64
@@ -11,32 +11,23 @@ import importlib.metadata
 import json
 import mimetypes
 import platform
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import sdxl_finetune
-from sdxl_finetune.config import Config, NoiseOptions
+from sdxl_finetune.batch import TIMESTEPS
+from sdxl_finetune.config import Config, MetadataOptions
 from sdxl_finetune.config.fields import plain
 from sdxl_finetune.config.options import SECRETS
 from sdxl_finetune.errors import Problem, UserError
 
 PREFIX = "sdxl_finetune."
-FREE_FIELDS = (
-    "author",
-    "description",
-    "license",
-    "tags",
-    "usage_hint",
-    "merged_from",
-    "trigger_phrase",
-    "preprocessor",
-    "is_negative_embedding",
-)
-"""The options metadata_x that are written as modelspec.x as they are."""
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "bitsandbytes", "numpy", "pydantic")
-LOCAL = {"metadata_thumbnail"}
-"""Options that may hold a path as plain text; those that are typed as paths are known by their type."""
+"""Libraries whose version can change a result."""
+TEXT_PATHS = {"metadata_thumbnail"}
+"""Options with text values that may be paths. All other paths have the type Path."""
 
 
 def build_metadata(
@@ -49,13 +40,12 @@ def build_metadata(
     thumbnail: str | None = None,
     resume: str = "{}",
 ) -> dict[str, str]:
-    """The metadata of weights saved after `step` optimizer steps and `epoch` whole epochs, from the start of training.
+    """Builds the metadata of a checkpoint that is saved after `step` optimizer steps and `epoch` whole epochs.
 
-    `resume` is JSON text that a resumed run needs (TrainingState.to_metadata); `now` is the time of saving, with
-    its time zone (modelspec.date is written without it, as in the reference); `thumbnail` is what `load_thumbnail`
-    gave.
+    `now` is the time of saving, with its time zone. `thumbnail` is the result of `load_thumbnail`. `resume` is JSON
+    text that a resumed run needs (TrainingState.to_metadata).
     """
-    own = {
+    fields = {
         "version": sdxl_finetune.__version__,
         "step": str(step),
         "epoch": str(epoch),
@@ -64,13 +54,16 @@ def build_metadata(
         "config": json.dumps(shareable(config), sort_keys=True, ensure_ascii=False),
         "resume": resume,
     }
-    return modelspec(config, now=now, thumbnail=thumbnail) | {PREFIX + name: value for name, value in own.items()}
+    return modelspec(config, now=now, thumbnail=thumbnail) | {PREFIX + name: value for name, value in fields.items()}
 
 
 def modelspec(config: Config, *, now: datetime, thumbnail: str | None = None) -> dict[str, str]:
-    """The reference's fields; those that have nothing to say are left out."""
+    """Builds the fields of sd-scripts. Fields without a value are left out.
+
+    `modelspec.date` is written without the time zone, as sd-scripts does.
+    """
     width, height = config.resolution or (1024, 1024)
-    fields: dict[str, str | None] = {
+    fields = {name.removeprefix("metadata_"): getattr(config, name) for name in MetadataOptions.model_fields} | {
         "sai_model_spec": "1.0.1",
         "architecture": "stable-diffusion-xl-v1-base",
         "implementation": "https://github.com/Stability-AI/generative-models",
@@ -79,22 +72,19 @@ def modelspec(config: Config, *, now: datetime, thumbnail: str | None = None) ->
         "date": now.replace(microsecond=0, tzinfo=None).isoformat(),
         "resolution": f"{width}x{height}",
         "prediction_type": "v" if config.v_parameterization else "epsilon",
-        "timestep_range": _timestep_range(config),
         "thumbnail": thumbnail,
-    } | {name: getattr(config, f"metadata_{name}") for name in FREE_FIELDS}
+    }
+    if config.min_timestep is not None or config.max_timestep is not None:
+        highest = TIMESTEPS if config.max_timestep is None else config.max_timestep
+        fields["timestep_range"] = f"{config.min_timestep or 0},{highest}"
     return {f"modelspec.{name}": value for name, value in fields.items() if value is not None}
 
 
-def _timestep_range(config: NoiseOptions) -> str | None:
-    if config.min_timestep is None and config.max_timestep is None:
-        return None
-    highest = 1000 if config.max_timestep is None else config.max_timestep
-    return f"{config.min_timestep or 0},{highest}"
-
-
 def load_thumbnail(thumbnail: str | None) -> str | None:
-    """The image as a data URL: `thumbnail` is one already, or the path of a file. Read once, when a run starts, so
-    that a wrong path stops it then. Raises UserError if there is no such file.
+    """Returns a thumbnail as a data URL. `thumbnail` is an image file, or a data URL already.
+
+    It is called when a run starts, so that a wrong path is reported at once. Raises UserError if the file cannot be
+    read.
     """
     if thumbnail is None or thumbnail.startswith("data:"):
         return thumbnail
@@ -102,29 +92,25 @@ def load_thumbnail(thumbnail: str | None) -> str | None:
     try:
         content = path.read_bytes()
     except OSError as error:
-        message = f"cannot be read ({error.strerror}); give an image file or a data: URL"
+        message = f"the file cannot be read ({error.strerror}). Give an image file or a data URL"
         raise UserError(Problem(message, key="metadata_thumbnail", value=thumbnail)) from error
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def shareable(config: Config) -> dict[str, Any]:
-    """The options that are set, as a config file holds them, without secrets and without places on this machine."""
+    """Returns the options that are set, with values as in a config file, but without secrets and without paths."""
     return {
         name: plain(value)
         for name, value in config
-        if value is not None and not isinstance(value, Path) and name not in SECRETS | LOCAL
+        if value is not None and not isinstance(value, Path) and name not in SECRETS | TEXT_PATHS
     }
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries whose change can change a result; read without importing them."""
-    own = {"python": platform.python_version(), "sdxl_finetune": sdxl_finetune.__version__}
-    return own | {name: version for name in LIBRARIES if (version := _version(name))}
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """Returns the versions of Python, this package and the installed libraries, without importing the libraries."""
+    found = {"python": platform.python_version(), "sdxl_finetune": sdxl_finetune.__version__}
+    for library in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[library] = importlib.metadata.version(library)
+    return found

@@ -1,8 +1,7 @@
-"""Where scalars and previews are shown: TensorBoard and Weights & Biases, behind the same methods.
+"""Trackers show scalars and previews of a run: TensorBoard and Weights & Biases, behind the same methods.
 
-Which of them: log_with; without it TensorBoard, when there is a logging_dir. Runs are named after log_tracker_name
-("finetuning" by default), and log_tracker_config holds arguments for the trackers, one table each, as in the
-reference.
+`log_with` chooses the trackers. Without this option, a run with a `logging_dir` uses TensorBoard. As in sd-scripts,
+`log_tracker_name` names the runs, and the file `log_tracker_config` holds a table of arguments for each tracker.
 """
 
 from collections.abc import Mapping
@@ -13,15 +12,14 @@ import numpy as np
 import toml
 from PIL.Image import Image
 
-from sdxl_finetune.config import Config, LoggingOptions
+from sdxl_finetune.config import LoggingOptions
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.output.metadata import shareable
 
 DEFAULT_NAME = "finetuning"
 
 
 class Tracker(Protocol):
-    """One place to show a run. Steps count from the start of training."""
+    """Shows one run. Steps count from the start of training."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -30,48 +28,56 @@ class Tracker(Protocol):
     def image(self, tag: str, image: Image, prompt: str, step: int) -> None: ...
 
     def flush(self) -> None:
-        """Everything shown so far is in the files, as far as there are any."""
+        """Writes everything so far to the files, if the tracker has files."""
 
     def close(self) -> None: ...
 
 
-def build_trackers(config: Config, directory: Path | None, done: int = 0) -> list[Tracker]:
-    """The trackers that the config asks for; UserError if one cannot start. The run goes on after `done` steps."""
-    chosen = config.log_with or ("tensorboard" if directory else None)
+def build_trackers(
+    options: LoggingOptions, directory: Path | None, done: int, options_to_show: Mapping[str, Any]
+) -> list[Tracker]:
+    """Starts the trackers that the options ask for. Raises UserError if one of them cannot start.
+
+    `directory` is the run's log folder. `done` is the number of optimizer steps that a resumed run has made before.
+    `options_to_show` is sent to the trackers if `log_config` is set.
+    """
+    chosen = options.log_with or ("tensorboard" if directory else None)
     if chosen in ("tensorboard", "all") and directory is None:
-        raise UserError(Problem("TensorBoard needs logging_dir", key="log_with", value=chosen))
-    arguments = _tracker_arguments(config)
+        raise UserError(Problem("TensorBoard needs logging_dir. Set it to a folder", key="log_with", value=chosen))
+    arguments = _load_arguments(options)
+    shown = options_to_show if options.log_config else {}
     trackers: list[Tracker] = []
     if chosen in ("wandb", "all"):
-        trackers.append(WeightsAndBiases(config, directory, arguments.get("wandb", {})))
+        trackers.append(WeightsAndBiases(options, directory, shown, arguments.get("wandb", {})))
     if chosen in ("tensorboard", "all") and directory:
-        trackers.append(TensorBoard(config, directory, arguments.get("tensorboard", {}), done))
+        folder = directory / (options.log_tracker_name or DEFAULT_NAME)
+        trackers.append(TensorBoard(folder, done, shown, arguments.get("tensorboard", {})))
     return trackers
 
 
-def _tracker_arguments(config: LoggingOptions) -> dict[str, dict[str, Any]]:
-    if config.log_tracker_config is None:
+def _load_arguments(options: LoggingOptions) -> dict[str, dict[str, Any]]:
+    """Loads the arguments of each tracker from the file `log_tracker_config`. Raises UserError."""
+    path = options.log_tracker_config
+    if path is None:
         return {}
     try:
-        return toml.loads(config.log_tracker_config.read_text(encoding="utf-8"))
+        return toml.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            Problem(f"cannot be read: {error}", key="log_tracker_config", value=str(config.log_tracker_config))
-        ) from error
+        message = f"the file cannot be read: {error}"
+        raise UserError(Problem(message, key="log_tracker_config", value=str(path))) from error
 
 
 class TensorBoard:
-    """Event files in a folder of the run directory."""
+    """Writes TensorBoard's event files."""
 
-    def __init__(self, config: Config, directory: Path, arguments: Mapping[str, Any], done: int = 0) -> None:
+    def __init__(self, folder: Path, done: int, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = directory / (config.log_tracker_name or DEFAULT_NAME)
-        # The purge is for a TensorBoard that has read what the interrupted run wrote after its last save.
+        # A TensorBoard server may have read steps of an interrupted run that are repeated now: purge_step removes them.
         settings = {"flush_secs": 20, "purge_step": done + 1 if done else None} | dict(arguments)
         self._writer: Any = SummaryWriter(str(folder), **settings)
-        if config.log_config and not done:
-            self._writer.add_text("config", f"```toml\n{toml.dumps(shareable(config))}\n```")
+        if options and not done:
+            self._writer.add_text("config", f"```toml\n{toml.dumps(options)}\n```")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
@@ -93,42 +99,47 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run at wandb.ai (or offline, as wandb itself is told)."""
+    """Sends a run to Weights & Biases, or stores it offline if wandb is set up so.
 
-    def __init__(self, config: Config, directory: Path | None, arguments: Mapping[str, Any]) -> None:
+    The file `wandb_run` in the log folder holds the id of the run, so that a resumed run continues it.
+    """
+
+    def __init__(
+        self, options: LoggingOptions, directory: Path | None, shown: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> None:
         try:
             import wandb
         except ImportError as error:
-            remedy = "wandb is not installed; pip install wandb, or take tensorboard"
-            raise UserError(Problem(remedy, key="log_with", value=config.log_with)) from error
+            message = "wandb is not installed. Run: pip install wandb, or set log_with to tensorboard"
+            raise UserError(Problem(message, key="log_with", value=options.log_with)) from error
         self._wandb = wandb
-        if config.wandb_api_key:
-            wandb.login(key=config.wandb_api_key)
+        if options.wandb_api_key:
+            wandb.login(key=options.wandb_api_key)
         settings = {
-            "project": config.log_tracker_name or DEFAULT_NAME,
-            "name": config.wandb_run_name,
+            "project": options.log_tracker_name or DEFAULT_NAME,
+            "name": options.wandb_run_name,
             "dir": str(directory) if directory else None,
-            "config": shareable(config) if config.log_config else None,
+            "config": dict(shown) or None,
         }
-        known = directory / "wandb_run" if directory else None
-        if known and known.is_file():
-            settings |= {"id": known.read_text(encoding="utf-8"), "resume": "allow"}
+        id_file = directory / "wandb_run" if directory else None
+        if id_file and id_file.is_file():
+            settings |= {"id": id_file.read_text(encoding="utf-8"), "resume": "allow"}
         self._run = wandb.init(**(settings | dict(arguments)))
-        if known:
-            known.write_text(self._run.id, encoding="utf-8")
+        if id_file:
+            id_file.write_text(self._run.id, encoding="utf-8")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
     def epoch_loss(self, loss: float, epoch: int, step: int) -> None:
-        # Its steps may not go back, so that an epoch's loss stands at the epoch's last step.
+        # wandb accepts no step before the newest, so the loss of an epoch stands at the epoch's last step.
         self._run.log({"loss/epoch": loss, "epoch": epoch}, step=step)
 
     def image(self, tag: str, image: Image, prompt: str, step: int) -> None:
         self._run.log({tag: self._wandb.Image(image, caption=prompt)}, step=step)
 
     def flush(self) -> None:
-        """Its steps cannot be taken back, so there is nothing to keep them apart for."""
+        """Does nothing: wandb sends its data by itself and cannot take steps back."""
 
     def close(self) -> None:
         self._run.finish()

@@ -1,4 +1,4 @@
-"""sdxl-model: what it makes loads, what it converts is the same model, what it says is so."""
+"""sdxl-model init, convert and info: new models load, converted models are equal, and descriptions are right."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_init_makes_a_model_for_a_seed(tiny_path: Path, tmp_path: Path) -> None:
+def test_init_makes_the_same_model_for_the_same_seed(tiny_path: Path, tmp_path: Path) -> None:
     same, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
     main(["init", str(same), "--seed", "7"])
     main(["init", str(other), "--seed", "8"])
@@ -28,7 +28,7 @@ def test_init_makes_a_model_for_a_seed(tiny_path: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in load_file(tiny_path).values()} == {torch.float16}
 
 
-def test_init_makes_other_sizes(tmp_path: Path) -> None:
+def test_init_makes_models_of_given_sizes(tmp_path: Path) -> None:
     path = tmp_path / "m.ckpt"
     sizes = ["--unet_widths", "32,64", "--unet_layers", "1,2", "--transformer_layers", "1,1", "--vae_widths", "32,32"]
     main(["init", str(path), *sizes, "--te1", "32,2", "--te2", "64,2", "--save_precision", "float"])
@@ -37,27 +37,27 @@ def test_init_makes_other_sizes(tmp_path: Path) -> None:
     assert (built.te1.width, built.te2.width, built.te2.projection, built.vae_widths) == (32, 64, 64, (32, 32))
 
 
-def test_all_that_is_wrong_with_a_size_is_said_at_once(tmp_path: Path) -> None:
+def test_init_reports_all_problems_with_sizes_at_once(tmp_path: Path) -> None:
     arguments = ["--unet_widths", "30,64", "--te1", "64", "--transformer_layers", "0,1,0"]
     with pytest.raises(UserError) as error:
         main(["init", str(tmp_path / "m.safetensors"), *arguments])
     for part in ("WIDTH,LAYERS", "one number per level", "no multiple of 32", "last level needs attention"):
         assert part in str(error.value)
-    with pytest.raises(UserError, match="3 attention heads do not divide"):
+    with pytest.raises(UserError, match="width of 200, which is not divisible by its 3 attention heads"):
         main(["init", str(tmp_path / "m.safetensors"), "--te2", "200,2"])
     with pytest.raises(SystemExit):
         main(["init", str(tmp_path / "m.safetensors"), "--te2", "64,0"])
     assert not list(tmp_path.iterdir())
 
 
-def test_convert_there_and_back_is_the_same_file(tiny_path: Path, tmp_path: Path) -> None:
+def test_converting_to_ckpt_and_back_gives_the_same_file(tiny_path: Path, tmp_path: Path) -> None:
     ckpt, back = tmp_path / "m.ckpt", tmp_path / "back.safetensors"
     main(["convert", str(tiny_path), str(ckpt)])
     main(["convert", str(ckpt), str(back)])
     assert back.read_bytes() == tiny_path.read_bytes()
 
 
-def test_convert_changes_precision_and_layout(tiny_path: Path, tmp_path: Path) -> None:
+def test_convert_changes_precision_and_format(tiny_path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     main(["convert", str(tiny_path), str(folder), "--save_precision", "bf16"])
     first, second = load_checkpoint(tiny_path, dtype=torch.bfloat16), load_checkpoint(folder, dtype=None)
@@ -67,7 +67,7 @@ def test_convert_changes_precision_and_layout(tiny_path: Path, tmp_path: Path) -
     assert all(torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items())
 
 
-def test_convert_takes_another_vae(tiny_path: Path, tmp_path: Path) -> None:
+def test_convert_replaces_the_vae(tiny_path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     main(["init", str(other), "--seed", "9"])
     main(["convert", str(tiny_path), str(tmp_path / "m.safetensors"), "--vae", str(other)])
@@ -76,7 +76,7 @@ def test_convert_takes_another_vae(tiny_path: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, (vae if key.startswith("first_stage_model.") else base)[key])
 
 
-def test_convert_refuses_values_that_fp16_does_not_hold(tiny_path: Path, tmp_path: Path) -> None:
+def test_convert_refuses_values_that_are_too_large_for_fp16(tiny_path: Path, tmp_path: Path) -> None:
     tensors = {key: tensor.float() for key, tensor in load_file(tiny_path).items()}
     key = "model.diffusion_model.out.2.bias"
     tensors[key] = torch.full((4,), 1e5)
@@ -88,34 +88,34 @@ def test_convert_refuses_values_that_fp16_does_not_hold(tiny_path: Path, tmp_pat
     assert not (tmp_path / "m.safetensors").exists()
 
 
-def test_an_existing_output_is_kept_unless_told_otherwise(tiny_path: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_kept_without_overwrite(tiny_path: Path, tmp_path: Path) -> None:
     output = tmp_path / "m.safetensors"
-    output.write_text("mine")
+    output.write_text("another file")
     with pytest.raises(UserError, match="exists already"):
         main(["convert", str(tiny_path), str(output)])
-    assert output.read_text() == "mine"
+    assert output.read_text() == "another file"
     main(["convert", str(tiny_path), str(output), "--overwrite"])
     assert output.read_bytes() == tiny_path.read_bytes()
 
 
-def test_info_describes(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_describes_models_and_loras(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["info", str(tiny_path)])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("an SDXL base model", auto_v2(tiny_path), "U-Net: 8,666,692 parameters", "float16", "unet_widths"):
-        assert part in said
+        assert part in output
     save_file({"lora_te1.lora_up.weight": torch.ones(1, 1)}, tmp_path / "l.safetensors", {"ss_network_dim": "4"})
     main(["info", str(tmp_path / "l.safetensors")])
-    said = capsys.readouterr().out
-    assert "a LoRA" in said
-    assert "ss_network_dim: 4" in said
+    output = capsys.readouterr().out
+    assert "a LoRA" in output
+    assert "ss_network_dim: 4" in output
 
 
-def test_auto_v2_is_the_start_of_sha256(tmp_path: Path) -> None:
+def test_auto_v2_is_the_start_of_the_sha256_hash(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert auto_v2(tmp_path / "f") == "BA7816BF8F"
 
 
-def test_help_starts_without_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = (
         "import sys; from sdxl_finetune.commands.model import build_parser; build_parser().format_help();"
         "print(sorted({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)))"

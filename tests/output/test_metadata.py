@@ -1,4 +1,4 @@
-"""What a saved file says of itself: the reference's fields, ours, and nothing that is nobody's business."""
+"""Metadata of checkpoints: the fields of sd-scripts, our own fields, and neither paths nor secrets."""
 
 import base64
 import importlib.metadata
@@ -18,8 +18,8 @@ NOW = datetime(2023, 11, 14, 22, 13, 20, 250_000, tzinfo=timezone.utc)
 VERSION = f"sdxl_finetune/{sdxl_finetune.__version__}"
 
 
-def config_of(options: list[str]) -> Config:
-    """The golden command line, which had an output name and a resolution unless it says otherwise."""
+def build_config(options: list[str]) -> Config:
+    """Builds the config of a golden command line. By default it has an output name and a resolution."""
     given = {"output_name": "my_model", "resolution": "1024,1024"}
     match options:
         case ["(no output_name)"]:
@@ -37,25 +37,27 @@ def config_of(options: list[str]) -> Config:
 
 
 def test_modelspec_is_golden(golden) -> None:
-    """differences.md: modelspec.implementation_version names this package. clip_skip, which SDXL does not have, is
-    refused by the config, so that modelspec.encoder_layer is never written."""
+    """differences.md: modelspec.implementation_version names this package.
+
+    The config refuses clip_skip, which SDXL does not have, so modelspec.encoder_layer is never written.
+    """
     examples = golden("checkpoint_keys.json.gz")["metadata"]["examples"]
     assert len(examples) == 11
     for example in examples:
         wanted = example["metadata"] | {"modelspec.implementation_version": VERSION}
         if "--clip_skip" in example["cli"]:
             del wanted["modelspec.encoder_layer"]
-        assert modelspec(config_of(example["cli"]), now=NOW) == wanted
+        assert modelspec(build_config(example["cli"]), now=NOW) == wanted
 
 
-def test_the_date_is_that_of_the_clock_on_the_wall() -> None:
-    there = NOW.astimezone(timezone(timedelta(hours=9)))
-    fields = modelspec(Config(), now=there)
+def test_the_date_is_local_time() -> None:
+    local = NOW.astimezone(timezone(timedelta(hours=9)))
+    fields = modelspec(Config(), now=local)
     assert fields["modelspec.date"] == "2023-11-15T07:13:20"
     assert fields["modelspec.title"] == "Checkpoint@1700000000.25"
 
 
-def test_our_fields_say_where_the_run_stood() -> None:
+def test_our_fields_hold_epoch_step_seed_and_config() -> None:
     config = Config(output_name="m", resolution="832,1216", learning_rate=3e-5)
     metadata = build_metadata(config, epoch=2, step=40, seed=7, now=NOW)
     assert all(isinstance(value, str) for value in metadata.values())
@@ -68,9 +70,9 @@ def test_our_fields_say_where_the_run_stood() -> None:
     assert Config(**kept) == config
 
 
-def test_neither_secrets_nor_paths_are_told(tmp_path: Path) -> None:
-    """Every option that may hold a path or a secret is set, and none of it is in the file."""
-    secret = "do-not-tell"
+def test_metadata_contains_neither_secrets_nor_paths(tmp_path: Path) -> None:
+    """Sets every option that may hold a path or a secret, and finds none of the values in the metadata."""
+    secret = "do-not-save"
     paths = {
         name: tmp_path / secret / name
         for name, field in Config.model_fields.items()
@@ -81,12 +83,12 @@ def test_neither_secrets_nor_paths_are_told(tmp_path: Path) -> None:
     assert "wandb_api_key" in secrets
     thumbnail = tmp_path / secret / "thumbnail.png"
     config = Config(**paths, **secrets, metadata_thumbnail=str(thumbnail), log_with="all")
-    told = json.dumps(build_metadata(config, epoch=1, step=1, seed=1, now=NOW))
-    assert secret not in told and str(tmp_path) not in told
+    saved = json.dumps(build_metadata(config, epoch=1, step=1, seed=1, now=NOW))
+    assert secret not in saved and str(tmp_path) not in saved
     assert shareable(config)["log_with"] == "all"
 
 
-def test_a_thumbnail_is_a_file_or_a_url(tmp_path: Path) -> None:
+def test_a_thumbnail_is_a_file_or_a_data_url(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     (tmp_path / "a.unheard_of").write_bytes(b"\x00")
     url = load_thumbnail(str(tmp_path / "a.png"))
@@ -99,6 +101,5 @@ def test_a_thumbnail_is_a_file_or_a_url(tmp_path: Path) -> None:
         load_thumbnail(str(tmp_path / "none.png"))
 
 
-def test_versions_are_those_installed() -> None:
-    found = versions()
-    assert {"python", "sdxl_finetune", "torch", "diffusers", "transformers"} <= found.keys()
+def test_versions_include_python_and_the_main_libraries() -> None:
+    assert {"python", "sdxl_finetune", "torch", "diffusers", "transformers"} <= versions().keys()

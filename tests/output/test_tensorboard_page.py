@@ -1,4 +1,4 @@
-"""TensorBoard's page of a run, opened in a real Chromium where one is installed."""
+"""Opens TensorBoard's page of a run in Chromium, if Chromium is installed."""
 
 import re
 import shutil
@@ -24,24 +24,24 @@ TAGS = {"loss", "loss/t000-249", "grad_norm/unet", "update/unet", "lr/unet", "va
 
 @contextmanager
 def tensorboard(folder: Path) -> Iterator[str]:
-    """The address at which it serves the logs in `folder`."""
+    """Starts TensorBoard on the logs in `folder` and yields its address."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0", "--load_fast", "false"]
-    with (folder / "server.txt").open("w+") as said:
-        server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=said, stderr=said)
+    with (folder / "server.txt").open("w+") as output:
+        server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=output, stderr=output)
         try:
             for _ in range(600):
-                if found := re.search(r"http://127\.0\.0\.1:\d+/", (folder / "server.txt").read_text()):
+                if match := re.search(r"http://127\.0\.0\.1:\d+/", (folder / "server.txt").read_text()):
                     break
                 assert server.poll() is None, (folder / "server.txt").read_text()
                 time.sleep(0.1)
-            yield found.group()
+            yield match.group()
         finally:
             server.terminate()
             server.wait(timeout=30)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: TensorBoard's page is not opened")
-def test_a_browser_shows_the_run(tmp_path: Path) -> None:
+def test_tensorboard_shows_scalars_and_previews_in_a_browser(tmp_path: Path) -> None:
     with Log(Config(logging_dir=tmp_path), tmp_path / "run", rank=0) as log:
         log.begin(steps=4, steps_per_epoch=2)
         for step in range(1, 5):
@@ -61,12 +61,12 @@ def test_a_browser_shows_the_run(tmp_path: Path) -> None:
         log.previews([(0, Image.new("RGB", (64, 64), "red"), "a red picture")], step=4)
     with tensorboard(tmp_path) as address, tempfile.TemporaryDirectory() as profile:
         quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-        asked = [CHROMIUM, *quiet, f"--user-data-dir={profile}", "--window-size=1600,6000"]
-        asked += [
+        browser = [CHROMIUM, *quiet, f"--user-data-dir={profile}", "--window-size=1600,6000"]
+        browser += [
             "--virtual-time-budget=30000",
             "--dump-dom",
             f"{address}?tagFilter=loss%7Cnorm%7Cupdate%7Clr%7Cpreviews#timeseries",
         ]
-        shown = subprocess.run(asked, capture_output=True, text=True, timeout=240)
+        shown = subprocess.run(browser, capture_output=True, text=True, timeout=240)
     cards = set(re.findall(r'title="([^"]+)"', shown.stdout))
     assert cards >= TAGS, shown.stdout[-3000:]
