@@ -1,7 +1,10 @@
-"""Contrasts that must come out as theory says: python -m scripts.benchmarks.proof [NAME ...] [--folder build/proof]
+"""Shows that training options have the effect that theory predicts.
 
-Each trains the small model that draws (tests/toy) with sdxl-train, twice or more, differing in one thing, and measures
-by what plain code reads off generated pictures. The table goes to docs/proof.md with --write.
+    python -m scripts.benchmarks.proof [NAME ...] [--folder build/proof] [--write]
+
+Each contrast trains the small model that draws (tests/toy) with sdxl-train at least twice. The runs differ in one
+thing. It then draws images, reads them with plain code, or compares losses, and prints whether the prediction holds.
+`--write` puts the results of the folder into the table of docs/proof.md.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from scripts.benchmarks.proof_reads import (
     cut_off,
     in_order,
     in_style,
-    is_sure,
+    is_significant,
     without_caption,
     write_pairs,
     write_twins,
@@ -41,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 TOY = ROOT / "tests" / "toy" / "toy.safetensors"
 CONFIG = ROOT / "configs" / "quickstart.toml"
 PARTS = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
+"""Start of the tensor names of the U-Net, text encoder 1 and text encoder 2 in a checkpoint file."""
 PROJECTION = "conditioner.embedders.1.model.text_projection"
 Tensors = Mapping[str, torch.Tensor]
 SHORT = ["--max_train_epochs", "3"]
@@ -55,7 +59,7 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table in docs/proof.md."""
 
     what: str
     theory: str
@@ -65,9 +69,14 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[[], *CONTRASTS], help="which contrasts; all if none is named")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "proof")
-    parser.add_argument("--write", action="store_true", help="write what the folder holds into docs/proof.md")
+    parser.add_argument("names", nargs="*", choices=[[], *CONTRASTS], help="contrasts to measure (default: all)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / "build" / "proof",
+        help="folder for runs and results. Finished runs in it are used again",
+    )
+    parser.add_argument("--write", action="store_true", help="write the results in the folder into docs/proof.md")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_pictures(arguments.folder / "style")
@@ -75,21 +84,21 @@ def main() -> None:
         row = CONTRASTS[name](arguments.folder.resolve())
         (arguments.folder / f"{name}.json").write_text(json.dumps(vars(row)))
         print(f"{name}: {row.measured} ({'holds' if row.holds else 'DOES NOT HOLD'})", flush=True)
-    found = [arguments.folder / f"{name}.json" for name in CONTRASTS]
-    rows = {path.stem: Row(**json.loads(path.read_text())) for path in found if path.exists()}
+    results = [arguments.folder / f"{name}.json" for name in CONTRASTS]
+    rows = {path.stem: Row(**json.loads(path.read_text())) for path in results if path.exists()}
     if arguments.write:
         write(rows)
     sys.exit(0 if all(row.holds for row in rows.values()) else 1)
 
 
 def write(rows: Mapping[str, Row]) -> None:
-    """The table at the end of the page; what stands before it is written by hand."""
-    words = PAGE.read_text(encoding="utf-8")
+    """Replaces the table at the end of docs/proof.md. The text above the table is written by hand."""
+    text = PAGE.read_text(encoding="utf-8")
     lines = [
         f"| `{name}` | {row.what} | {row.theory} | {row.measured} | {'yes' if row.holds else '**no**'} |"
         for name, row in rows.items()
     ]
-    PAGE.write_text(words[: words.index(TABLE)] + TABLE + "\n".join(lines) + "\n", encoding="utf-8")
+    PAGE.write_text(text[: text.index(TABLE)] + TABLE + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def train(
@@ -101,63 +110,70 @@ def train(
     data: str = "style",
     program: str = "sdxl_finetune",
 ) -> Path:
-    """The weights that a run ends with; a run that has been made is not made again."""
+    """Runs sdxl-train and returns the final checkpoint. A run that is finished already is not repeated."""
     out = folder / name
-    places = ["--output_dir", str(out), "--logging_dir", str(out / "logs"), "--output_name", "model"]
-    places += ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / data)]
+    paths_of_run = ["--output_dir", str(out), "--logging_dir", str(out / "logs"), "--output_name", "model"]
+    paths_of_run += ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / data)]
     quiet = ["--sample_prompts", "", "--sample_every_n_epochs", "0", "--no-sample_at_first"]
     quiet += ["--save_every_n_epochs", ""]
     launch = LAUNCH if processes > 1 else []
-    command = [sys.executable, *launch, "-m", program, "--config", str(CONFIG), *places, *quiet, *options]
-    done = out / "model.safetensors"
-    if not done.exists():
+    command = [sys.executable, *launch, "-m", program, "--config", str(CONFIG), *paths_of_run, *quiet, *options]
+    final = out / "model.safetensors"
+    if not final.exists():
         if "--resume" not in options:
-            shutil.rmtree(out, ignore_errors=True)  # what was interrupted begins anew
+            shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts again
         cpu = {} if torch.cuda.device_count() >= processes else {"ACCELERATE_USE_CPU": "1"}
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         with (folder / f"{name}.log").open("w") as log:
-            environment = os.environ | cpu | {"PYTHONPATH": paths}
+            environment = os.environ | cpu | {"PYTHONPATH": python_path}
             subprocess.run(command, check=True, cwd=ROOT, stderr=log, env=environment)
-    return done
+    return final
 
 
-def validation(model: Path, at: int = -1) -> dict[str, float]:
-    """The last figures of a run, or those of another time."""
+def validation(model: Path, index: int = -1) -> dict[str, float]:
+    """Returns the validation losses of a run: the last ones, or those at `index`."""
     (log,) = (model.parent / "logs").glob("*/metrics.jsonl")
-    return [row["validation"] for row in map(json.loads, log.read_text().splitlines()) if "validation" in row][at]
+    return [row["validation"] for row in map(json.loads, log.read_text().splitlines()) if "validation" in row][index]
 
 
 def losses(folder: Path, name: str, *options: str, model: Path = TOY) -> list[dict[str, float]]:
-    """Of held out images, the same with the same noise for all: what trainings of 180 steps of three seeds end with."""
+    """Trains 180 steps with each of three seeds and returns the final validation losses.
+
+    All runs hold out the same images and use the same noise for them.
+    """
     runs = [train(folder, f"{name}-{seed}", *HELD_OUT, *options, "--seed", seed, model=model) for seed in SEEDS]
     return [validation(run) for run in runs]
 
 
-def more(ones: Sequence[dict[str, float]], others: Sequence[dict[str, float]], name: str = "loss") -> Mean:
-    """By what share the one losses are above the others of the same seeds."""
-    return Mean.of([one[name] / other[name] - 1 for one, other in zip(ones, others, strict=True)])
+def increase(losses: Sequence[dict[str, float]], base: Sequence[dict[str, float]], name: str = "loss") -> Mean:
+    """Returns by which share the losses are above the base losses of the same seeds."""
+    return Mean.of([run[name] / base_run[name] - 1 for run, base_run in zip(losses, base, strict=True)])
 
 
 def encoders(folder: Path) -> Row:
+    """Trained text encoders learn a new word better than frozen ones."""
     trained, frozen = losses(folder, "right"), losses(folder, "frozen", "--no-train_text_encoder")
-    worse = more(frozen, trained)
+    worse = increase(frozen, trained)
     return Row(
         "text encoders trained or frozen, a tag of a new word, 180 steps, three seeds",
         "trained encoders learn more",
         f"held out loss {average(trained):.4f} trained, {average(frozen):.4f} frozen: {worse} more",
-        worse.sure,
+        worse.is_significant,
     )
 
 
 def twins(folder: Path) -> Row:
-    """A tag for the frame and another for none, of new words that the encoders take for one another."""
+    """Only trained text encoders can separate two tags whose words have the same vector.
+
+    One tag stands for images with a frame, the other for images without.
+    """
     write_twins(folder / "twins")
-    alike = twin_words(TOY, folder / "twins.safetensors")
-    told = []
+    model_with_equal_words = merge_words(TOY, folder / "twins.safetensors")
+    framed_shares = []
     for name, options in (("twins-trained", []), ("twins-frozen", ["--no-train_text_encoder"])):
-        model = train(folder, name, *options, model=alike, data="twins")
-        told.append([in_style(model, 1.0, word) for word in (NEW_STYLE, TWIN)])
-    trained, frozen = told
+        model = train(folder, name, *options, model=model_with_equal_words, data="twins")
+        framed_shares.append([in_style(model, 1.0, word) for word in (NEW_STYLE, TWIN)])
+    trained, frozen = framed_shares
     return Row(
         f"text encoders trained or frozen, tags of two new words with the same vectors, {NEW_STYLE} framed and {TWIN}"
         " not, 420 steps",
@@ -169,9 +185,9 @@ def twins(folder: Path) -> Row:
 
 
 def min_snr(folder: Path) -> Row:
-    """The quickstart's trainings have it."""
-    with_, without = losses(folder, "right"), losses(folder, "min_snr-off", "--min_snr_gamma", "")
-    clean, noisy = (more(with_, without, f"loss/t{at}") for at in ("025", "875"))
+    """Min-SNR weighting trades errors at little noise for errors at much noise. quickstart.toml turns it on."""
+    weighted, unweighted = losses(folder, "right"), losses(folder, "min_snr-off", "--min_snr_gamma", "")
+    clean, noisy = (increase(weighted, unweighted, f"loss/t{timestep}") for timestep in ("025", "875"))
     return Row(
         "min-SNR weighting, gamma 5, and none; three seeds",
         "errors at little noise count less (at timestep 25 an eighth), so that they grow against those at much noise",
@@ -181,32 +197,36 @@ def min_snr(folder: Path) -> Row:
 
 
 def pooled(folder: Path) -> Row:
-    """The reference computes text encoder 2's pooled vector with the matrix as it lies in the file. Losses are
-    compared: what follows of them in pictures is less than chance makes of hundreds.
+    """The untransposed pooled vector of sd-scripts makes the model worse.
+
+    sd-scripts multiplies with text encoder 2's projection matrix as it lies in the file. The contrast compares losses,
+    because the effect on images is smaller than chance in hundreds of images.
     """
     right = losses(folder, "right")
-    wrong = losses(folder, "pooled-wrong", model=turned(TOY, folder / "turned.safetensors"))
+    wrong = losses(folder, "pooled-wrong", model=transpose_projection(TOY, folder / "turned.safetensors"))
     start, other_start = (validation(folder / name / "model.safetensors", 0) for name in ("right-0", "pooled-wrong-0"))
     used = []
     for seed in SEEDS:
-        ended = folder / f"pooled-wrong-{seed}" / "model.safetensors"
-        once = [*HELD_OUT, "--max_train_epochs", "", "--max_train_steps", "1"]
-        model = turned(ended, ended.with_name("turned.st"))
-        used.append(validation(train(folder, f"pooled-used-{seed}", *once, model=model), 0))
-    worse = more(used, right)
+        trained = folder / f"pooled-wrong-{seed}" / "model.safetensors"
+        one_step = [*HELD_OUT, "--max_train_epochs", "", "--max_train_steps", "1"]
+        model = transpose_projection(trained, trained.with_name("turned.st"))
+        used.append(validation(train(folder, f"pooled-used-{seed}", *one_step, model=model), 0))
+    worse = increase(used, right)
     return Row(
         "pooled vector: right, or untransposed as in the reference and then used as interfaces do; three seeds",
         "the other vector makes the model worse, and training with it leaves a model that is worse in interfaces",
         f"held out loss: right {start['loss']:.4f} before and {average(right):.4f} after training, untransposed"
         f" {other_start['loss']:.4f} and {average(wrong):.4f}, and as interfaces use that {average(used):.4f}: {worse}"
         " more than right",
-        start["loss"] < other_start["loss"] and worse.sure,
+        start["loss"] < other_start["loss"] and worse.is_significant,
     )
 
 
 def crops(folder: Path) -> Row:
-    """Parts of wide pictures with an object at the left. The base model knows no crop but 0,0, so that telling does
-    nothing until the others are learned; where an object stands is decided at much noise, so that is trained.
+    """A model that is given the true crop draws fewer objects that are cut off.
+
+    The data are crops of wide images with an object at the left. The base model knows only crop 0,0, so the other crops
+    must be learned first. Only timesteps with much noise are trained, because they decide where an object stands.
     """
     cut = write_wide(folder / "wide", folder / "cut")
     asked = ["--max_train_epochs", "24", "--no-cache_latents", "--no-train_text_encoder"]
@@ -225,7 +245,7 @@ def crops(folder: Path) -> Row:
 
 
 def keep_tokens(folder: Path) -> Row:
-    """The order of a caption's objects says which is left and which is right."""
+    """A model learns left and right from the order of tags, unless the tags are shuffled."""
     write_pairs(folder / "pairs")
     asked = ["--max_train_epochs", "12", "--shuffle_caption"]
     before = in_order(TOY)
@@ -241,22 +261,26 @@ def keep_tokens(folder: Path) -> Row:
 
 
 def dropout(folder: Path) -> Row:
-    """Half the pictures of the style hang in frames; the base model's never do."""
+    """Caption dropout teaches a model to draw without a caption.
+
+    Half of the training images hang in frames. The base model never draws a frame.
+    """
     often, never = (
         without_caption(train(folder, f"dropout-{rate}", "--caption_dropout_rate", rate)) for rate in ("0.3", "0")
     )
-    away = [abs(one.value - 0.5) for one in (often, never)]
+    errors = [abs(share.value - 0.5) for share in (often, never)]
     return Row(
         "caption_dropout_rate 0.3 and 0, the 420 steps of the quickstart",
         "without a caption a model draws like the data (framed: half) only if it was trained without captions too",
         f"framed without a caption: {often} and {never}",
-        is_sure(away[1] - away[0], often.error, never.error),
+        is_significant(errors[1] - errors[0], often.error, never.error),
     )
 
 
 def guidance(folder: Path) -> Row:
-    """Exaggerates what sets a caption apart from pictures in general. What is known well wins: a tag that is only half
-    learned gives way to the ground, which is known well and covers the whole picture.
+    """Guidance strengthens the caption up to a point, and distorts the image beyond.
+
+    A tag that is only half learned loses against the background, which is well known and covers the whole image.
     """
     right = [colours_and_shapes(TOY, scale, count=600) for scale in (1.0, 2.0, 5.0)]
     half, whole = (
@@ -276,31 +300,33 @@ def guidance(folder: Path) -> Row:
 
 
 def full_bf16(folder: Path) -> Row:
-    """Weights rounded to bf16 after each step, as the reference's full_bf16 does; the rest in float32 (CPUs are slow at
-    bf16), so that nothing but the rounding of the weights is seen.
+    """Rounding the weights to bf16 after each step loses most of the change, as with full_bf16 in sd-scripts.
+
+    Everything else is in float32, so that only the rounding has an effect. bf16 is also slow on CPUs.
     """
     rates = ["--learning_rate", "3e-5", "--learning_rate_te1", "1e-6", "--learning_rate_te2", "1e-6"]
     asked = [*SHORT, *rates, "--validation_split", "0.1", "--save_precision", "float", "--ema_half_life", ""]
     start = folder / "start.safetensors"
-    starts = as_bf16(TOY, start)
+    tensors_before = as_bf16(TOY, start)
     exact = train(folder, "bf16-exact", *asked, model=start)
     rounded = train(
         folder, "bf16-rounded", *asked, "--optimizer_type", "scripts.benchmarks.rounding.RoundingAdamW", model=start
     )
     before, losses = validation(exact, 0)["loss"], [validation(model)["loss"] for model in (exact, rounded)]
     ends = [load_file(model) for model in (exact, rounded)]
-    errors = [lost(part, starts, *ends) for part in PARTS]
-    said = ", ".join(f"{error:.2f}" for error in errors)
+    errors = [relative_error(part, tensors_before, *ends) for part in PARTS]
+    shown_errors = ", ".join(f"{error:.2f}" for error in errors)
     return Row(
         "full_bf16 with weights rounded to nearest, at the users' rates (3e-5, 1e-6, 1e-6)",
         "most of what training changes is lost",
         f"held out loss {before:.4f} before, {losses[0]:.4f} in float32, {losses[1]:.4f} rounded; relative error of the"
-        f" change of U-Net and text encoders: {said}",
+        f" change of U-Net and text encoders: {shown_errors}",
         losses[0] < losses[1] and min(errors) > 0.5,
     )
 
 
 def resumed(folder: Path) -> Row:
+    """A resumed run ends with the same weights."""
     plain = train(folder, "short", *SHORT)
     asked = [*SHORT, "--save_state", "--resume", "auto", "--save_every_n_steps", "100"]
     first = train(folder, "resume-twice", *asked)
@@ -308,8 +334,8 @@ def resumed(folder: Path) -> Row:
         if path.exists():
             path.rename(path.with_name(f"old-{path.name}"))
     again = train(folder, "resume-twice", *asked)
-    expected, found = load_file(plain), load_file(again)
-    same = all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = load_file(plain), load_file(again)
+    same = all(torch.equal(expected[name], actual[name]) for name in expected)
     return Row(
         "a run that goes on from the state of step 100, of 180 steps",
         "it ends with the same weights",
@@ -319,6 +345,7 @@ def resumed(folder: Path) -> Row:
 
 
 def processes(folder: Path) -> Row:
+    """Two processes with half the batch each learn the same as one."""
     models = (
         train(folder, "short", *SHORT),
         train(folder, "processes-two", *SHORT, "--train_batch_size", "8", processes=2),
@@ -333,52 +360,71 @@ def processes(folder: Path) -> Row:
 
 
 CONTRASTS: dict[str, Callable[[Path], Row]] = {
-    one.__name__: one
-    for one in (encoders, twins, guidance, dropout, min_snr, pooled, crops, keep_tokens, resumed, processes, full_bf16)
+    contrast.__name__: contrast
+    for contrast in (
+        encoders,
+        twins,
+        guidance,
+        dropout,
+        min_snr,
+        pooled,
+        crops,
+        keep_tokens,
+        resumed,
+        processes,
+        full_bf16,
+    )
 }
 
 
-def average(ends: Sequence[dict[str, float]]) -> float:
-    return float(np.mean([end["loss"] for end in ends]))
+def average(runs: Sequence[dict[str, float]]) -> float:
+    return float(np.mean([losses["loss"] for losses in runs]))
 
 
 def save_like(model: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """Writes tensors with the metadata of another file."""
+    """Writes tensors with the metadata of the file `model`."""
     with safe_open(model, "pt") as file:
         save_file(tensors, target, file.metadata())
     return target
 
 
-def twin_words(model: Path, target: Path) -> Path:
-    """The same file in which both encoders have one vector for the two words."""
-    (one,), (other,) = (token_ids(word, load_encoding(None)) for word in (NEW_STYLE, TWIN))
+def merge_words(model: Path, target: Path) -> Path:
+    """Writes a copy of `model` in which both words have the same vector in both text encoders."""
+    (style_id,), (twin_id,) = (token_ids(word, load_encoding(None)) for word in (NEW_STYLE, TWIN))
     tensors = load_file(model)
     for name, tensor in tensors.items():
         if name.endswith("token_embedding.weight"):
-            tensor[other] = tensor[one]
+            tensor[twin_id] = tensor[style_id]
     return save_like(model, target, tensors)
 
 
-def turned(model: Path, target: Path) -> Path:
-    """The same file with text encoder 2's projection transposed."""
+def transpose_projection(model: Path, target: Path) -> Path:
+    """Writes a copy of `model` with text encoder 2's projection matrix transposed."""
     tensors = load_file(model)
     tensors[PROJECTION] = tensors[PROJECTION].T.contiguous()
     return save_like(model, target, tensors)
 
 
 def as_bf16(model: Path, target: Path) -> dict[str, torch.Tensor]:
-    """Writes the same file in bf16, and returns its tensors."""
-    tensors = {name: one.bfloat16() if one.is_floating_point() else one for name, one in load_file(model).items()}
+    """Writes a copy of `model` in bf16 and returns its tensors."""
+    tensors = {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in load_file(model).items()
+    }
     save_like(model, target, tensors)
     return tensors
 
 
-def lost(part: str, before: Tensors, exact: Tensors, other: Tensors) -> float:
-    """How far the change of the tensors that begin with `part` is from the exact one, by the size of that."""
-    names = [name for name, one in before.items() if name.startswith(part) and one.is_floating_point()]
-    true, found = ([end[name].float() - before[name].float() for name in names] for end in (exact, other))
-    wrong = sum(float((a - b).square().sum()) for a, b in zip(true, found, strict=True))
-    return math.sqrt(wrong / max(sum(float(one.square().sum()) for one in true), 1e-30))
+def relative_error(part: str, before: Tensors, exact: Tensors, other: Tensors) -> float:
+    """Returns the relative L2 error of a change of weights, for the tensors whose names begin with `part`.
+
+    The change from `before` to `other` is compared with the change from `before` to `exact`.
+    """
+    names = [name for name, tensor in before.items() if name.startswith(part) and tensor.is_floating_point()]
+    exact_change, other_change = (
+        [end[name].float() - before[name].float() for name in names] for end in (exact, other)
+    )
+    error = sum(float((a - b).square().sum()) for a, b in zip(exact_change, other_change, strict=True))
+    return math.sqrt(error / max(sum(float(change.square().sum()) for change in exact_change), 1e-30))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""AdamW that rounds weights to the nearest bf16 after each step. scripts/benchmarks/proof.py compares with it."""
+"""AdamW that rounds the weights to bf16 after each step. scripts/benchmarks/proof.py compares it with exact masters."""
 
 import torch
 
 
 class RoundingAdamW(torch.optim.AdamW):
-    """Moments stay in float32: nothing but the rounding of the weights differs."""
+    """AdamW with rounded weights. The moments stay in float32, so only the rounding of the weights differs."""
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -11,8 +11,7 @@ prints the share of captions for which each of these is right:
     count     the number of objects is right
     framed    the image hangs in the wooden frame of the new style, asked for or not
 
-By chance, an image of one object has the right colour in one of six cases, the right shape in one of five, and the
-right background in one of four.
+By chance, one of six colours is right, one of five shapes and one of four backgrounds.
 """
 
 import argparse

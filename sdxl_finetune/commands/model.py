@@ -205,7 +205,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _choose_format(arguments: argparse.Namespace) -> "SaveAs":
-    """Returns the option `save_model_as`, or the format of the output's suffix. Raises UserError if the output exists."""
+    """Returns the option `save_model_as`, or the format for the output's suffix. Raises UserError if it exists."""
     _check_output(arguments)
     suffixes = {".safetensors": "safetensors", ".ckpt": "ckpt"}
     by_name: SaveAs = suffixes.get(arguments.output.suffix, "diffusers_safetensors")  # type: ignore[assignment]

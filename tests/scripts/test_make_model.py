@@ -1,4 +1,4 @@
-"""The small model that draws is made the same however often its making is interrupted."""
+"""scripts/toy/make_model.py makes the same model, however often it is interrupted."""
 
 import os
 import re
@@ -18,7 +18,7 @@ TINY = [
 
 
 def start(folder: Path) -> subprocess.Popen:
-    """The script, in a process group of its own with the sdxl-train that it starts."""
+    """Starts the script in a new process group, so that it can be killed together with its sdxl-train."""
     command = [sys.executable, "-m", "scripts.toy.make_model", "--folder", str(folder), *TINY]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -26,45 +26,45 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def make(folder: Path) -> str:
-    """What the script says until it has made the model."""
+    """Runs the script to its end and returns its output."""
     process = start(folder)
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, said
-    return said
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return output
 
 
 def kill_when(due: Callable[[], bool], folder: Path) -> str:
-    """Starts the script and kills it and what it has started as soon as `due`; what it has said."""
+    """Starts the script, kills it and its sdxl-train as soon as `due` is true, and returns its output."""
     process = start(folder)
     end = time.monotonic() + 240
     while not due() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
     running = process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
-    said = process.communicate()[0]  # until both have gone
-    assert running and due(), said
-    return said
+    output = process.communicate()[0]  # waits until both processes have ended
+    assert running and due(), output
+    return output
 
 
 TIMES = rb'"modelspec.date":"[^"]{19}"|\\"log\\": \\"\d{14}\\"'
-"""In the metadata: of saving, and of the start, after which the log is named."""
+"""Times in the metadata: that of saving, and that of the start, which names the log."""
 
 
 def content(model: Path) -> bytes:
-    """The file as it is but for two times, each as long whenever it was."""
-    found, count = re.subn(TIMES, b"", model.read_bytes())
+    """Returns the bytes of a model file without the two times. Their length is always the same."""
+    without_times, count = re.subn(TIMES, b"", model.read_bytes())
     assert count == 2
-    return found
+    return without_times
 
 
 def test_the_model_is_the_same_after_interruptions(tmp_path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    make(one)
-    kill_when((other / "vae.pt").exists, other)
-    step = torch.load(other / "vae.pt", weights_only=True)["step"]
-    assert 0 < step < 12 and not (other / "decoder.pt").exists()
-    said = kill_when(lambda: any((other / "out").glob("toy-*-state")), other)
-    assert re.findall(r"(\d+)/12 ", said)[0] == str(step)
-    assert not (other / "out" / "toy.safetensors").exists()
-    assert "going on after step" in make(other)
-    assert content(one / "toy.safetensors") == content(other / "toy.safetensors")
+    undisturbed, interrupted = tmp_path / "undisturbed", tmp_path / "interrupted"
+    make(undisturbed)
+    kill_when((interrupted / "vae.pt").exists, interrupted)
+    step = torch.load(interrupted / "vae.pt", weights_only=True)["step"]
+    assert 0 < step < 12 and not (interrupted / "decoder.pt").exists()
+    output = kill_when(lambda: any((interrupted / "out").glob("toy-*-state")), interrupted)
+    assert re.findall(r"(\d+)/12 ", output)[0] == str(step)
+    assert not (interrupted / "out" / "toy.safetensors").exists()
+    assert "going on after step" in make(interrupted)
+    assert content(undisturbed / "toy.safetensors") == content(interrupted / "toy.safetensors")

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from scripts.benchmarks.letter_box import letter_box
-from scripts.benchmarks.proof import CONFIG, PARTS, as_bf16, lost, turned
+from scripts.benchmarks.proof import CONFIG, PARTS, as_bf16, relative_error, transpose_projection
 from scripts.benchmarks.proof_reads import Share, touches, write_wide
 from scripts.toy.judge import judge, judge_checkpoint
 from scripts.toy.style import write_pictures
@@ -54,13 +54,13 @@ def test_the_model_follows_captions_and_needs_the_right_pooled_vector(tmp_path: 
     assert TOY.stat().st_size <= 30e6
     right = judge_checkpoint(TOY, 40)
     assert right.colour >= 0.75 and right.shape >= 0.75 and right.framed <= 0.1, right
-    wrong = judge_checkpoint(turned(TOY, tmp_path / "turned.safetensors"), 40)
+    wrong = judge_checkpoint(transpose_projection(TOY, tmp_path / "turned.safetensors"), 40)
     assert right.colour + right.shape > wrong.colour + wrong.shape, wrong
 
 
 @pytest.fixture
 def taught(tmp_path: Path, monkeypatch):
-    """taught(*options): the folder of a short run of sdxl-train on pictures of the new style, with quickstart.toml."""
+    """Returns a function that trains shortly on images of the new style with quickstart.toml. It returns the model."""
     write_pictures(tmp_path / "pictures", 48)
 
     def teach(name: str, *options: str, model: Path = TOY) -> Path:
@@ -76,8 +76,8 @@ def taught(tmp_path: Path, monkeypatch):
     return teach
 
 
-def test_masters_keep_what_rounding_to_bf16_loses(taught, tmp_path: Path) -> None:
-    """Of what float32 training at the users' rates teaches from the same bf16 values."""
+def test_exact_masters_keep_changes_that_rounding_to_bf16_loses(taught, tmp_path: Path) -> None:
+    """Compares with float32 training from the same bf16 weights, at the learning rates of configs/style.toml."""
     start = tmp_path / "start.safetensors"
     before = as_bf16(TOY, start)
     asked = ["--max_train_epochs", "1", "--lr_warmup_steps", "0", "--save_precision", "float"]
@@ -87,19 +87,20 @@ def test_masters_keep_what_rounding_to_bf16_loses(taught, tmp_path: Path) -> Non
     masters = load_file(taught("masters", *asked, *bf16, model=start))
     rounded = load_file(taught("rounded", *asked, *bf16, "--no-exact_masters", model=start))
     for part in PARTS:
-        assert lost(part, before, exact, masters) < 0.2, part
-        assert lost(part, before, exact, rounded) > 0.8, part
+        assert relative_error(part, before, exact, masters) < 0.2, part
+        assert relative_error(part, before, exact, rounded) > 0.8, part
 
 
-def test_contrasts_read_what_is_there(tmp_path: Path) -> None:
-    """Shares know chance, half of the random parts of wide pictures cut an object and whole pictures none, and a crop
-    is told as docs/differences.md says that the reference does.
+def test_the_measurements_of_the_proof_are_right(tmp_path: Path) -> None:
+    """Shares have standard errors, wide images are cut at random, and letter-box offsets are those of sd-scripts.
+
+    docs/differences.md describes these offsets.
     """
     assert Share(100, 200).above(Share(60, 200)) and not Share(100, 200).above(Share(90, 200))
     assert 0 < Share(0, 10).error < 0.15 and str(Share(1, 4)) == "25% ± 19"
     cut = write_wide(tmp_path / "wide", tmp_path / "cut", 100)
     assert 0.35 < cut.value < 0.75 and len(list((tmp_path / "cut").glob("*.txt"))) == 100
-    whole = islice(scenes(1, kept=True, quality="best", two=0.0), 50)
+    whole = islice(scenes(1, for_training=True, quality="best", pair_share=0.0), 50)
     assert not any(touches(draw(scene, random.Random(number))) for number, scene in enumerate(whole))
     entry = SimpleNamespace(size=(1000, 1500), bucket=SimpleNamespace(width=832, height=1216))
     assert letter_box(SimpleNamespace(entry=entry)) == (0, 10)
