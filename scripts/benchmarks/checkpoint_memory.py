@@ -1,10 +1,11 @@
-"""Peak private memory of loading and saving a full-size SDXL checkpoint.
-
-Writes a float16 file of SDXL's size with random weights (6.9 GB), loads it in bfloat16, saves it as float16, and prints
-the highest RssAnon (memory that is the process's own, not mapped from a file) of each phase beside the size of the
-model in its training dtype. The aim is at most 20 % above that. Takes 14 GB of disk, 9 GB of memory, a minute:
+"""Measures the peak private memory of loading and saving a full-size SDXL checkpoint.
 
     python -m scripts.benchmarks.checkpoint_memory [--folder /somewhere/with/room]
+
+The script writes a float16 file of SDXL's size with random weights (6.9 GB), loads it in bfloat16 and saves it as
+float16. For both phases it prints the highest RssAnon beside the size of the bfloat16 model. RssAnon is the memory of
+the process that is not mapped from a file. It should be at most 20 % above the size of the model. The script needs
+14 GB of disk and 9 GB of memory, and takes a minute.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from sdxl_finetune.model.tensorfile import Source, write_safetensors
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to put the files (a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder for the files (default: a temporary folder)")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
         first, second = Path(folder, "first.safetensors"), Path(folder, "second.safetensors")
         write_safetensors(first, full_size_sources(), {})
@@ -44,12 +45,12 @@ def main() -> None:
         model_bytes = 2 * sum(tensor.numel() for tensor in tensors)
         print(f"the model in bfloat16: {model_bytes / 1e9:.2f} GB; the process before: {before / 1e9:.2f} GB")
         for name, phase in (("load", loading), ("save", saving)):
-            own = phase[0] - before
-            print(f"{name}: peak {own / 1e9:.2f} GB over that, {100 * (own / model_bytes - 1):+.1f} % of the model")
+            added = phase[0] - before
+            print(f"{name}: peak {added / 1e9:.2f} GB over that, {100 * (added / model_bytes - 1):+.1f} % of the model")
 
 
 def full_size_sources() -> dict[str, Source]:
-    """The tensors of a full-size checkpoint, drawn when they are read."""
+    """Returns the tensors of a full-size checkpoint. Their random values are made when they are read."""
     with torch.device("meta"):
         model, vae = SDXL(FULL), AutoencoderKL(**vae_config(FULL))
         layer = dict(model.te2.text_model.encoder.layers[0].named_parameters())
@@ -68,21 +69,22 @@ def full_size_sources() -> dict[str, Source]:
 
 
 def te1_shape(name: str, layer: dict[str, torch.Tensor]) -> tuple[int, ...]:
-    """The shape of a tensor of te1's last layer or norm: as te2's, at te1's width."""
+    """Returns the shape of a tensor in the last layer or norm of text encoder 1: that of encoder 2, at 1's width."""
     if name == LOGIT_SCALE:
         return ()
-    like = next((tensor.shape for inner, tensor in layer.items() if name.endswith(inner)), (FULL.te2.width,))
-    return tuple(side * FULL.te1.width // FULL.te2.width for side in like)
+    te2_shape = next((tensor.shape for inner, tensor in layer.items() if name.endswith(inner)), (FULL.te2.width,))
+    return tuple(side * FULL.te1.width // FULL.te2.width for side in te2_shape)
 
 
 def anonymous_bytes() -> int:
+    """Returns RssAnon of this process in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
 
 
 @contextmanager
-def peak(what: str) -> Iterator[list[int]]:
-    """Samples memory every 5 ms; the list gets the highest value."""
+def peak(phase: str) -> Iterator[list[int]]:
+    """Samples RssAnon every 5 ms within the context. The list holds the highest value, in bytes."""
     highest, done, began = [anonymous_bytes()], threading.Event(), time.perf_counter()
 
     def sample() -> None:
@@ -96,7 +98,7 @@ def peak(what: str) -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
-        print(f"{what}: {time.perf_counter() - began:.1f} s")
+        print(f"{phase}: {time.perf_counter() - began:.1f} s")
 
 
 if __name__ == "__main__":

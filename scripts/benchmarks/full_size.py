@@ -2,14 +2,16 @@
 
     python -m scripts.benchmarks.full_size
 
-Writes a checkpoint of SDXL's size with random weights, and makes three real optimizer steps with it on the CPU:
-full_bf16 with exact masters, AdamW8bit, fused_backward_pass, gradient_checkpointing, batch 1. Prints this process's
-private memory (RssAnon) after loading and at its peak, and what weights, masters and optimizer states take for each
-trained parameter.
+The script writes a checkpoint of SDXL's size with random weights, and makes three optimizer steps with it on the CPU.
+It uses full_bf16 with exact masters, AdamW8bit, fused_backward_pass and gradient_checkpointing, with batch size 1. It
+prints the
+private memory of the process (RssAnon) after loading and at its peak. It also prints the bytes of weights, low bits and
+optimizer states for each trained parameter.
 
-The process that trains may not have more than --limit GiB, and is the first to go if the machine has less. glibc's
-default of keeping freed blocks of up to 32 MB costs 2 GiB here, so that blocks above 256 KB are given back at once.
-Takes 7 GB of disk, and some minutes on two cores, as bf16 convolutions are slow on a CPU.
+The training process may use at most --limit GiB. If the machine runs out of memory, the system kills this process
+first. By default glibc keeps freed blocks of up to 32 MB, which costs 2 GiB here. The script therefore makes glibc
+return blocks above 256 KB at once. The script needs 7 GB of disk, and takes some minutes on two cores, because bf16
+convolutions are slow on a CPU.
 """
 
 import argparse
@@ -39,12 +41,16 @@ STEPS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to put the model (a temporary folder); kept and used again")
-    parser.add_argument("--resolution", type=int, default=128)
-    parser.add_argument("--max_token_length", type=int, default=75)
-    parser.add_argument("--limit", type=float, default=22.0, help="GiB of private memory")
-    parser.add_argument("--preset", choices=("full", "small", "tiny"), default="full", help="others try out the script")
-    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # the process that is measured
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the model, which is then kept (default: a temporary folder)"
+    )
+    parser.add_argument("--resolution", type=int, default=128, help="pixels (default: 128)")
+    parser.add_argument("--max_token_length", type=int, default=75, help="75, 150 or 225 (default: 75)")
+    parser.add_argument("--limit", type=float, default=22.0, help="most private memory in GiB (default: 22)")
+    parser.add_argument(
+        "--preset", choices=("full", "small", "tiny"), default="full", help="small and tiny only try out the script"
+    )
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # runs the training process
     arguments = parser.parse_args()
     if arguments.train:
         train(arguments)
@@ -58,6 +64,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, preset: str) -> None:
+    """Writes the training images and the model."""
     folder.mkdir(parents=True, exist_ok=True)
     write_photos(folder / "photos")
     model = folder / f"{preset}.safetensors"
@@ -70,6 +77,7 @@ def prepare(folder: Path, preset: str) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    """Makes the training steps and prints the memory."""
     Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_DATA, (int(arguments.limit * GiB),) * 2)
     options = {
@@ -94,33 +102,33 @@ def train(arguments: argparse.Namespace) -> None:
     config = load_config([*given, *(f"--{flag}" for flag in flags)], program="sdxl-train")
     assert config is not None
     with peak("load and train") as highest, build_run(config) as run:
-        say("after loading", anonymous_bytes())
+        print_memory("after loading", anonymous_bytes())
         started = time.perf_counter()
         for step in training_steps(run.learner, run.batches(), StopRequest()):
             seconds, started = time.perf_counter() - started, time.perf_counter()
             loss = step.loss.item()
             print(f"step {step.number}: loss {loss:.4f}, {seconds:.0f} s, so far {highest[0] / GiB:.2f} GiB")
-        say("peak", highest[0])
+        print_memory("peak", highest[0])
         count, parts = kept_bytes(run.learner)
     print(f"trained parameters: {count / 1e9:.3f} billion")
     print(", ".join(f"{name} {size / count:.3f}" for name, size in parts.items()), end=": ")
     print(f"{sum(parts.values()) / count:.3f} bytes for each trained parameter")
 
 
-def say(when: str, size: int) -> None:
+def print_memory(when: str, size: int) -> None:
     print(f"private memory {when}: {size / GiB:.2f} GiB", flush=True)
 
 
 def kept_bytes(learner: Learner) -> tuple[int, dict[str, int]]:
-    """Trained parameters, and the bytes that are kept for them from step to step."""
+    """Returns the number of trained parameters, and the bytes that are kept for them between steps, by kind."""
     trained = [parameter for _, parameter in learner.parameters.named()]
-    masters = [learner.sdxl.masters.kept(parameter) for parameter in trained]
+    low_bits = [learner.sdxl.masters.kept(parameter) for parameter in trained]
     values = [value for state in learner.update.optimizer.state.values() for value in state.values()]
-    # By place, as 8-bit states share their tables.
+    # By address, because 8-bit states share their tables.
     states = {value.data_ptr(): value.nbytes for value in values if isinstance(value, torch.Tensor)}
-    return sum(one.numel() for one in trained), {
-        "weights": sum(one.nbytes for one in trained),
-        "masters": sum(one.nbytes for one in masters if one is not None),
+    return sum(parameter.numel() for parameter in trained), {
+        "weights": sum(parameter.nbytes for parameter in trained),
+        "masters": sum(bits.nbytes for bits in low_bits if bits is not None),
         "optimizer": sum(states.values()),
     }
 

@@ -1,11 +1,12 @@
-"""Measures how fast a model trains, and in how much memory.
+"""Measures how fast a model trains, and the memory that it needs.
 
     python -m scripts.benchmarks.gpu_speed MODEL PICTURES [--batches 1 2 4]
 
-Makes steps of the real training loop, with batches of one picture repeated, so that one run can try many sizes: bf16
-with exact masters, AdamW8bit, fused_backward_pass, gradient_checkpointing, both text encoders. Prints a line of JSON
-for each size (images a second, peak bytes of the device, seconds of the first steps) until memory runs out.
-gpu_acceptance.py starts it as a process of its own, whose memory nothing else has touched.
+The script makes steps of the real training loop with batches that repeat one image, so that one run can try many batch
+sizes. It uses bf16 with exact masters, AdamW8bit, fused_backward_pass and gradient_checkpointing, and trains both text
+encoders. For each batch size it prints a line of JSON: images per second, peak bytes of the device, and seconds of the
+first steps. It stops when a batch does not fit. gpu_acceptance.py starts this script as a process of its own, so that
+no other memory is in use.
 """
 
 import argparse
@@ -32,28 +33,28 @@ from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.loop import training_steps
 from sdxl_finetune.training.setup import build_run
 
-WARM = 3
-"""Steps before the clock starts: the first ones compile, allocate and try out."""
+WARM_UP_STEPS = 3
+"""Steps before the measurement. They compile the model, allocate memory and choose algorithms."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("pictures", type=Path)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1])
-    parser.add_argument("--steps", type=int, default=8, help="that are measured, of each size")
-    parser.add_argument("--seconds", type=float, default=1e9, help="no larger batch is begun after these")
-    parser.add_argument("--resolution", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=225)
-    parser.add_argument("--backend", help="compile the U-Net's blocks with it")
-    given = parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="checkpoint")
+    parser.add_argument("pictures", type=Path, help="folder of images with captions")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of each batch size (default: 8)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further batch size after this time")
+    parser.add_argument("--resolution", type=int, default=1024, help="pixels (default: 1024)")
+    parser.add_argument("--tokens", type=int, default=225, help="tokens of a caption (default: 225)")
+    parser.add_argument("--backend", help="compile the U-Net's blocks with this backend")
+    arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as out:
-            config = configured(
-                given.model, given.pictures, Path(out), resolution=given.resolution, tokens=given.tokens,
-                backend=given.backend,
+            config = build_config(
+                arguments.model, arguments.pictures, Path(out), resolution=arguments.resolution,
+                tokens=arguments.tokens, backend=arguments.backend,
             )  # fmt: skip
-            for row in measure(config, given.batches, steps=given.steps, seconds=given.seconds):
+            for row in measure(config, arguments.batches, steps=arguments.steps, seconds=arguments.seconds):
                 print(json.dumps(row), flush=True)
     except UserError as error:
         say_errors(*error.problems)
@@ -61,9 +62,10 @@ def main() -> int:
     return 0
 
 
-def configured(
+def build_config(
     model: Path, pictures: Path, out: Path, *, resolution: int, tokens: int, backend: str | None = None, batch: int = 1
 ) -> Config:
+    """Builds the config that is measured."""
     options = {
         "pretrained_model_name_or_path": model,
         "train_data_dir": pictures,
@@ -75,7 +77,7 @@ def configured(
         "max_train_steps": 10_000,
         "optimizer_type": "AdamW8bit",
         "mixed_precision": "bf16",
-        "learning_rate": 1e-7,  # random weights are not to be driven anywhere
+        "learning_rate": 1e-7,  # small, so that random weights do not diverge
         "learning_rate_te1": 1e-7,
         "learning_rate_te2": 1e-7,
         "max_data_loader_n_workers": 0,
@@ -84,20 +86,20 @@ def configured(
     }
     flags = ["full_bf16", "fused_backward_pass", "gradient_checkpointing", "cache_latents", "train_text_encoder"]
     compiling = ["--torch_compile", "--dynamo_backend", backend] if backend else []
-    given = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    config = load_config([*given, *(f"--{flag}" for flag in flags), *compiling], program="sdxl-train")
+    values = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    config = load_config([*values, *(f"--{flag}" for flag in flags), *compiling], program="sdxl-train")
     assert config is not None
     return config
 
 
-def repeated(batch: Batch, times: int) -> Iterator[Batch]:
-    """The same batch for each of so many steps."""
-    for step in range(times):
+def repeat(batch: Batch, steps: int) -> Iterator[Batch]:
+    """Yields the batch for each of `steps` optimizer steps."""
+    for step in range(steps):
         yield dataclasses.replace(batch, position=Position(epoch=0, step=step, micro=0, micros=1))
 
 
 def measure(config: Config, sizes: Sequence[int], *, steps: int, seconds: float = 1e9) -> Iterator[dict[str, Any]]:
-    """Yields the figures of each batch size, until one does not fit or the time is over."""
+    """Yields the results of each batch size, until one does not fit or the time is over."""
     began = time.perf_counter()
     with build_run(config) as run:
         first = next(run.batches())
@@ -105,20 +107,20 @@ def measure(config: Config, sizes: Sequence[int], *, steps: int, seconds: float 
             if time.perf_counter() - began > seconds:
                 return
             try:
-                yield measured(run.learner, enlarged(first, size), steps)
+                yield measure_batch(run.learner, enlarge(first, size), steps)
             except OutOfMemory:
                 yield {"batch": size, "out_of_memory": True}
                 return
 
 
-def measured(learner: Learner, batch: Batch, steps: int) -> dict[str, Any]:
-    """The figures of `steps` steps on this batch, after WARM steps that are not counted."""
+def measure_batch(learner: Learner, batch: Batch, steps: int) -> dict[str, Any]:
+    """Returns speed and peak memory of `steps` steps with this batch. Warm-up steps are left out."""
     device, size = learner.accelerator.device, batch.images_in_step
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started, warm = time.perf_counter(), 0.0
-    for step in training_steps(learner, repeated(batch, WARM + steps), StopRequest()):
-        if step.number == WARM:
+    for step in training_steps(learner, repeat(batch, WARM_UP_STEPS + steps), StopRequest()):
+        if step.number == WARM_UP_STEPS:
             synchronize(device)
             warm, started = time.perf_counter() - started, time.perf_counter()
         loss = step.loss
@@ -128,8 +130,8 @@ def measured(learner: Learner, batch: Batch, steps: int) -> dict[str, Any]:
     return {"batch": size, "images_per_second": speed, "peak_bytes": peak_memory_bytes(device), "warm_seconds": warm}
 
 
-def enlarged(batch: Batch, size: int) -> Batch:
-    """`batch` repeated to so many images, as the loader gives it to a device."""
+def enlarge(batch: Batch, size: int) -> Batch:
+    """Repeats a batch until it has `size` images. If there is a GPU, the result is in pinned memory."""
     times = size // len(batch.weights)
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     repeated = {

@@ -1,10 +1,11 @@
-"""Interrupts one run again and again, resumes it each time, and compares it once with a run that nobody disturbed.
+"""Interrupts a run again and again, resumes it each time, and compares the result with an undisturbed run.
 
     python -m scripts.benchmarks.interrupt --interruptions 40 --seed 0 [--processes 2] [-- any options of sdxl-train]
 
-Each interruption is drawn: SIGKILL at any time from the start on, SIGKILL while something is being saved, SIGTERM, or
-SIGTERM and then SIGKILL. Compared are the names of all files, every tensor of every saved weights file and of the
-last state, metrics.jsonl and TensorBoard, but for what measures time and memory. Ends with status 1 on a difference.
+Each interruption is chosen at random: SIGKILL at any time, SIGKILL while something is saved, SIGTERM, or SIGTERM and
+then SIGKILL. The script compares the names of all files, all tensors in the checkpoints and in the last training
+state, metrics.jsonl and the TensorBoard scalars. Measurements of time and memory are not compared. The exit status is
+1 if anything differs.
 """
 
 import argparse
@@ -28,10 +29,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from scripts.toy.photos import write_photos
 from sdxl_finetune import cli
 from sdxl_finetune.commands.model import main as model_tool
-from sdxl_finetune.training.loop import train  # noqa: F401 (so that forked runs start at once)
+from sdxl_finetune.training.loop import train  # noqa: F401 (imported early, so that forked runs start fast)
 
 STYLE = Path(__file__).parents[2] / "configs" / "style.toml"
 MEASURED = {"images_per_second", "data_wait_seconds", "peak_memory_bytes"}
+"""Values in the logs that differ from run to run."""
 OPTIONS = [
     *("--resolution", "96", "--min_bucket_reso", "64", "--max_bucket_reso", "128", "--max_data_loader_n_workers", "0"),
     *("--mixed_precision", "no", "--no-full_bf16", "--sample_every_n_epochs", "0", "--sample_prompts", ""),
@@ -42,7 +44,11 @@ OPTIONS = [
 
 
 class Process:
-    """A run on its way: forked from this process, which has imported everything; or launched, of several processes."""
+    """A running sdxl-train.
+
+    A run of one process is forked from this process, so that nothing has to be imported again. A run of several
+    processes is started with accelerate.
+    """
 
     def __init__(self, arguments: list[str], processes: int, log: Path) -> None:
         self.log = log
@@ -73,7 +79,7 @@ class Process:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self, seconds: float = 300) -> int:
-        """Its exit status; a run that hangs is a failure of the script."""
+        """Waits for the end and returns the exit status. Raises AssertionError if the run hangs."""
         end = time.monotonic() + seconds
         while not self.ended():
             assert time.monotonic() < end, self.log.read_text()[-4000:]
@@ -81,21 +87,21 @@ class Process:
         return self._launched.returncode if self._launched else os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def kill(self) -> None:
-        """All its processes: a launcher's lie in sessions of their own."""
+        """Kills the run with all its processes. The processes of a launcher are in sessions of their own."""
         process = psutil.Process(self.pid)
-        for one in [process, *process.children(recursive=True)]:
+        for member in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+                member.kill()
         self.wait()
 
     def terminate(self) -> None:
         os.kill(self.pid, signal.SIGTERM)
 
 
-def interrupt(process: Process, rng: random.Random, longest: float, output_dir: Path) -> str | None:
-    """Interrupts a run at a random time up to `longest` seconds; returns how, None if it had ended before."""
+def interrupt(process: Process, rng: random.Random, max_seconds: float, output_dir: Path) -> str | None:
+    """Interrupts a run at a random time within `max_seconds`. Returns how, or None if the run had ended before."""
     way = rng.choice(["SIGKILL", "SIGKILL while saving", "SIGTERM", "SIGTERM, SIGKILL"])
-    sleep(process, rng.uniform(0, longest))
+    sleep(process, rng.uniform(0, max_seconds))
     if way == "SIGKILL while saving":
         while not process.ended() and not any(output_dir.glob(".*.tmp")):
             time.sleep(0.002)
@@ -114,78 +120,79 @@ def interrupt(process: Process, rng: random.Random, longest: float, output_dir: 
 
 
 def sleep(process: Process, seconds: float) -> None:
+    """Waits for some seconds, or until the run ends."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not process.ended():
         time.sleep(0.002)
 
 
-def saved(folder: Path) -> list[str]:
-    """The names of everything that a run has saved."""
+def saved_names(folder: Path) -> list[str]:
+    """Returns the names of all files and folders that a run has saved."""
     return sorted(path.name for path in (folder / "out").iterdir() if path.name != "cache")
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """In what two runs differ."""
-    found = []
-    if saved(one) != saved(other):
-        found.append(f"files: {saved(one)} and {saved(other)}")
-    weights = sorted(path.name for path in (one / "out").glob("*.safetensors"))
-    found += [name for name in weights if not same(*(load_file(run / "out" / name) for run in (one, other)))]
+def differences(first: Path, second: Path) -> list[str]:
+    """Returns the names of what differs between two runs."""
+    different = []
+    if saved_names(first) != saved_names(second):
+        different.append(f"files: {saved_names(first)} and {saved_names(second)}")
+    checkpoints = sorted(path.name for path in (first / "out").glob("*.safetensors"))
+    different += [name for name in checkpoints if not same(*(load_file(run / "out" / name) for run in (first, second)))]
     for name in ("weights.safetensors", "optimizer.pt"):
-        states = [next((run / "out").glob("*[a-z]-state")) / name for run in (one, other)]
-        read = load_file if name.startswith("weights") else torch.load
-        if not same(*(read(path) for path in states)):
-            found.append(str(states[0]))
-    found += [name for name, read in (("metrics.jsonl", metrics), ("TensorBoard", board)) if read(one) != read(other)]
-    return found
+        paths = [next((run / "out").glob("*[a-z]-state")) / name for run in (first, second)]
+        load = load_file if name.startswith("weights") else torch.load
+        if not same(*(load(path) for path in paths)):
+            different.append(str(paths[0]))
+    logs = (("metrics.jsonl", read_metrics), ("TensorBoard", read_scalars))
+    return different + [name for name, read in logs if read(first) != read(second)]
 
 
-def same(one: Any, other: Any) -> bool:
-    """Bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return bool(one == other)
+def same(first: Any, second: Any) -> bool:
+    """True if all tensors and values are equal, bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    return bool(first == second)
 
 
-def log_of(folder: Path) -> Path:
-    """The log of the run that went to its end; one that is killed before it has saved anything leaves its own."""
+def last_log(folder: Path) -> Path:
+    """Returns the log folder of the last run. A run killed before its first save leaves an older folder."""
     return max((folder / "logs").iterdir())
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    path = log_of(folder) / "metrics.jsonl"
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    path = last_log(folder) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
-def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    read = EventAccumulator(str(log_of(folder) / "finetuning"), size_guidance={"scalars": 0}).Reload()
-    tags = set(read.Tags()["scalars"]) - MEASURED
-    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in tags}
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(last_log(folder) / "finetuning"), size_guidance={"scalars": 0}).Reload()
+    tags = set(events.Tags()["scalars"]) - MEASURED
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--interruptions", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of the run")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=Path("interrupted"), help="made anew")
-    parser.add_argument("options", nargs="*", help="of sdxl-train, after --")
-    given = parser.parse_args()
-    shutil.rmtree(given.folder, ignore_errors=True)
-    write_photos(given.folder / "images")
-    os.chdir(given.folder)
+    parser.add_argument("--interruptions", type=int, default=40, help="default: 40")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random interruptions (default: 0)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of the run (default: 60)")
+    parser.add_argument("--processes", type=int, default=1, help="processes of the run (default: 1)")
+    parser.add_argument("--folder", type=Path, default=Path("interrupted"), help="folder for both runs. Deleted first")
+    parser.add_argument("options", nargs="*", help="options of sdxl-train, after --")
+    arguments = parser.parse_args()
+    shutil.rmtree(arguments.folder, ignore_errors=True)
+    write_photos(arguments.folder / "images")
+    os.chdir(arguments.folder)
     os.environ.setdefault("ACCELERATE_USE_CPU", "1")
     model_tool(["init", "base.safetensors", "--seed", "3"])
 
     def start(folder: str) -> Process:
-        places = ["--output_dir", f"{folder}/out", "--logging_dir", f"{folder}/logs", "--resume", "auto"]
-        length = ["--seed", "5", "--max_train_epochs", "", "--max_train_steps", str(given.steps)]
-        arguments = ["--config", str(STYLE), *OPTIONS, *length, *places, *given.options]
-        return Process(arguments, given.processes, Path(f"{folder}.log"))
+        paths = ["--output_dir", f"{folder}/out", "--logging_dir", f"{folder}/logs", "--resume", "auto"]
+        length = ["--seed", "5", "--max_train_epochs", "", "--max_train_steps", str(arguments.steps)]
+        options = ["--config", str(STYLE), *OPTIONS, *length, *paths, *arguments.options]
+        return Process(options, arguments.processes, Path(f"{folder}.log"))
 
     began = time.monotonic()
     process = start("undisturbed")
@@ -193,19 +200,20 @@ def main() -> int:
         time.sleep(0.01)
     first_step = time.monotonic() - began
     assert process.wait() == 0, Path("undisturbed.log").read_text()
-    each = (time.monotonic() - began - first_step) / given.steps
-    rng, ways = random.Random(given.seed), []
-    while len(ways) < given.interruptions:
-        way = interrupt(start("disturbed"), rng, first_step + 4 * each, Path("disturbed/out"))
+    seconds_per_step = (time.monotonic() - began - first_step) / arguments.steps
+    rng, ways = random.Random(arguments.seed), []
+    while len(ways) < arguments.interruptions:
+        way = interrupt(start("disturbed"), rng, first_step + 4 * seconds_per_step, Path("disturbed/out"))
         if way is None:
             break
         ways.append(way)
         print(f"interruption {len(ways)}: {way}", flush=True)
     assert start("disturbed").wait() == 0, Path("disturbed.log").read_text()[-4000:]
-    found = differences(Path("undisturbed"), Path("disturbed"))
+    different = differences(Path("undisturbed"), Path("disturbed"))
     resumed = Path("disturbed.log").read_text().count("going on after step")
-    print(f"{len(ways)} interruptions, {resumed} resumes: {'differs in ' + ', '.join(found) if found else 'identical'}")
-    return 1 if found or len(ways) < given.interruptions else 0
+    result = f"differs in {', '.join(different)}" if different else "identical"
+    print(f"{len(ways)} interruptions, {resumed} resumes: {result}")
+    return 1 if different or len(ways) < arguments.interruptions else 0
 
 
 if __name__ == "__main__":

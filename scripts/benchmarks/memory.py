@@ -1,9 +1,11 @@
-"""The memory that sdxl-check foretells against what a step takes: python -m scripts.benchmarks.memory [--only TEXT]
+"""Compares the memory estimate of sdxl-check with the memory of a training step.
 
-For each line of a grid of settings a small random model is trained for two steps by the real training loop on the CPU.
-What it takes is told by torch's allocator, through the profiler, and has nothing to do with the estimate: the highest
-sum of bytes given out and not yet given back, within the second step. Prints both and their ratio; exits 1 when any is
-off by more than 10 %.
+    python -m scripts.benchmarks.memory [--only TEXT]
+
+For each entry of a grid of settings, a small random model is trained for two steps on the CPU with the real training
+loop. The measured memory comes from torch's profiler and does not use the estimate. It is the highest sum of bytes that
+torch's allocator has given out and not got back, during the second step. The script prints estimate, measurement and
+ratio. The exit status is 1 if an estimate is off by more than 10 %.
 """
 
 import argparse
@@ -27,71 +29,81 @@ from sdxl_finetune.training.setup import build_run
 
 MiB = 1 << 20
 LIMIT = 0.10
+"""Largest relative error of the estimate."""
 STEP = "the step that counts"
+"""Name of the measured step in the profile."""
 AUTOCAST = ["--mixed_precision", "bf16"]
 BF16 = [*AUTOCAST, "--full_bf16"]
 BIG = ["--train_batch_size", "8", "--resolution", "256", "--no-train_text_encoder", "--fused_backward_pass"]
-"""With it the peak is of activations, and not of weights and gradients, which small models have much of."""
+"""Options with which activations dominate the peak. In small models, weights and gradients usually dominate."""
 FUSED, KEEP = ["--fused_backward_pass"], ["--gradient_checkpointing"]
 
 
-def of(name: str) -> list[str]:
+def optimizer(name: str) -> list[str]:
     return ["--optimizer_type", name]
 
 
 GRID: dict[str, tuple[str, list[str]]] = {
-    "float32 AdamW": ("tiny", of("AdamW")),
-    "float32 AdamW batch 4": ("tiny", [*of("AdamW"), "--train_batch_size", "4"]),
-    "float32 AdamW batch 4 checkpointing": ("tiny", [*of("AdamW"), *KEEP, "--train_batch_size", "4"]),
-    "float32 AdamW batch 8 at 128": ("tiny", [*of("AdamW"), "--train_batch_size", "8", "--resolution", "128"]),
+    "float32 AdamW": ("tiny", optimizer("AdamW")),
+    "float32 AdamW batch 4": ("tiny", [*optimizer("AdamW"), "--train_batch_size", "4"]),
+    "float32 AdamW batch 4 checkpointing": ("tiny", [*optimizer("AdamW"), *KEEP, "--train_batch_size", "4"]),
+    "float32 AdamW batch 8 at 128": ("tiny", [*optimizer("AdamW"), "--train_batch_size", "8", "--resolution", "128"]),
     "float32 AdamW batch 8 at 128 checkpointing": (
         "tiny",
-        [*of("AdamW"), *KEEP, "--train_batch_size", "8", "--resolution", "128"],
+        [*optimizer("AdamW"), *KEEP, "--train_batch_size", "8", "--resolution", "128"],
     ),
-    "float32 activations": ("tiny", [*of("AdamW8bit"), *BIG]),
-    "float32 activations checkpointing": ("tiny", [*of("AdamW8bit"), *BIG, *KEEP]),
-    "float32 activations 225 tokens": ("tiny", [*of("AdamW8bit"), *BIG, "--max_token_length", "225"]),
-    "autocast activations": ("tiny", [*AUTOCAST, *of("AdamW8bit"), *BIG, "--train_batch_size", "2"]),
-    "bf16 activations": ("tiny", [*BF16, *of("AdamW8bit"), *BIG, "--train_batch_size", "2"]),
-    "bf16 activations checkpointing": ("tiny", [*BF16, *of("AdamW8bit"), *BIG, *KEEP, "--train_batch_size", "2"]),
-    "float32 AdamW fused": ("tiny", [*of("AdamW"), *FUSED]),
-    "float32 AdamW accumulation 2": ("tiny", [*of("AdamW"), "--gradient_accumulation_steps", "2"]),
-    "float32 AdamW U-Net alone": ("tiny", [*of("AdamW"), "--no-train_text_encoder"]),
+    "float32 activations": ("tiny", [*optimizer("AdamW8bit"), *BIG]),
+    "float32 activations checkpointing": ("tiny", [*optimizer("AdamW8bit"), *BIG, *KEEP]),
+    "float32 activations 225 tokens": ("tiny", [*optimizer("AdamW8bit"), *BIG, "--max_token_length", "225"]),
+    "autocast activations": ("tiny", [*AUTOCAST, *optimizer("AdamW8bit"), *BIG, "--train_batch_size", "2"]),
+    "bf16 activations": ("tiny", [*BF16, *optimizer("AdamW8bit"), *BIG, "--train_batch_size", "2"]),
+    "bf16 activations checkpointing": (
+        "tiny",
+        [*BF16, *optimizer("AdamW8bit"), *BIG, *KEEP, "--train_batch_size", "2"],
+    ),
+    "float32 AdamW fused": ("tiny", [*optimizer("AdamW"), *FUSED]),
+    "float32 AdamW accumulation 2": ("tiny", [*optimizer("AdamW"), "--gradient_accumulation_steps", "2"]),
+    "float32 AdamW U-Net alone": ("tiny", [*optimizer("AdamW"), "--no-train_text_encoder"]),
     "float32 AdamW 225 tokens, images": (
         "tiny",
-        [*of("AdamW"), "--max_token_length", "225", "--no-cache_latents", "--train_batch_size", "2"],
+        [*optimizer("AdamW"), "--max_token_length", "225", "--no-cache_latents", "--train_batch_size", "2"],
     ),
-    "float32 AdamW average": ("tiny", [*of("AdamW"), "--ema_decay", "0.99"]),
-    "float32 AdamW8bit": ("tiny", of("AdamW8bit")),
-    "float32 AdamW8bit fused": ("tiny", [*of("AdamW8bit"), *FUSED]),
-    "float32 Adafactor": ("tiny", of("Adafactor")),
-    "float32 Prodigy": ("tiny", of("Prodigy")),
-    "autocast AdamW": ("tiny", [*AUTOCAST, *of("AdamW")]),
-    "autocast AdamW batch 4": ("tiny", [*AUTOCAST, *of("AdamW"), "--train_batch_size", "4"]),
-    "autocast AdamW8bit fused checkpointing": ("tiny", [*AUTOCAST, *of("AdamW8bit"), *FUSED, *KEEP]),
-    "bf16 AdamW": ("tiny", [*BF16, *of("AdamW")]),
-    "bf16 AdamW batch 4": ("tiny", [*BF16, *of("AdamW"), "--train_batch_size", "4"]),
-    "bf16 AdamW fused": ("tiny", [*BF16, *of("AdamW"), *FUSED]),
-    "bf16 AdamW accumulation 2": ("tiny", [*BF16, *of("AdamW"), "--gradient_accumulation_steps", "2"]),
-    "bf16 AdamW fused accumulation 2": ("tiny", [*BF16, *of("AdamW"), *FUSED, "--gradient_accumulation_steps", "2"]),
-    "bf16 AdamW rounded": ("tiny", [*BF16, *of("AdamW"), "--no-exact_masters"]),
-    "bf16 AdamW8bit": ("tiny", [*BF16, *of("AdamW8bit")]),
-    "bf16 AdamW8bit fused": ("tiny", [*BF16, *of("AdamW8bit"), *FUSED]),
-    "bf16 AdamW8bit fused checkpointing": ("tiny", [*BF16, *of("AdamW8bit"), *FUSED, *KEEP]),
-    "bf16 Adafactor": ("tiny", [*BF16, *of("Adafactor")]),
-    "bf16 Adafactor fused": ("tiny", [*BF16, *of("Adafactor"), *FUSED]),
-    "bf16 Prodigy": ("tiny", [*BF16, *of("Prodigy")]),
-    "small float32 AdamW": ("small", of("AdamW")),
-    "small float32 AdamW8bit fused": ("small", [*of("AdamW8bit"), *FUSED]),
-    "small bf16 AdamW8bit fused": ("small", [*BF16, *of("AdamW8bit"), *FUSED]),
-    "small bf16 AdamW": ("small", [*BF16, *of("AdamW")]),
+    "float32 AdamW average": ("tiny", [*optimizer("AdamW"), "--ema_decay", "0.99"]),
+    "float32 AdamW8bit": ("tiny", optimizer("AdamW8bit")),
+    "float32 AdamW8bit fused": ("tiny", [*optimizer("AdamW8bit"), *FUSED]),
+    "float32 Adafactor": ("tiny", optimizer("Adafactor")),
+    "float32 Prodigy": ("tiny", optimizer("Prodigy")),
+    "autocast AdamW": ("tiny", [*AUTOCAST, *optimizer("AdamW")]),
+    "autocast AdamW batch 4": ("tiny", [*AUTOCAST, *optimizer("AdamW"), "--train_batch_size", "4"]),
+    "autocast AdamW8bit fused checkpointing": ("tiny", [*AUTOCAST, *optimizer("AdamW8bit"), *FUSED, *KEEP]),
+    "bf16 AdamW": ("tiny", [*BF16, *optimizer("AdamW")]),
+    "bf16 AdamW batch 4": ("tiny", [*BF16, *optimizer("AdamW"), "--train_batch_size", "4"]),
+    "bf16 AdamW fused": ("tiny", [*BF16, *optimizer("AdamW"), *FUSED]),
+    "bf16 AdamW accumulation 2": ("tiny", [*BF16, *optimizer("AdamW"), "--gradient_accumulation_steps", "2"]),
+    "bf16 AdamW fused accumulation 2": (
+        "tiny",
+        [*BF16, *optimizer("AdamW"), *FUSED, "--gradient_accumulation_steps", "2"],
+    ),
+    "bf16 AdamW rounded": ("tiny", [*BF16, *optimizer("AdamW"), "--no-exact_masters"]),
+    "bf16 AdamW8bit": ("tiny", [*BF16, *optimizer("AdamW8bit")]),
+    "bf16 AdamW8bit fused": ("tiny", [*BF16, *optimizer("AdamW8bit"), *FUSED]),
+    "bf16 AdamW8bit fused checkpointing": ("tiny", [*BF16, *optimizer("AdamW8bit"), *FUSED, *KEEP]),
+    "bf16 Adafactor": ("tiny", [*BF16, *optimizer("Adafactor")]),
+    "bf16 Adafactor fused": ("tiny", [*BF16, *optimizer("Adafactor"), *FUSED]),
+    "bf16 Prodigy": ("tiny", [*BF16, *optimizer("Prodigy")]),
+    "small float32 AdamW": ("small", optimizer("AdamW")),
+    "small float32 AdamW8bit fused": ("small", [*optimizer("AdamW8bit"), *FUSED]),
+    "small bf16 AdamW8bit fused": ("small", [*BF16, *optimizer("AdamW8bit"), *FUSED]),
+    "small bf16 AdamW": ("small", [*BF16, *optimizer("AdamW")]),
 }
-"""A name, the model's preset, and options beside those of `config_for`."""
+"""Name of each line, with the preset of the model and options in addition to those of `build_config`."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="lines of the grid with this in their name")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", default="", help="measure only the lines that have TEXT in their name", metavar="TEXT"
+    )
     only = parser.parse_args().only
     worst = 0.0
     print(f"{'settings':46}{'estimate':>10}{'measured':>10}{'ratio':>8}  MiB of tensors at the peak")
@@ -99,15 +111,15 @@ def main() -> int:
         for name, (preset, options) in GRID.items():
             if only not in name:
                 continue
-            foretold, measured = compare(config_for(Path(folder), preset, options))
-            worst = max(worst, abs(foretold / measured - 1))
-            print(f"{name:46}{foretold / MiB:10.1f}{measured / MiB:10.1f}{foretold / measured:8.3f}", flush=True)
+            estimated, measured = compare(build_config(Path(folder), preset, options))
+            worst = max(worst, abs(estimated / measured - 1))
+            print(f"{name:46}{estimated / MiB:10.1f}{measured / MiB:10.1f}{estimated / measured:8.3f}", flush=True)
     print(f"the estimate is off by {worst:.1%} at most")
     return int(worst > LIMIT)
 
 
-def config_for(folder: Path, preset: str, options: Sequence[str]) -> Config:
-    """One bucket of photographs and two steps."""
+def build_config(folder: Path, preset: str, options: Sequence[str]) -> Config:
+    """Returns a config with photographs in one bucket and two steps. Writes model and photographs if needed."""
     model = folder / f"{preset}.safetensors"
     if not model.exists():
         write_photos(folder / "photos")
@@ -131,7 +143,7 @@ def config_for(folder: Path, preset: str, options: Sequence[str]) -> Config:
 
 
 def compare(config: Config) -> tuple[int, int]:
-    """Bytes at the peak as foretold and as measured."""
+    """Returns the estimated and the measured peak, in bytes."""
     measured, shape = measure(config)
     assert config.pretrained_model_name_or_path is not None
     architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
@@ -140,43 +152,48 @@ def compare(config: Config) -> tuple[int, int]:
 
 
 def measure(config: Config) -> tuple[int, tuple[int, int, int]]:
-    """The highest sum of bytes that the allocator has given out in the second step, and the shape of its batches. The
-    profiler watches from before the model is loaded, so that it knows of everything.
+    """Returns the measured peak of the second step in bytes, and the shape of its batch (images, height, width).
+
+    The profiler starts before the model is loaded, so that it knows of all memory.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched, build_run(config) as run:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, build_run(config) as run:
         shape = largest_batch(run.dataset.index, run.timeline.plan)
         steps = training_steps(run.learner, run.batches(), StopRequest())
         next(steps)
         with record_function(STEP):
             next(steps)
         steps.close()
-    return highest(watched), shape
+    return peak_of_step(profiler), shape
 
 
-def highest(watched: profile) -> int:
-    events = list(_events(watched.profiler.kineto_results.experimental_event_tree()))
-    (begin, end), *_ = [(one.start_time_ns, one.end_time_ns) for one in events if one.name == STEP]
+def peak_of_step(profiler: profile) -> int:
+    """Adds up allocations and frees in their order, and returns the highest sum during the measured step, in bytes."""
+    events = list(_events(profiler.profiler.kineto_results.experimental_event_tree()))
+    (begin, end), *_ = [(event.start_time_ns, event.end_time_ns) for event in events if event.name == STEP]
     changes = [
-        (one.start_time_ns, one.extra_fields.alloc_size)
-        for one in events
-        if one.tag == torch._C._profiler._EventType.Allocation
+        (event.start_time_ns, event.extra_fields.alloc_size)
+        for event in events
+        if event.tag == torch._C._profiler._EventType.Allocation
     ]
-    now = most = 0
+    current = highest = 0
     for moment, size in sorted(changes, key=lambda change: change[0]):
-        now += size
+        current += size
         if begin <= moment <= end:
-            most = max(most, now)
-    return most
+            highest = max(highest, current)
+    return highest
 
 
 def _events(roots: Sequence) -> Iterator:
-    """All events of the profiler's tree; frees of memory that it never saw given out are no events."""
+    """Yields all events of the profiler's tree.
+
+    The tree has no events for frees of memory that was allocated before the profiler started.
+    """
     waiting = list(roots)
     while waiting:
-        one = waiting.pop()
-        yield one
-        waiting += one.children
+        event = waiting.pop()
+        yield event
+        waiting += event.children
 
 
 if __name__ == "__main__":

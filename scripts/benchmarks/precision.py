@@ -1,15 +1,16 @@
-"""Measures what training loses with each way of holding weights in 16 bits.
+"""Measures how much of the training is lost by each way to hold weights in 16 bits.
 
-    python -m scripts.benchmarks.precision [--steps 100] [--write]
+    python -m scripts.benchmarks.precision [NAME ...] [--steps 100] [--write]
 
-The small SDXL that draws (tests/toy) is fine-tuned on the new style at the users' rates (U-Net 3e-5, text encoders
-1e-6) with the same data, noise and timesteps under each scheme, and from the same weights, which bf16 holds exactly.
-After 1, 10, 100 ... steps the change of the weights is compared with that of pure float32 training: relative L2 error,
-and the share of weights that have moved at all, for the U-Net and each text encoder. Bytes are counted of what is kept
-for each trained parameter from step to step, gradients apart. --write puts the tables into docs/precision.md.
+Each scheme fine-tunes the small SDXL model that draws (tests/toy) on the new style, with the learning rates of
+configs/style.toml. All schemes use the same data, noise and timesteps, and start from the same weights, which bf16
+holds exactly. After 1, 10, 100, ... steps the change of the weights is compared with that of float32 training, for the
+U-Net and each text encoder. The tables show the relative L2 error of the change and the share of weights that have
+moved at all. They also show the bytes that are kept for each trained parameter between steps, without gradients.
+`--write` puts the tables into docs/precision.md.
 
-Kahan sums and stochastic rounding are torch-optimi's and torchao's: pip install torch-optimi torchao. Without them
-their rows are left out, and it is said.
+Kahan sums need the package torch-optimi, stochastic rounding needs torchao: pip install torch-optimi torchao. Without
+a package its line is left out with a message.
 """
 
 import argparse
@@ -44,12 +45,13 @@ ROUNDED = [*BF16, "--no-exact_masters"]
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to hold the weights, and the optimizer that steps on them."""
+    """A way to hold the weights, and the optimizer that updates them."""
 
     what: str
+    """Name in the tables."""
     options: Sequence[str]
     package: str = ""
-    """That it needs."""
+    """Package that must be installed."""
 
 
 SCHEMES = {
@@ -77,18 +79,21 @@ SCHEMES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One scheme's run: for each number of steps and part, the error of the change and the share that has moved."""
+    """Result of one scheme, by number of steps and part of the model."""
 
     errors: dict[int, dict[str, float]]
+    """Relative L2 error of the change of the weights."""
     moved: dict[int, dict[str, float]]
+    """Share of the weights that float32 training changes and this scheme changes too."""
     bytes: dict[str, float]
+    """Bytes for each trained parameter, by kind."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[[], *SCHEMES], help="which schemes; all if none is named")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--folder", type=Path, help="keeps what was measured, and goes on from there")
+    parser.add_argument("names", nargs="*", choices=[[], *SCHEMES], help="schemes to measure (default: all)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: 100)")
+    parser.add_argument("--folder", type=Path, help="folder for results. Results in it are used again")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/precision.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -102,45 +107,44 @@ def main() -> None:
         for name in arguments.names or list(SCHEMES):
             package = SCHEMES[name].package
             if package and importlib.util.find_spec(package) is None:
-                print(f"{name}: left out, {package} is not installed")
+                print(f"{name}: left out, because {package} is not installed. Run: pip install {package}")
                 continue
-            rows[name] = measured(folder, name, marks, exact)
+            rows[name] = measure(folder, name, marks, exact)
             print(f"{name}: {rows[name].errors}", flush=True)
     tables = "\n".join([*table(rows, marks), *memory_table(rows)])
     print(tables)
     if arguments.write:
         marked = re.compile(r"(<!-- tables -->\n).*(<!-- end of tables -->)", re.DOTALL)
         text = DOCUMENT.read_text(encoding="utf-8")
-        DOCUMENT.write_text(marked.sub(lambda found: f"{found[1]}{tables}\n{found[2]}", text), encoding="utf-8")
-    late = max(marks)
+        DOCUMENT.write_text(marked.sub(lambda match: f"{match[1]}{tables}\n{match[2]}", text), encoding="utf-8")
+    last = max(marks)
     if {"masters", "autocast"} <= rows.keys():
         worse = [
-            part for part in PARTS if rows["masters"].errors[late][part] > rows["autocast"].errors[late][part] + 0.05
+            part for part in PARTS if rows["masters"].errors[last][part] > rows["autocast"].errors[last][part] + 0.05
         ]
         sys.exit(f"masters are worse than float32 weights under autocast: {worse}" if worse else 0)
 
 
 def reference(folder: Path, marks: Sequence[int]) -> dict[int, dict[str, torch.Tensor]]:
-    """Weights at the start (0) and after each of these numbers of steps of float32 training."""
+    """Returns the weights of float32 training at the start (key 0) and after each number of steps in `marks`."""
     path = folder / f"float32-{max(marks)}.pt"
     if not path.exists():
-        kept, _ = run(folder, SCHEMES["float32"], marks)
-        torch.save(kept, path)
+        weights, _ = train(folder, SCHEMES["float32"], marks)
+        torch.save(weights, path)
     return torch.load(path, weights_only=True)
 
 
-def measured(
-    folder: Path, name: str, marks: Sequence[int], exact: Mapping[int, Mapping[str, torch.Tensor]]
-) -> Measured:
+def measure(folder: Path, name: str, marks: Sequence[int], exact: Mapping[int, Mapping[str, torch.Tensor]]) -> Measured:
+    """Runs one scheme and compares it with the weights of float32 training. The result is stored in `folder`."""
     path = folder / f"{name}-{max(marks)}.json"
     if not path.exists():
-        kept, size = run(folder, SCHEMES[name], marks)
+        weights, size = train(folder, SCHEMES[name], marks)
         errors, moved = ({mark: {} for mark in marks} for _ in range(2))
         for mark in marks:
             for part in PARTS:
-                true, found = (weights[mark][part] - weights[0][part] for weights in (exact, kept))
-                errors[mark][part] = float((found - true).norm() / true.norm())
-                moved[mark][part] = float((found[true != 0] != 0).float().mean())
+                exact_change, change = (run[mark][part] - run[0][part] for run in (exact, weights))
+                errors[mark][part] = float((change - exact_change).norm() / exact_change.norm())
+                moved[mark][part] = float((change[exact_change != 0] != 0).float().mean())
         path.write_text(json.dumps({"errors": errors, "moved": moved, "bytes": size}))
     read = json.loads(path.read_text())
     return Measured(
@@ -148,10 +152,10 @@ def measured(
     )
 
 
-def run(
+def train(
     folder: Path, scheme: Scheme, marks: Sequence[int]
 ) -> tuple[dict[int, dict[str, torch.Tensor]], dict[str, float]]:
-    """Trains, and returns the weights at each mark, and what is kept for each of them in bytes."""
+    """Trains and returns the weights after each number of steps, and the bytes for each trained parameter."""
     options = {
         "pretrained_model_name_or_path": folder / "start.safetensors",
         "train_data_dir": folder / "pictures",
@@ -165,7 +169,7 @@ def run(
         "learning_rate_te1": 1e-6,
         "learning_rate_te2": 1e-6,
         "min_snr_gamma": 5,
-        "max_grad_norm": 0,  # as all schemes clip alike only then: fused clips each tensor by itself
+        "max_grad_norm": 0,  # off, because fused_backward_pass clips each tensor by itself, unlike the other schemes
         "max_data_loader_n_workers": 0,
         "console_log_level": "WARNING",
         "seed": 0,
@@ -174,33 +178,32 @@ def run(
     flags = ["--cache_latents", "--cache_latents_to_disk", "--train_text_encoder"]
     config = load_config([*given, *flags, *scheme.options], program="sdxl-train")
     assert config is not None
-    with build_run(config) as built:
-        kept = {0: weights_of(built.learner)}
-        for step in training_steps(built.learner, built.batches(), StopRequest()):
-            done = step.number
-            if done in marks:
+    with build_run(config) as run:
+        weights = {0: copy_weights(run.learner)}
+        for step in training_steps(run.learner, run.batches(), StopRequest()):
+            if step.number in marks:
                 assert math.isfinite(step.loss.item())
-                kept[done] = weights_of(built.learner)
-        count, sizes = kept_bytes(built.learner)
+                weights[step.number] = copy_weights(run.learner)
+        count, sizes = kept_bytes(run.learner)
     AcceleratorState._reset_state(reset_partial_state=True)
-    return kept, {name: size / count for name, size in sizes.items()}
+    return weights, {name: size / count for name, size in sizes.items()}
 
 
-def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
-    """Of each part, with what masters or Kahan sums hold beside the bf16 numbers that the model computes with."""
+def copy_weights(learner: Learner) -> dict[str, torch.Tensor]:
+    """Returns all weights of each part. They include low bits or Kahan sums, which the model does not compute with."""
     states = learner.update.optimizer.state
 
     def value(parameter: torch.nn.Parameter) -> torch.Tensor:
-        beside = states[parameter].get("kahan_comp", 0.0) if parameter in states else 0.0
-        return (learner.sdxl.masters.value(parameter).float() + beside).flatten()
+        kahan_sum = states[parameter].get("kahan_comp", 0.0) if parameter in states else 0.0
+        return (learner.sdxl.masters.value(parameter).float() + kahan_sum).flatten()
 
     return {part: torch.cat([*map(value, module.parameters())]) for part, module in learner.sdxl.named_children()}
 
 
 def table(rows: Mapping[str, Measured], marks: Sequence[int]) -> list[str]:
     lines = []
-    for part, words in PARTS.items():
-        heads = [words, f"moved after {max(marks):,}", *(f"error after {mark:,}" for mark in marks)]
+    for part, title in PARTS.items():
+        heads = [title, f"moved after {max(marks):,}", *(f"error after {mark:,}" for mark in marks)]
         lines += ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
         for name, row in rows.items():
             cells = [f"{row.moved[max(marks)][part]:.1%}", *(f"{row.errors[mark][part]:.3f}" for mark in marks)]

@@ -1,8 +1,13 @@
-"""What the training loop costs over the bare model: python -m scripts.benchmarks.step [--steps 50] [--preset small]
+"""Measures what a step of the training loop costs in addition to the bare model.
 
-In turn, in one process, on the same modules and the same batch: one step of the real training loop (loader, draws,
-objective, clipping, learning rate, optimizer, log), and one forward, backward and optimizer step written out. Prints
-the median of each and the ratio; latents are cached, as in real runs.
+    python -m scripts.benchmarks.step [--steps 50] [--preset small]
+
+The script takes turns between two kinds of steps, in one process, with the same modules and the same batch:
+
+- a step of the real training loop: loader, random numbers, objective, clipping, learning rate, optimizer, log
+- a bare step: forward pass, backward pass, optimizer step
+
+It prints the median time of each, and their ratio. Latents are cached, as in real runs.
 """
 
 import argparse
@@ -24,21 +29,21 @@ from sdxl_finetune.training.setup import Run, build_run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--preset", default="tiny", choices=("tiny", "small"))
-    parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--train_batch_size", type=int, default=4)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50, help="steps of each kind (default: 50)")
+    parser.add_argument("--preset", default="tiny", choices=("tiny", "small"), help="size of the model (default: tiny)")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels (default: 256)")
+    parser.add_argument("--train_batch_size", type=int, default=4, help="images (default: 4)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, build_run(prepared(Path(folder), arguments)) as run:
+    with tempfile.TemporaryDirectory() as folder, build_run(prepare(Path(folder), arguments)) as run:
         loop, bare = measure(run, arguments.steps)
     print(
         f"loop {loop * 1000:.1f} ms, bare {bare * 1000:.1f} ms, ratio {loop / bare:.3f} (medians of {arguments.steps})"
     )
 
 
-def prepared(folder: Path, arguments: argparse.Namespace):
-    """A config for photographs in one bucket, enough steps, and a log as in a real run."""
+def prepare(folder: Path, arguments: argparse.Namespace):
+    """Writes photographs and a model, and returns a config with enough steps and with a log, as in a real run."""
     write_photos(folder / "photos")
     model_tool(["init", str(folder / "model.safetensors"), "--preset", arguments.preset])
     options = {
@@ -68,7 +73,7 @@ def prepared(folder: Path, arguments: argparse.Namespace):
 
 
 def measure(run: Run, count: int) -> tuple[float, float]:
-    """Median seconds of a step of the loop and of a bare step, taken in turn after a warm-up."""
+    """Returns the median seconds of a step of the loop and of a bare step. The first five of each are left out."""
     batch = next(iter(run.batches())).to(run.accelerator.device)
     learner = run.learner
     latents = batch_latents(batch, learner.vae)
@@ -88,7 +93,7 @@ def measure(run: Run, count: int) -> tuple[float, float]:
 
 
 def bare_step(learner: Learner, batch, latents: torch.Tensor) -> None:
-    """Forward, backward and optimizer step, and nothing else."""
+    """Makes a forward pass, a backward pass and an optimizer step, and nothing else."""
     prediction = learner.model(
         latents,
         batch.timesteps,

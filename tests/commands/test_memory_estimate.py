@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmarks.memory import GRID, compare, config_for
+from scripts.benchmarks.memory import GRID, build_config, compare
 from sdxl_finetune.commands.memory_estimate import BatchShape, estimate
 from sdxl_finetune.commands.memory_report import GiB, fits
 from sdxl_finetune.config import Config
@@ -26,7 +26,7 @@ LEAST = {
     "name", ["float32 AdamW", "float32 activations", "float32 activations checkpointing", "bf16 AdamW8bit fused"]
 )
 def test_what_the_allocator_gives_out(name: str, tmp_path: Path) -> None:
-    foretold, measured = compare(config_for(tmp_path, *GRID[name]))
+    foretold, measured = compare(build_config(tmp_path, *GRID[name]))
     assert foretold == pytest.approx(measured, rel=0.1)
 
 

@@ -1,4 +1,7 @@
-"""The report that is made on a GPU works on a CPU: what can run passes, what needs CUDA says so, failures are lines."""
+"""The report of scripts/gpu_acceptance.sh also works on a CPU.
+
+Checks that can run on a CPU pass, checks that need CUDA say so, and exceptions become lines that say FAIL.
+"""
 
 import re
 from contextlib import nullcontext
@@ -12,33 +15,33 @@ from scripts.benchmarks import gpu_acceptance, gpu_checks
 from scripts.benchmarks.gpu_acceptance import (
     head,
     memory_line,
-    prepared,
+    prepare,
     run_checks,
     table,
     unusable_gpu,
     utilisation_of,
 )
 from scripts.benchmarks.gpu_checks import Bench, Line, guarded_steps
-from scripts.benchmarks.gpu_speed import enlarged
+from scripts.benchmarks.gpu_speed import enlarge
 from sdxl_finetune.optim import update
 from sdxl_finetune.training.setup import build_run
 
 NEED_CUDA = {"xformers against SDPA", "peak memory against the estimate"}
 IN_PROCESS = [name for name in gpu_acceptance.CHECKS if name != "ranks"]
-"""tests/test_processes.py starts two ranks."""
+"""tests/runtime/test_processes.py starts two ranks."""
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's compiler, when it is imported
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo looks, and silences it
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # from torch's compiler, when it is imported
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # dynamo reads .grad and handles the warning
 ]
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Bench:
-    return prepared(tmp_path_factory.mktemp("gpu"), cuda=False, quick=True)
+    return prepare(tmp_path_factory.mktemp("gpu"), cuda=False, quick=True)
 
 
-def test_what_runs_on_a_cpu_passes(bench: Bench, monkeypatch) -> None:
+def test_checks_that_can_run_on_a_cpu_pass(bench: Bench, monkeypatch) -> None:
     monkeypatch.setattr(gpu_checks, "SLICE", 1 << 14)
     monkeypatch.setattr(update, "SLICE", 1 << 14)
     lines = list(run_checks(bench, IN_PROCESS))
@@ -52,7 +55,7 @@ def test_what_runs_on_a_cpu_passes(bench: Bench, monkeypatch) -> None:
     assert report.count("| not run |") == 5 and report.count("| pass |") == 8
 
 
-def test_a_check_that_raises_fails_and_the_others_go_on(bench: Bench, monkeypatch) -> None:
+def test_a_check_that_raises_has_failed_and_the_others_still_run(bench: Bench, monkeypatch) -> None:
     def broken(_: Bench):
         yield Line("first", "something", "pass")
         raise ValueError("no | such\nthing")
@@ -65,12 +68,12 @@ def test_a_check_that_raises_fails_and_the_others_go_on(bench: Bench, monkeypatc
     assert table(lines)[3].count("|") == 4
 
 
-def test_steps_are_made_and_logged_within_the_guard(bench: Bench) -> None:
-    """On a GPU the guard has torch raise where the host waits for the device."""
-    assert guarded_steps(bench.configured("--mixed_precision", "bf16", steps=4), nullcontext) == 2
+def test_guarded_steps_are_made_and_logged(bench: Bench) -> None:
+    """On a GPU the guard makes torch raise where the host waits for the device."""
+    assert guarded_steps(bench.build_config("--mixed_precision", "bf16", steps=4), nullcontext) == 2
 
 
-def test_utilisation_is_of_the_device_that_is_named() -> None:
+def test_utilisation_uses_the_peak_of_the_named_device() -> None:
     assert utilisation_of("NVIDIA A100-SXM4-80GB", 7.0).endswith("144 of 312 TFLOP/s: model FLOP utilisation 46.2%")
     assert "149.7" in utilisation_of("NVIDIA A40", 1.0)
     for unknown in ("NVIDIA RTX A4000", "NVIDIA H100 PCIe"):
@@ -88,7 +91,7 @@ def test_peak_memory_is_compared_with_the_estimate(bench: Bench, monkeypatch) ->
         assert memory_line(on_gpu, bench.folder / "start.safetensors", rows).outcome == outcome
 
 
-def test_a_torch_without_cuda_is_said_where_there_is_a_gpu(monkeypatch, tmp_path: Path) -> None:
+def test_a_torch_that_cannot_use_the_gpu_is_reported(monkeypatch, tmp_path: Path) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
@@ -96,14 +99,14 @@ def test_a_torch_without_cuda_is_said_where_there_is_a_gpu(monkeypatch, tmp_path
     assert unusable_gpu() is None
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is a build without CUDA. Install one with it, .venv/bin/pip install" in unusable_gpu()
+    assert "is a build without CUDA. Install one with it: .venv/bin/pip install" in unusable_gpu()
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     assert "driver is older than its CUDA 12.6" in unusable_gpu()
 
 
-def test_a_batch_is_repeated_whole(bench: Bench) -> None:
-    with build_run(bench.configured("--train_batch_size", "1", steps=1)) as run:
+def test_a_batch_is_enlarged_by_repeating_its_images(bench: Bench) -> None:
+    with build_run(bench.build_config("--train_batch_size", "1", steps=1)) as run:
         batch = next(run.batches())
-    larger = enlarged(batch, 3)
+    larger = enlarge(batch, 3)
     assert larger.latents.shape == (3, *batch.latents.shape[1:]) and larger.images_in_step == 3
     assert larger.weights.sum().item() == pytest.approx(1) and torch.equal(larger.tokens1[2], batch.tokens1[0])
