@@ -63,7 +63,7 @@ class Batch:
     """Images of this micro-batch over all ranks."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`. A copy from pinned memory runs while the host continues."""
+        """Copies the batch to `device`. A copy from pinned memory runs while the host continues."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":

@@ -1,4 +1,4 @@
-"""Files that exist under their name only when they are whole."""
+"""Atomic writes: a file or folder exists under its final name only when it is complete."""
 
 import contextlib
 import os
@@ -7,19 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `final` (for a file or a directory); on success it is flushed to the disk
-    and renamed to `final`, replacing what stood there; on an exception it is removed. Its name ends in `.tmp`,
-    so that nothing takes an unfinished file for a checkpoint.
+    """Yields a temporary path beside `final`, for a file or a folder, and renames it to `final` on success.
+
+    Before the rename, everything is flushed to the disk. The rename replaces what was at `final`. After an exception
+    the temporary path is removed. Its name ends in `.tmp`, so that no tool takes an incomplete file for a checkpoint.
     """
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -46,20 +39,29 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> list[Path]:
-    """Removes what processes that were killed left of files and folders whose names `is_ours`; returns it. What a
-    process that still runs is writing stays, and a folder that was just being replaced comes back.
+    """Removes what killed processes left of files and folders in `folder` whose final names are ours, and returns it.
+
+    Paths that a running process is writing stay. A folder that was being replaced gets its final name back.
     """
     removed = []
     for path in list(folder.glob(".*.tmp")):
         final, _, process = path.name[1:].removesuffix(".tmp").removesuffix(".old").rpartition(".")
-        # Process numbers come again, in containers at once: what bears our own was not made by us.
-        if process.isdecimal() and is_ours(final) and (int(process) == os.getpid() or not _runs(int(process))):
+        # Process numbers repeat, in containers almost at once. A path with our own number is not from this process.
+        if process.isdecimal() and is_ours(final) and (int(process) == os.getpid() or not _is_running(int(process))):
             if path.name.endswith(".old.tmp") and not (folder / final).exists():
                 path.rename(folder / final)
                 continue
             _remove(path)
             removed.append(path)
     return removed
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
@@ -69,7 +71,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -116,13 +116,13 @@ class MasterWeights:
         It takes no memory on the device. If a new value has its parameter's dtype and device, the two tensors are
         swapped. Otherwise the old value waits in host memory.
         """
-        swapped = {one for one, new in values.items() if (one.dtype, one.device) == (new.dtype, new.device)}
-        originals = {one: one.data if one in swapped else one.data.to("cpu", copy=True) for one in values}
+        swapped = {key for key, value in values.items() if (key.dtype, key.device) == (value.dtype, value.device)}
+        originals = {key: key.data if key in swapped else key.data.to("cpu", copy=True) for key in values}
         kept = self._kept
         try:
             for parameter, value in values.items():
                 _put(parameter, rounded(value) if parameter.dtype == torch.bfloat16 else value, parameter in swapped)
-            self._kept = kept | {one: new for one, new in values.items() if one.dtype == torch.bfloat16}
+            self._kept = kept | {key: value for key, value in values.items() if key.dtype == torch.bfloat16}
             yield
         finally:
             for parameter, original in originals.items():

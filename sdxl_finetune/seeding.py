@@ -1,7 +1,7 @@
 """Randomness by position: every random number is a function of (seed, purpose, position).
 
-No generator lives longer than one use. A run that stops anywhere and resumes, on any number of processes, therefore
-draws the same noise for the same image of the same step, and no generator state has to be saved.
+No generator lives longer than one use, and no generator state has to be saved. A run may stop at any step and resume
+on any number of processes: the same image of the same step gets the same noise.
 
 The streams are numpy's SeedSequence (O'Neill's seed_seq, hashed entropy). Neighbouring positions are as independent as
 different seeds. The idea is that of EDM2 (Karras et al., arXiv 2312.02696), which seeds each step by its number.

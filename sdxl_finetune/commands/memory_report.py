@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.architecture import Architecture
 from sdxl_finetune.optim.step_unit import StepUnit
+from sdxl_finetune.runtime.out_of_memory import remedies
 
 logger = logging.getLogger(__name__)
 
@@ -28,25 +28,6 @@ def on_cuda(found: Estimate) -> int:
     return found.total + ALLOWANCE[0] + int(found.total * ALLOWANCE[1])
 
 
-def remedies(config: Config) -> Iterator[tuple[str, Config]]:
-    """What makes a step smaller, the cheapest first: each with a config that has it and all before it."""
-    asked: list[tuple[str, dict[str, Any]]] = []
-    if not config.gradient_checkpointing:
-        asked.append(("gradient_checkpointing = true", {"gradient_checkpointing": True}))
-    if not config.full_bf16 and config.mixed_precision != "fp16":
-        changes = {"full_bf16": True, "mixed_precision": "bf16"}
-        asked.append(('full_bf16 = true with mixed_precision = "bf16"', changes))
-    if not config.optimizer_name.lower().endswith(("8bit", "adafactor")):
-        changes = {"optimizer_type": "AdamW8bit", "optimizer_args": {}}
-        changes |= {"use_8bit_adam": False, "use_lion_optimizer": False}
-        asked.append(('optimizer_type = "AdamW8bit"', changes))
-    if not config.is_fused and config.mixed_precision != "fp16":
-        asked.append(("fused_backward_pass = true", {"fused_backward_pass": True}))
-    for name, changes in asked:
-        config = config.model_copy(update=changes)
-        yield name, config
-
-
 def fits(config: Config, architecture: Architecture, shape: BatchShape, found: Estimate, ranks: int) -> Iterator[str]:
     """Which of CARDS the step fits, and what would make it fit the others."""
     missing = [card for card in sorted(CARDS, reverse=True) if on_cuda(found) > card * 10**9]
@@ -54,11 +35,11 @@ def fits(config: Config, architecture: Architecture, shape: BatchShape, found: E
     if fitting:
         yield f"fits a card of {' / '.join(map(str, fitting))} GB"
     used: list[str] = []
-    tried = ((name, changed, shape) for name, changed in remedies(config))
-    for name, changed, smaller in (*tried, ("train_batch_size = 1", None, replace(shape, images=1))):
-        if not missing or (changed is None and shape.images == 1):
+    tried = ((name, changes, shape) for name, changes in remedies(config))
+    for name, changes, smaller in (*tried, ("train_batch_size = 1", {}, replace(shape, images=1))):
+        if not missing or (not changes and shape.images == 1):
             break
-        config = changed or config
+        config = config.model_copy(update=changes)
         used.append(name)
         try:
             now = estimate(config, architecture, smaller, cuda=True, ranks=ranks)

@@ -1,9 +1,9 @@
 """The batch plan: which images are trained together, in which order, as a function of seed and epoch.
 
 Each image is in exactly `num_repeats` global batches of every epoch. A global batch holds up to batch size x ranks
-images of one bucket, so that all ranks work on one shape. The batches of an epoch follow in random order. Each optimizer
-step takes `gradient_accumulation_steps` of them; the last step of an epoch may take fewer. No step crosses into the next
-epoch. The plan can start at any step.
+images of one bucket, so that all ranks work on one shape. The batches of an epoch are in random order. Each optimizer
+step takes `gradient_accumulation_steps` of them. The last step of an epoch may take fewer, because a step never takes
+batches of two epochs. The plan can start at any step.
 """
 
 from collections.abc import Iterator

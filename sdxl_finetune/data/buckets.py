@@ -1,9 +1,10 @@
-"""Aspect ratio buckets: which size an image is trained at, how it is resized and what is cut off.
+"""Aspect-ratio buckets: the size at which an image is trained, its size before the crop, and the crop.
 
-Sizes are (width, height) in pixels, one row an image, so that five million images are placed in a second.
-The choice of bucket and of the resized size is the reference's (tests/golden/buckets.json). The crop that the
-model is told of is the one that was made, in pixels of the resized image, as Podell et al. 2023 (SDXL,
-arXiv 2307.01952, section 2.2) define it; the reference tells it the offset of a letterbox instead.
+Sizes are (width, height) in pixels, in arrays with one row per image: five million images take a second. Bucket and
+resized size are the reference's (tests/golden/buckets.json).
+
+The model is given the offset of the real crop, in pixels of the resized image, as the paper defines it (Podell et al.,
+SDXL, arXiv 2307.01952, section 2.2). The reference gives it the offset of a letterbox instead.
 """
 
 import math
@@ -18,11 +19,11 @@ from sdxl_finetune.config.dataset import Dataset
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where images go; a bucket of (0, 0) means that the image is too narrow for any."""
+    """Bucket and resized size of each image. Images that are too narrow for every bucket have bucket (0, 0)."""
 
     bucket: Int64[np.ndarray, "n 2"]
     resized: Int64[np.ndarray, "n 2"]
-    """The size before the crop; not smaller than the bucket."""
+    """Size before the crop, at least that of the bucket."""
 
     @property
     def fits(self) -> Bool[np.ndarray, " n"]:
@@ -30,7 +31,7 @@ class Placement:
 
 
 def place_images(sizes: Int64[np.ndarray, "n 2"], dataset: Dataset) -> Placement:
-    """The bucket and the resized size of each image, by the dataset's bucket options."""
+    """Places images in buckets by the bucket options of their dataset."""
     if not dataset.enable_bucket:
         return nearest_buckets(sizes, np.array([dataset.resolution], np.int64))
     steps = dataset.bucket_reso_steps
@@ -44,8 +45,10 @@ def place_images(sizes: Int64[np.ndarray, "n 2"], dataset: Dataset) -> Placement
 def make_buckets(
     resolution: tuple[int, int], smallest: int, largest: int, steps: int
 ) -> Int64[np.ndarray, "buckets 2"]:
-    """All sizes whose sides are multiples of `steps` between `smallest` and `largest` and whose area comes next
-    under that of `resolution`, for each width and each height; sorted. `smallest` is a multiple of `steps`.
+    """All bucket sizes, sorted: for each width the largest height whose area is at most that of `resolution`.
+
+    The same sizes follow with width and height exchanged. Sides are multiples of `steps` from `smallest` to `largest`.
+    `smallest` is a multiple of `steps`.
     """
     area = resolution[0] * resolution[1]
     square = int(math.sqrt(area)) // steps * steps
@@ -58,19 +61,21 @@ def make_buckets(
 
 
 def nearest_buckets(sizes: Int64[np.ndarray, "n 2"], buckets: Int64[np.ndarray, "buckets 2"]) -> Placement:
-    """The bucket of the image's own size, else the one whose width / height differs least (the first of equals);
-    the image is resized, up or down, so that it just covers it.
+    """Places each image in the bucket of exactly its size, else in the one with the nearest width / height.
+
+    Of two equally near buckets the first is taken. The image is resized, up or down, to just cover its bucket.
     """
     ratio = sizes[:, 0] / sizes[:, 1]
     ratios = buckets[:, 0] / buckets[:, 1]
     sorted_ratios, first = np.unique(ratios, return_index=True)
     above = np.searchsorted(sorted_ratios, ratio).clip(max=len(first) - 1)
     below = (above - 1).clip(min=0)
-    over, under = np.abs(sorted_ratios[above] - ratio), np.abs(sorted_ratios[below] - ratio)
-    chosen = np.where((under < over) | ((under == over) & (first[below] < first[above])), first[below], first[above])
+    error_above, error_below = np.abs(sorted_ratios[above] - ratio), np.abs(sorted_ratios[below] - ratio)
+    use_below = (error_below < error_above) | ((error_below == error_above) & (first[below] < first[above]))
+    chosen = np.where(use_below, first[below], first[above])
     keys, bucket_keys = _keys(sizes), _keys(buckets)
-    found = np.searchsorted(bucket_keys, keys).clip(max=len(buckets) - 1)
-    chosen = np.where(bucket_keys[found] == keys, found, chosen)
+    same_size = np.searchsorted(bucket_keys, keys).clip(max=len(buckets) - 1)
+    chosen = np.where(bucket_keys[same_size] == keys, same_size, chosen)
     bucket = buckets[chosen]
     scales = bucket / sizes
     scale = np.where(ratio > ratios[chosen], scales[:, 1], scales[:, 0])
@@ -78,8 +83,10 @@ def nearest_buckets(sizes: Int64[np.ndarray, "n 2"], buckets: Int64[np.ndarray, 
 
 
 def natural_buckets(sizes: Int64[np.ndarray, "n 2"], area: int, steps: int) -> Placement:
-    """bucket_no_upscale: an image of at most `area` pixels keeps its size, a larger one is shrunk to that area
-    with one side a multiple of `steps`; its bucket is what remains when both sides are cut to such multiples.
+    """Places images for `bucket_no_upscale`, which never enlarges an image.
+
+    An image of at most `area` pixels keeps its size. A larger image is shrunk to that area, with one side a multiple of
+    `steps`. Both sides are then cut to multiples of `steps`, which gives the bucket.
     """
     ratio = sizes[:, 0] / sizes[:, 1]
     ideal_width = np.sqrt(area * ratio)
@@ -87,7 +94,7 @@ def natural_buckets(sizes: Int64[np.ndarray, "n 2"], area: int, steps: int) -> P
     by_width = _floor(_rounded(ideal_width), steps)
     by_height = _floor(_rounded(ideal_height), steps)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # Of the two ways to round, the one that keeps the proportions better once both sides are multiples.
+        # Width or height is rounded first: whichever keeps the proportions better when both sides are multiples.
         width_error = np.abs(by_width / _floor(_rounded(by_width / ratio), steps) - ratio)
         height_error = np.abs(_floor(_rounded(by_height * ratio), steps) / by_height - ratio)
     shrunk = np.where(
@@ -101,7 +108,7 @@ def natural_buckets(sizes: Int64[np.ndarray, "n 2"], area: int, steps: int) -> P
 
 
 def crop_left_top(resized: tuple[int, int], bucket: tuple[int, int], rng: random.Random | None) -> tuple[int, int]:
-    """How many pixels of the resized image are cut off at its left and top: the middle, or anywhere with `rng`."""
+    """Pixels of the resized image that are cut off at its left and top: for the middle, or at random with `rng`."""
     left, top = (
         0 if spare == 0 else spare // 2 if rng is None else rng.randint(0, spare)
         for spare in (resized[0] - bucket[0], resized[1] - bucket[1])
@@ -110,7 +117,7 @@ def crop_left_top(resized: tuple[int, int], bucket: tuple[int, int], rng: random
 
 
 def mirrored_left(left: int, resized_width: int, bucket_width: int) -> int:
-    """What is cut off at the left of the same crop once the image is flipped: what was cut off at its right."""
+    """Pixels that are cut off at the left of the mirrored image: those that were cut off at the right before."""
     return resized_width - bucket_width - left
 
 

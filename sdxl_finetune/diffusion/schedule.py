@@ -34,7 +34,10 @@ class Schedule:
 
 
 def build_schedule(*, zero_terminal_snr: bool) -> Schedule:
-    """The schedule to train on, on the CPU. The SNR is taken after the zero-terminal-SNR fix, the reference's before."""
+    """The noise schedule to train on, on the CPU.
+
+    The SNR is taken after the zero-terminal-SNR fix. The reference takes it before.
+    """
     betas = torch.linspace(FIRST_BETA**0.5, LAST_BETA**0.5, TIMESTEPS, dtype=torch.float32) ** 2
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     if zero_terminal_snr:
@@ -90,7 +93,8 @@ def velocity(
 ) -> Float32[Tensor, "k c h w"]:
     """v = alpha_t noise - sigma_t x_0, the target of v-prediction.
 
-    Source: Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512, section 4.
+    Source: Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512,
+    section 4.
     """
     alpha, sigma = alpha_sigma(schedule, timesteps)
     return alpha * noise.float() - sigma * latents.float()

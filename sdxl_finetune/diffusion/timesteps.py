@@ -1,4 +1,4 @@
-"""Draws the timestep of each image. Every timestep is a function of seed, step, micro-batch and slot (see seeding.py)."""
+"""The timestep of each image: a random function of seed, step, micro-batch and slot (see seeding.py)."""
 
 import torch
 from jaxtyping import Int64

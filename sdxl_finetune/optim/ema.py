@@ -53,11 +53,9 @@ class Ema:
 
     def load(self, saved: Mapping[str, Tensor]) -> list[str]:
         """Copies the averages of a training state; returns the names of parameters that are missing there."""
-        missing = [name for name in self.averages if name not in saved]
-        for name, average in self.averages.items():
-            if name in saved:
-                average.copy_(saved[name])
-        return missing
+        for name in self.averages.keys() & saved.keys():
+            self.averages[name].copy_(saved[name])
+        return [name for name in self.averages if name not in saved]
 
 
 def build_ema(parameters: TrainedParameters, options: EmaOptions) -> Ema | None:

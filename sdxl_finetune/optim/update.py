@@ -57,7 +57,7 @@ class Update(Protocol):
     def accumulate(self, *, last: bool, only: bool) -> AbstractContextManager[None]:
         """Returns a context for the forward and backward pass of a micro-batch.
 
-        The micro-batch is the `last` of its optimizer step or not, and the `only` one or not.
+        `last` is True for the last micro-batch of an optimizer step, `only` if the step has no other.
         """
 
     def step(self) -> Norms:
@@ -66,7 +66,7 @@ class Update(Protocol):
     def weights_for_use(self) -> AbstractContextManager[None]:
         """Returns a context in which the model holds the weights to save and to draw previews with.
 
-        Only schedule-free optimizers tell them from the weights in training.
+        They differ from the weights in training only with schedule-free optimizers.
         """
 
 
@@ -74,15 +74,10 @@ class PlainUpdate:
     """Steps on the model's own parameters, with model and optimizer as accelerate prepared them."""
 
     def __init__(
-        self,
-        config: OptimizerOptions,
-        parameters: TrainedParameters,
-        model: nn.Module,
-        optimizer: Any,
-        accelerator: Accelerator,
+        self, parameters: TrainedParameters, model: nn.Module, optimizer: Any, accelerator: Accelerator, max_norm: float
     ) -> None:
-        self._accelerator, self._model, self._prepared = accelerator, model, optimizer
-        self._max_norm = config.max_grad_norm
+        """`max_norm` is max_grad_norm: the norm to which gradients are clipped, or 0."""
+        self._accelerator, self._model, self._prepared, self._max_norm = accelerator, model, optimizer, max_norm
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
         self.optimizer_groups = parameters.groups
         self._trained = [parameter for _, parameter in parameters.named()]
@@ -177,11 +172,10 @@ class ExactUpdate:
         if self._fused:
             squares, self._squared_norms = self._squared_norms, {}
             return {self._groups[number].name: squares[number].sqrt() for number in sorted(squares)}
-        gradients = {key: sum_ for key in self._slices if (sum_ := self.sums.get(key, key.grad)) is not None}
-        norms = _group_norms(self._groups, gradients.get)
+        norms = _group_norms(self._groups, self._gradient)
         factor = _clip_factor(total_norm(norms), self._max_norm)
         for call in self._calls:
-            self._step_on([(part, gradients[part.parameter]) for part in call if part.parameter in gradients], factor)
+            self._step_on(call, factor)
         for parameter in self._slices:
             parameter.grad = None
         self.sums.clear()
@@ -232,21 +226,25 @@ class ExactUpdate:
     @torch.no_grad()
     def _step_on_parameter(self, parameter: Parameter) -> None:
         """Makes the fused step on one parameter and frees its gradient."""
-        gradient = self.sums.get(parameter, parameter.grad)
+        gradient = self._gradient(parameter)
         assert gradient is not None
         norm = _norm([gradient])
         number = self._slices[parameter][0].group
         self._squared_norms[number] = self._squared_norms.get(number, 0) + norm.square()
         factor = _clip_factor(norm, self._max_norm)
         for part in self._slices[parameter]:
-            self._step_on([(part, gradient)], factor)
+            self._step_on([part], factor)
         parameter.grad = None
         self.sums.pop(parameter, None)
 
-    def _step_on(self, slices: Sequence[tuple[Slice, Tensor]], factor: Tensor | None) -> None:
-        """Calls the optimizer for these slices, given the gradients of their whole parameters."""
+    def _gradient(self, parameter: Parameter) -> Tensor | None:
+        return self.sums.get(parameter, parameter.grad)
+
+    def _step_on(self, slices: Sequence[Slice], factor: Tensor | None) -> None:
+        """Calls the optimizer for those of these slices that have a gradient, which is multiplied by `factor`."""
+        stepped = [(part, gradient) for part in slices if (gradient := self._gradient(part.parameter)) is not None]
         buffers: list[list[Parameter]] = [[] for _ in self._groups]
-        for part, gradient in slices:
+        for part, gradient in stepped:
             if self._masters.has_low_bits(part.parameter):
                 part.buffer.data = self._masters.read(part.parameter, part.elements)
             sliced = elements_of(gradient, part.elements).to(part.buffer.dtype)
@@ -254,7 +252,7 @@ class ExactUpdate:
             buffers[part.group].append(part.buffer)
         with restricted_to(self.optimizer, buffers):
             self.optimizer.step()
-        for part, _ in slices:
+        for part, _ in stepped:
             if self._masters.has_low_bits(part.parameter):
                 self._masters.write(part.parameter, part.elements, part.buffer.data)
                 part.buffer.data = _placeholder(part.buffer.device, part.buffer.shape)
@@ -278,7 +276,7 @@ def build_update(
     with real_tensors():
         optimizer = build_optimizer(config, parameters.groups)
     model, prepared = accelerator.prepare(model, optimizer)
-    return model, PlainUpdate(config, parameters, model, prepared, accelerator)
+    return model, PlainUpdate(parameters, model, prepared, accelerator, config.max_grad_norm)
 
 
 def check_update(config: Config, device: torch.device) -> None:
@@ -289,10 +287,10 @@ def check_update(config: Config, device: torch.device) -> None:
         raise UserError(Problem(f"{message}: {remedy}", key="fused_backward_pass", value=True))
 
 
-def step_unit(config: OptimizerOptions, device: torch.device) -> StepUnit:
+def step_unit(options: OptimizerOptions, device: torch.device) -> StepUnit:
     """Finds the step unit of the optimizer. Raises UserError if the optimizer cannot be built."""
-    cls = optimizer_class(config.optimizer_name)
-    return find_step_unit(partial(trial_optimizer, config), cls, device)
+    cls = optimizer_class(options.optimizer_name)
+    return find_step_unit(partial(trial_optimizer, options), cls, device)
 
 
 def total_norm(norms: Mapping[str, Tensor]) -> Tensor:
@@ -303,7 +301,7 @@ def total_norm(norms: Mapping[str, Tensor]) -> Tensor:
 def _group_norms(groups: Sequence[Group], gradient_of: Callable[[Parameter], Tensor | None]) -> Norms:
     """Returns the norm of each group's gradients; parameters without a gradient do not count."""
     gradients = {group.name: [gradient_of(parameter) for parameter in group.parameters.values()] for group in groups}
-    return {name: _norm([one for one in given if one is not None]) for name, given in gradients.items()}
+    return {name: _norm([each for each in given if each is not None]) for name, given in gradients.items()}
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
 """Processes, device and precision of a run, through accelerate, and the seed that all processes share.
 
-The config decides over `accelerate config`: a precision or an accumulation that was set there and differs is said
-and not used. Accelerate prepares the model and the optimizer only; batches, accumulation windows and the learning
-rate are functions of the step and need no wrapping.
+The config overrules `accelerate config`. A different precision or gradient accumulation there is named in a warning.
+Accelerate prepares only the model and the optimizer. Batches, gradient accumulation and the learning rate are functions
+of the step and are not wrapped.
 """
 
 import atexit
@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_accelerator(config: Config) -> Accelerator:
-    """Joins the processes of an `accelerate launch`, or stands alone. Raises UserError for a precision that the
-    device does not have.
+    """Joins the processes of an `accelerate launch`, or sets up a single process.
+
+    Raises UserError for a precision that the device does not have.
     """
-    _say_overruled(config)
+    _warn_of_overruled_settings(config)
     handlers: list[KwargsHandler] = [
         DistributedDataParallelKwargs(
             gradient_as_bucket_view=config.ddp_gradient_as_bucket_view, static_graph=config.ddp_static_graph
@@ -42,43 +43,43 @@ def build_accelerator(config: Config) -> Accelerator:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=config.ddp_timeout)))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        # Given as a plugin because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win over a plain number.
+        # A plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule a plain number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=handlers,
     )
     if torch.distributed.is_initialized():
-        atexit.register(_free_group, [torch.distributed.group.WORLD])
+        atexit.register(_free_process_group, [torch.distributed.group.WORLD])
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        remedy = "float16 cannot be trained on a CPU, where it has no gradient scaler; use bf16 or no"
-        raise UserError(Problem(remedy, key="mixed_precision", value="fp16"))
+        message = "a CPU cannot train in float16, because it has no gradient scaler: use bf16 or no"
+        raise UserError(Problem(message, key="mixed_precision", value="fp16"))
     if config.mixed_precision == "bf16" and accelerator.device.type == "cuda":
         if not torch.cuda.is_bf16_supported(including_emulation=False):
-            remedy = f"{torch.cuda.get_device_name()} has no bfloat16; use fp16"
-            raise UserError(Problem(remedy, key="mixed_precision", value="bf16"))
+            message = f"{torch.cuda.get_device_name()} has no bfloat16: use fp16"
+            raise UserError(Problem(message, key="mixed_precision", value="bf16"))
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
 
-def _free_group(held: list[object]) -> None:
-    """Frees the process group, which joins gloo's threads, while the interpreter still runs, and from Python, which
-    lets go of the GIL for that.
+def _free_process_group(references: list[object]) -> None:
+    """Frees the process group, and with it gloo's threads, while the interpreter still runs.
 
-    Such a thread may be waiting for the GIL to free a tensor. Where DDP's reducer holds the group last, it waits for
-    that thread with the GIL held; and a thread that asks for the GIL of an interpreter that has ended aborts the
-    process (both seen with torch 2.13, in runs that had saved everything).
+    One of gloo's threads may be waiting for the GIL to free a tensor. Python releases the GIL while it waits for that
+    thread. If DDP's reducer frees the group instead, it waits with the GIL held, for ever. If nobody does, the thread
+    asks for the GIL of an interpreter that has ended, and aborts the process. Both happened with torch 2.13, in runs
+    that had saved everything.
     """
-    gc.collect()  # reducers, before the group
+    gc.collect()  # frees DDP's reducers before the group
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()  # of a run that was stopped, or failed
-    held.clear()
+        torch.distributed.destroy_process_group()  # still initialized after a run that was stopped or that failed
+    references.clear()
 
 
-def _say_overruled(config: Config) -> None:
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
-    if asked != config.mixed_precision:
+def _warn_of_overruled_settings(config: Config) -> None:
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
+    if precision != config.mixed_precision:
         logger.warning(
             "accelerate was launched with mixed_precision=%s; the config's mixed_precision=%s is used",
-            asked,
+            precision,
             config.mixed_precision,
         )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
@@ -90,16 +91,16 @@ def _say_overruled(config: Config) -> None:
         )
 
 
-def shared_seed(config: LengthOptions) -> int:
-    """The run's seed: the config's, or one that the first process draws and all share."""
-    if config.seed is not None:
-        return config.seed
+def shared_seed(options: LengthOptions) -> int:
+    """The seed of the run: `seed`, or if it is not set, a number that rank 0 draws and shares with all ranks."""
+    if options.seed is not None:
+        return options.seed
     drawn = [secrets.randbelow(2**31)]
     broadcast_object_list(drawn)
-    logger.info("seed %d (drawn, as none was given)", drawn[0])
+    logger.info("seed %d (drawn, because seed is not set)", drawn[0])
     return drawn[0]
 
 
-def weight_dtype(config: HardwareOptions) -> torch.dtype:
-    """The precision in which the trained weights are held."""
-    return torch.bfloat16 if config.full_bf16 else torch.float32
+def weight_dtype(options: HardwareOptions) -> torch.dtype:
+    """The precision of the model's weights in memory."""
+    return torch.bfloat16 if options.full_bf16 else torch.float32

@@ -10,11 +10,12 @@ from typing import NoReturn
 logger = logging.getLogger(__name__)
 
 SAME_SIGNAL = 1.0
-"""Seconds within which a signal that comes again is taken for the same."""
+"""Seconds after the first signal in which further signals are ignored. A launcher passes on a signal that the terminal
+has already sent to all processes."""
 
 
 class Interrupt(BaseException):
-    """The run was asked to stop by `signal`, at the end of a step; no Exception handler may swallow it."""
+    """Ends the run after a signal. It is no Exception, so that no handler for mistakes catches it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -26,35 +27,33 @@ class Interrupt(BaseException):
 
 
 class StopRequest:
-    """What SIGINT and SIGTERM leave behind: the first asks the run to stop after this step, a second ends it at once.
-
-    Launchers pass on a signal that the terminal has sent to all, so that the second counts from a second later on.
-    """
+    """Remembers that SIGINT or SIGTERM asked this process to stop."""
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._since = 0.0
+        """The signal that asked; None if none did."""
+        self._received_at = 0.0
 
     def check(self) -> None:
-        """Raises Interrupt if a stop was asked for."""
+        """Raises Interrupt if a stop was requested."""
         if self.number is not None:
             raise Interrupt(self.number)
 
     def end(self) -> NoReturn:
-        """Raises Interrupt: this process, or another of the run, was asked to stop."""
+        """Raises Interrupt, because this process or another process of the run was asked to stop."""
         raise Interrupt(self.number or signal.SIGTERM)
 
     def _receive(self, number: int, _frame: object) -> None:
         if self.number is None:
-            self.number, self._since = number, time.monotonic()
-            logger.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
-        elif time.monotonic() - self._since > SAME_SIGNAL:
+            self.number, self._received_at = number, time.monotonic()
+            logger.warning("%s: stopping after this step; send it again to stop at once", signal.Signals(number).name)
+        elif time.monotonic() - self._received_at > SAME_SIGNAL:
             raise Interrupt(number)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within it, SIGINT and SIGTERM end the run between two steps."""
+    """Within the context, SIGINT and SIGTERM request a stop between two steps; a second signal raises Interrupt."""
     request = StopRequest()
     previous = {number: signal.signal(number, request._receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -53,11 +53,11 @@ def test_every_image_is_used_num_repeats_times_an_epoch(plan: Plan) -> None:
 def test_steps_have_all_their_micro_batches_within_one_epoch(plan: Plan) -> None:
     """Only the last step of an epoch has fewer micro-batches."""
     steps = plan.steps_per_epoch
-    windows: dict[int, list] = {}
+    positions_of_step: dict[int, list] = {}
     for micro in plan.micro_batches(0, 2 * steps):
-        windows.setdefault(micro.position.step, []).append(micro.position)
-    assert list(windows) == list(range(2 * steps))
-    for step, positions in windows.items():
+        positions_of_step.setdefault(micro.position.step, []).append(micro.position)
+    assert list(positions_of_step) == list(range(2 * steps))
+    for step, positions in positions_of_step.items():
         assert [position.micro for position in positions] == list(range(len(positions)))
         assert {position.micros for position in positions} == {len(positions)}
         assert {position.epoch for position in positions} == {step // steps}

@@ -1,4 +1,4 @@
-"""The reference's buckets, and a crop that is the one that was made."""
+"""Buckets are the reference's, and crop offsets are those of the real crop."""
 
 import random
 
@@ -39,7 +39,7 @@ def place(settings: dict, sizes: list) -> Placement:
 
 
 @pytest.mark.parametrize("name", MANAGERS)
-def test_golden(golden, name: str) -> None:
+def test_buckets_are_the_reference_s(golden, name: str) -> None:
     manager = next(manager for manager in golden("buckets.json")["managers"] if manager["name"] == name)
     settings = manager["settings"]
     if manager["make_buckets"]:
@@ -60,8 +60,8 @@ def test_golden(golden, name: str) -> None:
             assert list(crop_left_top(tuple(resized), tuple(bucket), None)) == trimmed
 
 
-def test_size_conditioning_is_true(golden) -> None:
-    """differences.md: crop coordinates. Original and target size are the reference's; its crop is a letterbox's."""
+def test_original_and_target_size_are_the_reference_s_and_the_crop_is_real(golden) -> None:
+    """differences.md: Crop coordinates. The reference gives the offset of a letterbox."""
     managers = {"32": "sdxl_1024_256_1536_s32", "64": "sdxl_1024_512_2048_s64", "no": "noup_1024_s32"}
     ours = {}
     for run in golden("buckets.json")["getitem_size_conditioning"]["runs"]:
@@ -101,8 +101,8 @@ def test_an_image_covers_its_bucket(sizes: list, steps: int, no_upscale: bool) -
 
 
 @given(sides, sides, st.data())
-def test_mirrored_crop(width: int, height: int, data: st.DataObject) -> None:
-    """Cropping and then mirroring is mirroring and then cropping where mirrored_left says."""
+def test_mirrored_left_is_the_crop_of_the_mirrored_image(width: int, height: int, data: st.DataObject) -> None:
+    """A mirrored crop is the crop of the mirrored image at mirrored_left."""
     bucket = data.draw(st.integers(1, width)), data.draw(st.integers(1, height))
     rng = random.Random(data.draw(st.integers(0, 9))) if data.draw(st.booleans()) else None
     left, top = crop_left_top((width, height), bucket, rng)
@@ -113,7 +113,7 @@ def test_mirrored_crop(width: int, height: int, data: st.DataObject) -> None:
     assert 0 <= top <= height - bucket[1]
 
 
-def test_dataset_options(dataset) -> None:
+def test_place_images_follows_the_dataset_s_bucket_options(dataset) -> None:
     sizes = np.array([[500, 200], [50, 50], [20, 400]])
     one_size = place_images(sizes, dataset(enable_bucket=False, resolution=(96, 64)))
     assert one_size.bucket.tolist() == [[96, 64]] * 3

@@ -1,4 +1,4 @@
-"""Captions: the golden grammar draw for draw, where we differ on purpose, and what holds for any caption."""
+"""Captions: golden captions and random draws, intended differences, and properties of every caption."""
 
 import random
 import time
@@ -65,13 +65,13 @@ def test_golden_captions_and_draws(golden) -> None:
         (42, True, "pre, l1, a , suf"),
     ],
 )
-def test_prefix_and_suffix_stand_on_every_line(seed: int, wildcard: bool, out: str) -> None:
+def test_prefix_and_suffix_are_added_to_the_chosen_line(seed: int, wildcard: bool, out: str) -> None:
     """differences.md: Prefix and suffix of captions with several lines."""
     settings = rules(caption_prefix="pre,", caption_suffix=", suf", enable_wildcard=wildcard)
     assert drawn(settings, "l1, a\nl2, b", seed) == out
 
 
-def test_dropout_by_epoch_begins_with_the_last_epoch_of_the_first_period() -> None:
+def test_caption_dropout_every_n_epochs_starts_with_epoch_n() -> None:
     """differences.md: Caption dropout every n epochs."""
     every_third = rules(caption_dropout_every_n_epochs=3)
     assert [drawn(every_third, "a", epoch=epoch) for epoch in range(7)] == ["a", "a", "", "a", "a", "", "a"]
@@ -118,7 +118,7 @@ def test_a_face_cutout_needs_four_numbers_and_prefers_its_own_file(tmp_path) -> 
     assert read_caption(tmp_path / "pic_1_2_3_4.png", settings) == "its own"
 
 
-def test_a_folder_named_as_a_caption_is_no_caption(tmp_path) -> None:
+def test_a_folder_with_the_name_of_a_caption_file_is_ignored(tmp_path) -> None:
     (tmp_path / "img.txt").mkdir()
     assert read_caption(tmp_path / "img.png", rules(caption_extension=".txt", class_tokens="cat")) == "cat"
 
@@ -127,14 +127,14 @@ tags = st.lists(st.text("abcdefg _", min_size=1).map(str.strip).filter(bool), mi
 
 
 @given(tags, st.integers(0, 6), st.integers(0, 2**32))
-def test_shuffling_keeps_the_tags_and_the_first_ones_in_place(words: list, keep: int, seed: int) -> None:
+def test_shuffle_keeps_all_tags_and_the_first_ones_in_place(words: list, keep: int, seed: int) -> None:
     out = drawn(rules(shuffle_caption=True, keep_tokens=keep), ", ".join(words), seed).split(", ")
     assert out[:keep] == words[:keep]
     assert Counter(out) == Counter(words)
 
 
 @given(tags, tags, tags, st.floats(0, 1), st.integers(0, 2**32))
-def test_dropout_takes_only_free_tags_and_keeps_their_order(first, free, last, rate: float, seed: int) -> None:
+def test_tag_dropout_drops_only_free_tags_and_keeps_their_order(first, free, last, rate: float, seed: int) -> None:
     text = " ||| ".join(", ".join(part) for part in (first, free, last))
     settings = rules(keep_tokens_separator="|||", caption_tag_dropout_rate=rate, keep_tokens=3)
     assert split_tags(settings, text) == (first, free, last)
@@ -152,7 +152,7 @@ def test_doubled_braces_are_text(text: str, seed: int) -> None:
     assert draw_wildcards(escaped, random.Random(seed)) == text
 
 
-def test_the_brackets_that_the_reference_marks_braces_with_are_text() -> None:
+def test_white_parentheses_are_text() -> None:
     """differences.md: Doubled braces beside ⦅ and ⦆."""
     assert draw_wildcards("⦅{{a}}⦆", random.Random(0)) == "⦅{a}⦆"
 
@@ -165,7 +165,7 @@ def test_a_wildcard_becomes_one_of_its_options(options: list, seed: int) -> None
 
 
 @given(st.integers(0, 40), st.integers(0, 5), st.integers(1, 500))
-def test_warm_up_grows_to_all_tags(count: int, least: int, end: int) -> None:
+def test_token_warmup_grows_linearly_to_all_tags(count: int, least: int, end: int) -> None:
     settings = rules(token_warmup_min=least, token_warmup_step=float(end))
     limits = [tag_limit(settings, count, step=step, max_steps=1000) for step in range(end + 1)]
     assert limits[0] == least
@@ -174,15 +174,15 @@ def test_warm_up_grows_to_all_tags(count: int, least: int, end: int) -> None:
         assert limits == sorted(limits)
 
 
-def test_a_share_of_the_steps_warms_up() -> None:
+def test_token_warmup_step_below_one_is_a_share_of_all_steps() -> None:
     settings = rules(token_warmup_step=0.25, caption_tag_dropout_rate=0.0)
     assert drawn(settings, "a, b, c", step=0, max_steps=8) == "a"
     assert drawn(settings, "a, b, c", step=1, max_steps=8) == "a, b"
     assert drawn(settings, "a, b, c", step=2, max_steps=8) == "a, b, c"
 
 
-def test_a_caption_takes_microseconds() -> None:
-    """Loader workers make one for each image of each step."""
+def test_a_caption_takes_only_microseconds() -> None:
+    """Data-loader workers make a caption for each image of each step."""
     settings = rules(shuffle_caption=True, keep_tokens=4, caption_dropout_rate=0.1)
     text = ", ".join(f"some tag {index}" for index in range(40))
     rng = random.Random(0)

@@ -87,7 +87,7 @@ def test_case(golden, tensors, number: int) -> None:
     latents = tensors[f"latents.{case['latents']}"].to(getattr(torch, case["dtype"]))
     ours = replayed(case, golden("noise.json")["arg_defaults"] | case["args"], latents)
     if number in IMPOSSIBLE:
-        # The config refuses such a range; test_draws.py shows that nothing can be drawn from it.
+        # The config refuses such a range; test_timesteps.py shows that no timestep can be drawn from it.
         assert case["raised"][0] == "IndexError"
         return
     assert ours.timesteps.tolist() == case["timesteps"]
@@ -136,7 +136,7 @@ def test_part(golden, tensors, number: int) -> None:
             channels = torch.tensor(part["out_per_channel"]).view(1, 4, 1, 1).expand_as(actual)
             torch.testing.assert_close(actual, channels)
         case "get_timesteps":
-            # The reference's generator, so only the meaning of the range can be compared: see test_draws.py.
+            # The reference's generator, so only the meaning of the range can be compared: see test_timesteps.py.
             low, high, images = part["args"]
             allowed = range(low, high) if low < high else [high]
             assert len(part["out"]) == images

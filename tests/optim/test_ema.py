@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import EmaOptions
 from sdxl_finetune.low_bits import MasterWeights, split
 from sdxl_finetune.optim.ema import build_ema
 from sdxl_finetune.optim.parameters import Group, TrainedParameters
@@ -18,13 +18,13 @@ def one_parameter(value: float, dtype: torch.dtype = torch.float32) -> tuple[Par
 
 
 def test_without_an_option_there_is_no_ema() -> None:
-    assert build_ema(one_parameter(1.0)[1], Config()) is None
+    assert build_ema(one_parameter(1.0)[1], EmaOptions()) is None
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_the_ema_follows_its_formula(on_cpu: bool) -> None:
     parameter, parameters = one_parameter(0.0)
-    ema = build_ema(parameters, Config(ema_decay=0.7, ema_on_cpu=on_cpu))
+    ema = build_ema(parameters, EmaOptions(ema_decay=0.7, ema_on_cpu=on_cpu))
     expected = 0.0
     for step in range(40):
         parameter.data.fill_(math.sin(step))
@@ -38,7 +38,7 @@ def test_the_ema_follows_its_formula(on_cpu: bool) -> None:
 def test_the_half_life_is_counted_in_images(images: int) -> None:
     """After 640 images the average has made half of a jump of the weights, whatever the batch size."""
     parameter, parameters = one_parameter(0.0)
-    ema = build_ema(parameters, Config(ema_half_life=640))
+    ema = build_ema(parameters, EmaOptions(ema_half_life=640))
     parameter.data.fill_(1.0)
     for step in range(10_000, 10_000 + 640 // images):
         ema.update(step, images)
@@ -47,7 +47,7 @@ def test_the_half_life_is_counted_in_images(images: int) -> None:
 
 def test_the_ema_of_bf16_weights_is_float32() -> None:
     parameter, parameters = one_parameter(1.0, torch.bfloat16)
-    ema = build_ema(parameters, Config(ema_decay=0.9999))
+    ema = build_ema(parameters, EmaOptions(ema_decay=0.9999))
     parameter.data.fill_(2.0)
     for step in range(10**6, 10**6 + 100):
         ema.update(step, 1)
@@ -63,7 +63,7 @@ def test_the_ema_is_of_exact_values() -> None:
     parameter, parameters = one_parameter(1.0, torch.bfloat16)
     low = split(torch.full((3,), 1.0005))[1]
     parameters.masters.add(parameter, low)
-    ema = build_ema(parameters, Config(ema_decay=0.5))
+    ema = build_ema(parameters, EmaOptions(ema_decay=0.5))
     assert ema.averages["unet.a"].tolist() == pytest.approx([1.0005] * 3, rel=1e-7)
     low += 1000
     ema.update(100, 1)
@@ -78,7 +78,7 @@ def test_the_ema_is_of_exact_values() -> None:
 def test_the_ema_in_place_takes_no_second_copy_on_the_device(dtype: torch.dtype) -> None:
     """The parameter keeps its memory, or has that of the EMA."""
     parameter, parameters = one_parameter(1.0, dtype)
-    ema = build_ema(parameters, Config(ema_decay=0.5))
+    ema = build_ema(parameters, EmaOptions(ema_decay=0.5))
     parameter.data.fill_(3.0)
     places = {parameter.data_ptr(), ema.averages["unet.a"].data_ptr()}
     with ema.in_place():
@@ -88,7 +88,7 @@ def test_the_ema_in_place_takes_no_second_copy_on_the_device(dtype: torch.dtype)
 
 def test_after_an_error_training_gets_its_own_tensors_back() -> None:
     parameter, parameters = one_parameter(1.0)
-    ema = build_ema(parameters, Config(ema_decay=0.5))
+    ema = build_ema(parameters, EmaOptions(ema_decay=0.5))
     parameter.data.fill_(3.0)
     before = parameter.data_ptr()
     with pytest.raises(ZeroDivisionError), ema.in_place():

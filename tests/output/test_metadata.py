@@ -1,12 +1,12 @@
 """What a saved file says of itself: the reference's fields, ours, and nothing that is nobody's business."""
 
 import base64
+import importlib.metadata
 import json
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-import torch
 
 import sdxl_finetune
 from sdxl_finetune.config import Config
@@ -62,7 +62,7 @@ def test_our_fields_say_where_the_run_stood() -> None:
     assert {name.split(".")[0] for name in metadata} == {"modelspec", "sdxl_finetune"}
     assert [metadata[f"sdxl_finetune.{name}"] for name in ("epoch", "step", "seed")] == ["2", "40", "7"]
     assert metadata["sdxl_finetune.version"] == sdxl_finetune.__version__
-    assert json.loads(metadata["sdxl_finetune.versions"])["torch"] == torch.__version__
+    assert json.loads(metadata["sdxl_finetune.versions"])["torch"] == importlib.metadata.version("torch")
     kept = json.loads(metadata["sdxl_finetune.config"])
     assert kept["resolution"] == "832,1216" and kept["learning_rate"] == 3e-5
     assert Config(**kept) == config
