@@ -26,7 +26,7 @@ from scripts.toy.world import SIZE, Scene, caption, draw, scenes
 from sdxl_finetune.commands.model import main as model_tool
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.architecture import Architecture, vae_config
-from sdxl_finetune.model.initial import build_initial, text_size
+from sdxl_finetune.model.random_model import build_random_model, text_size
 from sdxl_finetune.model.save import save_checkpoint
 
 CONFIG = Path(__file__).parents[2] / "configs" / "toy.toml"
@@ -59,7 +59,7 @@ def main() -> None:
     write_pictures(folder / "pictures", islice(scenes(0, kept=True), arguments.pictures))
     if not (folder / "base.safetensors").exists():
         vae = train_vae(folder, arguments.vae_steps, arguments.decoder_steps, arguments.keep_every)
-        model, _ = build_initial(BUILT, seed=0)
+        model, _ = build_random_model(BUILT, seed=0)
         with atomic_path(folder / "base.safetensors") as path:
             save_checkpoint(path, model, vae, save_as="safetensors", dtype=None, metadata={})
     command = [sys.executable, "-m", "sdxl_finetune", "--config", str(CONFIG), "--resume", "auto"]

@@ -143,12 +143,12 @@ def _number_from(least: int, text: str) -> int:
 def _init(arguments: argparse.Namespace) -> None:
     import torch
 
-    from sdxl_finetune.model.initial import SMALL, TINY, build_initial
+    from sdxl_finetune.model.random_model import SMALL, TINY, build_random_model
     from sdxl_finetune.model.save import save_checkpoint
 
     built = _chosen(arguments, {"tiny": TINY, "small": SMALL}[arguments.preset])
     save_as = _save_as(arguments)
-    model, vae = build_initial(built, arguments.seed)
+    model, vae = build_random_model(built, arguments.seed)
     dtype = getattr(torch, PRECISIONS[arguments.save_precision or "fp16"])
     with atomic_path(arguments.output) as temporary:
         save_checkpoint(temporary, model, vae, save_as=save_as, dtype=dtype, metadata={})
@@ -159,7 +159,7 @@ def _init(arguments: argparse.Namespace) -> None:
 def _chosen(arguments: argparse.Namespace, preset: "Architecture") -> "Architecture":
     """The preset with what the command line changes. UserError when that is no architecture."""
     from sdxl_finetune.model.architecture import width_problems
-    from sdxl_finetune.model.initial import text_size
+    from sdxl_finetune.model.random_model import text_size
 
     names = ("unet_widths", "unet_layers", "transformer_layers", "vae_widths", "vae_layers")
     changed = {name: value for name in names if (value := getattr(arguments, name)) is not None}

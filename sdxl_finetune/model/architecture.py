@@ -1,8 +1,7 @@
-"""The architecture of an SDXL model of any width and depth: a few numbers, read off a checkpoint's names and shapes.
+"""The architecture of an SDXL model of any width and depth: a few numbers, read from a checkpoint's names and shapes.
 
-Attention heads are not in the shapes: there are max(1, width // 64) everywhere, which gives the head counts of
-the original at its size. Everything else that shapes do not say (activations, epsilons, 32 norm groups) is as in
-the original SDXL.
+Shapes do not say the number of attention heads. It is max(1, width // 64) everywhere, which gives the original's number
+at the original's size. Activations, epsilons and the 32 norm groups are those of the original SDXL.
 """
 
 from dataclasses import dataclass
@@ -10,40 +9,40 @@ from typing import Any
 
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.keymap import Layout, Level
-from sdxl_finetune.model.layout import Named, same
+from sdxl_finetune.model.named_tensors import NamedTensors, common_value
 
 SCALING_FACTOR = 0.13025
-"""Of SDXL's VAE: latents are multiplied by it before the U-Net sees them."""
+"""Scaling factor of SDXL's VAE. Latents are multiplied by it before the U-Net gets them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSize:
-    """A text encoder."""
+    """The size of a text encoder."""
 
     width: int
     layers: int
     mlp_width: int
     projection: int
-    """Channels of the pooled output (the first encoder has none that is used)."""
+    """Channels of the pooled output. That of the first encoder is not used."""
     vocabulary: int = 49408
     positions: int = 77
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Everything that the modules are built from."""
+    """All numbers that the modules are built from."""
 
     unet_widths: tuple[int, ...]
     """Channels of each level, multiples of 32."""
     unet_layers: tuple[int, ...]
-    """Residual layers of each level on the way down; there is one more on the way up."""
+    """Residual layers of each level on the way down. On the way up there is one more."""
     transformer_layers: tuple[int, ...]
-    """Of each attention on a level; 0 where a level has no attention."""
+    """Transformer layers of each attention on a level; 0 for a level without attention."""
     middle_transformer_layers: int
-    """Those of the last level, if it has attention."""
+    """Transformer layers of the middle block: those of the last level, if that has attention."""
     time_width: int
     size_width: int = 256
-    """Channels that each of the six numbers of the size conditioning is embedded in."""
+    """Channels of the embedding of each of the six numbers of the size conditioning."""
     te1: TextSize
     te2: TextSize
     vae_widths: tuple[int, ...]
@@ -51,7 +50,7 @@ class Architecture:
 
     @property
     def layout(self) -> Layout:
-        """What the names of its tensors depend on."""
+        """The numbers that the names of the tensors depend on."""
         return Layout(
             unet=tuple(Level(n, bool(m)) for n, m in zip(self.unet_layers, self.transformer_layers, strict=True)),
             te2_layers=self.te2.layers,
@@ -71,45 +70,45 @@ FULL = Architecture(
     vae_widths=(128, 256, 512, 512),
     vae_layers=2,
 )
-"""SDXL itself: 2.57 billion parameters in the U-Net, 0.82 in the encoders."""
+"""The original SDXL: 2.57 billion parameters in the U-Net, 0.82 billion in the text encoders."""
 
 
 def heads(width: int) -> int:
-    """Attention heads of a layer of `width` channels."""
+    """Number of attention heads of a layer with `width` channels."""
     return max(1, width // 64)
 
 
-def unet_config(built: Architecture) -> dict[str, Any]:
+def unet_config(architecture: Architecture) -> dict[str, Any]:
     """Arguments of diffusers' UNet2DConditionModel."""
-    attention = ["CrossAttn" if layers else "" for layers in built.transformer_layers]
-    usual_time_width = 4 * built.unet_widths[0]
+    attention = ["CrossAttn" if count else "" for count in architecture.transformer_layers]
+    layers, usual_time_width = architecture.unet_layers, 4 * architecture.unet_widths[0]
     return {
         "sample_size": 128,
         "in_channels": 4,
         "out_channels": 4,
-        "block_out_channels": list(built.unet_widths),
-        "layers_per_block": list(built.unet_layers) if len(set(built.unet_layers)) > 1 else built.unet_layers[0],
+        "block_out_channels": list(architecture.unet_widths),
+        "layers_per_block": list(layers) if len(set(layers)) > 1 else layers[0],
         "down_block_types": [f"{kind}DownBlock2D" for kind in attention],
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attention)],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
-        # diffusers takes the middle block's from the last, and wants a number where there is no attention.
+        # diffusers uses the last number for the middle block, and needs a number for levels without attention.
         "transformer_layers_per_block": [
-            *(layers or 1 for layers in built.transformer_layers[:-1]),
-            built.middle_transformer_layers,
+            *(count or 1 for count in architecture.transformer_layers[:-1]),
+            architecture.middle_transformer_layers,
         ],
-        # diffusers calls the number of heads so.
-        "attention_head_dim": [heads(width) for width in built.unet_widths],
-        "cross_attention_dim": built.te1.width + built.te2.width,
+        # diffusers' name for the number of heads.
+        "attention_head_dim": [heads(width) for width in architecture.unet_widths],
+        "cross_attention_dim": architecture.te1.width + architecture.te2.width,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
-        "addition_time_embed_dim": built.size_width,
-        "projection_class_embeddings_input_dim": 6 * built.size_width + built.te2.projection,
-        "time_embedding_dim": None if built.time_width == usual_time_width else built.time_width,
+        "addition_time_embed_dim": architecture.size_width,
+        "projection_class_embeddings_input_dim": 6 * architecture.size_width + architecture.te2.projection,
+        "time_embedding_dim": None if architecture.time_width == usual_time_width else architecture.time_width,
     }
 
 
 def text_config(size: TextSize, activation: str) -> dict[str, Any]:
-    """Arguments of transformers' CLIPTextConfig; `activation` is quick_gelu for CLIP (te1), gelu for OpenCLIP (te2)."""
+    """Arguments of transformers' CLIPTextConfig. `activation` is quick_gelu for CLIP (te1), gelu for OpenCLIP (te2)."""
     return {
         "vocab_size": size.vocabulary,
         "hidden_size": size.width,
@@ -122,26 +121,26 @@ def text_config(size: TextSize, activation: str) -> dict[str, Any]:
         "projection_dim": size.projection,
         "pad_token_id": 1,
         "bos_token_id": 49406,
-        # Pooling takes the first of these; with transformers' legacy value 2 it would take the highest token id.
+        # Pooling uses the first token with this id. With transformers' legacy value 2 it would use the highest id.
         "eos_token_id": 49407,
     }
 
 
-def te1_config(built: Architecture) -> dict[str, Any]:
-    return text_config(built.te1, "quick_gelu")
+def te1_config(architecture: Architecture) -> dict[str, Any]:
+    return text_config(architecture.te1, "quick_gelu")
 
 
-def te2_config(built: Architecture) -> dict[str, Any]:
-    return text_config(built.te2, "gelu")
+def te2_config(architecture: Architecture) -> dict[str, Any]:
+    return text_config(architecture.te2, "gelu")
 
 
-def vae_config(built: Architecture) -> dict[str, Any]:
+def vae_config(architecture: Architecture) -> dict[str, Any]:
     """Arguments of diffusers' AutoencoderKL."""
-    return _vae_config(built.vae_widths, built.vae_layers)
+    return _vae_config(architecture.vae_widths, architecture.vae_layers)
 
 
-def read_vae_config(vae: Named) -> dict[str, Any]:
-    """The same of the VAE with these tensors."""
+def read_vae_config(vae: NamedTensors) -> dict[str, Any]:
+    """Arguments of diffusers' AutoencoderKL for the VAE with these tensors."""
     return _vae_config(_vae_widths(vae), vae.layout.vae_layers)
 
 
@@ -158,49 +157,52 @@ def _vae_config(widths: tuple[int, ...], layers: int) -> dict[str, Any]:
     }
 
 
-def read_architecture(named: Named, vae: Named) -> Architecture:
-    """The architecture of the model with these tensors, and of the VAE with those. UserError when the model is none of
-    SDXL's kind.
+def read_architecture(named: NamedTensors, vae: NamedTensors) -> Architecture:
+    """Reads the architecture of the model with tensors `named` and the VAE with tensors `vae`.
+
+    Raises UserError if the model is not an SDXL.
     """
     levels = named.layout.unet
     te1, te2 = _text_size("te1", named), _text_size("te2", named)
     widths = tuple(named.shape(f"unet.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(len(levels)))
-    sizes = named.shape("unet.add_embedding.linear_1.weight")[1] - te2.projection
-    if sizes <= 0 or sizes % 6:
-        raise UserError(f"the U-Net's label embedding has no room for six sizes beside te2's {te2.projection} channels")
+    size_channels = named.shape("unet.add_embedding.linear_1.weight")[1] - te2.projection
+    if size_channels <= 0 or size_channels % 6:
+        message = f"the U-Net's label embedding does not hold six sizes beside te2's {te2.projection} channels"
+        raise UserError(f"{message}: this is not SDXL")
     middle = _depth(named, "unet.mid_block.attentions.0")
     if not middle:
-        raise UserError("the U-Net's middle block has no attention: this is a distilled SDXL (as SSD-1B), not SDXL")
-    built = Architecture(
+        raise UserError("the U-Net's middle block has no attention: this is not SDXL but a distilled one (as SSD-1B)")
+    architecture = Architecture(
         unet_widths=widths,
         unet_layers=tuple(level.layers for level in levels),
         transformer_layers=_transformer_layers(named, middle),
         middle_transformer_layers=middle,
         time_width=named.shape("unet.time_embedding.linear_1.weight")[0],
-        size_width=sizes // 6,
+        size_width=size_channels // 6,
         te1=te1,
         te2=te2,
         vae_widths=_vae_widths(vae),
         vae_layers=vae.layout.vae_layers,
     )
-    if problems := width_problems(built):
+    if problems := width_problems(architecture):
         raise UserError([Problem(problem) for problem in problems])
-    return built
+    return architecture
 
 
-def width_problems(built: Architecture) -> list[str]:
-    """What the widths are not divisible by and have to be."""
-    grouped = [*(("the U-Net", width) for width in built.unet_widths), *(("the VAE", w) for w in built.vae_widths)]
-    problems = [f"{part} has a level of {width} channels, no multiple of 32" for part, width in grouped if width % 32]
-    attending = [("te1", built.te1.width), ("te2", built.te2.width), *(("the U-Net", w) for w in built.unet_widths)]
+def width_problems(architecture: Architecture) -> list[str]:
+    """The problems of widths that are not divisible by their norm groups or attention heads."""
+    unet = [("the U-Net", width) for width in architecture.unet_widths]
+    normed = [*unet, *(("the VAE", width) for width in architecture.vae_widths)]
+    problems = [f"{part} has a level of {width} channels, no multiple of 32" for part, width in normed if width % 32]
+    with_heads = [("te1", architecture.te1.width), ("te2", architecture.te2.width), *unet]
     return problems + [
-        f"{part} is {width} wide, which its {heads(width)} attention heads do not divide"
-        for part, width in attending
+        f"{part} has a width of {width}, which is not divisible by its {heads(width)} attention heads"
+        for part, width in with_heads
         if width % heads(width)
     ]
 
 
-def _text_size(part: str, named: Named) -> TextSize:
+def _text_size(part: str, named: NamedTensors) -> TextSize:
     vocabulary, width = named.shape(f"{part}.text_model.embeddings.token_embedding.weight")
     layer = f"{part}.text_model.encoder.layers.{{}}.mlp.fc1.weight"
     return TextSize(
@@ -213,25 +215,25 @@ def _text_size(part: str, named: Named) -> TextSize:
     )
 
 
-def _transformer_layers(named: Named, middle: int) -> tuple[int, ...]:
-    """Of each level, which must be the same everywhere on it, down and up."""
+def _transformer_layers(named: NamedTensors, middle: int) -> tuple[int, ...]:
+    """Reads the transformer layers of each level. All attentions of a level, down and up, must have as many."""
     levels = named.layout.unet
     layers = []
     for i, level in enumerate(levels):
         up = len(levels) - 1 - i
         places = [f"unet.down_blocks.{i}.attentions.{j}" for j in range(level.layers)]
         places += [f"unet.up_blocks.{up}.attentions.{j}" for j in range(level.layers + 1)]
-        found = [_depth(named, place) for place in places]
+        depths = [_depth(named, place) for place in places]
         if i + 1 == len(levels) and level.attention:
-            found.append(middle)
-        layers.append(same(found, f"number of transformer layers of level {i}"))
+            depths.append(middle)
+        layers.append(common_value(depths, f"number of transformer layers of level {i}"))
     return tuple(layers)
 
 
-def _depth(named: Named, attention: str) -> int:
+def _depth(named: NamedTensors, attention: str) -> int:
     return named.count(f"{attention}.transformer_blocks.{{}}.norm1.weight")
 
 
-def _vae_widths(vae: Named) -> tuple[int, ...]:
-    first = "vae.encoder.down_blocks.{}.resnets.0.conv1.weight"
-    return tuple(vae.shape(first.format(i))[0] for i in range(vae.layout.vae_levels))
+def _vae_widths(vae: NamedTensors) -> tuple[int, ...]:
+    levels = range(vae.layout.vae_levels)
+    return tuple(vae.shape(f"vae.encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels)

@@ -1,6 +1,6 @@
-"""What decides how much memory a step takes: gradient checkpointing and how attention is computed.
+"""Gradient checkpointing and the attention kernel, which decide most about the memory of a step.
 
-Both are the libraries' own facilities, set on the modules of an SDXL.
+Both are functions of diffusers and transformers, switched on in the modules of an SDXL.
 """
 
 import logging
@@ -14,9 +14,10 @@ Attention = Literal["sdpa", "xformers"]
 
 
 def enable_gradient_checkpointing(model: SDXL) -> None:
-    """Keeps only the inputs of blocks (U-Net) and layers (encoders) and computes the rest again for the gradient.
+    """Keeps only the inputs of U-Net blocks and encoder layers, and computes other activations again in backward.
 
-    The encoders do so only in training mode (`model.train()`), which changes nothing else: there is no dropout.
+    The text encoders do this only in training mode (`model.train()`). That mode changes nothing else, because there is
+    no dropout.
     """
     model.unet.enable_gradient_checkpointing()
     for encoder in (model.te1, model.te2):
@@ -24,18 +25,21 @@ def enable_gradient_checkpointing(model: SDXL) -> None:
             encoder.activation_checkpointing_enable({"use_reentrant": False})
         else:
             encoder.gradient_checkpointing_enable({"use_reentrant": False})
-        # Makes embeddings require gradients, for adapters: a frozen encoder would be differentiated for nothing.
+        # transformers made the embeddings require gradients, for adapters. A frozen encoder would then be
+        # differentiated for nothing.
         encoder.disable_input_require_grads()
 
 
 def use_attention(model: SDXL, wanted: Attention) -> Attention:
-    """Sets how the U-Net computes attention and says which way it is: PyTorch's scaled dot product attention
-    ("sdpa", the modules' default) or xformers', where that is installed and works on this machine.
+    """Sets the U-Net's attention kernel and returns the kernel that is used.
+
+    "sdpa" is PyTorch's scaled_dot_product_attention, the default of the modules. "xformers" is used only if it is
+    installed and works on this machine; otherwise a warning says why not.
     """
     if wanted == "sdpa":
         return wanted
     try:
-        # Tries the kernel on this machine before it changes anything.
+        # diffusers tries the kernel on this machine before it changes the modules.
         model.unet.enable_xformers_memory_efficient_attention()
     except ModuleNotFoundError:
         reason = "xformers is not installed"
@@ -43,5 +47,5 @@ def use_attention(model: SDXL, wanted: Attention) -> Attention:
         reason = str(error).splitlines()[0]
     else:
         return wanted
-    logger.warning("attention is PyTorch's (sdpa) instead of xformers': %s", reason)
+    logger.warning("xformers cannot be used (%s): attention is PyTorch's (sdpa)", reason)
     return "sdpa"

@@ -1,5 +1,7 @@
-"""The diffusers layout: the tensors of a pipeline's folder or of a VAE, under the names of the keymap (`unet.`, `te1.`,
-`te2.`, `vae.`), and writing such a folder, complete enough to be opened offline.
+"""Reads and writes the diffusers layout: the folder of a pipeline, and a VAE in any layout.
+
+Tensors get the names of keymap.py (`unet.`, `te1.`, `te2.`, `vae.`). A written folder holds everything that diffusers
+needs to open it offline.
 """
 
 import dataclasses
@@ -32,7 +34,8 @@ PARTS = {
     "te2": ("text_encoder_2", ("model", "pytorch_model")),
     "vae": ("vae", ("diffusion_pytorch_model",)),
 }
-"""Each part's folder, and what its files are called there."""
+"""Folder of each part, and the possible names of its files without suffix. Safetensors files use the first name, .bin
+files the last."""
 
 _PIPELINE = (
     ("unet", "diffusers", "UNet2DConditionModel"),
@@ -53,19 +56,21 @@ _SCHEDULE = {
 }
 
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""How diffusers called the VAE's attention before 0.17."""
+"""Names in the VAE's attention that diffusers used before 0.17, and the names since."""
 
 
 def open_folder(folder: Path) -> TensorFile:
-    """The tensors of all parts of a diffusers pipeline. UserError when it is another kind of pipeline."""
+    """Opens all parts of a diffusers pipeline. Raises UserError for another kind of pipeline."""
     index = folder / "model_index.json"
     kind = _read_json(index).get("_class_name", "") if index.is_file() else "StableDiffusionXLPipeline"
     if not kind.startswith("StableDiffusionXL"):
-        raise UserError(Problem(f"this is a {kind}, not an SDXL model", file=str(index)))
+        raise UserError(Problem(f"this is a {kind}, not an SDXL base model: choose another folder", file=str(index)))
     if not (folder / "unet").is_dir():
-        raise UserError(Problem("no diffusers model is in this folder: it has no `unet`", file=str(folder)))
+        raise UserError(Problem("this is not the folder of a diffusers model: it has no `unet`", file=str(folder)))
     if (folder / "text_encoder_2").is_dir() and not (folder / "text_encoder").is_dir():
-        raise UserError(Problem("this is the SDXL refiner, not an SDXL base model", file=str(folder)))
+        raise UserError(
+            Problem("this is the SDXL refiner, not an SDXL base model: choose another folder", file=str(folder))
+        )
     tensors: dict[str, Source] = {}
     metadata: dict[str, str] = {}
     for part, (name, _) in PARTS.items():
@@ -78,17 +83,19 @@ def open_folder(folder: Path) -> TensorFile:
 
 
 def open_vae(path: Path) -> dict[str, Source]:
-    """The tensors of a VAE by key or name: a diffusers folder (of the VAE, or of a pipeline that has one), a file in
-    either layout, or a whole single-file checkpoint. UserError when there is none, or not one of SDXL.
+    """The tensors of a VAE by key or name.
+
+    `path` may be a diffusers folder of the VAE or of a pipeline, a file of the VAE in either layout, or a complete
+    single-file checkpoint. Raises UserError if it holds no VAE, or not one for SDXL.
     """
     tensors = _vae_folder(path) if path.is_dir() else _vae_file(path)
     channels = next(
         (source.shape[1] for key, source in tensors.items() if key.endswith("decoder.conv_in.weight")), None
     )
     if channels is None:
-        raise UserError(Problem("there is no VAE here", file=str(path)))
+        raise UserError(Problem("there is no VAE in this file or folder: choose another one", file=str(path)))
     if channels != 4:
-        message = f"this VAE has {channels} latent channels, SDXL's has 4: it belongs to another model"
+        message = f"this VAE has {channels} latent channels and belongs to another model: SDXL's has 4"
         raise UserError(Problem(message, file=str(path)))
     return tensors
 
@@ -98,7 +105,9 @@ def _vae_folder(path: Path) -> dict[str, Source]:
     config = folder / "config.json"
     scaling = _read_json(config).get("scaling_factor", 0.18215) if config.is_file() else SCALING_FACTOR
     if scaling != SCALING_FACTOR:
-        message = f"this VAE scales its latents by {scaling}, SDXL's by {SCALING_FACTOR}: it belongs to another model"
+        message = (
+            f"this VAE scales latents by {scaling} and belongs to another model: SDXL's scales by {SCALING_FACTOR}"
+        )
         raise UserError(Problem(message, file=str(config)))
     return {name: source for file in _files("vae", folder) for name, source in file.tensors.items()}
 
@@ -116,7 +125,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(Problem(f"this is no JSON file of settings ({error})", file=str(path))) from None
+        raise UserError(
+            Problem(f"this is no JSON object ({error}): fetch or save the folder again", file=str(path))
+        ) from None
 
 
 def _vae_name(name: str) -> str:
@@ -126,7 +137,7 @@ def _vae_name(name: str) -> str:
 
 
 def _files(part: str, folder: Path) -> Iterator[TensorFile]:
-    """What the files of one part hold, by name."""
+    """Opens the files of one part, with the names of their tensors."""
     for path in _paths(folder, PARTS[part][1]):
         file = open_tensors(path)
         renamed = {_vae_name(n) if part == "vae" else module_name(part, n): s for n, s in file.tensors.items()}
@@ -134,7 +145,7 @@ def _files(part: str, folder: Path) -> Iterator[TensorFile]:
 
 
 def _paths(folder: Path, stems: tuple[str, ...]) -> list[Path]:
-    """The files of one part: .safetensors before .bin, full precision before a variant, whole or in shards."""
+    """The files of one part, complete or in shards. It prefers .safetensors to .bin, and full precision to fp16."""
     for suffix in ("safetensors", "bin"):
         for variant in ("", ".fp16"):
             for stem in stems:
@@ -142,36 +153,37 @@ def _paths(folder: Path, stems: tuple[str, ...]) -> list[Path]:
                 shards = sorted(folder.glob(f"{stem}{variant}-*-of-*.{suffix}"))
                 if whole.is_file() or shards:
                     return [whole] if whole.is_file() else shards
-    raise UserError(Problem(f"there are no weights here ({stems[0]}.safetensors or .bin)", file=str(folder)))
+    raise UserError(Problem(f"the folder has no weights ({stems[0]}.safetensors or .bin)", file=str(folder)))
 
 
 def save_folder(
     folder: Path,
-    built: Architecture,
+    architecture: Architecture,
     tensors: Mapping[str, Source],
     metadata: Mapping[str, str],
     *,
     safe: bool,
 ) -> None:
-    """Writes a diffusers pipeline: weights as .safetensors (`safe`) or .bin, configurations, scheduler, tokenizers."""
+    """Writes a diffusers pipeline: weights as .safetensors (if `safe`) or .bin, configs, scheduler and tokenizers."""
     for part, (name, stems) in PARTS.items():
         (folder / name).mkdir(parents=True)
-        own = {key.removeprefix(f"{part}."): source for key, source in tensors.items() if key.startswith(f"{part}.")}
+        prefix = f"{part}."
+        inside = {key.removeprefix(prefix): source for key, source in tensors.items() if key.startswith(prefix)}
         if safe:
-            about = {**(metadata if part == "unet" else {}), "format": "pt"}
-            write_safetensors(folder / name / f"{stems[0]}.safetensors", own, about)
+            header = {**(metadata if part == "unet" else {}), "format": "pt"}
+            write_safetensors(folder / name / f"{stems[0]}.safetensors", inside, header)
         else:
-            torch.save({key: source.read() for key, source in own.items()}, folder / name / f"{stems[-1]}.bin")
-    save_configs(folder, built, metadata)
+            torch.save({key: source.read() for key, source in inside.items()}, folder / name / f"{stems[-1]}.bin")
+    save_configs(folder, architecture, metadata)
 
 
-def save_configs(folder: Path, built: Architecture, metadata: Mapping[str, str]) -> None:
-    """Everything of a diffusers pipeline but its weights: enough for `from_single_file(..., config=folder)`."""
+def save_configs(folder: Path, architecture: Architecture, metadata: Mapping[str, str]) -> None:
+    """Writes everything of a diffusers pipeline but its weights, as `from_single_file(..., config=folder)` needs."""
     with torch.device("meta"):
-        UNet2DConditionModel(**unet_config(built)).save_config(folder / "unet")
-        AutoencoderKL(**vae_config(built)).save_config(folder / "vae")
-    CLIPTextConfig(**te1_config(built), architectures=["CLIPTextModel"]).save_pretrained(folder / "text_encoder")
-    config = CLIPTextConfig(**te2_config(built), architectures=["CLIPTextModelWithProjection"])
+        UNet2DConditionModel(**unet_config(architecture)).save_config(folder / "unet")
+        AutoencoderKL(**vae_config(architecture)).save_config(folder / "vae")
+    CLIPTextConfig(**te1_config(architecture), architectures=["CLIPTextModel"]).save_pretrained(folder / "text_encoder")
+    config = CLIPTextConfig(**te2_config(architecture), architectures=["CLIPTextModelWithProjection"])
     config.save_pretrained(folder / "text_encoder_2")
     prediction = "v_prediction" if metadata.get("modelspec.prediction_type") == "v" else "epsilon"
     EulerDiscreteScheduler(**_SCHEDULE, prediction_type=prediction).save_config(folder / "scheduler")

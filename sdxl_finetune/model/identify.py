@@ -1,7 +1,7 @@
-"""What a checkpoint is that is not an SDXL base model, told by the tensors that only its kind has.
+"""Recognises checkpoints that are not SDXL base models, by tensors that only their kind has.
 
-`kind_of` names it for the user; None means that everything an SDXL base has is there, of whatever size. The
-original file layouts are those that model hubs and user interfaces exchange.
+`kind_of` names the kind for the user. None means that the checkpoint has everything that an SDXL base model has, of any
+size. The file layouts are those that model hubs and user interfaces exchange.
 """
 
 from collections.abc import Mapping
@@ -48,22 +48,22 @@ _PARTS = (
 
 
 def kind_of(tensors: Mapping[str, Source], *, needs_vae: bool = True) -> str | None:
-    """What the model with these tensors is, with its article; None for an SDXL base model."""
+    """The kind of the model with these tensors, with its article; None for an SDXL base model."""
     if any(source.dtype in _FLOAT8 for source in tensors.values()):
         return "an fp8 model (8-bit weights, which cannot be trained)"
     if _marked(tensors, _QUANTISED):
         return "a quantised model, which cannot be trained"
-    found = [part for part, *keys in _PARTS if any(key in tensors for key in keys)]
-    # A whole SDXL is one whatever else is in the file: mergers leave strange things behind.
-    if len(found) < len(_PARTS):
+    present = [part for part, *keys in _PARTS if any(key in tensors for key in keys)]
+    # A complete SDXL may hold any other tensors as well, because tools that merge models leave some behind.
+    if len(present) < len(_PARTS):
         for marks, kind in _MARKS:
             if _marked(tensors, marks):
                 return kind
-    if not found:
-        return _alone(tensors)
-    if "U-Net" in found and (other := _unet_kind(tensors)):
+    if not present:
+        return _kind_of_single_part(tensors)
+    if "U-Net" in present and (other := _unet_kind(tensors)):
         return other
-    missing = [part for part, *_ in _PARTS if part not in found and (needs_vae or part != "VAE")]
+    missing = [part for part, *_ in _PARTS if part not in present and (needs_vae or part != "VAE")]
     if missing:
         return f"an incomplete model: it has no {' and no '.join(missing)}"
     return None
@@ -83,12 +83,12 @@ def _unet_kind(tensors: Mapping[str, Source]) -> str | None:
     return None
 
 
-def _alone(tensors: Mapping[str, Source]) -> str:
-    """A file of one part without its prefix, or something unknown."""
+def _kind_of_single_part(tensors: Mapping[str, Source]) -> str:
+    """The kind of a file that holds one part without its prefix, or of an unknown file."""
     if "encoder.conv_in.weight" in tensors:
         return "a VAE alone (which can be given as `vae`)"
     if "conv_in.weight" in tensors or "input_blocks.0.0.weight" in tensors:
         return "a U-Net alone, without text encoders and VAE"
     if any(key.startswith("text_model.") for key in tensors):
         return "a text encoder alone"
-    return f"no kind that is known here (it begins with {', '.join(list(tensors)[:3])})"
+    return f"no kind that is known here (its first tensors are {', '.join(list(tensors)[:3])})"

@@ -1,9 +1,9 @@
-"""The names of an SDXL model's tensors: one table from diffusers' names to the single-file layout's, used both ways.
+"""The names of an SDXL model's tensors: one table from the modules' names to the keys of a single-file checkpoint.
 
-A *name* is `part.` + the name in diffusers' or transformers' module (`unet.conv_in.weight`, `te1.text_model...`,
-`te2.text_projection.weight`, `vae.encoder...`); a *key* is the name in a single-file checkpoint. Loading reads the
-place of every name that the module has, saving writes each to the same place, so the two cannot disagree.
-The rows are those of the golden key maps, for any number of levels and layers.
+A *name* is the part and the name in diffusers' or transformers' module: `unet.conv_in.weight`, `te1.text_model...`,
+`te2.text_projection.weight`, `vae.encoder...`. A *key* is the name in a single-file checkpoint. Loading and saving use
+the same table, so that they cannot disagree. Its rows are those of the golden key maps, for any number of levels and
+layers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ TE1 = "conditioner.embedders.0.transformer."
 TE2 = "conditioner.embedders.1.model."
 VAE = "first_stage_model."
 LOGIT_SCALE = "te2.logit_scale"
-"""A name that only single files know: transformers' encoder has no use for CLIP's contrastive temperature."""
+"""CLIP's contrastive temperature. transformers' encoder does not use it, and only single-file checkpoints hold it."""
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -48,37 +48,38 @@ _VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the U-Net: residual layers on the way down (one more on the way up), with attention or not."""
+    """One resolution of the U-Net."""
 
     layers: int
+    """Residual layers on the way down. On the way up there is one more."""
     attention: bool
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the names depend on, beyond the numbers that stand in them."""
+    """The numbers of levels and layers that a model's names and keys depend on."""
 
     unet: tuple[Level, ...]
     te2_layers: int
     vae_levels: int
     vae_layers: int
-    """Residual layers of a level of the VAE's encoder (one more in its decoder)."""
+    """Residual layers of each level of the VAE's encoder. The decoder has one more."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands in the single-file layout."""
+    """The place of a module's tensor in a single-file checkpoint."""
 
     key: str
     transposed: bool = False
-    """The file holds the matrix transposed: text_projection is applied as `pooled @ matrix`."""
+    """True if the file holds the transposed matrix: OpenCLIP applies text_projection as `pooled @ matrix`."""
     pointwise: bool = False
-    """The file holds a linear layer's matrix [o, i] as a 1x1 convolution [o, i, 1, 1]."""
+    """True if the file holds a linear layer's matrix [o, i] as a 1x1 convolution [o, i, 1, 1]."""
     third: int | None = None
-    """Which third of the first dimension it is: query, key and value are one tensor there."""
+    """Third of the file's first dimension, 0 to 2, if the file joins query, key and value in one tensor."""
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The module's shape of a tensor that is `stored` so in the file."""
+        """The module's shape of a tensor that has shape `stored` in the file."""
         if self.third is not None:
             stored = (stored[0] // 3, *stored[1:])
         if self.pointwise and len(stored) == 4:
@@ -86,7 +87,7 @@ class Place:
         return stored[::-1] if self.transposed else stored
 
     def take(self, stored: Tensor) -> Tensor:
-        """The module's tensor, as a view of the file's."""
+        """The module's tensor, as a view of the file's tensor."""
         if self.third is not None:
             stored = stored.chunk(3)[self.third]
         if self.pointwise and stored.ndim == 4:
@@ -95,7 +96,7 @@ class Place:
 
 
 def put(parts: Iterable[tuple[Place, Tensor]]) -> Tensor:
-    """The file's tensor from the module's tensors that have their place in it: the inverse of `Place.take`."""
+    """The file's tensor, made of the module's tensors that have their place in it: the inverse of `Place.take`."""
     stored = []
     for place, tensor in sorted(parts, key=lambda part: part[0].third or 0):
         if place.transposed:
@@ -107,15 +108,16 @@ def put(parts: Iterable[tuple[Place, Tensor]]) -> Tensor:
 
 
 def module_name(part: str, name: str) -> str:
-    """The name of a tensor that part `part`'s module or file calls `name`. CLIPTextModel lost the prefix
-    `text_model.` in transformers 5; names here have it always, as all files have.
+    """The name of a tensor that the module of `part` calls `name`.
+
+    transformers 5 removed the prefix `text_model.` from CLIPTextModel. Names here always have it, as in all files.
     """
-    bare = part in ("te1", "te2") and not name.startswith(("text_model.", "text_projection.", "logit_scale"))
-    return f"{part}.text_model.{name}" if bare else f"{part}.{name}"
+    has_no_prefix = part in ("te1", "te2") and not name.startswith(("text_model.", "text_projection.", "logit_scale"))
+    return f"{part}.text_model.{name}" if has_no_prefix else f"{part}.{name}"
 
 
 class KeyMap:
-    """The table for one layout."""
+    """The table of names and keys for one layout."""
 
     def __init__(self, layout: Layout) -> None:
         self._rows: dict[str, Place] = {"te1": Place(TE1.removesuffix("."))}
@@ -123,7 +125,7 @@ class KeyMap:
             self._rows.update(rows)
 
     def place(self, name: str) -> Place:
-        """Where the tensor `name` stands; KeyError when no SDXL model of this layout has such a tensor."""
+        """The place of the tensor `name`. Raises KeyError if no SDXL model of this layout has such a tensor."""
         prefix, rest = name, ""
         while prefix not in self._rows:
             prefix, dot, last = prefix.rpartition(".")

@@ -1,8 +1,8 @@
-"""Loading an SDXL checkpoint: a single .safetensors or .ckpt file, or a diffusers folder, of any width and depth.
+"""Loads an SDXL checkpoint of any width and depth: a single .safetensors or .ckpt file, or a diffusers folder.
 
-Modules are built on the meta device and their parameters made one at a time from the mapped file, so that no more
-memory is used than the model takes. Nothing is ever downloaded. Whatever is wrong with a file, or that it is not
-SDXL but something else, is a UserError that says so.
+Modules are built on the meta device, and their parameters are made one at a time from the mapped file. Loading
+therefore needs no more memory than the model. Nothing is ever downloaded. A damaged file, or a file that is not an SDXL
+base model, raises a UserError that says what it is.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from sdxl_finetune.model.architecture import Architecture, read_architecture, re
 from sdxl_finetune.model.diffusers_folder import open_folder, open_vae
 from sdxl_finetune.model.identify import kind_of
 from sdxl_finetune.model.keymap import LOGIT_SCALE, VAE, module_name
-from sdxl_finetune.model.layout import Named
+from sdxl_finetune.model.named_tensors import NamedTensors
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors
 from sdxl_finetune.model.text import refill_positions
@@ -39,114 +39,116 @@ class Loaded:
 
     model: SDXL
     vae: AutoencoderKL
-    """In float32, not to be trained."""
+    """In float32 and evaluation mode, without gradients."""
     format: Format
     metadata: Mapping[str, str]
-    """Of a .safetensors file; else empty."""
+    """Metadata of a .safetensors file; empty for other formats."""
     epoch: int | None
-    """Of a .ckpt that says so."""
+    """Epoch in a .ckpt file, if it has one."""
     global_step: int | None
+    """Optimizer steps in a .ckpt file, if it has that number."""
 
 
 def load_checkpoint(
     path: Path, *, dtype: torch.dtype | None, vae_path: Path | None = None, exact: bool = False
 ) -> Loaded:
-    """The model at `path`, in `dtype` (None: one that holds the file's values exactly), and its VAE, or the VAE at
-    `vae_path` instead. If `exact`, the low bits that bf16 lacks go into the model's master weights. UserError
-    when a file cannot be read or is not what it should be.
+    """Loads the model at `path` in `dtype`, and its VAE, or the VAE at `vae_path` instead.
+
+    If `dtype` is None, the model gets a dtype that holds the file's values exactly. If `exact`, the model's master
+    weights get the low bits of values that `dtype` bfloat16 rounds.
+
+    Raises UserError if a file cannot be read or is not an SDXL base model or VAE.
     """
-    opened, format_ = open_base_model(path, needs_vae=vae_path is None)
-    with _about(path):
-        named = named_vae = Named(opened.tensors)
-    if vae_path is not None:
-        with _about(vae_path):
-            named_vae = Named(open_vae(_existing(Path(vae_path))))
-    with _about(path), torch.device("meta"):
-        model = SDXL(read_architecture(named, named_vae))
-    with _about(path):
+    with _problems_in(path):
+        file, format_ = open_base_model(path, needs_vae=vae_path is None)
+        named = NamedTensors(file.tensors)
+        named_vae = named if vae_path is None else _open_named_vae(vae_path)
+        with torch.device("meta"):
+            model = SDXL(read_architecture(named, named_vae))
         parts = {"unet": model.unet, "te1": model.te1, "te2": model.te2}
-        _check(parts, named, model.unused_names())
+        _check_tensors(parts, named, model.unused_names())
         for part, module in parts.items():
-            low = _fill(part, module, named, dtype or exact_dtype(opened.tensors), exact=exact)
+            low = _fill(part, module, named, dtype or exact_dtype(file.tensors), exact=exact)
             for name, bits in low.items():
                 model.masters.add(module.get_parameter(name), bits)
         model.unused = {name: named.read(name).clone() for name in model.unused_names() if name in named}
-    vae = _build_vae(named_vae, vae_path or path)
-    with _about(path):
-        _warn_of_rest(named, {**parts, "vae": vae}, model.unused)
+        vae = _build_vae(named_vae, vae_path or path)
+        _warn_of_unknown_tensors(named, {**parts, "vae": vae}, model.unused)
     refill_positions(model.te1)
     refill_positions(model.te2)
     return Loaded(
         model=model,
         vae=vae,
         format=format_,
-        metadata=opened.metadata,
-        epoch=opened.epoch,
-        global_step=opened.global_step,
+        metadata=file.metadata,
+        epoch=file.epoch,
+        global_step=file.global_step,
     )
 
 
 def load_vae(path: Path, vae_path: Path | None = None) -> AutoencoderKL:
-    """Only the VAE that `load_checkpoint` loads, likewise."""
-    if vae_path is None:
-        opened, _ = open_base_model(path)
-        with _about(path):
-            return _build_vae(Named(opened.tensors), path)
-    with _about(vae_path):
-        return _build_vae(Named(open_vae(_existing(Path(vae_path)))), vae_path)
+    """Loads only the VAE that `load_checkpoint` would load with these paths. Raises UserError as it does."""
+    if vae_path is not None:
+        return _build_vae(_open_named_vae(vae_path), vae_path)
+    with _problems_in(path):
+        return _build_vae(NamedTensors(open_base_model(path)[0].tensors), path)
 
 
-def _build_vae(named: Named, path: Path) -> AutoencoderKL:
-    with _about(path):
+def _open_named_vae(path: Path) -> NamedTensors:
+    with _problems_in(path):
+        return NamedTensors(open_vae(_existing(path)))
+
+
+def _build_vae(named: NamedTensors, path: Path) -> AutoencoderKL:
+    with _problems_in(path):
         with torch.device("meta"):
             vae = AutoencoderKL(**read_vae_config(named))
-        _check({"vae": vae}, named, ())
+        _check_tensors({"vae": vae}, named, ())
         _fill("vae", vae, named, torch.float32)
     return vae.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """What a file or folder is, without its values."""
+    """A file or folder, by its headers only."""
 
     file: TensorFile
     format: Format
     kind: str | None
-    """What it is if not an SDXL base model."""
+    """Kind of the model, with its article; None for an SDXL base model."""
     architecture: Architecture | None
-    """Of an SDXL base model."""
+    """Architecture of an SDXL base model; None for other kinds."""
 
 
 def inspect_checkpoint(path: Path) -> Inspected:
-    """Looks at the header of whatever is at `path`. UserError when it cannot be read."""
+    """Reads the headers of any file or folder. Raises UserError if they cannot be read."""
     file, format_ = open_checkpoint(path)
     kind = kind_of(file.tensors)
     architecture = None
     if kind is None:
-        with _about(path):
-            named = Named(file.tensors)
+        with _problems_in(path):
+            named = NamedTensors(file.tensors)
             architecture = read_architecture(named, named)
     return Inspected(file=file, format=format_, kind=kind, architecture=architecture)
 
 
 def open_checkpoint(path: Path) -> tuple[TensorFile, Format]:
-    """The tensors of the file or folder at `path`, whatever model it is, without reading them."""
+    """Opens a file or folder of any kind of model, without reading the values of its tensors."""
     if _existing(path).is_dir():
         return open_folder(path), "diffusers"
     return open_tensors(path), "safetensors" if path.suffix == ".safetensors" else "ckpt"
 
 
 def open_base_model(path: Path, *, needs_vae: bool = True) -> tuple[TensorFile, Format]:
-    """Likewise, of an SDXL base model. UserError when it is something else."""
-    opened, format_ = open_checkpoint(Path(path))
-    with _about(path):
-        if kind := kind_of(opened.tensors, needs_vae=needs_vae):
-            raise UserError(f"this is {kind}, not an SDXL base model")
-    return opened, format_
+    """Opens an SDXL base model, without reading the values of its tensors. Raises UserError for another kind."""
+    file, format_ = open_checkpoint(path)
+    if kind := kind_of(file.tensors, needs_vae=needs_vae):
+        raise UserError(Problem(f"this is {kind}, not an SDXL base model: choose another file", file=str(path)))
+    return file, format_
 
 
 def exact_dtype(tensors: Mapping[str, Source]) -> torch.dtype:
-    """The dtype in which trained weights (all but the VAE's) are held without loss: that of all, or float32."""
+    """The dtype that holds the trained weights (all but the VAE's) exactly: their common dtype, or float32."""
     trained = {source.dtype for key, source in tensors.items() if not key.startswith((VAE, "vae."))}
     floating = {dtype for dtype in trained if dtype.is_floating_point}
     return floating.pop() if floating in ({torch.float16}, {torch.bfloat16}) else torch.float32
@@ -154,30 +156,31 @@ def exact_dtype(tensors: Mapping[str, Source]) -> torch.dtype:
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise UserError(Problem("there is no such file or folder (models are never downloaded)", file=str(path)))
+        message = "there is no such file or folder: check the path (models are never downloaded)"
+        raise UserError(Problem(message, file=str(path)))
     return path
 
 
 @contextlib.contextmanager
-def _about(path: Path) -> Iterator[None]:
-    """Problems that name no file are about this one."""
+def _problems_in(path: Path) -> Iterator[None]:
+    """Within the context, problems that name no file get this file."""
     try:
         yield
     except UserError as error:
-        named = [
+        problems = [
             problem if problem.file else dataclasses.replace(problem, file=str(path)) for problem in error.problems
         ]
-        raise UserError(named) from None
+        raise UserError(problems) from None
 
 
-def _check(parts: Mapping[str, nn.Module], named: Named, also: Iterable[str]) -> None:
-    """UserError when the checkpoint lacks tensors of `parts` or has them in another shape."""
+def _check_tensors(parts: Mapping[str, nn.Module], named: NamedTensors, unused: Iterable[str]) -> None:
+    """Raises UserError if the checkpoint has no tensors for `parts` or `unused` names, or has them in other shapes."""
     shapes = {
         module_name(part, name): tuple(parameter.shape)
         for part, module in parts.items()
         for name, parameter in module.named_parameters()
     }
-    missing = [named.key(name) for name in [*shapes, *also] if name not in named and name != LOGIT_SCALE]
+    missing = [named.key(name) for name in [*shapes, *unused] if name not in named and name != LOGIT_SCALE]
     wrong = [
         f"{named.key(name)} is {list(named.shape(name))}, not {list(shape)}"
         for name, shape in shapes.items()
@@ -185,20 +188,25 @@ def _check(parts: Mapping[str, nn.Module], named: Named, also: Iterable[str]) ->
     ]
     problems = []
     if missing:
-        problems.append(Problem(f"{_some(missing)} missing: the file is damaged, or is not SDXL"))
+        problems.append(Problem(f"{_first_four(missing)} missing: the file is damaged, or is not SDXL"))
     if wrong:
-        problems.append(Problem(f"tensors whose shapes do not fit the rest: {_some(wrong)}"))
+        problems.append(Problem(f"tensors whose shapes do not fit the rest: {_first_four(wrong)}"))
     if problems:
         raise UserError(problems)
 
 
-def _some(items: list[str]) -> str:
+def _first_four(items: list[str]) -> str:
     shown = ", ".join(items[:4])
     return shown if len(items) <= 4 else f"{shown} and {len(items) - 4} more"
 
 
-def _fill(part: str, module: nn.Module, named: Named, dtype: torch.dtype, *, exact: bool = False) -> dict[str, Tensor]:
-    """Gives a module on the meta device its weights; returns the low bits of those that bfloat16 does not hold."""
+def _fill(
+    part: str, module: nn.Module, named: NamedTensors, dtype: torch.dtype, *, exact: bool = False
+) -> dict[str, Tensor]:
+    """Gives a module on the meta device its weights.
+
+    If `exact`, returns by name the low bits of those parameters whose values bfloat16 does not hold.
+    """
     tensors, low = {}, {}
     for name, parameter in module.named_parameters():
         value = named.read(module_name(part, name))
@@ -212,10 +220,10 @@ def _fill(part: str, module: nn.Module, named: Named, dtype: torch.dtype, *, exa
     return low
 
 
-def _warn_of_rest(named: Named, parts: Mapping[str, nn.Module], unused: Iterable[str]) -> None:
-    """One warning about tensors that no part of SDXL has, and that a saved file will not hold."""
+def _warn_of_unknown_tensors(named: NamedTensors, parts: Mapping[str, nn.Module], unused: Iterable[str]) -> None:
+    """Warns once of tensors that no part of SDXL has, and that saved checkpoints will not hold."""
     names = [module_name(part, name) for part, module in parts.items() for name, _ in module.named_parameters()]
     known = {named.key(name) for name in [*names, *unused]}
-    rest = [key for key in named.tensors if key not in known and not key.endswith("position_ids")]
-    if rest:
-        logger.warning("%d tensors that are not SDXL's are left out: %s", len(rest), _some(rest))
+    unknown = [key for key in named.tensors if key not in known and not key.endswith("position_ids")]
+    if unknown:
+        logger.warning("%d tensors that are not SDXL's are left out: %s", len(unknown), _first_four(unknown))

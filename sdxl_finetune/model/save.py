@@ -1,8 +1,8 @@
-"""Saving an SDXL checkpoint as the reference writes it: the same keys, shapes and dtypes, in a single .safetensors or
-.ckpt file or a diffusers folder.
+"""Saves an SDXL checkpoint with the reference's keys, shapes and dtypes.
 
-Tensors are converted and written one at a time, so that saving needs no memory to speak of (except .ckpt: a pickle
-holds everything at once). Nothing here is atomic: the caller gives a temporary path (`files.atomic_path`).
+The formats are a single .safetensors or .ckpt file and a diffusers folder. Tensors are converted and written one at a
+time, so that saving needs hardly any memory. The exception is .ckpt: a pickle holds all tensors at once. Writing is not
+atomic: the caller gives a temporary path (`files.atomic_path`).
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import Source, source_of, write_safetensors
 
 SaveAs = Literal["safetensors", "ckpt", "diffusers", "diffusers_safetensors"]
-"""The reference's values of `save_model_as`."""
+"""The reference's values of the option save_model_as."""
 
 
 def save_checkpoint(
@@ -36,10 +36,10 @@ def save_checkpoint(
     epoch: int = 0,
     global_step: int = 0,
 ) -> None:
-    """Writes the model at `path`, every tensor in `dtype` (None: as it is in memory), rounded once from its master.
+    """Writes the model to `path`, with every tensor in `dtype`, rounded once from its master weight.
 
-    `metadata` goes into .safetensors files, `epoch` and `global_step` into a .ckpt. Values beyond the range of
-    float16 become infinite: ask `saturated` first.
+    If `dtype` is None, tensors keep their dtype in memory. `metadata` goes into .safetensors files, and `epoch` and
+    `global_step` into a .ckpt file. Values beyond the range of float16 become infinite; call `saturated` to find them.
     """
     match save_as:
         case "safetensors":
@@ -61,8 +61,9 @@ def save_checkpoint(
 def single_file_tensors(
     model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None, *, exact: bool = False
 ) -> dict[str, Source]:
-    """Every tensor of a single-file checkpoint by its key, converted when it is read; or, if `exact`, as it is, which
-    for one with a master is float32.
+    """All tensors of a single-file checkpoint by key, converted to `dtype` when they are read.
+
+    If `exact`, tensors are not converted, and tensors with master weights are float32.
     """
     keymap = KeyMap(model.architecture.layout)
     parts: dict[str, list[tuple[Place, Source]]] = defaultdict(list)
@@ -76,22 +77,22 @@ def single_file_tensors(
 
 
 def saturated(model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None) -> list[str]:
-    """The names (see keymap) of tensors with finite values that are beyond the range of `dtype`."""
+    """The names (see keymap.py) of tensors with finite values that are beyond the range of `dtype`."""
     if dtype != torch.float16:
         return []
     largest = torch.finfo(dtype).max
-    found = []
+    names = []
     for name, source in _tensors(model, vae):
         tensor = source.read()
         low, high = tensor.aminmax()
-        # Only a tensor with such values, or with infinite or undefined ones, is looked at twice.
+        # The second, slow condition is needed only for tensors with values out of range, infinities or NaN.
         if not (low >= -largest and high <= largest) and bool((tensor.isfinite() & (tensor.abs() > largest)).any()):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def _tensors(model: SDXL, vae: AutoencoderKL) -> Iterator[tuple[str, Source]]:
-    """All tensors by name, with the exact values of those that have a master."""
+    """Yields all tensors by name. Tensors with master weights have their exact values."""
     for part, module in (("unet", model.unet), ("te1", model.te1), ("te2", model.te2), ("vae", vae)):
         for name, parameter in module.named_parameters():
             dtype, read = model.masters.dtype(parameter), partial(model.masters.value, parameter)
@@ -101,8 +102,9 @@ def _tensors(model: SDXL, vae: AutoencoderKL) -> Iterator[tuple[str, Source]]:
 
 
 def _target(model: SDXL, name: str, source: Source, dtype: torch.dtype | None) -> torch.dtype:
-    """What to write a tensor in: when nothing is asked for, as it is in memory, and what SDXL does not use goes with
-    the encoders.
+    """The dtype in which a tensor is written: `dtype`, or if that is None, the dtype of its part in memory.
+
+    Tensors that SDXL does not use get the dtype of text encoder 1.
     """
     if dtype is not None:
         return dtype

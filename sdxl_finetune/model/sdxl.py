@@ -1,8 +1,7 @@
-"""SDXL (Podell et al., arXiv 2307.01952) as one module: U-Net and both text encoders, whose forward is the prediction.
+"""SDXL (Podell et al., arXiv 2307.01952) as one module: U-Net and both text encoders. Its forward is the prediction.
 
-One module, because FSDP2 and DeepSpeed take only one, and because saving can then read its children. Everything in
-it is used by every forward; tensors that a checkpoint holds but SDXL never uses are kept beside it (`unused`) and
-written back as they came.
+It is one module because FSDP2 and DeepSpeed accept only one. Every forward uses every parameter. Tensors that a
+checkpoint holds but SDXL never uses are kept in `unused`, and are saved unchanged.
 """
 
 from collections.abc import Iterator
@@ -16,18 +15,11 @@ from torch import Tensor, nn
 from sdxl_finetune.low_bits import MasterWeights
 from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, unet_config
 from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap
-from sdxl_finetune.model.text import (
-    build_te1,
-    build_te2,
-    hidden1,
-    hidden2_and_pooled,
-    join_chunks,
-    text_model,
-)
+from sdxl_finetune.model.text import build_te1, build_te2, join_chunks, text_model
 
 
 class SDXL(nn.Module):
-    """U-Net and text encoders of `architecture`, with the weights that their libraries initialise them with."""
+    """U-Net and text encoders of an architecture, with the random weights of diffusers and transformers."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -36,13 +28,13 @@ class SDXL(nn.Module):
         self.te1 = build_te1(te1_config(architecture))
         self.te2 = build_te2(te2_config(architecture))
         self.unused: dict[str, Tensor] = {}
-        """By name (see keymap): te1's last layer and final norm, te2's logit_scale. On the CPU, as the file had
-        them; no part of the module's state, never trained, always saved."""
+        """Tensors by name (see keymap.py): te1's last layer and final norm, and te2's logit_scale. They are on the CPU,
+        in the file's precision, not part of the module's state, never trained and always saved."""
         self.masters = MasterWeights()
         """Exact values of the parameters in bf16, frozen ones included. Files are saved from them."""
 
     def unused_names(self) -> list[str]:
-        """The names of the tensors that `unused` holds for a whole checkpoint."""
+        """The names of the tensors that `unused` holds for a complete checkpoint."""
         last = f"te1.text_model.encoder.layers.{self.architecture.te1.layers - 1}"
         layer = [f"{last}.{name}" for name, _ in text_model(self.te2).encoder.layers[0].named_parameters()]
         norm = [f"te1.text_model.final_layer_norm.{kind}" for kind in ("weight", "bias")]
@@ -66,18 +58,19 @@ class SDXL(nn.Module):
         tokens2: Int64[Tensor, "k chunks 77"],
         token_weights: Float[Tensor, "k chunks 77"] | None = None,
     ) -> tuple[Float[Tensor, "k t c"], Float[Tensor, "k p"]]:
-        """Both encoders' hidden states side by side (t = 75 x chunks + 2) and the pooled output of the first chunk.
+        """Joins the penultimate hidden states of both encoders (t = 75 x chunks + 2, c = width 1 + width 2).
 
-        `token_weights` multiply the hidden states, as the reference's weighted captions do; the pooled output is
-        not weighted.
+        Also returns the pooled output of the first chunk. `token_weights` multiply the hidden states, as in the
+        reference's weighted captions, and not the pooled output.
         """
         size = tokens1.shape[:2]
-        states1 = hidden1(self.te1, tokens1.flatten(0, 1))
-        states2, pooled = hidden2_and_pooled(self.te2, tokens2.flatten(0, 1))
-        hidden = join_chunks(torch.cat([states1, states2], dim=-1).unflatten(0, size))
+        output1 = self.te1(tokens1.flatten(0, 1))
+        output2 = self.te2(tokens2.flatten(0, 1), output_hidden_states=True)
+        states = torch.cat([output1.last_hidden_state, output2.hidden_states[-2]], dim=-1)
+        hidden = join_chunks(states.unflatten(0, size))
         if token_weights is not None:
             hidden = hidden * join_chunks(token_weights).unsqueeze(-1).to(hidden.dtype)
-        return hidden, pooled.unflatten(0, size)[:, 0]
+        return hidden, output2.text_embeds.unflatten(0, size)[:, 0]
 
     def forward(
         self,
@@ -90,10 +83,10 @@ class SDXL(nn.Module):
         target_size: Int64[Tensor, "k 2"],
         token_weights: Float[Tensor, "k chunks 77"] | None = None,
     ) -> Float[Tensor, "k 4 h w"]:
-        """The U-Net's prediction, in float32. Sizes are (height, width) in pixels.
+        """The U-Net's prediction in float32. Sizes are (height, width) in pixels.
 
-        Timesteps and sizes stay integers here: the U-Net embeds them in float32 and casts the embedding (in
-        bfloat16 1001 would be 1000).
+        Timesteps and sizes stay integers: the U-Net embeds them in float32 and casts the embedding. In bfloat16 1001
+        would become 1000.
         """
         hidden, pooled = self.encode_text(tokens1, tokens2, token_weights)
         return self.predict(
@@ -108,7 +101,7 @@ class SDXL(nn.Module):
         pooled: Float[Tensor, "k p"],
         sizes: Int64[Tensor, "k 6"],
     ) -> Float[Tensor, "k 4 h w"]:
-        """The same for text that is encoded already: sampling encodes a prompt once for many steps."""
+        """The U-Net's prediction for encoded text. Sampling encodes a prompt once for many predictions."""
         dtype = self.unet.dtype
         return self.unet(
             noisy_latents.to(dtype),
@@ -122,13 +115,13 @@ class SDXL(nn.Module):
 def size_ids(
     original_size: Int64[Tensor, "k 2"], crop_top_left: Int64[Tensor, "k 2"], target_size: Int64[Tensor, "k 2"]
 ) -> Int64[Tensor, "k 6"]:
-    """The six numbers of SDXL's size conditioning (section 2.2 of the paper), in the order of its label embedding."""
+    """The six numbers of SDXL's size conditioning (arXiv 2307.01952, section 2.2), in the order of its embedding."""
     return torch.cat([original_size, crop_top_left, target_size], dim=1)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it no dropout and no checkpointing; each module's own mode comes back."""
+    """Turns off dropout and gradient checkpointing within the context. Each module then gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,8 +1,8 @@
-"""Files of tensors, one tensor at a time: opened without reading the values, written without holding them.
+"""Reads and writes files of tensors, one tensor at a time.
 
-Whatever the file is (.safetensors, .ckpt), opening it gives a `Source` for every tensor: shape and dtype now, the
-values when asked, mapped from the file. Writing takes the same, so that neither way needs more than one tensor
-of memory beyond the model. The writer puts the bytes where the safetensors library would.
+Opening a file (.safetensors or .ckpt) gives a `Source` for every tensor: its shape and dtype, and a function that reads
+its values from the mapped file. Writing takes Sources too. Both therefore need memory for one tensor beside the model.
+The writer puts the bytes where the safetensors library would put them.
 """
 
 import functools
@@ -36,12 +36,12 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _WRITTEN = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
-"""In the order in which the safetensors library knows them; it stores the last first."""
+"""Dtypes that can be written, in the library's own order. Files hold tensors of the last dtype first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One tensor that can be read."""
+    """One tensor of a file or model: its shape and dtype, and a function that reads its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -54,39 +54,41 @@ def source_of(tensor: Tensor) -> Source:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFile:
-    """The tensors of one file, by key, and what else it says."""
+    """The tensors of one file by key, its metadata, and the counters of a .ckpt file."""
 
     tensors: Mapping[str, Source]
     metadata: Mapping[str, str] = field(default_factory=dict)
     epoch: int | None = None
-    """Of a .ckpt that says so."""
+    """Epoch in a .ckpt file, if it has one."""
     global_step: int | None = None
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """The tensors of a .safetensors file or of a pickled state dict (.ckpt, .pt, .pth, .bin).
+    """Opens a .safetensors file, or a pickled state dict (.ckpt, .pt, .pth, .bin).
 
-    Unpickling reads weights only: a file that wants to run code is refused. UserError when the file is damaged.
+    Unpickling reads weights only and never runs code from the file. Raises UserError for a damaged file, for a file
+    that would run code, and for a file that is no checkpoint.
     """
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
-        raise UserError(Problem("the file is empty", file=str(path)))
+        raise UserError(Problem("the file is empty: fetch or save it again", file=str(path)))
     if start.startswith(b"version https://git-lfs"):
-        message = "this is a Git LFS pointer, a note of where the file is: fetch the file itself (`git lfs pull`)"
+        message = "this is a Git LFS pointer and not the file itself: fetch the file (`git lfs pull`)"
         raise UserError(Problem(message, file=str(path)))
     if start.startswith(b"GGUF"):
-        raise UserError(Problem("this is a GGUF file, quantised weights, which cannot be trained", file=str(path)))
+        message = "this is a GGUF file of quantised weights, which cannot be trained: fetch the unquantised model"
+        raise UserError(Problem(message, file=str(path)))
     if start.lstrip()[:1] == b"<":
-        raise UserError(Problem("this is a web page, not a model: the download went wrong", file=str(path)))
-    # By the content: .safetensors files under the name .ckpt are common.
+        raise UserError(Problem("this is a web page, not a model: download the file again", file=str(path)))
+    # The content decides, because .safetensors files with the name .ckpt are common.
     if start[8:9] == b"{":
         return _open_safetensors(path)
     if start.startswith((b"PK\x03\x04", b"\x80")):
         if path.suffix == ".safetensors":
-            raise UserError(Problem("this is no .safetensors file but a .ckpt: rename it", file=str(path)))
+            raise UserError(Problem("this is a .ckpt file and not a .safetensors file: rename it", file=str(path)))
         return _open_pickle(path)
-    raise UserError(Problem("the file is damaged or no checkpoint: fetch or save it again", file=str(path)))
+    raise UserError(Problem("the file is damaged or is no checkpoint: fetch or save it again", file=str(path)))
 
 
 def _open_safetensors(path: Path) -> TensorFile:
@@ -97,7 +99,7 @@ def _open_safetensors(path: Path) -> TensorFile:
         raise UserError(Problem(message, file=str(path))) from None
     tensors = {}
     unknown = set()
-    for key in opened.keys():  # noqa: SIM118 (it is no mapping)
+    for key in opened.keys():  # noqa: SIM118 (`opened` is no mapping)
         part = opened.get_slice(key)
         dtype = _DTYPES.get(part.get_dtype())
         if dtype is None:
@@ -116,32 +118,34 @@ def _open_pickle(path: Path) -> TensorFile:
         content = _unpickle(path)
     except pickle.UnpicklingError:
         message = (
-            "the file holds more than tensors, which is not unpickled because it could run any code: "
-            "convert it to .safetensors with a tool that you trust it to"
+            "the file holds more than tensors and is not unpickled, because that could run any code: "
+            "convert it to .safetensors with a tool that you trust"
         )
         raise UserError(Problem(message, file=str(path))) from None
     except (RuntimeError, EOFError, KeyError, OSError, ValueError) as error:
-        message = f"the file is damaged or no checkpoint ({str(error).splitlines()[0]}): fetch or save it again"
+        message = f"the file is damaged or is no checkpoint ({str(error).splitlines()[0]}): fetch or save it again"
         raise UserError(Problem(message, file=str(path))) from None
     outer = content if isinstance(content, dict) else {}
     inner = outer.get("state_dict", outer)
     tensors = {key: source_of(value) for key, value in inner.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise UserError(Problem("the file holds no tensors by name", file=str(path)))
+        raise UserError(Problem("the file holds no named tensors: it is no checkpoint", file=str(path)))
     epoch, step = (value if isinstance(value := outer.get(name), int) else None for name in ("epoch", "global_step"))
     return TensorFile(tensors=tensors, epoch=epoch, global_step=step)
 
 
 def _unpickle(path: Path) -> Any:
-    """The file's content, its tensors mapped where the format allows (torch's zip format, since 1.6)."""
+    """Unpickles a file. Its tensors are mapped if it has torch's zip format, which torch writes since 1.6."""
     with path.open("rb") as file:
         mapped = file.read(4) == b"PK\x03\x04"
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> None:
-    """Writes `tensors`, each read and gone before the next; float16, bfloat16, float32 and int64. The same tensors and
-    metadata give the same bytes: the library reads metadata in an order that changes from process to process.
+    """Writes tensors of float16, bfloat16, float32 and int64. Each is read, written and freed before the next.
+
+    Equal tensors and metadata give equal bytes. The library instead reads metadata in an order that changes from
+    process to process.
     """
     order = list(_WRITTEN)
     keys = sorted(tensors, key=lambda key: (-order.index(tensors[key].dtype), key))

@@ -10,7 +10,7 @@ from sdxl_finetune.commands.memory_estimate import BatchShape, estimate
 from sdxl_finetune.commands.memory_report import GiB, fits
 from sdxl_finetune.config import Config
 from sdxl_finetune.model.architecture import FULL
-from sdxl_finetune.model.initial import TINY
+from sdxl_finetune.model.random_model import TINY
 
 NEEDS = {"train_text_encoder": True, "cache_latents": True, "learning_rate": 1e-5}
 LEAST = {

@@ -1,4 +1,4 @@
-"""Losses and Huber thresholds of the reference."""
+"""Losses and Huber thresholds are the reference's."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import LossOptions
 from sdxl_finetune.diffusion.loss import elementwise_loss, huber_threshold
 from sdxl_finetune.diffusion.loss_weights import loss_weight
 from sdxl_finetune.diffusion.schedule import build_schedule
@@ -21,12 +21,12 @@ def inputs(golden) -> dict[str, torch.Tensor]:
     return load_file(golden.path / "loss_inputs.safetensors")
 
 
-def config(entry: dict) -> Config:
+def loss_options(entry: dict) -> LossOptions:
     given = {key: entry[key] for key in HUBER if entry.get(key) is not None}
-    return Config.model_construct(**{**HUBER, **given})
+    return LossOptions.model_construct(**{**HUBER, **given})
 
 
-def test_huber_thresholds(golden) -> None:
+def test_huber_thresholds_are_the_reference_s(golden) -> None:
     entries = golden("loss.json")["huber_thresholds"]
     assert len(entries) == 23
     for entry in entries:
@@ -34,18 +34,18 @@ def test_huber_thresholds(golden) -> None:
             assert entry["huber_schedule"] == "bogus"
             with pytest.raises(AssertionError):
                 huber_threshold(
-                    config(entry), build_schedule(zero_terminal_snr=False), torch.tensor(entry["timesteps"])
+                    loss_options(entry), build_schedule(zero_terminal_snr=False), torch.tensor(entry["timesteps"])
                 )
             continue
         schedule = build_schedule(zero_terminal_snr=entry["scheduler"] == "zero_terminal_snr")
-        actual = huber_threshold(config(entry), schedule, torch.tensor(entry["timesteps"]))
+        actual = huber_threshold(loss_options(entry), schedule, torch.tensor(entry["timesteps"]))
         if entry["out"] is None:
             assert actual is None
         else:
             torch.testing.assert_close(actual, torch.tensor(entry["out"]), rtol=5e-6, atol=0)
 
 
-def test_elementwise_losses(golden, inputs) -> None:
+def test_elementwise_losses_are_the_reference_s(golden, inputs) -> None:
     entries = golden("loss.json")["conditional_loss"]
     assert len(entries) == 11
     schedule = build_schedule(zero_terminal_snr=False)
@@ -54,7 +54,7 @@ def test_elementwise_losses(golden, inputs) -> None:
             with pytest.raises((AssertionError, TypeError)):
                 elementwise_loss(inputs["pred"], inputs["target"], entry["loss_type"], None)
             continue
-        threshold = huber_threshold(config(entry), schedule, torch.tensor(entry["timesteps"]))
+        threshold = huber_threshold(loss_options(entry), schedule, torch.tensor(entry["timesteps"]))
         if threshold is not None:
             torch.testing.assert_close(threshold, torch.tensor(entry["huber_threshold"]), rtol=2e-6, atol=0)
         actual = elementwise_loss(inputs["pred"], inputs["target"], entry["loss_type"], threshold)
@@ -67,8 +67,8 @@ def test_elementwise_losses(golden, inputs) -> None:
         assert actual.sum().item() == pytest.approx(entry["sum"], rel=1e-5)
 
 
-def test_whole_loss(golden, inputs) -> None:
-    """The chain of the reference: elementwise loss, mean per image, every weighting, mean over images.
+def test_weighted_losses_are_the_reference_s(golden, inputs) -> None:
+    """The reference takes the loss of each element, the mean per image, all weightings, and the mean over images.
 
     Cases with alpha masks in the batch are left out: masked_loss is not part of the package yet.
     """
@@ -76,7 +76,7 @@ def test_whole_loss(golden, inputs) -> None:
     assert len(entries) == 12
     schedule = build_schedule(zero_terminal_snr=False)
     for entry in entries:
-        options = Config.model_construct(**{**HUBER, **entry["args"]})
+        options = LossOptions.model_construct(**{**HUBER, **entry["args"]})
         timesteps = torch.tensor(entry["timesteps"])
         threshold = huber_threshold(options, schedule, timesteps)
         loss = elementwise_loss(inputs["pred"], inputs["target"], options.loss_type, threshold)
@@ -108,7 +108,7 @@ def test_losses_are_even_zero_at_zero_and_have_finite_gradients(loss_type, c, se
     assert prediction.grad.isfinite().all()
 
 
-def test_huber_lies_between_its_limits() -> None:
+def test_huber_approaches_l2_and_l1_at_its_limits() -> None:
     error = torch.tensor([1e-2, 1.0, 1e2]).view(1, 1, 1, 3)
     zero = torch.zeros_like(error)
     near_l2 = elementwise_loss(error, zero, "huber", torch.tensor([1e3]))

@@ -1,4 +1,4 @@
-"""Loss weights of the reference; with zero terminal SNR they follow the fixed schedule and are finite."""
+"""Loss weights are the reference's; with zero terminal SNR they follow the rescaled schedule and are finite."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdxl_finetune.batch import TIMESTEPS
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import LossOptions
 from sdxl_finetune.diffusion.loss_weights import loss_weight
 from sdxl_finetune.diffusion.schedule import build_schedule
 
@@ -20,8 +20,8 @@ WEIGHTINGS = {
 EVERY_TIMESTEP = torch.arange(TIMESTEPS)
 
 
-def config(name: str) -> Config:
-    """The options behind the name of one golden weighting."""
+def loss_options(name: str) -> LossOptions:
+    """The options that the name of a golden weighting describes."""
     options: dict = {"v_parameterization": name.endswith("v_prediction=True")}
     if gamma := re.search(r"gamma=([\d.]+)", name):
         options["min_snr_gamma"] = float(gamma[1])
@@ -32,7 +32,7 @@ def config(name: str) -> Config:
     else:
         # Golden is the loss with the addition, of a loss of 1.
         options["v_pred_like_loss"] = float(name.split()[-1])
-    return Config.model_construct(**options)
+    return LossOptions.model_construct(**options)
 
 
 def weightings(entry: dict) -> dict[str, list]:
@@ -41,19 +41,19 @@ def weightings(entry: dict) -> dict[str, list]:
     return {name: entry[name] for name in names}
 
 
-def test_weights(golden) -> None:
+def test_loss_weights_are_the_reference_s(golden) -> None:
     entry = golden("loss.json")["weights"][PLAIN]
     schedule, timesteps = build_schedule(zero_terminal_snr=False), torch.tensor(entry["timesteps"])
     for name, expected in weightings(entry).items():
-        actual = loss_weight(config(name), schedule, timesteps)
+        actual = loss_weight(loss_options(name), schedule, timesteps)
         torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-5, atol=0, msg=name)
 
 
 def test_weights_follow_the_zero_terminal_snr_fix(golden) -> None:
     """docs/differences.md: the SNR is taken after the zero-terminal-SNR fix, and the terminal weight is 1.
 
-    The reference's trainer uses the second entry of the golden weights, the same as without the fix; ours are
-    the third, but for timestep 999, where that has 0, infinity and NaN.
+    The reference's trainer uses the second entry of the golden weights, which equals that without the fix. We use the
+    third entry, except at timestep 999, where it has 0, infinity and NaN.
     """
     entry = golden("loss.json")["weights"][AFTER_FIX]
     schedule, timesteps = build_schedule(zero_terminal_snr=True), torch.tensor(entry["timesteps"])
@@ -62,7 +62,7 @@ def test_weights_follow_the_zero_terminal_snr_fix(golden) -> None:
     assert terminal.sum() == 1
     for name, expected in weightings(entry).items():
         assert reference[name] == golden("loss.json")["weights"][PLAIN][name]
-        actual = loss_weight(config(name), schedule, timesteps)
+        actual = loss_weight(loss_options(name), schedule, timesteps)
         wanted = torch.tensor([value if isinstance(value, float) else torch.nan for value in expected])
         torch.testing.assert_close(actual[~terminal], wanted[~terminal], rtol=2e-4, atol=0, msg=name)
         assert actual[terminal] == 1, name
@@ -71,20 +71,22 @@ def test_weights_follow_the_zero_terminal_snr_fix(golden) -> None:
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("v_parameterization", [False, True])
 @pytest.mark.parametrize("weighting", [*WEIGHTINGS, "all"])
-def test_every_weight_is_finite_and_trains(zero_terminal_snr, v_parameterization, weighting) -> None:
+def test_every_weight_is_finite_and_positive(zero_terminal_snr, v_parameterization, weighting) -> None:
     options = WEIGHTINGS if weighting == "all" else {weighting: WEIGHTINGS[weighting]}
     schedule = build_schedule(zero_terminal_snr=zero_terminal_snr)
-    chosen = Config.model_construct(v_parameterization=v_parameterization, **options)
+    chosen = LossOptions.model_construct(v_parameterization=v_parameterization, **options)
     weight = loss_weight(chosen, schedule, EVERY_TIMESTEP)
     assert weight.isfinite().all()
     assert (weight > 0).all()
     assert weight.dtype == torch.float32
 
 
-def test_terminal_step_trains_with_v_prediction() -> None:
-    """docs/differences.md: the terminal weight is 1. Min-SNR and the scaling of v would give it 0."""
+def test_terminal_timestep_has_weight_one_with_v_prediction() -> None:
+    """docs/differences.md: the terminal weight is 1. The formulas of min-SNR and of the scaling of v give 0."""
     schedule = build_schedule(zero_terminal_snr=True)
-    options = Config.model_construct(v_parameterization=True, min_snr_gamma=5.0, scale_v_pred_loss_like_noise_pred=True)
+    options = LossOptions.model_construct(
+        v_parameterization=True, min_snr_gamma=5.0, scale_v_pred_loss_like_noise_pred=True
+    )
     weight = loss_weight(options, schedule, EVERY_TIMESTEP)
     assert weight[-1] == 1
     assert weight[-2] < 1e-6
@@ -92,6 +94,6 @@ def test_terminal_step_trains_with_v_prediction() -> None:
 
 def test_without_weightings_every_weight_is_one() -> None:
     weight = loss_weight(
-        Config.model_construct(min_snr_gamma=0.0), build_schedule(zero_terminal_snr=False), EVERY_TIMESTEP
+        LossOptions.model_construct(min_snr_gamma=0.0), build_schedule(zero_terminal_snr=False), EVERY_TIMESTEP
     )
     assert torch.equal(weight, torch.ones(TIMESTEPS))

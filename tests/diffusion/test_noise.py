@@ -1,4 +1,4 @@
-"""Every noise case of the reference, its random draws replayed in its order and put through our functions."""
+"""Every golden noise case: our functions mix the reference's random numbers, drawn in its order, to the same noise."""
 
 import random
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from sdxl_finetune.diffusion.schedule import add_noise, build_schedule
 
 CASES, PARTS = 108, 40
 IMPOSSIBLE = range(80, 84)
-"""Cases with min_timestep = max_timestep = 1000, which raise after the noise was drawn."""
+"""Cases with min_timestep = max_timestep = 1000. The reference raises after it has drawn the noise."""
 TOLERANCE = {"float32": 2e-6, "float16": 0.01, "bfloat16": 0.06}
-"""The reference computes in the latents' precision; ours stays in float32 and is that near to it."""
+"""The reference computes in the latents' precision and we in float32; results differ by at most this."""
 
 
 @pytest.fixture(scope="session")
@@ -25,14 +25,14 @@ def tensors(golden) -> dict[str, torch.Tensor]:
 
 
 def multires_draws(shape, iterations: int, generator: random.Random) -> tuple[list[torch.Tensor], int]:
-    """The pyramid's layers as the reference draws them, and how often it called python's generator."""
+    """Draws the layers of the pyramid as the reference does, and counts the calls of Python's generator."""
     divisors = [generator.random() * 2 + 2 for _ in range(iterations)]
     sizes = multires_sizes(*shape[2:], divisors)
     return [torch.randn(*shape[:2], *size) for size in sizes], len(sizes)
 
 
 def replayed(case: Mapping, arguments: Mapping, latents: torch.Tensor) -> SimpleNamespace:
-    """Our noise, noisy latents and timesteps from the reference's draws, in the reference's order."""
+    """Our noise, noisy latents and timesteps from the reference's random numbers, drawn in its order."""
     options = SimpleNamespace(**arguments)
     torch.manual_seed(case["torch_seed"])
     noise, python_draws = torch.randn_like(latents).float(), 0
@@ -80,7 +80,7 @@ def assert_matches(actual: torch.Tensor, expected: Mapping, tolerance: float) ->
 
 
 @pytest.mark.parametrize("number", range(CASES))
-def test_case(golden, tensors, number: int) -> None:
+def test_noise_and_noisy_latents_are_the_reference_s(golden, tensors, number: int) -> None:
     """docs/differences.md: noise and noisy latents stay in float32 (cases 88 to 107)."""
     assert len(golden("noise.json")["cases"]) == CASES
     case = golden("noise.json")["cases"][number]
@@ -109,7 +109,7 @@ def part_noise(tensors, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("number", range(PARTS))
-def test_part(golden, tensors, number: int) -> None:
+def test_mixing_functions_are_the_reference_s(golden, tensors, number: int) -> None:
     assert len(golden("noise.json")["parts"]) == PARTS
     part = golden("noise.json")["parts"][number]
     torch.manual_seed(part["torch_seed"])
@@ -143,7 +143,7 @@ def test_part(golden, tensors, number: int) -> None:
             assert set(part["out"]) <= set(allowed)
 
 
-def test_a_pyramid_ends_where_a_side_is_one() -> None:
+def test_a_noise_pyramid_ends_with_a_side_of_one() -> None:
     assert multires_sizes(128, 96, [2.0] * 10) == [
         (128, 96), (64, 48), (32, 24), (16, 12), (8, 6), (4, 3), (2, 1),
     ]  # fmt: skip
@@ -151,5 +151,5 @@ def test_a_pyramid_ends_where_a_side_is_one() -> None:
     assert multires_sizes(128, 128, []) == []
 
 
-def test_small_divisors_keep_sides_above_zero() -> None:
+def test_sides_of_a_noise_pyramid_are_at_least_one() -> None:
     assert multires_sizes(2, 1000, [2.0, 3.9]) == [(2, 1000), (1, 256)]

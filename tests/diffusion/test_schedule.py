@@ -1,4 +1,4 @@
-"""The noise schedule is the reference's; x_t and v are one rotation; nothing loses float32."""
+"""The noise schedule is the reference's, x_t and v are a rotation of x_0 and noise, and everything is float32."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_noisy_latents_and_velocity_give_the_latents_back(timestep, zero_termina
     torch.testing.assert_close(restored, latents, rtol=1e-5, atol=1e-5)
 
 
-def test_terminal_step_is_pure_noise_with_zero_terminal_snr() -> None:
+def test_terminal_timestep_is_pure_noise_with_zero_terminal_snr() -> None:
     latents, noise = torch.randn(2, 1, 4, 2, 2)
     schedule = build_schedule(zero_terminal_snr=True)
     last = torch.tensor([TIMESTEPS - 1])
@@ -74,7 +74,7 @@ def test_terminal_step_is_pure_noise_with_zero_terminal_snr() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_left_at_once(dtype) -> None:
+def test_half_precision_inputs_are_computed_in_float32(dtype) -> None:
     latents, noise = torch.randn(2, 2, 4, 3, 2).to(dtype)
     timesteps = torch.tensor([3, 998])
     schedule = build_schedule(zero_terminal_snr=False)

@@ -31,12 +31,12 @@ def golden_path(golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_model(golden_path: Path) -> Loaded:
-    """Shared: a test that changes it works on a copy."""
+    """The golden model. Tests share it, and a test that changes it makes a copy."""
     return load_checkpoint(golden_path, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
 def golden_tensors(golden) -> dict[str, torch.Tensor]:
-    """Inputs and outputs of the reference."""
+    """Inputs and outputs of the reference's modules."""
     golden("forward.json")
     return load_file(golden.path / "forward.safetensors")

@@ -1,6 +1,6 @@
-"""Gradient checkpointing changes no number and touches no frozen encoder; attention falls back in one line.
+"""Gradient checkpointing changes no result and does not differentiate frozen encoders; attention falls back to sdpa.
 
-That checkpointed gradients are the reference's stands in test_sdxl.
+test_sdxl.py compares checkpointed gradients with the reference.
 """
 
 import logging
@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
-from sdxl_finetune.model.initial import TINY, build_initial
+from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.text import text_model
 
 
 @pytest.fixture
 def model() -> SDXL:
-    return build_initial(TINY, seed=0)[0].train()
+    return build_random_model(TINY, seed=0)[0].train()
 
 
 def tokens() -> torch.Tensor:
@@ -25,7 +25,7 @@ def tokens() -> torch.Tensor:
     return ids
 
 
-def test_checkpointing_runs_layers_again(model: SDXL) -> None:
+def test_gradient_checkpointing_computes_layers_twice(model: SDXL) -> None:
     enable_gradient_checkpointing(model)
     calls = 0
 
@@ -46,7 +46,7 @@ def test_checkpointing_runs_layers_again(model: SDXL) -> None:
     assert calls == 2 * once
 
 
-def test_frozen_encoders_are_not_differentiated(model: SDXL) -> None:
+def test_gradient_checkpointing_does_not_differentiate_frozen_encoders(model: SDXL) -> None:
     enable_gradient_checkpointing(model)
     model.te1.requires_grad_(False)
     model.te2.requires_grad_(False)
@@ -55,7 +55,7 @@ def test_frozen_encoders_are_not_differentiated(model: SDXL) -> None:
     assert not pooled.requires_grad
 
 
-def test_attention_falls_back_with_one_line(model: SDXL, caplog: pytest.LogCaptureFixture) -> None:
+def test_attention_falls_back_to_sdpa_with_a_one_line_warning(model: SDXL, caplog: pytest.LogCaptureFixture) -> None:
     before = {name: type(processor) for name, processor in model.unet.attn_processors.items()}
     with caplog.at_level(logging.WARNING):
         assert use_attention(model, "xformers") == "sdpa"
@@ -64,6 +64,6 @@ def test_attention_falls_back_with_one_line(model: SDXL, caplog: pytest.LogCaptu
     assert {name: type(processor) for name, processor in model.unet.attn_processors.items()} == before
 
 
-def test_sdpa_is_the_default(model: SDXL) -> None:
+def test_sdpa_is_the_default_attention(model: SDXL) -> None:
     assert use_attention(model, "sdpa") == "sdpa"
     assert {type(processor).__name__ for processor in model.unet.attn_processors.values()} == {"AttnProcessor2_0"}

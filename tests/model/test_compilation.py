@@ -1,4 +1,4 @@
-"""Compiled blocks predict and learn the same, for all shapes with the same few graphs, under their own names."""
+"""Compiled blocks give the same predictions and gradients, need few graphs for all shapes, and keep their names."""
 
 import copy
 import shutil
@@ -15,15 +15,15 @@ from sdxl_finetune.config import load_config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.attention import enable_gradient_checkpointing
 from sdxl_finetune.model.compilation import check_compiler, compile_blocks, compiler_failures
-from sdxl_finetune.model.initial import TINY, build_initial
+from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.model.sdxl import SDXL, evaluating
 from sdxl_finetune.training.loop import train
 from sdxl_finetune.training.setup import build_run
 
 SHAPES = [(2, 8, 8), (2, 16, 8), (3, 8, 24), (2, 16, 16), (4, 24, 8), (2, 8, 32), (2, 12, 20), (3, 24, 12), (2, 20, 8)]
-"""Images, height and width of latents: more shapes than the graphs that torch makes before it gives up, which are 8."""
+"""Images, height and width of latents. They are more shapes than the 8 graphs after which torch stops compiling."""
 WIDTHS = 2
-"""Of the transformer blocks of a tiny model, as of the full one."""
+"""Number of different widths of the transformer blocks, in the tiny model and in SDXL."""
 CPU = torch.device("cpu")
 
 pytestmark = [
@@ -48,7 +48,7 @@ def tokens(images: int) -> Tensor:
 
 
 def learn(model: SDXL, shape: tuple[int, int, int], *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The prediction and the gradient of all weights."""
+    """Returns the prediction and the gradients of all weights."""
     images, height, width = shape
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(images, 4, height, width, generator=generator)
@@ -71,8 +71,8 @@ def assert_the_same(plain: SDXL, compiled: SDXL, shapes: Sequence[tuple[int, int
             assert (found - expected).norm() < 1e-5 * expected.norm(), shape
 
 
-def test_all_shapes_are_learned_from_alike_with_one_graph_a_width() -> None:
-    plain = build_initial(TINY, seed=0)[0].train()
+def test_all_shapes_give_the_same_gradients_with_one_graph_per_width() -> None:
+    plain = build_random_model(TINY, seed=0)[0].train()
     names = list(plain.state_dict())
     compiled = copy.deepcopy(plain)
     enable_gradient_checkpointing(compiled)
@@ -90,9 +90,9 @@ def test_all_shapes_are_learned_from_alike_with_one_graph_a_width() -> None:
     assert graphs() == 4 * WIDTHS and not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_inductor_learns_the_same() -> None:
+def test_inductor_gives_the_same_gradients() -> None:
     check_compiler("inductor", CPU)
-    plain = build_initial(TINY, seed=0)[0].train()
+    plain = build_random_model(TINY, seed=0)[0].train()
     compiled = copy.deepcopy(plain)
     compile_blocks(compiled, "inductor")
     before = graphs()
@@ -101,7 +101,7 @@ def test_inductor_learns_the_same() -> None:
 
 
 @pytest.mark.parametrize("exact", [[], ["--mixed_precision", "bf16", "--full_bf16", "--fused_backward_pass"]])
-def test_a_run_trains_and_saves_the_same(work: Path, exact: list[str]) -> None:
+def test_a_compiled_run_saves_the_same_weights(work: Path, exact: list[str]) -> None:
     start, plain = load_file("base.safetensors"), saved("plain", *exact)
     compiled = saved("compiled", *exact, "--torch_compile", "--dynamo_backend", "aot_eager")
     assert graphs() > 0 and plain.keys() == compiled.keys()
@@ -113,7 +113,7 @@ def test_a_run_trains_and_saves_the_same(work: Path, exact: list[str]) -> None:
 
 
 def saved(out: str, *more: str) -> dict[str, Tensor]:
-    """The weights after two steps."""
+    """Trains two steps and returns the saved weights."""
     assert train(configured(out, *more)) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     return load_file(f"{out}/last.safetensors")
@@ -129,10 +129,12 @@ def configured(out: str, *more: str):
     return config
 
 
-def test_what_cannot_compile_is_said_in_one_line(work: Path) -> None:
-    """A backend that torch does not have, before the model is read; and a failure at a step, with its first line."""
+def test_compiler_failures_become_one_line_errors(work: Path) -> None:
+    """An unknown backend fails before the model is read. A failure during a step shows its first line."""
     with (
-        pytest.raises(UserError, match=r"^torch_compile = True: the backend tvm does not work here \(.+\): leave this"),
+        pytest.raises(
+            UserError, match=r"^torch_compile = True: the backend tvm does not work here \(.+\): remove torch_compile"
+        ),
         build_run(configured("out", "--torch_compile", "--dynamo_backend", "tvm")),
     ):
         pass

@@ -1,6 +1,6 @@
-"""A file of SDXL's real size: recognised from its header, and opened by diffusers with the configurations we write.
+"""A file of SDXL's real size is recognised by its header, and diffusers opens it with the configs that we write.
 
-The file is sparse (all zeros), so it takes no room, and diffusers maps it, so it takes no memory.
+The file is sparse (all zeros) and takes no disk space. diffusers maps it, which takes no memory.
 """
 
 import json
@@ -30,13 +30,15 @@ def full_path(golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_architecture_is_known_without_reading(full_path: Path) -> None:
+def test_architecture_is_read_from_the_header_alone(full_path: Path) -> None:
     found = inspect_checkpoint(full_path)
     assert found.kind is None
     assert found.architecture == FULL
 
 
-def test_diffusers_opens_it_offline(full_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_opens_a_full_size_file_offline(
+    full_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     save_configs(tmp_path, FULL, {})
     pipeline = StableDiffusionXLPipeline.from_single_file(

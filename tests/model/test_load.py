@@ -1,4 +1,4 @@
-"""What is loaded from where, and how everything that is not SDXL is refused by its own name."""
+"""Loading from every layout, and error messages that name what a file is if it is not SDXL."""
 
 import dataclasses
 import json
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.architecture import vae_config
-from sdxl_finetune.model.initial import TINY, build_initial, text_size
 from sdxl_finetune.model.load import inspect_checkpoint, load_checkpoint
+from sdxl_finetune.model.random_model import TINY, build_random_model, text_size
 from sdxl_finetune.model.save import save_checkpoint
 
 LITTLE = dataclasses.replace(
@@ -25,14 +25,14 @@ LITTLE = dataclasses.replace(
     te2=dataclasses.replace(text_size(32, 2), vocabulary=50),
     vae_widths=(32, 32),
 )
-"""With a cut vocabulary too, for speed."""
+"""A very small model. Its vocabulary is cut, for speed."""
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 
 @pytest.fixture(scope="module")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
-    model, vae = build_initial(LITTLE, seed=0)
+    model, vae = build_random_model(LITTLE, seed=0)
     save_checkpoint(path, model, vae, save_as="safetensors", dtype=torch.float16, metadata={})
     return path
 
@@ -51,18 +51,22 @@ def refusal(tensors: dict[str, Tensor], folder: Path, **options: object) -> str:
     return str(error.value)
 
 
-def test_dtype_is_the_one_asked_for_or_the_files(tiny_path: Path) -> None:
-    for asked, got in ((None, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
-        loaded = load_checkpoint(tiny_path, dtype=asked)
-        assert {parameter.dtype for parameter in loaded.model.parameters()} == {got}
+def test_weights_have_the_requested_dtype_or_the_file_s(tiny_path: Path) -> None:
+    for requested, expected in (
+        (None, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+    ):
+        loaded = load_checkpoint(tiny_path, dtype=requested)
+        assert {parameter.dtype for parameter in loaded.model.parameters()} == {expected}
         assert {parameter.dtype for parameter in loaded.vae.parameters()} == {torch.float32}
         assert all(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.format == "safetensors"
     assert loaded.model.architecture == LITTLE
 
 
-def test_weights_do_not_lean_on_the_file(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    """The file may be replaced while the model lives."""
+def test_loaded_weights_do_not_change_with_the_file(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    """The file may be replaced while the model is in use."""
     path = tmp_path / "m.safetensors"
     save_file(tensors, path)
     loaded = load_checkpoint(path, dtype=None)
@@ -127,13 +131,13 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_models_are_refused_by_name(name: str, tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_other_kinds_of_models_are_refused_by_name(name: str, tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     changed = FOREIGN[name](tensors)
     assert name in refusal(changed, tmp_path)
     assert name in (inspect_checkpoint(tmp_path / "model.safetensors").kind or "")
 
 
-def test_missing_and_misshapen_tensors_are_listed(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_missing_tensors_and_wrong_shapes_are_listed(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     for n in range(6):
         del tensors[f"{UNET}output_blocks.{n}.0.in_layers.0.bias"]
     tensors[f"{UNET}out.2.bias"] = torch.zeros(5)
@@ -143,7 +147,7 @@ def test_missing_and_misshapen_tensors_are_listed(tmp_path: Path, tensors: dict[
     assert f"{UNET}out.2.bias is [5], not [4]" in message
 
 
-def test_other_unets_than_sdxls_are_refused(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_unets_that_are_not_sdxl_s_are_refused(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     middle = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{UNET}middle_block.1.")}
     assert "SSD-1B" in refusal(middle, tmp_path)
     prefix = f"{UNET}output_blocks.0.1.transformer_blocks.1."
@@ -151,16 +155,16 @@ def test_other_unets_than_sdxls_are_refused(tmp_path: Path, tensors: dict[str, T
     assert "transformer layers of level 2 is not the same" in refusal(uneven, tmp_path)
 
 
-def test_a_whole_model_is_one_whatever_else_is_in_the_file(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_a_complete_model_may_hold_other_tensors(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({**tensors, "cond_stage_model.transformer.x": torch.ones(1)}, tmp_path / "m.safetensors")
     assert inspect_checkpoint(tmp_path / "m.safetensors").architecture == LITTLE
 
 
-def test_extra_tensors_are_left_out_with_one_warning(
+def test_unknown_tensors_are_left_out_with_one_warning(
     tmp_path: Path, tensors: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "m.safetensors"
-    # Old files hold these; every program drops them without a word.
+    # Old files hold position_ids. All programs ignore them without a warning.
     tensors["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(tensors, path)
     with caplog.at_level(logging.WARNING):
@@ -173,7 +177,7 @@ def test_extra_tensors_are_left_out_with_one_warning(
     assert "denoiser.sigmas" in caplog.text
 
 
-def test_a_missing_path_is_not_downloaded(tiny_path: Path) -> None:
+def test_a_missing_file_is_not_downloaded(tiny_path: Path) -> None:
     with pytest.raises(UserError, match="never downloaded"):
         load_checkpoint(Path("stabilityai/stable-diffusion-xl-base-1.0"), dtype=None)
     with pytest.raises(UserError, match="never downloaded"):
@@ -190,7 +194,7 @@ OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As diffusers wrote them before 0.17."""
+    """Renames tensors as diffusers wrote them before 0.17."""
     for new, old in OLD.items():
         state = {key.replace(f".{new}.", f".{old}."): tensor for key, tensor in state.items()}
     return state
@@ -225,7 +229,7 @@ def test_vae_path_replaces_the_vae(
         case "pipeline":
             path = tmp_path / "pipeline"
             save_checkpoint(path, model, other_vae, save_as="diffusers_safetensors", dtype=None, metadata={})
-    # The model's own may be missing then.
+    # With vae_path, the model file needs no VAE.
     bare = tmp_path / "bare.safetensors"
     save_file({key: tensor for key, tensor in tensors.items() if not key.startswith(VAE)}, bare)
     vae = load_checkpoint(bare, dtype=None, vae_path=path).vae
@@ -233,13 +237,13 @@ def test_vae_path_replaces_the_vae(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in vae.state_dict().items())
 
 
-def test_vae_path_goes_before_the_models_own(tmp_path: Path, tiny_path: Path, other_vae: AutoencoderKL) -> None:
+def test_vae_path_wins_over_the_model_s_own_vae(tmp_path: Path, tiny_path: Path, other_vae: AutoencoderKL) -> None:
     save_file(other_vae.state_dict(), tmp_path / "vae.safetensors")
     vae = load_checkpoint(tiny_path, dtype=None, vae_path=tmp_path / "vae.safetensors").vae
     assert torch.equal(vae.state_dict()["quant_conv.weight"], other_vae.state_dict()["quant_conv.weight"])
 
 
-def test_other_models_vaes_are_refused(tmp_path: Path, tiny_path: Path, other_vae: AutoencoderKL) -> None:
+def test_vaes_of_other_models_are_refused(tmp_path: Path, tiny_path: Path, other_vae: AutoencoderKL) -> None:
     def message(path: Path) -> str:
         with pytest.raises(UserError) as error:
             load_checkpoint(tiny_path, dtype=None, vae_path=path)
@@ -257,7 +261,7 @@ def test_other_models_vaes_are_refused(tmp_path: Path, tiny_path: Path, other_va
     assert "no VAE" in message(tmp_path / "no.safetensors")
 
 
-def test_other_pipelines_folders_are_refused(tmp_path: Path) -> None:
+def test_folders_of_other_pipelines_are_refused(tmp_path: Path) -> None:
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(UserError, match="FluxPipeline"):
@@ -276,7 +280,7 @@ def test_other_pipelines_folders_are_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path, dtype=None)
 
 
-def test_sharded_and_variant_folders(tmp_path: Path, tiny_path: Path) -> None:
+def test_folders_with_shards_and_fp16_variants_are_loaded(tmp_path: Path, tiny_path: Path) -> None:
     loaded = load_checkpoint(tiny_path, dtype=None)
     folder = tmp_path / "m"
     save_checkpoint(folder, loaded.model, loaded.vae, save_as="diffusers_safetensors", dtype=None, metadata={})

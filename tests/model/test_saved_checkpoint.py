@@ -1,4 +1,4 @@
-"""Files loaded and saved are the same files; every layout holds the same model; other programs open what we write."""
+"""Loading and saving gives the same file; every layout holds the same model; diffusers opens saved checkpoints."""
 
 import copy
 import dataclasses
@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.low_bits import split
 from sdxl_finetune.model.architecture import Architecture, TextSize
-from sdxl_finetune.model.initial import TINY, build_initial, text_size
 from sdxl_finetune.model.load import Loaded, load_checkpoint
+from sdxl_finetune.model.random_model import TINY, build_random_model, text_size
 from sdxl_finetune.model.save import SaveAs, saturated, save_checkpoint
 from sdxl_finetune.model.sdxl import SDXL
 
@@ -43,7 +43,7 @@ SPECS = st.integers(1, 3).flatmap(
 
 
 def architecture_of(spec: dict) -> Architecture:
-    """Small, of any shape; the vocabulary is cut, which nothing here depends on."""
+    """Builds a small architecture. Its vocabulary is cut, because no test here depends on it."""
     te1, te2 = (
         TextSize(width=width, layers=layers, mlp_width=mlp, projection=width, vocabulary=50)
         for width, layers, mlp in (spec["te1"], spec["te2"])
@@ -64,13 +64,13 @@ def architecture_of(spec: dict) -> Architecture:
 
 @settings(max_examples=8, deadline=None)
 @given(SPECS, st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
-def test_a_file_loaded_and_saved_is_the_same_file(
+def test_loading_and_saving_a_file_gives_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, spec: dict, dtype: torch.dtype
 ) -> None:
     folder, architecture = tmp_path_factory.mktemp("round"), architecture_of(spec)
     first, second = folder / "a.safetensors", folder / "b.safetensors"
     metadata = {"modelspec.title": "x"}
-    model, vae = build_initial(architecture, seed=1)
+    model, vae = build_random_model(architecture, seed=1)
     save_checkpoint(first, model, vae, save_as="safetensors", dtype=dtype, metadata=metadata)
     loaded = load_checkpoint(first, dtype=None)
     assert loaded.model.architecture == architecture
@@ -83,10 +83,10 @@ def test_a_file_loaded_and_saved_is_the_same_file(
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("save_as", ["safetensors", "ckpt", "diffusers_safetensors"])
-def test_a_model_in_bf16_with_masters_saves_what_the_file_held(
+def test_a_bf16_model_with_master_weights_saves_the_file_s_exact_values(
     little: tuple[SDXL, AutoencoderKL], tmp_path: Path, stored: torch.dtype, save_as: SaveAs
 ) -> None:
-    """Bit for bit in the file's precision and in float32; without masters it would be bf16's."""
+    """The values are exact in the file's precision and in float32. Without master weights they are rounded to bf16."""
     first = tmp_path / "first"
     save_checkpoint(first, *little, save_as="safetensors", dtype=stored, metadata={})
     loaded = load_checkpoint(first, dtype=torch.bfloat16, exact=True)
@@ -104,9 +104,9 @@ def test_a_model_in_bf16_with_masters_saves_what_the_file_held(
         assert not torch.equal(rounded.unet.conv_in.weight.float(), one["unet.conv_in.weight"])
 
 
-def test_files_are_rounded_once(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
-    """From float32 to the nearest half; by way of bf16 it would be another."""
-    model = load_initial_exactly(little, tmp_path)
+def test_master_weights_are_rounded_once_to_fp16(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
+    """The result is the nearest fp16 number. Rounding to bf16 first would give another one."""
+    model = load_with_master_weights(little, tmp_path)
     parameter = model.unet.conv_in.bias
     value = torch.full_like(parameter, 1 + 3 / 1024, dtype=torch.float32)
     with torch.no_grad():
@@ -118,8 +118,8 @@ def test_files_are_rounded_once(little: tuple[SDXL, AutoencoderKL], tmp_path: Pa
     assert torch.equal(found, value.half()) and not torch.equal(found, value.bfloat16().half())
 
 
-def test_a_master_beyond_float16_is_found(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
-    model = load_initial_exactly(little, tmp_path)
+def test_saturated_finds_master_weights_beyond_float16(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
+    model = load_with_master_weights(little, tmp_path)
     parameter = model.unet.conv_in.bias
     for value, beyond in ((65_504.0, False), (65_530.0, True)):  # in bf16 both are 65,536
         with torch.no_grad():
@@ -129,7 +129,7 @@ def test_a_master_beyond_float16_is_found(little: tuple[SDXL, AutoencoderKL], tm
         assert saturated(model, little[1], torch.float16) == (["unet.conv_in.bias"] if beyond else [])
 
 
-def load_initial_exactly(little: tuple[SDXL, AutoencoderKL], folder: Path) -> SDXL:
+def load_with_master_weights(little: tuple[SDXL, AutoencoderKL], folder: Path) -> SDXL:
     save_checkpoint(folder / "initial", *little, save_as="safetensors", dtype=torch.float32, metadata={})
     return load_checkpoint(folder / "initial", dtype=torch.bfloat16, exact=True).model
 
@@ -138,7 +138,7 @@ def load_initial_exactly(little: tuple[SDXL, AutoencoderKL], folder: Path) -> SD
 @given(SPECS)
 def test_a_diffusers_folder_holds_the_same_model(tmp_path_factory: pytest.TempPathFactory, spec: dict) -> None:
     folder, architecture = tmp_path_factory.mktemp("folder") / "model", architecture_of(spec)
-    model, vae = build_initial(architecture, seed=1)
+    model, vae = build_random_model(architecture, seed=1)
     save_checkpoint(folder, model, vae, save_as="diffusers_safetensors", dtype=None, metadata={})
     loaded = load_checkpoint(folder, dtype=torch.float32)
     assert loaded.model.architecture == architecture
@@ -147,10 +147,10 @@ def test_a_diffusers_folder_holds_the_same_model(tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def little() -> tuple[SDXL, AutoencoderKL]:
-    """With a cut vocabulary, for speed. Shared: a test that changes it works on a copy."""
+    """A very small model. Tests share it, and a test that changes it makes a copy."""
     te1, te2 = (dataclasses.replace(text_size(32, 2), vocabulary=50) for _ in range(2))
     architecture = dataclasses.replace(TINY, unet_layers=(1, 1, 1), te1=te1, te2=te2, vae_widths=(32, 32))
-    return build_initial(architecture, seed=2)
+    return build_random_model(architecture, seed=2)
 
 
 def assert_same(loaded: Loaded, model: torch.nn.Module, vae: torch.nn.Module) -> None:
@@ -161,7 +161,7 @@ def assert_same(loaded: Loaded, model: torch.nn.Module, vae: torch.nn.Module) ->
 
 
 @pytest.mark.parametrize("save_as", ["safetensors", "ckpt", "diffusers", "diffusers_safetensors"])
-def test_every_layout_holds_the_same_model(little: tuple[SDXL, AutoencoderKL], tmp_path: Path, save_as: SaveAs) -> None:
+def test_every_format_holds_the_same_model(little: tuple[SDXL, AutoencoderKL], tmp_path: Path, save_as: SaveAs) -> None:
     model, vae = little
     path, metadata = tmp_path / "model", {"modelspec.title": "t"}
     with atomic_path(path) as temporary:
@@ -176,7 +176,7 @@ def test_every_layout_holds_the_same_model(little: tuple[SDXL, AutoencoderKL], t
     assert loaded.metadata == (metadata if "safetensors" in save_as else {})
 
 
-def test_ckpt_is_what_the_reference_writes(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
+def test_ckpt_has_the_reference_s_structure(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
     for save_as in ("ckpt", "safetensors"):
         path, precision = tmp_path / f"m.{save_as}", torch.float16
         save_checkpoint(path, *little, save_as=save_as, dtype=precision, metadata={}, epoch=1, global_step=2)
@@ -187,9 +187,7 @@ def test_ckpt_is_what_the_reference_writes(little: tuple[SDXL, AutoencoderKL], t
     assert all(torch.equal(tensor, expected[key]) for key, tensor in content["state_dict"].items())
 
 
-def test_without_a_precision_the_dtypes_in_memory_are_written(
-    little: tuple[SDXL, AutoencoderKL], tmp_path: Path
-) -> None:
+def test_without_a_dtype_tensors_keep_their_dtype_in_memory(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_checkpoint(first, *little, save_as="safetensors", dtype=torch.float16, metadata={})
     loaded = load_checkpoint(first, dtype=torch.bfloat16)
@@ -200,7 +198,7 @@ def test_without_a_precision_the_dtypes_in_memory_are_written(
     assert {dtype for key, dtype in dtypes.items() if key.startswith("first_stage_model.")} == {"F32"}
 
 
-def test_values_beyond_float16_are_found_before_writing(little: tuple[SDXL, AutoencoderKL]) -> None:
+def test_saturated_finds_values_beyond_float16(little: tuple[SDXL, AutoencoderKL]) -> None:
     model, vae = copy.deepcopy(little)
     assert saturated(model, vae, torch.float16) == []
     with torch.no_grad():
@@ -214,7 +212,7 @@ def test_values_beyond_float16_are_found_before_writing(little: tuple[SDXL, Auto
 
 
 @pytest.mark.parametrize(("metadata", "kind"), [({}, "epsilon"), ({"modelspec.prediction_type": "v"}, "v_prediction")])
-def test_folder_says_what_the_model_predicts(
+def test_a_diffusers_folder_names_the_prediction_type(
     little: tuple[SDXL, AutoencoderKL], tmp_path: Path, metadata: dict, kind: str
 ) -> None:
     folder = tmp_path / "model"
@@ -222,7 +220,7 @@ def test_folder_says_what_the_model_predicts(
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == kind
 
 
-def test_diffusers_opens_folder_and_file_offline(
+def test_diffusers_opens_saved_folders_and_files_offline(
     golden_model: Loaded, golden_path: Path, golden_tensors: dict, golden, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""The forward pass against the reference's, its gradients, and what may vary without changing it."""
+"""Predictions, losses and gradients are the reference's; chunks, token weights and half precision work."""
 
 import copy
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sdxl_finetune.model.architecture import Architecture
 from sdxl_finetune.model.attention import enable_gradient_checkpointing
-from sdxl_finetune.model.initial import TINY, build_initial
 from sdxl_finetune.model.load import Loaded
+from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.model.sdxl import SDXL, size_ids
 
 TOLERANCE = 1e-4
@@ -33,14 +33,14 @@ def predict(model: SDXL, golden, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def min_snr_weights(timesteps: Tensor) -> Tensor:
-    """Of gamma 5 for epsilon prediction, by the formula."""
+    """Min-SNR weights with gamma 5 for noise prediction, by the formula."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = torch.cumprod(1 - betas, 0)[timesteps]
     snr = kept / (1 - kept)
     return snr.clamp(max=5) / snr
 
 
-def test_encoders_are_the_references(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
+def test_text_encoders_are_the_reference_s(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
     hidden, pooled = golden_model.model.encode_text(golden_tensors["ids1"], golden_tensors["ids2"])
     width = golden_tensors["hidden_states1"].shape[-1]
     assert relative_error(hidden[..., :width], golden_tensors["hidden_states1"]) < TOLERANCE
@@ -56,13 +56,13 @@ def test_differs_from_reference_text_projection_is_transposed(
     assert relative_error(pooled, golden_tensors["pool2_as_the_reference_computes_it"]) > 0.5
 
 
-def test_size_embeddings_are_the_references(golden, golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
+def test_size_embeddings_are_the_reference_s(golden, golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
     ids = size_ids(*sizes_of(golden))
     embedded = golden_model.model.unet.add_time_proj(ids.flatten()).reshape(2, -1)
     assert relative_error(embedded, golden_tensors["size_embeddings"]) < TOLERANCE
 
 
-def test_prediction_and_losses_are_the_references(
+def test_prediction_and_losses_are_the_reference_s(
     golden, golden_model: Loaded, golden_tensors: dict[str, Tensor]
 ) -> None:
     expected = golden("forward.json")["outputs"]
@@ -76,7 +76,7 @@ def test_prediction_and_losses_are_the_references(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_norms_are_the_references_and_everything_is_used(
+def test_gradient_norms_are_the_reference_s_and_every_parameter_is_used(
     golden, golden_model: Loaded, golden_tensors: dict[str, Tensor], checkpointing: bool
 ) -> None:
     model = copy.deepcopy(golden_model.model).train()
@@ -97,7 +97,7 @@ def test_gradient_norms_are_the_references_and_everything_is_used(
 
 @pytest.fixture(scope="module")
 def tiny() -> SDXL:
-    return build_initial(TINY, seed=0)[0]
+    return build_random_model(TINY, seed=0)[0]
 
 
 def tokens_of(k: int, chunks: int) -> Tensor:
@@ -108,7 +108,7 @@ def tokens_of(k: int, chunks: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("chunks", "length"), [(1, 77), (2, 152), (3, 227)])
-def test_chunks_join_to_one_sequence(tiny: SDXL, chunks: int, length: int) -> None:
+def test_chunks_are_joined_to_one_sequence(tiny: SDXL, chunks: int, length: int) -> None:
     tokens = tokens_of(2, chunks)
     hidden, pooled = tiny.encode_text(tokens, tokens)
     assert hidden.shape == (2, length, 192)
@@ -132,16 +132,16 @@ def test_token_weights_multiply_hidden_states_and_not_the_pooled_output(tiny: SD
     torch.testing.assert_close(weighted_pooled, pooled)
 
 
-def test_pooling_takes_the_first_end_of_text(tiny: SDXL) -> None:
-    """Whatever pads after it, and even if a learned token had a higher id."""
+def test_pooled_output_is_that_of_the_first_end_of_text(tiny: SDXL) -> None:
+    """Neither the padding nor a learned token with a higher id changes it."""
     tokens = tokens_of(1, 1)
     padded = tokens.clone()
     padded[:, :, 21:] = 0
     torch.testing.assert_close(tiny.encode_text(tokens, tokens)[1], tiny.encode_text(tokens, padded)[1])
 
 
-def test_half_precision_keeps_timesteps_and_sizes_apart(tiny: SDXL) -> None:
-    """In bfloat16, 1001 is 1000: the numbers are embedded before they are cast."""
+def test_half_precision_distinguishes_neighbouring_timesteps_and_sizes(tiny: SDXL) -> None:
+    """In bfloat16 1001 is 1000. Numbers are therefore embedded before they are cast."""
     model = copy.deepcopy(tiny).to(torch.bfloat16)
     tokens, latents = tokens_of(1, 1), torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     size, corner = torch.tensor([[1000, 1001]]), torch.zeros(1, 2, dtype=torch.int64)
@@ -154,11 +154,11 @@ def test_half_precision_keeps_timesteps_and_sizes_apart(tiny: SDXL) -> None:
     assert not torch.equal(first, third)
 
 
-def test_initial_models_are_the_same_for_a_seed_and_sane() -> None:
+def test_random_models_are_equal_for_equal_seeds_and_have_usual_scales() -> None:
     architecture: Architecture = TINY
-    model, _ = build_initial(architecture, seed=3)
-    again, _ = build_initial(architecture, seed=3)
-    other, _ = build_initial(architecture, seed=4)
+    model, _ = build_random_model(architecture, seed=3)
+    again, _ = build_random_model(architecture, seed=3)
+    other, _ = build_random_model(architecture, seed=4)
     weight = "te1.encoder.layers.0.mlp.fc1.weight"
     names = dict(model.named_parameters())
     weight = weight if weight in names else weight.replace("te1.", "te1.text_model.")

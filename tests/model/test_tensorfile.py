@@ -1,4 +1,4 @@
-"""Files of tensors: byte for byte what the safetensors library writes, and damaged ones named as such."""
+"""Written files equal the safetensors library's byte for byte, and damaged files are named as such."""
 
 import json
 import struct
@@ -20,7 +20,9 @@ SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(NAMES, st.tuples(SHAPES, DTYPES), min_size=1, max_size=6), st.booleans())
-def test_bytes_are_the_librarys(tmp_path_factory: pytest.TempPathFactory, specs: dict, with_metadata: bool) -> None:
+def test_written_bytes_are_the_library_s(
+    tmp_path_factory: pytest.TempPathFactory, specs: dict, with_metadata: bool
+) -> None:
     tensors = {name: torch.randint(-9, 9, shape).to(dtype) for name, (shape, dtype) in specs.items()}
     metadata = {"modelspec.title": "é"} if with_metadata else {}
     folder = tmp_path_factory.mktemp("files")
@@ -29,15 +31,15 @@ def test_bytes_are_the_librarys(tmp_path_factory: pytest.TempPathFactory, specs:
     assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
 
 
-def test_the_order_of_the_metadata_changes_no_byte(tmp_path: Path) -> None:
-    """In which the library gives it, another in each process."""
+def test_metadata_order_changes_no_byte(tmp_path: Path) -> None:
+    """The library gives metadata in an order that changes from process to process."""
     metadata = {name: name.upper() for name in "abc"}
     for name, one in (("there", metadata), ("back", dict(reversed(metadata.items())))):
         write_safetensors(tmp_path / name, {"x": source_of(torch.ones(2))}, one)
     assert (tmp_path / "there").read_bytes() == (tmp_path / "back").read_bytes()
 
 
-def test_transposed_and_sliced_tensors_are_written_as_they_read(tmp_path: Path) -> None:
+def test_transposed_and_sliced_tensors_are_written_correctly(tmp_path: Path) -> None:
     tensor = torch.arange(12.0).reshape(3, 4)
     sources = {"t": source_of(tensor.t()), "s": source_of(tensor[:, 1:3])}
     write_safetensors(tmp_path / "a.safetensors", sources, {})
@@ -48,7 +50,7 @@ def test_transposed_and_sliced_tensors_are_written_as_they_read(tmp_path: Path) 
 
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickles_nested_or_flat_zipped_or_old(tmp_path: Path, nested: bool, zipped: bool) -> None:
+def test_pickles_are_read_nested_or_flat_zipped_or_old(tmp_path: Path, nested: bool, zipped: bool) -> None:
     state = {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.float16)}
     content = {"state_dict": state, "epoch": 3, "global_step": 70} if nested else state
     torch.save(content, tmp_path / "m.ckpt", _use_new_zipfile_serialization=zipped)
@@ -65,7 +67,7 @@ class Code:
         return (print, ("run",))
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickle_with_code_is_refused_and_its_code_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": {}, "hook": Code()}, tmp_path / "m.ckpt")
     with pytest.raises(UserError, match="could run any code"):
         open_tensors(tmp_path / "m.ckpt")
@@ -80,7 +82,7 @@ def truncated(path: Path, share: float) -> Path:
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("name", ["m.safetensors", "m.ckpt"])
-def test_truncated_files_are_named(tmp_path: Path, name: str, share: float) -> None:
+def test_truncated_files_are_named_as_damaged(tmp_path: Path, name: str, share: float) -> None:
     path = tmp_path / name
     state = {f"tensor{n}": torch.randn(50) for n in range(20)}
     save_file(state, path) if name.endswith("safetensors") else torch.save(state, path)
@@ -89,7 +91,7 @@ def test_truncated_files_are_named(tmp_path: Path, name: str, share: float) -> N
     assert name in str(error.value)
 
 
-def test_the_content_says_what_a_file_is_and_not_its_name(tmp_path: Path) -> None:
+def test_the_format_is_known_by_content_and_not_by_name(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "m.ckpt")
     assert list(open_tensors(tmp_path / "m.ckpt").tensors) == ["a"]
     torch.save({"a": torch.ones(2)}, tmp_path / "m.safetensors")
@@ -109,20 +111,20 @@ def test_the_content_says_what_a_file_is_and_not_its_name(tmp_path: Path) -> Non
     ],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message: str, suffix: str) -> None:
+def test_files_that_are_no_checkpoint_are_named(tmp_path: Path, content: bytes, message: str, suffix: str) -> None:
     path = tmp_path / f"m{suffix}"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         open_tensors(path)
 
 
-def test_a_pickle_without_tensors_is_named(tmp_path: Path) -> None:
+def test_a_pickle_without_tensors_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "m.pt")
-    with pytest.raises(UserError, match="no tensors"):
+    with pytest.raises(UserError, match="no named tensors"):
         open_tensors(tmp_path / "m.pt")
 
 
-def test_a_dtype_nobody_trains_is_named(tmp_path: Path) -> None:
+def test_a_dtype_that_cannot_be_trained_is_named(tmp_path: Path) -> None:
     header = {"a": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}}
     text = json.dumps(header).encode()
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0\0")

@@ -1,4 +1,4 @@
-"""The VAE's two directions against the reference's, and its draws."""
+"""Encoding and decoding by the VAE are the reference's, and samples have the right deviation."""
 
 import numpy as np
 import pytest
@@ -13,14 +13,16 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def test_encode_and_decode_are_the_references(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
+def test_encode_and_decode_are_the_reference_s(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
     mean = encode(golden_model.vae, golden_tensors["vae.image"])
     assert relative_error(mean, golden_tensors["vae.latent_mean"]) < 1e-4
     decoded = decode(golden_model.vae, golden_tensors["vae.latent_mean"])
     assert relative_error(decoded, golden_tensors["vae.decoded"]) < 1e-4
 
 
-def test_noise_is_scaled_by_the_deviation(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
+def test_a_sample_is_the_mean_plus_deviation_times_noise(
+    golden_model: Loaded, golden_tensors: dict[str, Tensor]
+) -> None:
     image, vae = golden_tensors["vae.image"], golden_model.vae
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 4, 8, 12), dtype=np.float32))
     mean = encode(vae, image)
@@ -29,13 +31,13 @@ def test_noise_is_scaled_by_the_deviation(golden_model: Loaded, golden_tensors: 
     torch.testing.assert_close(encode(vae, image, noise), mean + deviation * noise)
 
 
-def test_autocast_does_not_reach_the_vae(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
+def test_autocast_does_not_change_the_vae_s_precision(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
     plain = encode(golden_model.vae, golden_tensors["vae.image"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(encode(golden_model.vae, golden_tensors["vae.image"]), plain)
 
 
-def test_facts(golden_model: Loaded) -> None:
+def test_scaling_factor_and_pixels_per_latent(golden_model: Loaded) -> None:
     assert pixels_per_latent(golden_model.vae) == 8
     assert golden_model.vae.config.scaling_factor == pytest.approx(0.13025)
     assert not any(parameter.requires_grad for parameter in golden_model.vae.parameters())

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 
 from sdxl_finetune.config import Config
-from sdxl_finetune.model.initial import TINY, build_initial
 from sdxl_finetune.model.load import load_checkpoint
+from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.output.checkpoints import (
     Save,
     checkpoint_path,
@@ -25,7 +25,7 @@ KEYS = "checkpoint_keys.json.gz"
 
 @pytest.fixture(scope="module")
 def tiny():
-    return build_initial(TINY, seed=0)
+    return build_random_model(TINY, seed=0)
 
 
 def save(tiny, due: Save, folder: Path, **options) -> Path:

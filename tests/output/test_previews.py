@@ -17,7 +17,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.config.output_options import Sampler
 from sdxl_finetune.data.tokens import build_tokenizer
 from sdxl_finetune.diffusion.schedule import build_schedule
-from sdxl_finetune.model.initial import TINY, build_initial
+from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.output.previews import build_sampler, denoise, draw_latents, draw_previews, to_image
 from sdxl_finetune.output.prompts import Prompt
 
@@ -35,7 +35,7 @@ SCHEDULE = build_schedule(zero_terminal_snr=False)
 
 @pytest.fixture(scope="module")
 def tiny():
-    return build_initial(TINY, seed=0)
+    return build_random_model(TINY, seed=0)
 
 
 def draw(tiny, folder: Path, prompts: list[Prompt], *, options=None, **changes):

@@ -1,4 +1,4 @@
-"""Trains as sdxl-train does and prints, on every rank, a digest of the weights after each step: a process of a test."""
+"""A test process: trains like sdxl-train and prints, on every rank, a digest of the weights after each step."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from sdxl_finetune.training.setup import build_run
 
 
 def digest_lines(arguments: Sequence[str]) -> Iterator[str]:
-    """A line for each step, when it is made."""
+    """Trains and yields one line after each step."""
     config = load_config(arguments, program="sdxl-train")
     assert config is not None
     with build_run(config) as run:
@@ -26,4 +26,4 @@ def digest_lines(arguments: Sequence[str]) -> Iterator[str]:
 
 if __name__ == "__main__":
     for line in digest_lines(sys.argv[1:]):
-        os.write(1, line.encode())  # whole, beside the other rank's
+        os.write(1, line.encode())  # in one write, so that lines of both ranks do not mix

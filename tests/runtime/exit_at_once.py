@@ -1,4 +1,4 @@
-"""Ends right after what the ranks did together, with the run left (`leave`) or as one that was stopped: a test's."""
+"""A test process: exits right after an all-reduce, with the run left (`leave`) or stopped (`stop`)."""
 
 import sys
 
@@ -13,7 +13,7 @@ def main(end: str, arguments: list[str]) -> None:
     assert config is not None
     accelerator = build_accelerator(config)
     print("ended", flush=True)
-    sys.setswitchinterval(1000)  # what gloo's threads ask for at the end is not given while Python code runs
+    sys.setswitchinterval(1000)  # gloo's threads do not get the GIL while Python code runs
     for _ in range(20):
         torch.distributed.all_reduce(torch.randn(10))
     if end == "leave":

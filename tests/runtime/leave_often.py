@@ -1,4 +1,4 @@
-"""Joins and leaves many runs, one after the other, on every rank: a process of a test."""
+"""A test process: joins and leaves ten runs, one after the other, on every rank."""
 
 import gc
 import os
@@ -16,7 +16,7 @@ if __name__ == "__main__":
     assert config is not None
     for number in range(10):
         place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-        # Each time another store: gloo does not connect twice by one.
+        # gloo cannot connect twice through one store.
         torch.distributed.init_process_group("gloo", init_method=Path(f"store{number}").absolute().as_uri(), **place)
         accelerator = build_accelerator(config)
         model = accelerator.prepare(torch.nn.Linear(1000, 100))
@@ -25,5 +25,5 @@ if __name__ == "__main__":
         accelerator.end_training()
         del accelerator, model
         AcceleratorState._reset_state(reset_partial_state=True)
-        gc.collect()  # what training leaves behind goes at some time before the interpreter does
+        gc.collect()  # reducers are freed before the interpreter ends
     print("left")

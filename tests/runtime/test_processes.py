@@ -1,4 +1,4 @@
-"""Two processes over gloo, launched as a user does: they train as one with twice the batch, and fail as one."""
+"""Two processes over gloo, launched like a user's, train like one process with twice the batch, and fail together."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
 
 
 def launch(*arguments: str, program: list[str] | None = None) -> subprocess.Popen:
-    """Two ranks on a port of their own, in a process group of their own."""
+    """Starts two ranks on a free port, in a new process group."""
     command = [*TWO, "--main_process_port", "0", *(program or ["-m", "sdxl_finetune"]), *OPTIONS, *arguments]
     return subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -42,27 +42,27 @@ def launch(*arguments: str, program: list[str] | None = None) -> subprocess.Pope
 
 
 def output(process: subprocess.Popen, seconds: float = 240) -> str:
-    """What the process says until it ends."""
+    """Waits for the process to end, and returns its output."""
     try:
         return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
-        for pid in [*children(process), process.pid]:  # ranks lie in sessions of their own
+        for pid in [*children(process), process.pid]:  # each rank has its own session
             os.kill(pid, signal.SIGKILL)
         raise
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    """The ranks of a launch, in the order of their starts."""
-    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return sorted(int(pid) for pid in found)
+    """Process numbers of the ranks of a launch, in the order of their starts."""
+    numbers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return sorted(int(number) for number in numbers)
 
 
 def changes(path: str, start: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([(value.float() - start[key].float()).flatten() for key, value in load_file(path).items()])
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(work) -> None:
-    """Eight photographs in two buckets, so that a window is short, a batch is a tail and a rank once has no image."""
+def test_two_processes_train_like_one_with_twice_the_batch_size(work) -> None:
+    """Eight photographs in two buckets give a short last step, a short batch, and once a rank without an image."""
     program = [str(Path(__file__).parent / "each_rank.py")]
     two = output(launch("--train_batch_size", "2", program=program))
     alone = "".join(digest_lines([*OPTIONS, "--train_batch_size", "4"]))
@@ -70,7 +70,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(work) -> None:
 
 
 def assert_they_agree(two: str, alone: str, *, loss: float, norm: float) -> int:
-    """Both ranks on every bit, and with one process on loss and norm to these shares; returns the number of steps."""
+    """Checks that both ranks agree in every bit, and with one process in loss and norm. Returns the number of steps."""
     digests = defaultdict(list)
     for step, *values in DIGEST.findall(two):
         digests[int(step)].append(values)
@@ -84,24 +84,24 @@ def assert_they_agree(two: str, alone: str, *, loss: float, norm: float) -> int:
     return len(digests)
 
 
-def test_a_run_that_is_over_ends(work) -> None:
-    """What is freed last must not wait for a thread that waits for it."""
+def test_processes_exit_after_the_end_of_a_run(work) -> None:
+    """Freeing the process group must not deadlock with gloo's threads."""
     process = launch(program=[str(Path(__file__).parent / "leave_often.py")])
     said = output(process, seconds=120)
     assert process.returncode == 0 and said.count("left\n") == 2, said
 
 
 @pytest.mark.parametrize("end", ["leave", "stop"])
-def test_a_run_that_is_over_does_not_abort(work, end: str) -> None:
-    """Threads that are still freeing what was reduced must not meet an interpreter that has ended."""
+def test_processes_do_not_abort_at_exit(work, end: str) -> None:
+    """gloo's threads, which still free reduced tensors, must end before the interpreter."""
     process = launch(program=[str(Path(__file__).parent / "exit_at_once.py"), end])
     said = output(process, seconds=120)
     assert process.returncode == 0 and said.count("ended") == 2 and "terminate" not in said, said
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_masters_of_two_processes_stay_the_same(work, fused: bool) -> None:
-    """Without DDP: gradients are averaged in float32, tensor by tensor, and fused each is stepped on as it arrives."""
+def test_master_weights_of_two_processes_stay_equal(work, fused: bool) -> None:
+    """Without DDP, gradients are averaged in float32. Fused, each tensor is stepped as soon as it has its gradient."""
     program = [str(Path(__file__).parent / "each_rank.py")]
     exact = ["--mixed_precision", "bf16", "--full_bf16", "--max_train_epochs", "", "--max_train_steps", "2"]
     exact += ["--resolution", "64", "--max_bucket_reso", "64", *(["--fused_backward_pass"] if fused else [])]
@@ -110,8 +110,8 @@ def test_masters_of_two_processes_stay_the_same(work, fused: bool) -> None:
     assert assert_they_agree(two, alone, loss=1e-2, norm=5e-2) == 2
 
 
-def test_two_processes_write_the_files_of_one(work) -> None:
-    """The command of the documentation; SGD, because AdamW's first steps turn rounding into signs."""
+def test_two_processes_write_the_same_files_as_one(work) -> None:
+    """Uses the documentation's command, with SGD, because AdamW's first steps amplify rounding errors to signs."""
     sgd = ["--optimizer_type", "SGD", "--learning_rate", "0.01", "--learning_rate_te1", "0.01"]
     said = output(launch(*sgd, "--train_batch_size", "2", "--save_every_n_epochs", "1", "--output_dir", "two"))
     alone = [*OPTIONS, *sgd, "--train_batch_size", "4", "--output_dir", "one", "--save_every_n_epochs", "1"]
@@ -127,7 +127,7 @@ def test_two_processes_write_the_files_of_one(work) -> None:
         assert (one - two).norm() < 1e-3 * one.norm()
 
 
-def test_a_lost_process_ends_the_run_with_one_cause(work) -> None:
+def test_a_killed_process_ends_the_run_with_one_root_cause(work) -> None:
     process = launch("--max_train_epochs", "500", "--save_every_n_epochs", "1")
     wait_for(Path("out"), "*-000001.safetensors", process)
     started = time.monotonic()
@@ -139,14 +139,14 @@ def test_a_lost_process_ends_the_run_with_one_cause(work) -> None:
     assert "SIGKILL" in said.partition("Root Cause")[2]
 
 
-def test_a_wrong_option_is_said_once(work) -> None:
+def test_a_wrong_option_is_reported_once(work) -> None:
     said = output(launch("--metadata_thumbnail", "nofile.png"))
     assert said.count("error: ") == 1 and "error: command line: metadata_thumbnail = 'nofile.png'" in said
     assert "metadata_thumbnail" in said.partition("Root Cause")[2]
 
 
-def test_an_image_that_one_rank_cannot_read_ends_the_run(work) -> None:
-    """Without a cache, the rank whose turn it is finds it, and says it; the other only loses its peer."""
+def test_an_image_that_one_rank_cannot_read_ends_the_run_with_one_error(work) -> None:
+    """Without a latent cache, the rank that reads the image reports it. The other rank only loses its peer."""
     photo = sorted(Path("images").glob("*.jpg"))[3]
     photo.write_bytes(photo.read_bytes()[:3000])
     said = output(launch("--no-cache_latents", "--no-cache_latents_to_disk", "--train_batch_size", "1"), 90)

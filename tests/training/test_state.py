@@ -11,7 +11,7 @@ from torch import nn
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.model.initial import TINY, build_initial
+from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.model.save import single_file_tensors
 from sdxl_finetune.optim.optimizer import CLASSES, build_optimizer
 from sdxl_finetune.optim.parameters import Group
@@ -33,7 +33,7 @@ NEEDS_CUDA = ("Paged", "AdEMAMix8bit")
 
 @pytest.fixture(scope="module")
 def tiny():
-    return build_initial(TINY, seed=0)
+    return build_random_model(TINY, seed=0)
 
 
 def groups_of(seed: int, dtype: torch.dtype) -> list[Group]:

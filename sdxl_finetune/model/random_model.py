@@ -1,7 +1,6 @@
-"""New models with random weights, of any size: for tests, benchmarks and trying things out without a GPU.
+"""Untrained models with random weights, of any size: for tests, benchmarks and trials without a GPU.
 
-They have the whole CLIP vocabulary, so that real captions work, and latents of about the scale of SDXL's. Nothing
-in them knows anything.
+They have the whole CLIP vocabulary, so that real captions work. The scale of their latents is about SDXL's.
 """
 
 import torch
@@ -14,7 +13,7 @@ from sdxl_finetune.model.sdxl import SDXL
 
 
 def text_size(width: int, layers: int) -> TextSize:
-    """A text encoder with CLIP's proportions."""
+    """The size of a text encoder with CLIP's proportions."""
     return TextSize(width=width, layers=layers, mlp_width=4 * width, projection=width)
 
 
@@ -29,7 +28,7 @@ TINY = Architecture(
     vae_widths=(32, 32, 64, 64),
     vae_layers=1,
 )
-"""About 8 million parameters in the U-Net and 14 million in the encoders, most of them in the vocabulary."""
+"""About 8 million parameters in the U-Net and 14 million in the text encoders, most of them for the vocabulary."""
 
 SMALL = Architecture(
     unet_widths=(96, 192, 384),
@@ -46,22 +45,22 @@ SMALL = Architecture(
 
 
 @torch.no_grad()
-def build_initial(built: Architecture, seed: int) -> tuple[SDXL, AutoencoderKL]:
-    """A model and its VAE in float32, as the libraries initialise them; the same for the same seed."""
+def build_random_model(architecture: Architecture, seed: int) -> tuple[SDXL, AutoencoderKL]:
+    """A model and its VAE in float32, as diffusers and transformers initialise them. Equal seeds give equal weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SDXL(built)
-        whole = CLIPTextModel(CLIPTextConfig(**te1_config(built)))
+        model = SDXL(architecture)
+        whole = CLIPTextModel(CLIPTextConfig(**te1_config(architecture)))
         tensors = {module_name("te1", name): tensor.detach() for name, tensor in whole.named_parameters()}
         tensors[LOGIT_SCALE] = torch.tensor(100.0).log()
         model.unused = {name: tensors[name] for name in model.unused_names()}
-        vae = AutoencoderKL(**vae_config(built)).eval().requires_grad_(False)
+        vae = AutoencoderKL(**vae_config(architecture)).eval().requires_grad_(False)
         _scale_latents(vae, torch.rand(4, 3, 64, 64) * 2 - 1)
     return model, vae
 
 
 def _scale_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
-    """Makes `latents * SCALING_FACTOR` of such images have a deviation of 1, and the decoder expect them so."""
+    """Scales encoder and decoder so that `latents * SCALING_FACTOR` of such images have a standard deviation of 1."""
     deviation = vae.encode(images).latent_dist.mean.std()
     for parameter in vae.quant_conv.parameters():
         parameter[:4] /= deviation * SCALING_FACTOR
