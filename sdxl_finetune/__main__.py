@@ -1,4 +1,4 @@
-"""`python -m sdxl_finetune`, and so `accelerate launch -m sdxl_finetune`, is sdxl-train."""
+"""Runs sdxl-train as `python -m sdxl_finetune`, for example under `accelerate launch -m sdxl_finetune`."""
 
 from sdxl_finetune.cli import train
 

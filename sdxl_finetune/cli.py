@@ -1,8 +1,12 @@
-"""Entry points: parse, load the config, call one function, turn the outcome into an exit status.
+"""The command line programs. Each reads its arguments, runs one function and exits with a status.
 
-0 done; 2 the user's input is wrong (every problem on a line of its own, no traceback); 1 a failure of ours or of
-the machine; 130 and 143 stopped by SIGINT and SIGTERM. torch is imported only by what a command needs, so that
---help and a mistake in the config are answered at once.
+    0          done
+    1          a failure of the program or of the machine
+    2          the user's input is wrong: each problem is printed on a line, without a traceback
+    130, 143   stopped by SIGINT, SIGTERM
+
+torch takes seconds to import. It is imported only after the config has been checked, so that --help and a mistake in
+the config are answered at once.
 """
 
 import importlib
@@ -10,13 +14,11 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sdxl_finetune.errors import UserError, say_errors
 
-LOST_PEER = (
+LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -24,51 +26,45 @@ LOST_PEER = (
     "failed to recv",
     "recvValue",
 )
-"""What torch says in a process when another of the run has gone."""
+"""Parts of the messages that torch raises in a process after another process of the run has ended."""
 
 
 def train() -> NoReturn:
-    """sdxl-train"""
-    _run(partial(_configured, "sdxl-train", "sdxl_finetune.training.loop"))
+    """Runs sdxl-train."""
+    _run("sdxl-train", "sdxl_finetune.training.loop", "train")
 
 
 def cache() -> NoReturn:
-    """sdxl-cache"""
-    _run(partial(_configured, "sdxl-cache", "sdxl_finetune.commands.cache"))
+    """Runs sdxl-cache."""
+    _run("sdxl-cache", "sdxl_finetune.commands.cache", "cache")
 
 
 def check() -> NoReturn:
-    """sdxl-check"""
-    _run(partial(_configured, "sdxl-check", "sdxl_finetune.commands.check"))
+    """Runs sdxl-check."""
+    _run("sdxl-check", "sdxl_finetune.commands.check", "check")
 
 
 def model() -> NoReturn:
-    """sdxl-model"""
-    _run(_model)
+    """Runs sdxl-model."""
+    _run("sdxl-model", "sdxl_finetune.commands.model", "main", has_config=False)
 
 
-def _configured(program: str, module: str, arguments: Sequence[str]) -> int:
-    """Calls the function named as the program, of a module that is imported once the config is known to be right."""
-    from sdxl_finetune.config import load_config
+def _run(program: str, module: str, function: str, *, has_config: bool = True) -> NoReturn:
+    """Calls a function of a module and exits with the status that it returns.
 
-    config = load_config(arguments, program=program)
-    if config is None:
-        return 0
-    return getattr(importlib.import_module(module), program.removeprefix("sdxl-"))(config)
-
-
-def _model(arguments: Sequence[str]) -> int:
-    from sdxl_finetune.commands.model import main
-
-    return main(list(arguments))
-
-
-def _run(command: Callable[[Sequence[str]], int]) -> NoReturn:
+    The function takes the config of the command line, or the arguments themselves if the program has no config.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, by libraries either
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # misses a kernel that nothing here uses
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # keeps libraries from downloading anything
+    # bitsandbytes warns about a missing CPU kernel that this program does not use.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     try:
-        status = command(sys.argv[1:])
+        argument: Any = sys.argv[1:]
+        if has_config:
+            from sdxl_finetune.config import load_config
+
+            argument = load_config(argument, program=program)
+        status = 0 if argument is None else getattr(importlib.import_module(module), function)(argument)
     except UserError as error:
         say_errors(*error.problems)
         status = 2
@@ -81,15 +77,15 @@ def _run(command: Callable[[Sequence[str]], int]) -> NoReturn:
     except Exception as error:
         if "RANK" not in os.environ:
             raise
-        status = _fail_among_others(error)
+        _say_failure_of_rank(error)
+        status = 1
     sys.exit(status)
 
 
-def _fail_among_others(error: Exception) -> int:
-    """Of several processes only the one that failed shows a traceback, and not those that lost it."""
-    if any(words in str(error) for words in LOST_PEER):
-        say_errors("another process of this run has ended; its own message says why", cause=False)
+def _say_failure_of_rank(error: Exception) -> None:
+    """Prints the traceback of a process that failed, but not of a process that only lost its connection to it."""
+    if any(words in str(error) for words in LOST_CONNECTION):
+        say_errors("another process of this run has ended: see the error message of that process", cause=False)
     else:
         traceback.print_exc()
         say_errors(f"{type(error).__name__}: {error}")
-    return 1

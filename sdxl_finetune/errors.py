@@ -1,4 +1,4 @@
-"""What is wrong with the user's input: collected, then said all at once, never as a traceback."""
+"""Problems in the user's input. They are collected and printed all at once, without a traceback."""
 
 import json
 import os
@@ -8,33 +8,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS_FOR_THE_FIRST = 8
-"""So much later than the first process the others speak: what all of them find wrong is then said once."""
+WAIT_FOR_RANK_0 = 8
+"""Seconds that other ranks wait before they print their errors. The launcher ends them within this time if rank 0 fails
+as well, so that an error of all ranks is printed once."""
+CONSEQUENCE_DELAY = 3600
+"""Seconds added to the time of an error that another process caused. The launcher then reports the other error."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that the user has to change."""
+    """One thing that the user has to change. As text: `file: key = value: message`."""
 
     message: str
-    """What is wrong and what to do about it, in one or two sentences."""
+    """What is wrong and what to do, in one or two sentences."""
     key: str | None = None
-    """The option (or the key of a dataset file) it is about."""
+    """Option, or key of a dataset file, that the problem is about."""
     value: object = None
-    """The value that was given; shown only together with `key`."""
+    """Value that the user gave. It is shown only together with `key`."""
     file: str | None = None
-    """The file it stands in, with `:line` where known; `command line` where it was typed."""
+    """File that holds the value, with `:line` if known, or `command line`."""
 
     def __str__(self) -> str:
         where = f"{self.file}: " if self.file else ""
         if self.key is None:
             return where + self.message
-        given = "" if self.value is None else f" = {self.value!r}"
-        return f"{where}{self.key}{given}: {self.message}"
+        value = "" if self.value is None else f" = {self.value!r}"
+        return f"{where}{self.key}{value}: {self.message}"
 
 
 class UserError(Exception):
-    """The user's input is wrong. The command line prints `problems`, one a line, and exits with status 2."""
+    """The user's input is wrong. The command line prints each problem on a line and exits with status 2."""
 
     def __init__(self, problems: Sequence[Problem] | Problem | str) -> None:
         if isinstance(problems, str):
@@ -47,16 +50,16 @@ class UserError(Exception):
 
 
 def say_errors(*errors: object, cause: bool = True) -> None:
-    """Prints why this process ends, a line each, and tells the launcher of several processes. It shows as the root
-    cause what the first of them to fail has left in the file that it gave each (torch's elastic launcher); an end
-    that is no `cause` but follows from another's is dated later.
+    """Prints the errors that end this process, one a line, and passes them to the launcher of several processes.
+
+    The launcher (torch elastic) gives each process a file for its error. It reports the earliest error as the cause of
+    the end. `cause` is False for an error that follows from the end of another process.
     """
-    now = int(time.time()) + (0 if cause else 3600)
+    seconds = int(time.time()) + (0 if cause else CONSEQUENCE_DELAY)
     if os.environ.get("RANK", "0") != "0":
-        # If the first process fails as well, the launcher ends this one meanwhile.
-        time.sleep(SECONDS_FOR_THE_FIRST)
+        time.sleep(WAIT_FOR_RANK_0)
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
-    if told := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        reason = {"message": "\n".join(map(str, errors)), "timestamp": now}
-        Path(told).write_text(json.dumps(reason), encoding="utf-8")
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = {"message": "\n".join(map(str, errors)), "timestamp": seconds}
+        Path(error_file).write_text(json.dumps(reason), encoding="utf-8")

@@ -10,6 +10,7 @@ side by side into one picture.
 """
 
 import argparse
+import logging
 import random
 from dataclasses import replace
 from itertools import islice
@@ -26,6 +27,7 @@ SHOWN = 5
 
 
 def main() -> None:
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # warns of a kernel that nothing here uses
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     pictures = commands.add_parser("pictures")

@@ -32,7 +32,7 @@ from sdxl_finetune.model.load import Inspected, inspect_checkpoint
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.optim.ema import uses_ema
 from sdxl_finetune.optim.lr import Rate, build_lr
-from sdxl_finetune.optim.optimizer import optimizer_name, trial_optimizer
+from sdxl_finetune.optim.optimizer import trial_optimizer
 from sdxl_finetune.optim.parameters import Group, trained_parameters
 from sdxl_finetune.optim.update import check_update
 from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
@@ -252,7 +252,7 @@ def _memory(config: Config, index: Index, plan: Plan) -> Iterator[str]:
     try:
         yield from describe(config, architecture, largest_batch(index, plan), processes())
     except RuntimeError as error:  # a user's own optimizer may read numbers, which fake tensors do not have
-        yield f"no memory estimate for {optimizer_name(config)}: {str(error).splitlines()[0]}"
+        yield f"no memory estimate for {config.optimizer_name}: {str(error).splitlines()[0]}"
 
 
 def _kind(kind: str, saves: Sequence[Save], final: str | None, size: float) -> Iterator[str]:
@@ -298,7 +298,7 @@ def _machine(config: Config) -> Iterator[str]:
             yield f"GPU {number}: {properties.name}, {_size(properties.total_memory)}, {bf16}"
     else:
         yield f"no GPU: training runs on {os.cpu_count()} CPU cores, bf16 slowly"
-    yield f"optimizer {optimizer_name(config)}"
+    yield f"optimizer {config.optimizer_name}"
     shared = Path("/dev/shm")
     if shared.is_dir():
         yield f"/dev/shm: {_size(shutil.disk_usage(shared).free)} free (workers pass batches through it)"

@@ -10,7 +10,6 @@ from sdxl_finetune.commands.memory_estimate import BatchShape, Estimate, estimat
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.architecture import Architecture
-from sdxl_finetune.optim.optimizer import optimizer_name
 from sdxl_finetune.optim.step_unit import StepUnit
 from sdxl_finetune.runtime.out_of_memory import remedies
 
@@ -66,7 +65,7 @@ def describe(config: Config, architecture: Architecture, shape: BatchShape, rank
     yield from fits(config, architecture, shape, found, ranks)
     if found.step_unit == StepUnit.ALL and config.keeps_masters:
         plain, low = found.parts["masters"], found.parts["masters"] // 2
-        name = optimizer_name(config)
+        name = config.optimizer_name
         yield f"{name} looks at all tensors at once: float32 masters, {_size(plain)} where others take {_size(low)}"
     if not torch.cuda.is_available():
         here = estimate(config, architecture, shape, cuda=False, ranks=ranks)

@@ -1,4 +1,4 @@
-"""Options of images, captions, buckets and latents."""
+"""Options of images, captions, aspect-ratio buckets and latents."""
 
 from typing import Literal
 
@@ -13,107 +13,107 @@ class DataOptions(Options):
     """Images"""
 
     train_data_dir: FilePath | None = None
-    """Folder of images, or of folders `N_words`: N repeats an epoch, words for images without caption."""
+    """Folder of images, or of folders `N_words`: N repeats per epoch, words as caption of images without one."""
     reg_data_dir: FilePath | None = None
-    """Regularisation images, likewise: as many of them as of the others, in each epoch."""
+    """Folder of regularisation images, laid out as `train_data_dir`. An epoch uses as many of them as other images."""
     in_json: FilePath | None = None
-    """Captions and tags of the images in `train_data_dir`, .json or .jsonl, in place of caption files."""
+    """File of captions and tags of the images in `train_data_dir`, .json or .jsonl. Replaces caption files."""
     dataset_config: FilePath | None = None
-    """TOML or JSON file of several datasets, in place of `train_data_dir`."""
+    """TOML or JSON file that describes several datasets. Replaces `train_data_dir`."""
     dataset_repeats: int = Field(1, ge=1)
-    """Times that each image is used in an epoch, where no folder's name and no `dataset_config` says it."""
+    """Repeats of each image per epoch. A folder's name and `dataset_config` win over this."""
     resolution: Resolution | None = None
-    """Pixels that images are trained at: side of a square, or width and height; with buckets their area."""
+    """Training size in pixels: side of a square, or width and height. With buckets: the area of every bucket."""
     train_batch_size: int = Field(1, ge=1)
     """Images per process in one micro-batch."""
     resize_interpolation: Interpolation | None = None
-    """Resampling of images; unset: area to shrink, Lanczos to enlarge."""
+    """Interpolation that resizes images. Default: area to shrink, Lanczos to enlarge."""
     max_data_loader_n_workers: int = Field(8, ge=0)
-    """Worker processes that load data, for each training process; 0 loads in the training process."""
+    """Data-loader workers of each training process. 0: the training process loads the data itself."""
     caption_extention: str | None = None
-    """The same as `caption_extension` in an older spelling; wins over it."""
+    """Older spelling of `caption_extension`. If both are set, this one wins."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """An image that cannot be read: stop the run, or leave it out and name it. (Ours.)"""
+    """An image that cannot be read stops the run, or is skipped with a warning. Not in sd-scripts."""
 
 
 class CaptionOptions(Options):
     """Captions and tags"""
 
     caption_extension: str = ".caption"
-    """File name ending of the caption beside each image."""
+    """Ending of the caption file beside each image."""
     caption_separator: str = Field(",", min_length=1)
-    """Text between the tags of a caption."""
+    """Text between two tags of a caption."""
     shuffle_caption: bool = False
-    """Shuffle the tags anew each time an image is used."""
+    """Shuffle the tags each time an image is used."""
     keep_tokens: int = Field(0, ge=0)
-    """Tags at the start of a caption that shuffling and tag dropout leave where they are."""
+    """Number of tags at the start of a caption that are never shuffled or dropped."""
     keep_tokens_separator: str = ""
-    """Text that ends the fixed start of a caption, and may begin a fixed end; replaces `keep_tokens`."""
+    """Text that ends the fixed start of a caption; a second one begins a fixed end. Replaces `keep_tokens`."""
     secondary_separator: str | None = None
-    """Text inside a tag that holds tags which move and drop together; becomes `caption_separator`."""
+    """Text between parts of one tag, which move and drop together. Read as `caption_separator` afterwards."""
     enable_wildcard: bool = False
-    """Draw one line of several, and one of `{a|b}` in it, each time an image is used."""
+    """Draw one line of a caption and one choice of each `{a|b}` in it, each time an image is used."""
     caption_prefix: str | None = None
-    """Text put before every caption."""
+    """Text before every caption."""
     caption_suffix: str | None = None
-    """Text put after every caption."""
+    """Text after every caption."""
     caption_dropout_rate: float = Field(0.0, ge=0, le=1)
-    """Chance that an image is used without its caption, 0 to 1."""
+    """Probability that an image is used with an empty caption, 0 to 1."""
     caption_dropout_every_n_epochs: int = Field(0, ge=0)
-    """Every so many epochs no image has a caption; 0: never."""
+    """Use empty captions in every Nth epoch. 0: never."""
     caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1)
-    """Chance of each tag to be left out, 0 to 1; kept tags stay."""
+    """Probability that a tag is dropped, 0 to 1. Tags kept by `keep_tokens` stay."""
     token_warmup_min: int = Field(1, ge=0)
-    """Tags in use at the start of tag warm-up."""
+    """Number of tags in use at the start of tag warm-up."""
     token_warmup_step: float = Field(0.0, ge=0)
-    """Steps until all tags are in use; below 1 a share of all steps; 0: no tag warm-up."""
+    """Optimizer steps until all tags are in use. Below 1: a share of all steps. 0: no tag warm-up."""
 
 
 class AugmentationOptions(Options):
-    """Changes made to images"""
+    """Image augmentation"""
 
     flip_aug: bool = False
-    """Mirror each image half of the time (a mirrored latent is cached as well)."""
+    """Mirror each image with probability 0.5. The latent cache then holds the mirrored latent as well."""
     color_aug: bool = False
-    """Shift the colours of each image a little; not with cached latents."""
+    """Change the colours of each image slightly and at random. Not possible with `cache_latents`."""
     random_crop: bool = False
-    """Crop at a random place and not at the centre; not with cached latents."""
+    """Crop at a random place instead of the centre. Not possible with `cache_latents`."""
 
 
 class BucketOptions(Options):
-    """Buckets"""
+    """Aspect-ratio buckets"""
 
     enable_bucket: bool = False
-    """Train each image at the size nearest to its shape, not at one size for all."""
+    """Train each image in the bucket nearest to its aspect ratio. Off: one size for all images."""
     min_bucket_reso: int = Field(256, ge=1)
     """Shortest side of a bucket in pixels, rounded down to a multiple of `bucket_reso_steps`."""
     max_bucket_reso: int = Field(1024, ge=1)
     """Longest side of a bucket in pixels, rounded up to a multiple of `bucket_reso_steps`."""
     bucket_reso_steps: int = Field(64, ge=1)
-    """Pixels between bucket sizes; with buckets a multiple of 32."""
+    """Pixels between two bucket sizes. With `enable_bucket`: a multiple of 32."""
     bucket_no_upscale: bool = False
-    """Never enlarge an image: a bucket for each size, `min_bucket_reso` and `max_bucket_reso` unused."""
+    """Never enlarge an image: buckets follow the sizes of images. `min_bucket_reso`, `max_bucket_reso`: no effect."""
 
 
 class HoldOutOptions(Options):
     """Validation"""
 
     validation_split: float = Field(0.0, ge=0, le=1)
-    """Share of the images, 0 to 1, that is not trained on but validated; 1 in a dataset of its own. (0: none.)"""
+    """Share of the images, 0 to 1, held out for validation. 1: the whole dataset. 0: no validation."""
     validation_seed: int = Field(0, ge=0)
-    """Chooses the images that are held out, and their noise; apart from `seed`, so that runs can be compared."""
+    """Seed of the choice of held-out images and of their noise. Independent of `seed`, to compare runs."""
 
 
 class LatentOptions(Options):
     """Latents"""
 
     cache_latents: bool = False
-    """Encode every image once before training, not at each use; in memory."""
+    """Encode every image once before training and keep the latents in memory."""
     cache_latents_to_disk: bool = False
-    """Keep encoded images in `cache_dir` for the next run; turns `cache_latents` on."""
+    """Keep the latents in `cache_dir` for later runs. Turns on `cache_latents`."""
     vae_batch_size: int = Field(1, ge=1)
-    """Images encoded at a time while caching."""
+    """Images that the VAE encodes at once for the latent cache."""
     skip_cache_check: bool = False
-    """Take images and captions to be as they were last time, for millions that nobody has changed."""
+    """Do not look for changed images and captions since the last run. Saves time with millions of files."""
     cache_dir: FilePath | None = None
-    """Folder of dataset index and latent cache; unset: `cache` in `output_dir`. (Ours.)"""
+    """Folder of the dataset index and the latent cache. Default: `cache` in `output_dir`. Not in sd-scripts."""

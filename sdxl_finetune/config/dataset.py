@@ -1,9 +1,9 @@
-"""What a dataset is, and which folders of images make one.
+"""Defines a dataset, and finds the folders of images that form one.
 
-A folder `N_words` in `train_data_dir` is used N times an epoch, and images in it that have no caption file
-get the words (the reference's DreamBooth folders). Without such a folder the images directly in it are the
-dataset, once an epoch (ours; the reference needs a metadata file for that). Folders are looked into only until
-the first image is found: listing five million names is the index's work.
+A folder `N_words` in `train_data_dir` is used N times per epoch. The words are the caption of images without a caption
+file, as for the reference's DreamBooth folders. Without such a folder, the images directly in `train_data_dir` form the
+dataset, once per epoch. The reference needs a metadata file for that. A folder is searched only until the first image:
+the index lists all names later.
 """
 
 import os
@@ -22,7 +22,7 @@ from sdxl_finetune.config.data_options import (
 from sdxl_finetune.config.fields import Resolution
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
-"""Endings of image files, in any case of letters; .avif where Pillow reads it."""
+"""Endings of image files, in any case of letters. Pillow reads .avif only in some builds."""
 
 
 class Subset(CaptionOptions, AugmentationOptions, HoldOutOptions):
@@ -30,13 +30,13 @@ class Subset(CaptionOptions, AugmentationOptions, HoldOutOptions):
 
     image_dir: Path = Path()
     metadata_file: Path | None = None
-    """Names, captions and tags of the images, in place of what lies in the folder."""
+    """File of names, captions and tags of the images. Replaces a search of the folder."""
     num_repeats: int
-    """Times that each image is used in an epoch."""
+    """Repeats of each image per epoch."""
     class_tokens: str | None
-    """Caption of images that have no caption file."""
+    """Caption of images without a caption file."""
     is_reg: bool = False
-    """Regularisation images."""
+    """True for regularisation images."""
     resize_interpolation: Interpolation | None = None
 
 
@@ -44,7 +44,7 @@ class Dataset(BucketOptions):
     """Subsets that are trained at one resolution and share batches."""
 
     resolution: Resolution
-    """Pixels, (width, height)."""
+    """(width, height) in pixels."""
     batch_size: int = Field(ge=1)
     """Images per process in one micro-batch."""
     subsets: tuple[Subset, ...]
@@ -52,23 +52,23 @@ class Dataset(BucketOptions):
 
 @dataclass
 class Folders:
-    """What lies in a `train_data_dir`."""
+    """The folders of a `train_data_dir`."""
 
     used: list[tuple[Path, int | None, str | None]] = field(default_factory=list)
-    """Folder, repeats if its name says them, class tokens; ordered by name."""
+    """Folders of images by name: path, repeats and class tokens. The last two are None if the name does not say."""
     remarks: list[str] = field(default_factory=list)
-    """What the user may not expect."""
+    """Folders and images that are not used, to warn the user."""
     problem: str | None = None
 
 
 def find_folders(root: Path) -> Folders:
-    """Which folders of `root` are trained on."""
+    """Finds the folders in `root` to train on."""
     if not root.is_dir():
-        return Folders(problem="no such folder")
-    found = Folders()
+        return Folders(problem=no_such("folder"))
+    folders = Folders()
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir())
-    other: list[str] = []
+    unnamed: list[str] = []
     empty: list[str] = []
     for name in names:
         number, _, words = name.partition("_")
@@ -76,30 +76,36 @@ def find_folders(root: Path) -> Folders:
         if not holds_images(root / name):
             empty += [name] if repeats > 0 else []
         elif repeats > 0:
-            found.used.append((root / name, repeats, words))
+            folders.used.append((root / name, repeats, words))
         else:
-            other.append(name)
-    loose = holds_images(root)
-    if loose and not found.used:
-        found.used.append((root, None, None))
-    elif loose:
-        found.remarks.append(f"images directly in {root} are not used, because it has folders N_words")
-    if other:
-        found.remarks.append(f"folders not used, because they are not named N_words (5_cat): {_listed(other)}")
+            unnamed.append(name)
+    has_loose_images = holds_images(root)
+    if has_loose_images and not folders.used:
+        folders.used.append((root, None, None))
+    elif has_loose_images:
+        folders.remarks.append(f"images directly in {root} are not used, because {root} has folders N_words")
+    if unnamed:
+        folders.remarks.append(f"folders not used, because their names are not N_words (as 5_cat): {_listed(unnamed)}")
     if empty:
-        found.remarks.append(f"folders not used, because they hold no images: {_listed(empty)}")
-    if not found.used:
-        seen = f"folders {_listed(names)}" if names else "no folders"
-        found.problem = (
-            f"no images to train on: found {seen}, and no images beside them; expected images"
-            f" ({' '.join(IMAGE_SUFFIXES)}), or folders of images named N_words for N repeats, as 5_cat"
+        folders.remarks.append(f"folders not used, because they contain no images: {_listed(empty)}")
+    if not folders.used:
+        content = f"only the folders {_listed(names)}" if names else "no folders"
+        folders.problem = (
+            f"no images to train on: it contains {content}. Put images ({' '.join(IMAGE_SUFFIXES)}) into it, or folders"
+            " of images named N_words for N repeats, as 5_cat"
         )
-    return found
+    return folders
 
 
 def holds_images(folder: Path) -> bool:
+    """True if an image lies directly in the folder."""
     with os.scandir(folder) as entries:
         return any(entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file() for entry in entries)
+
+
+def no_such(kind: str) -> str:
+    """Returns the message for a missing path of a kind, such as "folder"."""
+    return f"no such {kind}: check the path, which is relative to {Path.cwd()}"
 
 
 def _listed(names: list[str]) -> str:

@@ -1,14 +1,14 @@
-"""What kinds of value options take, and the base of every group of options.
+"""The kinds of value that options take, and the base class of the option groups.
 
-A config file and the command line give plain values (text, numbers, booleans, lists of text); what turns them
-into typed ones stands here, and `plain` turns them back: `plain` of a value loads as that value again.
-`expected` says in words what an option takes, for help, documentation and error messages alike.
+A config file and the command line give plain values: text, numbers, booleans and lists of text. The kinds turn plain
+values into typed ones, and `plain` turns typed values back. `plain` of a value loads as the same value again.
+`expected` describes in words what an option takes, for help, documentation and error messages.
 """
 
 import ast
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,14 +16,23 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-LR_SCHEDULERS = (
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
-    "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant",
-)  # fmt: skip
+LR_SCHEDULES: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "constant_with_warmup": (),
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": (),
+    "polynomial": ("lr_end",),
+    "inverse_sqrt": (),
+    "cosine_with_min_lr": ("min_lr",),
+    "warmup_stable_decay": ("warmup_type", "decay_type"),
+    "piecewise_constant": ("step_rules",),
+}
+"""Names of the learning-rate schedules, each with the arguments that `lr_scheduler_args` may hold."""
 
 
 class Options(BaseModel):
-    """A group of options: one field is one option, its documentation the line below it."""
+    """Base class of an option group: each field is one option, documented on the line below it."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -32,22 +41,19 @@ class Options(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _unset_by_empty_text(cls, value: object, info: ValidationInfo) -> object:
-        """An empty text unsets an option that may be unset, in a file and on the command line."""
+        """An empty text unsets an option whose default is unset, in a file and on the command line."""
         return None if value == "" and cls.model_fields[info.field_name or ""].default is None else value
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What an option of this kind takes, in words."""
+    """Describes a kind of value in words."""
 
     text: str
 
 
-def _path(value: object) -> object:
-    return Path(value) if isinstance(value, str) else value
-
-
 def _resolution(value: object) -> object:
+    """Returns (width, height) in pixels of a number, two numbers, or text of one or two numbers."""
     if isinstance(value, str):
         value = [int(side) if side.strip().isdecimal() else None for side in value.split(",")]
     sides = list(value) if isinstance(value, list | tuple) else [value]
@@ -57,7 +63,7 @@ def _resolution(value: object) -> object:
 
 
 def _steps_or_share(value: Any) -> Any:
-    """An int counts steps; a float, or a text in percent, is a share of all steps."""
+    """Returns an int, which counts steps, or a float from 0 to 1, which is a share of all steps."""
     if isinstance(value, str):
         value = float(value[:-1]) / 100 if value.endswith("%") else ast.literal_eval(value)
     if type(value) not in (int, float) or value < 0 or (isinstance(value, float) and not value <= 1):
@@ -66,7 +72,7 @@ def _steps_or_share(value: Any) -> Any:
 
 
 def _arguments(value: object) -> object:
-    """Each value is a Python literal, as in the reference; a text without `=` is a mistake."""
+    """Returns a dictionary of texts `name=value`. Each value is a Python literal, as in the reference."""
     if isinstance(value, dict):
         return value
     if not isinstance(value, list):
@@ -89,29 +95,14 @@ def _block_rates(value: object) -> object:
     return numbers
 
 
-def _chunk_tokens(value: object) -> object:
-    """255 is read as 225, which is what the reference makes of it; nothing given is one chunk."""
-    return 75 if value in (None, "") else 225 if value == 255 else value
-
-
-def _backend(value: object) -> object:
-    """GUIs write "no" for what they pass to a launcher; whether anything is compiled, torch_compile says."""
-    return "inductor" if value == "no" else value
-
-
-def _period(value: object) -> object:
-    """The reference takes a preview period of 0 or less as "never"."""
-    return None if type(value) is int and value <= 0 else value
-
-
-def _scheduler(value: Any) -> Any:
-    if value not in LR_SCHEDULERS and not (value.startswith("adafactor:") and float(value[10:]) >= 0):
+def _schedule(value: Any) -> Any:
+    if value not in LR_SCHEDULES and not (value.startswith("adafactor:") and 0 <= float(value[10:]) < math.inf):
         raise ValueError
     return value
 
 
-def _parsed(parse: Any) -> BeforeValidator:
-    """`parse`, any of whose failures means that the value is not what `Shown` says."""
+def _parsed(parse: Callable[[Any], Any]) -> BeforeValidator:
+    """Returns a validator that refuses a value if `parse` fails in any way."""
 
     def check(value: object) -> object:
         try:
@@ -122,25 +113,30 @@ def _parsed(parse: Any) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-FilePath = Annotated[Path, BeforeValidator(_path), Shown("a path")]
+FilePath = Annotated[
+    Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value), Shown("a path")
+]
 Resolution = Annotated[tuple[int, int], _parsed(_resolution), Shown('pixels, as 1024 or "1024,768"')]
 StepsOrShare = Annotated[
-    int | float, _parsed(_steps_or_share), Shown('steps as a whole number, or a share of all as 0.1 or "10%"')
+    int | float, _parsed(_steps_or_share), Shown('a whole number of steps, or a share of all steps as 0.1 or "10%"')
 ]
 Arguments = Annotated[
     dict[str, Any],
     _parsed(_arguments),
-    Shown('a list as ["weight_decay=0.1", "betas=0.9,0.99"], Python values'),
+    Shown('a list as ["weight_decay=0.1", "betas=0.9,0.99"] with Python values'),
 ]
 BlockRates = Annotated[tuple[float, ...], _parsed(_block_rates), Shown('23 learning rates, as "1e-5,1e-5,..."')]
-Scheduler = Annotated[str, _parsed(_scheduler), Shown("one of " + ", ".join(LR_SCHEDULERS) + ", adafactor:RATE")]
-ChunkTokens = BeforeValidator(_chunk_tokens)
-Backend = BeforeValidator(_backend)
-Period = BeforeValidator(_period)
+Scheduler = Annotated[str, _parsed(_schedule), Shown("one of " + ", ".join(LR_SCHEDULES) + ", adafactor:RATE")]
+ChunkTokens = BeforeValidator(lambda value: 75 if value in (None, "") else 225 if value == 255 else value)
+"""The reference reads 255 as 225 tokens, and an unset length as one chunk."""
+Backend = BeforeValidator(lambda value: "inductor" if value == "no" else value)
+"""GUIs write "no" for what they pass to a launcher. `torch_compile` alone decides if anything is compiled."""
+Period = BeforeValidator(lambda value: None if type(value) is int and value <= 0 else value)
+"""The reference reads a preview period of 0 or less as "never"."""
 
 
 def kinds(field: FieldInfo) -> list[Any]:
-    """What a value may be: types, a Literal, or `Shown` for the kinds above; without None."""
+    """Returns the types of an option's value without None. A kind of this module is given as its `Shown`."""
 
     def unfold(annotation: Any) -> Iterator[Any]:
         if get_origin(annotation) is Annotated:
@@ -156,7 +152,7 @@ def kinds(field: FieldInfo) -> list[Any]:
 
 
 def expected(field: FieldInfo) -> str:
-    """What an option takes, in words: "a whole number of at least 1"."""
+    """Describes in words what an option takes, for example "a whole number of at least 1"."""
     (kind,) = kinds(field)
     if isinstance(kind, Shown):
         return kind.text
@@ -173,7 +169,7 @@ def expected(field: FieldInfo) -> str:
 
 
 def plain(value: Any) -> Any:
-    """An option's value as a config file holds it, in the form that the reference reads as well."""
+    """Returns an option's value as a config file holds it, in a form that the reference reads as well."""
     match value:
         case Path():
             return str(value)

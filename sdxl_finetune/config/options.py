@@ -1,15 +1,18 @@
-"""Config: every option of a run, one flat frozen model. Names, meanings and defaults are the reference's.
+"""Config: every option of a run in one flat, frozen model. Names, meanings and defaults are the reference's.
 
-An attribute's name is the option's name in a config file and on the command line. Nothing writes to a Config
-after it was made; what one option implies for another is settled in `_imply`.
+An attribute has the name of its option in a config file and on the command line. Nothing changes a Config after it is
+built. `_imply` settles what one option implies for another.
 """
 
+import json
+import re
 from typing import Any
 
+import toml
 from pydantic import model_validator
 
 from sdxl_finetune.config import data_options, output_options, training_options
-from sdxl_finetune.config.fields import Options
+from sdxl_finetune.config.fields import Options, plain
 
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
 """Options that are never printed or saved."""
@@ -41,7 +44,7 @@ class Config(
     @model_validator(mode="before")
     @classmethod
     def _imply(cls, values: Any) -> Any:
-        """What one option says about another, as in the reference."""
+        """Sets the options that other options imply, as the reference does."""
         values = dict(values)
         if values.get("caption_extention"):
             values["caption_extension"] = values["caption_extention"]
@@ -53,4 +56,25 @@ class Config(
 
 
 GROUPS: tuple[type[Options], ...] = Config.__bases__
-"""The groups, in the order in which help and documentation show them."""
+"""The option groups, in the order in which help and documentation show them."""
+
+
+def to_toml(config: Config, *, changed_only: bool = False) -> str:
+    """Returns the text of a config file that loads as the same config, here and in the reference.
+
+    Secrets are left out. With `changed_only`, options at their defaults are left out too.
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    for group in GROUPS:
+        title = re.sub(r"(?<=.)(?=[A-Z])", "_", group.__name__.removesuffix("Options")).lower()
+        tables[title] = {
+            name: plain(value)
+            for name, field in group.model_fields.items()
+            if (value := getattr(config, name)) is not None
+            and name not in SECRETS
+            and not (changed_only and value == field.get_default(call_default_factory=True))
+        }
+    encoder: Any = toml.TomlEncoder()
+    # The library writes control characters wrongly. JSON writes text as TOML wants it, except for DEL.
+    encoder.dump_funcs[str] = lambda text: json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return toml.dumps({title: table for title, table in tables.items() if table}, encoder)

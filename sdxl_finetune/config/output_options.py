@@ -1,4 +1,4 @@
-"""Options of saved weights, previews and logs."""
+"""Options of checkpoints, training states, previews and logs."""
 
 from typing import Annotated, Literal
 
@@ -13,111 +13,111 @@ Sampler = Literal[
 
 
 class SavingOptions(Options):
-    """Saved weights"""
+    """Checkpoints"""
 
     output_dir: FilePath | None = None
-    """Folder for everything that a run saves; made when missing."""
+    """Folder for all files that a run saves. It is created if it does not exist."""
     output_name: str | None = None
-    """Name of saved files without ending; unset: `epoch`, `at` and `last`."""
+    """Name of saved files, without ending. Default: names `epoch`, `at` and `last`."""
     save_model_as: Literal["ckpt", "safetensors", "diffusers", "diffusers_safetensors"] | None = None
-    """Kind of saved files; unset: as the model that training starts from."""
+    """Format of checkpoints. Default: the format of the model that training starts from."""
     use_safetensors: bool = False
-    """Save safetensors where `save_model_as` is unset."""
+    """Save checkpoints as safetensors if `save_model_as` is not set."""
     save_precision: Literal["float", "fp16", "bf16"] | None = None
-    """Type of saved weights; unset: as they are trained."""
+    """Data type of the weights in checkpoints. Default: the type that they are trained in."""
     save_every_n_epochs: int | None = Field(None, ge=1)
-    """Save after every so many epochs, and at the end."""
+    """Save a checkpoint every N epochs. The final checkpoint is always saved."""
     save_every_n_steps: int | None = Field(None, ge=1)
-    """Save after every so many optimizer steps, and at the end."""
+    """Save a checkpoint every N optimizer steps. The final checkpoint is always saved."""
     save_n_epoch_ratio: int | None = Field(None, ge=1)
-    """Save so many times over the run, at the end of epochs; sets `save_every_n_epochs`."""
+    """Save about N checkpoints over the run, at ends of epochs. Sets `save_every_n_epochs`."""
     save_last_n_epochs: int | None = Field(None, ge=1)
-    """Keep only the newest so many files that were saved by epoch."""
+    """Keep only the newest N checkpoints that were saved by epoch."""
     save_last_n_steps: int | None = Field(None, ge=1)
-    """Keep only files that were saved by step within the last so many steps."""
+    """Keep only checkpoints saved by step within the last N optimizer steps."""
 
 
 class ResumeOptions(Options):
-    """Training states, from which a run goes on exactly"""
+    """Training states and resume"""
 
     save_state: bool = False
-    """Save the training state with all saved weights."""
+    """Save a training state with every checkpoint."""
     save_state_on_train_end: bool = False
-    """Save the training state at the end."""
+    """Save a training state at the end of training."""
     save_last_n_epochs_state: int | None = Field(None, ge=1)
-    """Keep only the newest so many states that were saved by epoch; unset: `save_last_n_epochs`."""
+    """Keep only the newest N states saved by epoch. Default: `save_last_n_epochs`."""
     save_last_n_steps_state: int | None = Field(None, ge=1)
-    """Keep only states that were saved by step within the last so many steps; unset: `save_last_n_steps`."""
+    """Keep only states saved by step within the last N steps. Default: `save_last_n_steps`."""
     resume: FilePath | None = None
-    """Go on from a training state or from saved weights: a path, or `auto` for the newest of this `output_name`."""
+    """Training state or checkpoint to continue from: a path, or `auto` for the newest of this `output_name`."""
     resume_at_next_epoch: bool = False
-    """If images, captions or batches have changed, resume at the next epoch and do not refuse. (Ours.)"""
+    """Resume at the next epoch if images, captions or batches have changed. Off: refuse. Not in sd-scripts."""
 
 
 class MetadataOptions(Options):
-    """Metadata of saved weights"""
+    """Metadata of checkpoints"""
 
     metadata_title: str | None = None
-    """Title; unset: `output_name`."""
+    """Title of the model. Default: `output_name`."""
     metadata_author: str | None = None
-    """Author."""
+    """Author of the model."""
     metadata_description: str | None = None
-    """Description."""
+    """Description of the model."""
     metadata_license: str | None = None
-    """Licence."""
+    """Licence of the model."""
     metadata_tags: str | None = None
-    """Tags, separated by commas."""
+    """Tags of the model, separated by commas."""
     metadata_usage_hint: str | None = None
-    """Advice to users of the model."""
+    """Advice for users of the model."""
     metadata_thumbnail: str | None = None
-    """Picture: an image file, or a data URL."""
+    """Picture of the model: an image file or a data URL."""
     metadata_merged_from: str | None = None
-    """Models that this one was merged from."""
+    """Names of the models that this model was merged from."""
     metadata_trigger_phrase: str | None = None
-    """Words that call up what was trained."""
+    """Words in a prompt that call up what was trained."""
     metadata_preprocessor: str | None = None
     """Preprocessor of the training images."""
     metadata_is_negative_embedding: str | None = None
-    """Whether this is a negative embedding; of no use for checkpoints, kept for the standard's sake."""
+    """True for a negative embedding. Part of the metadata standard; not useful for checkpoints."""
 
 
 class PreviewOptions(Options):
     """Previews"""
 
     sample_prompts: FilePath | None = None
-    """File of prompts, .txt, .toml or .json; without it there are no previews."""
+    """File of preview prompts, .txt, .toml or .json. Default: no previews."""
     sample_every_n_epochs: Annotated[int | None, Period] = None
-    """Draw previews after every so many epochs; wins over `sample_every_n_steps`; 0: never."""
+    """Draw previews every N epochs. If both are set, epochs win over `sample_every_n_steps`. 0: never."""
     sample_every_n_steps: Annotated[int | None, Period] = None
-    """Draw previews after every so many optimizer steps; 0: never."""
+    """Draw previews every N optimizer steps. 0: never."""
     sample_at_first: bool = False
     """Draw previews before the first step."""
     sample_sampler: Sampler = "ddim"
-    """Sampler of previews."""
+    """Sampler of the previews."""
 
 
 class LoggingOptions(Options):
     """Logs"""
 
     logging_dir: FilePath | None = None
-    """Folder for the logs of runs, each in a folder of its own; unset: no logs on the disk."""
+    """Folder for logs; each run gets a folder in it. Default: no log files."""
     log_with: Literal["tensorboard", "wandb", "all"] | None = None
-    """Where scalars and previews go; unset: tensorboard if there is a `logging_dir`."""
+    """Tracker of scalars and previews. Default: tensorboard if `logging_dir` is set."""
     log_prefix: str | None = None
-    """Text before the time in the name of a run's log folder."""
+    """Text before the time in the name of the log folder."""
     log_tracker_name: str | None = None
-    """Name of the tracker's project; unset: `finetuning`."""
+    """Project name in the tracker. Default: `finetuning`."""
     log_tracker_config: FilePath | None = None
-    """TOML file with the trackers' own settings."""
+    """TOML file with settings of the trackers."""
     log_config: bool = False
-    """Send the options to the tracker as well."""
+    """Send all options to the tracker."""
     wandb_run_name: str | None = None
     """Name of the run at Weights & Biases."""
     wandb_api_key: str | None = None
-    """Key for Weights & Biases; never printed or saved."""
+    """API key for Weights & Biases. It is never printed or saved."""
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = None
-    """Least severity of messages that are shown; unset: INFO."""
+    """Least severe level of messages to show. Default: INFO."""
     console_log_file: FilePath | None = None
-    """File that messages go to, in place of the terminal."""
+    """File for messages. They are then not shown in the terminal."""
     console_log_simple: bool = False
-    """Plain messages, without colours and columns."""
+    """Show plain messages, without colours and columns."""

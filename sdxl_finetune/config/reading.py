@@ -1,12 +1,12 @@
-"""The two places that options come from: a TOML file and the command line, each read into plain values.
+"""Reads the two sources of options, a TOML file and the command line, into plain values with their places.
 
-Nothing is judged here but syntax: which names there are and what values they take is the schema's affair.
+Reading judges nothing but syntax. The schema judges which names there are and which values they take.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -23,27 +23,38 @@ else:
     import tomli as tomllib
 
 COMMAND_LINE = "command line"
-ORDERS = ("config_file", "print_config", "output_config")
-"""What only the command line says: where the config is, and what to do with it."""
+COMMANDS = ("config_file", "print_config", "output_config")
+"""Words of the command line that are no options of a run: the name of the config file, and what to do with it."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """The value of an option, and the place that says so."""
+    """The value of an option, and the place where the user gave it."""
 
     value: Any
     place: str
 
 
+def problem(message: str, name: str, given: Mapping[str, Given], file: str | None = None) -> Problem:
+    """Returns a problem that shows the option's value, unless it is secret, and its place.
+
+    The place is `file` if the option is not given.
+    """
+    if name not in given:
+        return Problem(message, name, file=file)
+    return Problem(message, name, None if name in SECRETS else given[name].value, given[name].place)
+
+
 def config_path(name: str) -> Path:
+    """Returns the path of a config file. Its ending `.toml` may be left out."""
     return Path(name if name.lower().endswith(".toml") else f"{name}.toml")
 
 
 def read_file(name: str) -> tuple[dict[str, Given], list[Problem], list[Problem]]:
-    """The options of a config file, what is wrong with it, and what is worth a warning.
+    """Returns the options of a config file, the problems, and what is worth a warning.
 
-    The ending `.toml` may be left out. Tables only group options; a later one overrides an earlier one.
-    Raises UserError when the file cannot be read at all.
+    Tables only group options. If an option is given twice, the later value wins.
+    Raises UserError if the file cannot be read.
     """
     path = config_path(name)
     tables, text = parse_toml(path)
@@ -55,19 +66,19 @@ def read_file(name: str) -> tuple[dict[str, Given], list[Problem], list[Problem]
         entries += [(table, key, value) for key, value in content.items()] if isinstance(content, dict) else []
     for table, key, value in entries:
         place = f"{path}:{lines[table, key]}" if (table, key) in lines else str(path)
-        parts = value if isinstance(value, list) else [value]
-        if any(isinstance(part, dict) for part in parts):
-            problems.append(Problem("tables go one level deep and hold options only", key, file=place))
+        if any(isinstance(part, dict) for part in (value if isinstance(value, list) else [value])):
+            message = "a table inside a table is not allowed: write its options one level higher"
+            problems.append(Problem(message, key, file=place))
             continue
-        if key in given and given[key].value != value:
-            shown = None if key in SECRETS else value
-            remarks.append(Problem(f"wins over the value at {given[key].place}", key, shown, place))
+        earlier = given.get(key)
         given[key] = Given(value, place)
+        if earlier and earlier.value != value:
+            remarks.append(problem(f"given twice; this value is used, not the one at {earlier.place}", key, given))
     return given, problems, remarks
 
 
 def parse_toml(path: Path) -> tuple[dict[str, Any], str]:
-    """The content of a TOML file, and its text. Raises UserError when it cannot be read."""
+    """Returns the content of a TOML file and its text. Raises UserError if the file cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         return tomllib.loads(text), text
@@ -76,13 +87,13 @@ def parse_toml(path: Path) -> tuple[dict[str, Any], str]:
         numbers = "".join(f":{number}" for number in re.findall(r"\d+", place))
         raise UserError(Problem(f"not valid TOML: {message}", file=f"{path}{numbers}")) from None
     except UnicodeDecodeError:
-        raise UserError(Problem("not a UTF-8 text file", file=str(path))) from None
+        raise UserError(Problem("not a UTF-8 text file: save it as UTF-8", file=str(path))) from None
     except OSError as error:
         raise UserError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from None
 
 
 def _line_numbers(text: str) -> dict[tuple[str, str], int]:
-    """(table, key) to line, found by their looks: tomllib does not tell. Good enough for messages."""
+    """Returns the line of each (table, key). A search finds them, because tomllib does not tell; messages need them."""
     numbers: dict[tuple[str, str], int] = {}
     table = ""
     for number, line in enumerate(text.split("\n"), start=1):
@@ -94,15 +105,15 @@ def _line_numbers(text: str) -> dict[tuple[str, str], int]:
 
 
 def read_command_line(arguments: Sequence[str], program: str) -> tuple[dict[str, Given], argparse.Namespace]:
-    """The typed options, unknown ones included, and `config_file`, `print_config` and `output_config`.
+    """Returns the typed options, unknown ones included, and a namespace of COMMANDS.
 
-    `--help` and `--version` print and exit. Raises UserError for what cannot be read at all.
+    `--help` and `--version` print and exit. Raises UserError if the command line cannot be read.
     """
     try:
-        orders, rest = build_parser(program).parse_known_args(arguments)
+        parsed, rest = build_parser(program).parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UserError(Problem(str(error), file=COMMAND_LINE)) from None
-    values = {name: value for name, value in vars(orders).items() if name not in ORDERS}
+    values = {name: value for name, value in vars(parsed).items() if name not in COMMANDS}
     name = ""
     for word in rest:
         if word.startswith("-"):
@@ -111,19 +122,19 @@ def read_command_line(arguments: Sequence[str], program: str) -> tuple[dict[str,
         else:
             values[name or word] = word if name else None
             name = ""
-    return {name: Given(_typed(name, value), COMMAND_LINE) for name, value in values.items()}, orders
+    return {name: Given(_typed(name, value), COMMAND_LINE) for name, value in values.items()}, parsed
 
 
 def build_parser(program: str) -> argparse.ArgumentParser:
-    """A parser of every option; it leaves types to the schema, so that all mistakes are found in one go."""
+    """Builds a parser of every option. The schema checks values later, so that all mistakes are reported at once."""
     usage = "%(prog)s --config FILE [--option VALUE ...]"
     parser = argparse.ArgumentParser(program, usage, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
-    text = "TOML file of options, its ending may be left out; what is typed wins over it."
+    text = "TOML file of options; its ending .toml may be left out. Options of the command line win over the file."
     parser.add_argument("--config", "--config_file", dest="config_file", metavar="FILE", help=text)
-    text = "Print all options with their values as TOML, and train nothing."
+    text = "Print all options and their values as TOML, and do nothing else."
     parser.add_argument("--print_config", action="store_true", help=text)
-    text = "Write the typed options to the file named by --config, which must be new, and train nothing."
+    text = "Write the options of the command line to the new file that --config names, and do nothing else."
     parser.add_argument("--output_config", action="store_true", help=text)
     for group in GROUPS:
         section = parser.add_argument_group(str(group.__doc__))
@@ -138,20 +149,18 @@ def build_parser(program: str) -> argparse.ArgumentParser:
             text = f"{field.description} [{expected(field)}{shown}]".replace("%", "%%")
             section.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **settings)
     hidden: dict[str, Any] = {"nargs": "?", "const": True, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    for name in (REFERENCE | FOREIGN).keys() - set(ORDERS):
+    for name in (REFERENCE | FOREIGN).keys() - set(COMMANDS):
         parser.add_argument(f"--{name}", **hidden)
     return parser
 
 
 def _typed(name: str, value: Any) -> Any:
-    """Numbers out of text where the option wants them; text that is none stays, for the schema to refuse."""
+    """Returns text as a number if the option takes numbers. Other text is kept for the schema to refuse."""
     kind: Any = int
     if name in Config.model_fields:
         (kind,) = kinds(Config.model_fields[name])
         kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind
-    if kind in (int, float) and isinstance(value, str):
-        try:
-            return kind(value)
-        except ValueError:
-            return value
-    return value
+    try:
+        return kind(value) if kind in (int, float) and isinstance(value, str) else value
+    except ValueError:
+        return value

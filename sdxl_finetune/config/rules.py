@@ -1,8 +1,7 @@
-"""Checks over several options, and of the files that a config names.
+"""Checks over several options, and of the files that a config names. No check needs torch.
 
-A finding names the options that it is about, the one to change first, so that it can be left out when one of
-them has a value that was refused already. Checks that need to know the device, the model or the optimizer's
-class stand with those.
+A finding names all options that it is about. It is left out if one of them has a value that was refused before.
+Checks that need the device, the model or the class of the optimizer are where these are built.
 """
 
 import importlib.util
@@ -10,25 +9,26 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdxl_finetune.config.dataset import find_folders
+from sdxl_finetune.config.dataset import find_folders, no_such
+from sdxl_finetune.config.fields import LR_SCHEDULES
 from sdxl_finetune.config.options import Config
 
 Findings = Iterator[tuple[str, str]]
-"""Names of options, separated by spaces; what is wrong with the first and what to do."""
+"""Pairs: names of options, separated by spaces; what is wrong with the first option, and what to do."""
 
 REQUIRED = {
     "pretrained_model_name_or_path": "the SDXL checkpoint to start from",
     "train_data_dir": "the folder of images",
-    "resolution": 'the size in pixels to train at, as "1024,1024"',
-    "output_dir": "the folder to save in",
+    "resolution": 'the training size in pixels, as "1024,1024"',
+    "output_dir": "the folder for saved files",
 }
 NEEDS = {
     "zero_terminal_snr": ("v_parameterization",),
     "scale_v_pred_loss_like_noise_pred": ("v_parameterization",),
     "adaptive_noise_scale": ("noise_offset", "cache_latents"),
 }
-"""An option that does nothing good without others: pure noise holds nothing for a noise prediction to learn
-(zero_terminal_snr), and noise is drawn before images could be encoded (adaptive_noise_scale)."""
+"""Options that are wrong without others. With `zero_terminal_snr` the last timestep is pure noise, of which a noise
+prediction learns nothing. `adaptive_noise_scale` needs latents when the noise is drawn, before images are encoded."""
 EXCLUDES = {
     "v_pred_like_loss": ("v_parameterization",),
     "color_aug": ("cache_latents",),
@@ -37,162 +37,199 @@ EXCLUDES = {
     "use_lion_optimizer": ("optimizer_type",),
     "ema_decay": ("ema_half_life",),
 }
+WITHOUT_WARMUP = ("constant", "piecewise_constant", "adafactor")
+SHAPES = ("linear", "cosine", "1-sqrt")
+"""Shapes of rise and fall of the schedule warmup_stable_decay."""
+LR_END = 1e-7
+"""Learning rate at which the polynomial schedule ends by default, as in the reference."""
 
 
 def find_problems(config: Config) -> Findings:
-    """Everything that keeps `config` from being trained as it stands."""
-    data = () if config.dataset_config is None else ("train_data_dir", "resolution")
+    """Yields everything that prevents training with this config."""
+    replaced = {"train_data_dir"} if config.in_json else set()
+    if config.dataset_config:
+        replaced = {"train_data_dir", "resolution"}
     for option, meaning in REQUIRED.items():
-        if (
-            getattr(config, option) is None
-            and option not in data
-            and not (option == "train_data_dir" and config.in_json)
-        ):
+        if getattr(config, option) is None and option not in replaced:
             yield option, f"is needed: {meaning}"
     for option, others in NEEDS.items():
         for other in others:
             if getattr(config, option) and not getattr(config, other):
-                yield f"{option} {other}", f"needs {other}: set that as well, or leave this out"
+                yield f"{option} {other}", f"needs {other}: set {other}, or remove {option}"
     for option, others in EXCLUDES.items():
         for other in others:
             if getattr(config, option) and getattr(config, other):
-                yield f"{option} {other}", f"does not go with {other}: keep one of them"
+                yield f"{option} {other}", f"cannot be used with {other}: keep one of them"
     yield from _training(config)
+    yield from schedule_problems(config)
     yield from _buckets(config)
     yield from _output(config)
     yield from _files(config)
 
 
 def find_remarks(config: Config) -> Findings:
-    """What a user may not expect, though it is no mistake."""
+    """Yields what is allowed but may surprise the user."""
     for option in ("train_data_dir", "reg_data_dir", "in_json"):
         if config.dataset_config and getattr(config, option):
-            yield option, "has no effect, because dataset_config says which images"
+            yield option, "has no effect, because dataset_config names the images"
     if config.in_json and config.reg_data_dir and not config.dataset_config:
-        yield "reg_data_dir", "has no effect with in_json, as in the reference; dataset_config can have both"
+        yield "reg_data_dir", "has no effect with in_json, as in the reference: use dataset_config for both"
     if config.full_bf16 and not config.exact_masters:
-        message = "weights are rounded to bf16 after each step, as in the reference: small updates are lost"
-        yield "exact_masters", f"{message}; true keeps them, at 2 bytes for each weight"
+        message = "weights are rounded to bf16 after each step, as in the reference, so small updates are lost"
+        yield "exact_masters", f"{message}: true keeps the updates, for 2 bytes per weight"
     for option in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
         if getattr(config, option) and (config.is_fused or config.keeps_masters):
             yield option, "has no effect, because gradients are averaged tensor by tensor, without DDP"
     if config.is_fused and config.max_grad_norm:
-        message = "is for each tensor by itself with fused_backward_pass, as in the reference"
-        yield "max_grad_norm", f"{message}; 0 clips nothing, and trains as without fused_backward_pass"
+        message = "limits each tensor's gradient separately with fused_backward_pass, as in the reference"
+        yield "max_grad_norm", f"{message}: 0 turns the limit off"
+    if config.is_schedule_free and config.lr_warmup_steps:
+        message = f"has no effect, because {config.optimizer_name} has no schedule"
+        yield "lr_warmup_steps", f'{message}: use optimizer_args = ["warmup_steps=100"]'
     if config.max_train_epochs and config.max_train_steps != Config.model_fields["max_train_steps"].default:
-        yield "max_train_steps", "has no effect, because max_train_epochs wins"
-    if config.sample_every_n_epochs and config.sample_every_n_steps:
-        yield "sample_every_n_steps", "has no effect, because sample_every_n_epochs wins"
+        yield "max_train_steps", "has no effect, because max_train_epochs is set"
+    for kind in ("sample", "validate"):
+        if getattr(config, f"{kind}_every_n_epochs") and getattr(config, f"{kind}_every_n_steps"):
+            yield f"{kind}_every_n_steps", f"has no effect, because {kind}_every_n_epochs is set"
     for option in ("sample_every_n_epochs", "sample_every_n_steps", "sample_at_first"):
         if getattr(config, option) and not config.sample_prompts:
-            yield option, "there will be no previews, because sample_prompts is not set"
+            yield option, "no previews are drawn: set sample_prompts"
             break
-    if config.validate_every_n_epochs and config.validate_every_n_steps:
-        yield "validate_every_n_steps", "has no effect, because validate_every_n_epochs wins"
     for option in ("validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps"):
         if getattr(config, option) and not (config.validation_split or config.dataset_config):
-            yield option, "there will be no validation, because validation_split holds no images out"
+            yield option, "no validation takes place: set validation_split to hold images out"
             break
     for option in ("learning_rate_te1", "learning_rate_te2"):
         if getattr(config, option) and not config.train_text_encoder:
             yield option, "has no effect without train_text_encoder"
-    for option, way in (("min_bucket_reso", "down"), ("max_bucket_reso", "up")):
+    for option, direction in (("min_bucket_reso", "down"), ("max_bucket_reso", "up")):
         if config.enable_bucket and getattr(config, option) % config.bucket_reso_steps:
-            yield option, f"is rounded {way} to a multiple of bucket_reso_steps"
+            yield option, f"is rounded {direction} to a multiple of bucket_reso_steps, {config.bucket_reso_steps}"
 
 
-def _training(c: Config) -> Findings:
-    if c.full_bf16 and c.mixed_precision != "bf16":
+def _training(config: Config) -> Findings:
+    if config.full_bf16 and config.mixed_precision != "bf16":
         yield "full_bf16 mixed_precision", 'needs mixed_precision = "bf16"'
     for option in ("fused_backward_pass", "fused_optimizer_groups"):
-        if getattr(c, option) and c.mixed_precision == "fp16":
-            message = "cannot be used with fp16, whose gradients are looked at together before any step; use bf16"
+        if getattr(config, option) and config.mixed_precision == "fp16":
+            message = "cannot be used with fp16, which checks all gradients before a step: use bf16"
             yield f"{option} mixed_precision", message
-    first = 0 if c.min_timestep is None else c.min_timestep
-    end = 1000 if c.max_timestep is None else c.max_timestep
+    first = 0 if config.min_timestep is None else config.min_timestep
+    end = 1000 if config.max_timestep is None else config.max_timestep
     if first >= end:
-        options = "max_timestep min_timestep" if c.min_timestep is None else "min_timestep max_timestep"
-        yield options, f"no timestep is left: they run from min_timestep {first} to below max_timestep {end}"
+        options = "max_timestep min_timestep" if config.min_timestep is None else "min_timestep max_timestep"
+        yield options, f"no timestep is left: min_timestep, now {first}, must be below max_timestep, now {end}"
+
+
+def schedule_problems(config: Config) -> Findings:
+    """Yields the problems of the learning-rate schedule. A schedule-free optimizer has none: it ignores the schedule.
+
+    Only a class of `lr_scheduler_type` is checked later, by optim.lr, which imports it.
+    """
+    if config.is_schedule_free:
+        return
+    name, arguments = config.lr_scheduler.partition(":")[0], config.lr_scheduler_args
     options = "lr_scheduler lr_scheduler_type"
-    constant = c.lr_scheduler == "constant" or c.lr_scheduler.startswith("adafactor")
-    if c.lr_warmup_steps and (constant or c.lr_scheduler_type):
-        name = c.lr_scheduler_type or c.lr_scheduler
-        yield (
-            f"lr_warmup_steps {options}",
-            f"{name} has no warm-up: leave this out, or use constant_with_warmup",
-        )
-    if c.lr_scheduler_type:
+    if config.lr_warmup_steps and (config.lr_scheduler_type or name in WITHOUT_WARMUP):
+        message = f"{config.lr_scheduler_type or name} has no warm-up: set lr_warmup_steps to 0"
+        yield f"lr_warmup_steps {options}", f"{message}, or use lr_scheduler constant_with_warmup"
+    if config.lr_scheduler_type:
         return
-    if (
-        c.lr_scheduler == "cosine_with_min_lr"
-        and c.lr_scheduler_min_lr_ratio is None
-        and "min_lr" not in c.lr_scheduler_args
-    ):
-        yield f"{options} lr_scheduler_min_lr_ratio", "needs lr_scheduler_min_lr_ratio, as 0.1"
-    if c.lr_scheduler == "piecewise_constant" and "step_rules" not in c.lr_scheduler_args:
-        yield f"{options} lr_scheduler_args", "needs lr_scheduler_args = [\"step_rules='1:50,0.5:100,0.1'\"]"
-    if c.lr_scheduler.startswith("adafactor") and c.optimizer_type.lower() != "adafactor":
-        yield f"{options} optimizer_type", 'goes with optimizer_type = "Adafactor" only'
+    if name == "adafactor":
+        if not config.optimizer_name.lower().endswith("adafactor"):
+            yield f"{options} optimizer_type", 'works with optimizer_type = "Adafactor" only: choose another schedule'
+    elif unknown := sorted(set(arguments) - set(LR_SCHEDULES[name])):
+        takes = f"takes only {', '.join(LR_SCHEDULES[name])}" if LR_SCHEDULES[name] else "takes no arguments"
+        message = f"{name} {takes}: remove {', '.join(unknown)}"
+        yield f"lr_scheduler_args {options}", f"{message}; cycles, power and lowest rate are options of their own"
+    elif problem := _argument_problem(config, name):
+        yield f"{options} lr_scheduler_args lr_scheduler_min_lr_ratio learning_rate", problem
 
 
-def _buckets(c: Config) -> Findings:
-    if not c.enable_bucket:
+def _argument_problem(config: Config, name: str) -> str | None:
+    arguments = config.lr_scheduler_args
+    if name == "warmup_stable_decay":
+        wrong = [value for value in arguments.values() if value not in SHAPES]
+        return f"warmup_type and decay_type must be one of {', '.join(SHAPES)}, not {wrong[0]!r}" if wrong else None
+    if name == "piecewise_constant":
+        try:
+            step_rules(arguments["step_rules"])
+        except (KeyError, AttributeError, TypeError, ValueError):
+            example = "lr_scheduler_args = [\"step_rules='1:100,0.5:200,0.1'\"]"
+            return f"needs factors, each with the step at which it ends, and a last factor: {example}"
+        return None
+    if not all(isinstance(value, int | float) for value in arguments.values()):
+        return f"the values of lr_scheduler_args must be numbers, not {arguments}"
+    if name == "cosine_with_min_lr" and (config.lr_scheduler_min_lr_ratio is None) == ("min_lr" not in arguments):
+        return "needs its lowest rate, given once: set lr_scheduler_min_lr_ratio, as 0.1, or the argument min_lr"
+    lowest = arguments.get("lr_end", LR_END) if name == "polynomial" else arguments.get("min_lr")
+    if lowest is not None and config.learning_rate <= lowest:
+        return f"ends at {lowest}: learning_rate, now {config.learning_rate}, must be higher"
+    return None
+
+
+def step_rules(text: str) -> list[tuple[float, float]]:
+    """Returns pairs (step at which it ends, factor) in order, of text such as `1:100,0.5:200,0.1`.
+
+    The last factor has no end. Raises ValueError, TypeError or AttributeError for anything else.
+    """
+    *timed, last = (rule.split(":") for rule in text.split(","))
+    return [*sorted((float(end), float(factor)) for factor, end in timed), (float("inf"), float(*last))]
+
+
+def _buckets(config: Config) -> Findings:
+    if not config.enable_bucket:
         return
-    shortest, longest = sorted(c.resolution or (c.min_bucket_reso, c.max_bucket_reso))
-    if c.bucket_reso_steps % 32:
+    shortest, longest = sorted(config.resolution or (config.min_bucket_reso, config.max_bucket_reso))
+    if config.bucket_reso_steps % 32:
         yield "bucket_reso_steps enable_bucket", "must be a multiple of 32 with enable_bucket, as 32 or 64"
-    if c.min_bucket_reso > shortest:
+    if config.min_bucket_reso > shortest:
         options = "min_bucket_reso resolution enable_bucket"
-        yield options, f"must be at most the resolution's shorter side, {shortest}"
-    if c.max_bucket_reso < longest:
+        yield options, f"must be at most {shortest}, the shorter side of resolution"
+    if config.max_bucket_reso < longest:
         options = "max_bucket_reso resolution enable_bucket"
-        yield options, f"must be at least the resolution's longer side, {longest}"
-    if c.min_bucket_reso < c.bucket_reso_steps:
+        yield options, f"must be at least {longest}, the longer side of resolution"
+    if config.min_bucket_reso < config.bucket_reso_steps:
         options = "min_bucket_reso bucket_reso_steps enable_bucket"
-        yield options, f"must be at least bucket_reso_steps, {c.bucket_reso_steps}"
+        yield options, f"must be at least {config.bucket_reso_steps}, which is bucket_reso_steps"
 
 
-def _output(c: Config) -> Findings:
-    if c.log_with in ("tensorboard", "all") and c.logging_dir is None:
+def _output(config: Config) -> Findings:
+    if config.log_with in ("tensorboard", "all") and config.logging_dir is None:
         yield "log_with logging_dir", 'needs logging_dir, the folder for logs, as "logs"'
-    if c.log_with in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
+    if config.log_with in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
         yield "log_with", "needs the package wandb: pip install wandb"
-    if c.output_name and set(c.output_name) & set("/\\"):
-        yield "output_name", "must be a file name without folders; the folder is output_dir"
+    if config.output_name and set(config.output_name) & set("/\\"):
+        yield "output_name", "must be a file name without folders: set output_dir to the folder"
     for option in ("output_dir", "logging_dir", "cache_dir"):
-        if not _writable(getattr(c, option)):
-            yield option, "cannot be made or written to: give a folder that can"
+        folder = getattr(config, option)
+        if folder is not None and not _is_writable(folder):
+            yield option, "cannot be created or written to: name another folder, or change its permissions"
 
 
-def _files(c: Config) -> Findings:
+def _files(config: Config) -> Findings:
     for option in ("pretrained_model_name_or_path", "vae"):
-        path = getattr(c, option)
+        path = getattr(config, option)
         if path and not path.exists():
-            yield (
-                option,
-                f"no such file or folder (nothing is downloaded; the working directory is {Path.cwd()})",
-            )
+            yield option, f"{no_such('file or folder')}; nothing is downloaded"
     for option in ("sample_prompts", "log_tracker_config", "in_json", "dataset_config"):
-        path = getattr(c, option)
+        path = getattr(config, option)
         if path and not path.is_file():
-            yield option, f"no such file (the working directory is {Path.cwd()})"
-    picture = c.metadata_thumbnail
-    if picture and not picture.startswith("data:") and not Path(picture).is_file():
-        yield "metadata_thumbnail", "no such file, and not a data URL"
-    if c.dataset_config:
+            yield option, no_such("file")
+    thumbnail = config.metadata_thumbnail
+    if thumbnail and not thumbnail.startswith("data:") and not Path(thumbnail).is_file():
+        yield "metadata_thumbnail", f"neither a data URL nor a file; {no_such('file')}"
+    if config.dataset_config:
         return
-    for option in ("reg_data_dir",) if c.in_json else ("train_data_dir", "reg_data_dir"):
-        folder = getattr(c, option)
-        problem = find_folders(folder).problem if folder else None
-        if problem:
-            yield option, problem
-    if c.in_json and c.train_data_dir and not c.train_data_dir.is_dir():
-        yield "train_data_dir", f"no such folder (the working directory is {Path.cwd()})"
+    for option in ("reg_data_dir",) if config.in_json else ("train_data_dir", "reg_data_dir"):
+        folder = getattr(config, option)
+        if folder and (message := find_folders(folder).problem):
+            yield option, message
+    if config.in_json and config.train_data_dir and not config.train_data_dir.is_dir():
+        yield "train_data_dir", no_such("folder")
 
 
-def _writable(folder: Path | None) -> bool:
-    """Whether `folder` is one, or can be made, and can be written to."""
-    if folder is None:
-        return True
+def _is_writable(folder: Path) -> bool:
+    """True if the folder can be written to. A folder that does not exist yet must be possible to create."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return existing.is_dir() and os.access(existing, os.W_OK)

@@ -21,47 +21,47 @@ class ModelOptions(Options):
     """Model"""
 
     pretrained_model_name_or_path: FilePath | None = None
-    """SDXL checkpoint to start from, a file or a diffusers folder. Nothing is downloaded."""
+    """SDXL checkpoint to start from: a file or a diffusers folder. Nothing is downloaded."""
     vae: FilePath | None = None
-    """VAE to use in place of the checkpoint's, a file or a diffusers folder."""
+    """VAE that replaces the VAE of the checkpoint: a file or a diffusers folder."""
     tokenizer_cache_dir: FilePath | None = None
-    """Folder with the tokenizers' files; unset: the vocabulary that comes with this package."""
+    """Folder with tokenizer files. Default: the CLIP vocabulary of this package."""
     max_token_length: Annotated[Literal[75, 150, 225], ChunkTokens] = 75
-    """Caption tokens that are read, in chunks of 75; 255 is read as 225, as in the reference."""
+    """Caption tokens that are read, in chunks of 75. 255 is read as 225, as in sd-scripts."""
     weighted_captions: bool = False
-    """Read `(tag:1.3)` and `[tag]` in captions as weights, not as text."""
+    """Read `(tag:1.3)` and `[tag]` in captions as weights. Off: as plain text."""
 
 
 class NoiseOptions(Options):
     """Noise and timesteps"""
 
     zero_terminal_snr: bool = False
-    """End the noise schedule in pure noise (Lin et al., arXiv 2305.08891); needs `v_parameterization`."""
+    """End the noise schedule in pure noise (Lin et al., arXiv 2305.08891). Needs `v_parameterization`."""
     noise_offset: float | None = Field(None, ge=0)
-    """Strength of one random shift per image and channel added to the noise; 0: none."""
+    """Strength of a random constant that is added to the noise of each latent channel. 0: off."""
     noise_offset_random_strength: bool = False
-    """Draw the strength between 0 and `noise_offset`, anew for each micro-batch."""
+    """Draw the strength between 0 and `noise_offset` for each micro-batch."""
     adaptive_noise_scale: float | None = None
-    """Times the latent's mean absolute value, added to `noise_offset`; needs it and `cache_latents`."""
+    """Adds this times the absolute mean of each latent channel to `noise_offset`. Needs `cache_latents`."""
     multires_noise_iterations: int | None = Field(None, ge=0)
-    """Layers of coarser noise added to the noise, 6 to 10 are usual; 0: none."""
+    """Layers of coarser noise added to the noise. Usual: 6 to 10. 0: off."""
     multires_noise_discount: float = Field(0.3, ge=0, le=1)
-    """Strength of each layer of multires noise relative to the finer one."""
+    """Strength of each layer of multires noise, relative to the next finer layer."""
     ip_noise_gamma: float | None = Field(None, ge=0)
-    """Strength of extra noise in the model's input alone (Ning et al., arXiv 2301.11706); 0: none."""
+    """Strength of extra noise in the model's input only (Ning et al., arXiv 2301.11706). 0: off."""
     ip_noise_gamma_random_strength: bool = False
-    """Draw the strength between 0 and `ip_noise_gamma`, anew for each micro-batch."""
+    """Draw the strength between 0 and `ip_noise_gamma` for each micro-batch."""
     min_timestep: int | None = Field(None, ge=0, le=999)
-    """First timestep that is trained; unset: 0."""
+    """First timestep that is trained. Default: 0."""
     max_timestep: int | None = Field(None, ge=1, le=1000)
-    """First timestep that is not trained any more; unset: 1000."""
+    """Timestep at which training ends; it is not trained itself. Default: 1000."""
 
 
 class LossOptions(Options):
     """Objective and loss"""
 
     v_parameterization: bool = False
-    """Train the model to predict velocity, not noise."""
+    """Train the model to predict velocity. Off: to predict noise."""
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = "l2"
     """Distance between prediction and target."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
@@ -69,61 +69,75 @@ class LossOptions(Options):
     huber_c: float = Field(0.1, gt=0)
     """Threshold of `huber` and `smooth_l1`."""
     huber_scale: float = Field(1.0, gt=0)
-    """Factor on that threshold; unused by the `snr` schedule."""
+    """Factor of that threshold. The `snr` schedule ignores it."""
     min_snr_gamma: float | None = Field(None, ge=0)
-    """Bound on the signal-to-noise ratio in loss weights, often 5 (Hang et al., arXiv 2303.09556); 0: off."""
+    """Limit of the signal-to-noise ratio in the loss weight (Hang et al., arXiv 2303.09556). Usual: 5. 0: off."""
     scale_v_pred_loss_like_noise_pred: bool = False
-    """Weight a velocity loss as the noise loss would be; needs `v_parameterization`."""
+    """Weight the velocity loss like a noise loss. Needs `v_parameterization`."""
     v_pred_like_loss: float | None = None
-    """Add this many times a noise loss weighted as a velocity loss; not with `v_parameterization`."""
+    """Add a noise loss weighted like a velocity loss, times this. Not with `v_parameterization`."""
     debiased_estimation_loss: bool = False
-    """Weight the loss by one over the root of the signal-to-noise ratio (Yu et al., arXiv 2310.08442)."""
+    """Weight the loss by 1 / sqrt(signal-to-noise ratio) (Yu et al., arXiv 2310.08442)."""
 
 
 class OptimizerOptions(Options):
     """Optimizer"""
 
     optimizer_type: str = ""
-    """AdamW, AdamW8bit, Lion, Adafactor, ..., or a class path such as torch.optim.RAdam; empty: AdamW."""
+    """Optimizer: AdamW, AdamW8bit, Lion, Adafactor, ... or a class path as torch.optim.RAdam. Default: AdamW."""
     use_8bit_adam: bool = False
-    """The same as `optimizer_type` AdamW8bit."""
+    """Older form of `optimizer_type` AdamW8bit."""
     use_lion_optimizer: bool = False
-    """The same as `optimizer_type` Lion."""
+    """Older form of `optimizer_type` Lion."""
     optimizer_args: Arguments = Field(default_factory=dict)
     """Arguments of the optimizer, as `weight_decay=0.1 betas=0.9,0.99`."""
     learning_rate: float = Field(2e-06, ge=0)
-    """Learning rate of the U-Net, and of text encoders that have none of their own; 0 trains no U-Net."""
+    """Learning rate of the U-Net, and of a text encoder without a rate of its own. 0: do not train the U-Net."""
     train_text_encoder: bool = False
     """Train both text encoders as well."""
     learning_rate_te1: float | None = Field(None, ge=0)
-    """Learning rate of text encoder 1 (CLIP ViT-L); 0 leaves it as it is."""
+    """Learning rate of text encoder 1 (CLIP ViT-L). Default: `learning_rate`. 0: do not train it."""
     learning_rate_te2: float | None = Field(None, ge=0)
-    """Learning rate of text encoder 2 (OpenCLIP ViT-bigG); 0 leaves it as it is."""
+    """Learning rate of text encoder 2 (OpenCLIP ViT-bigG). Default: `learning_rate`. 0: do not train it."""
     block_lr: BlockRates | None = None
-    """Learning rates of the U-Net's embeddings, 9 input, 3 middle and 9 output blocks, and last layer."""
+    """Learning rates of the U-Net: embeddings, 9 input, 3 middle, 9 output blocks, last layer."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Norm that gradients are clipped to; 0: no clipping."""
+    """Largest norm of the gradients; larger gradients are scaled down to it. 0: off."""
+
+    @property
+    def optimizer_name(self) -> str:
+        """Name of the optimizer: `optimizer_type`, or the optimizer of an older option, or AdamW."""
+        if self.use_8bit_adam:
+            return "AdamW8bit"
+        if self.use_lion_optimizer:
+            return "Lion"
+        return self.optimizer_type or "AdamW"
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """True for an optimizer that needs no learning-rate schedule and ignores one (arXiv 2405.15682)."""
+        return self.optimizer_name.lower().endswith("schedulefree")
 
 
 class LrOptions(Options):
-    """Learning rate over time"""
+    """Learning-rate schedule"""
 
     lr_scheduler: Scheduler = "constant"
-    """Course of the learning rate after warm-up; `adafactor:RATE` goes with that optimizer's own rates."""
+    """Learning-rate schedule after warm-up. `adafactor:RATE` is for Adafactor, which sets its own rates."""
     lr_scheduler_type: str = ""
-    """Class of torch.optim.lr_scheduler, or a class path, in place of `lr_scheduler`."""
+    """Class of torch.optim.lr_scheduler, or a class path. Replaces `lr_scheduler`."""
     lr_scheduler_args: Arguments = Field(default_factory=dict)
-    """Arguments of that class or schedule, as `T_max=100`."""
+    """Arguments of that class or of the schedule, as `T_max=100`."""
     lr_warmup_steps: StepsOrShare = 0
-    """Optimizer steps in which the rate rises from 0, or their share of all steps as 0.1 or "10%"."""
+    """Optimizer steps in which the learning rate rises from 0. 0.1 or "10%": that share of all steps."""
     lr_decay_steps: StepsOrShare = 0
-    """Optimizer steps of the final fall in warmup_stable_decay, or their share of all steps."""
+    """Optimizer steps of the final fall of warmup_stable_decay. 0.1 or "10%": that share of all steps."""
     lr_scheduler_num_cycles: int = Field(1, ge=1)
     """Cycles of the cosine schedules."""
     lr_scheduler_power: float = Field(1.0, ge=0)
     """Power of the polynomial schedule."""
     lr_scheduler_timescale: int | None = Field(None, ge=1)
-    """Steps of the inverse_sqrt schedule's scale; unset: the warm-up steps."""
+    """Timescale of inverse_sqrt in optimizer steps. Default: the warm-up steps, or 10,000 without."""
     lr_scheduler_min_lr_ratio: float | None = Field(None, ge=0, le=1)
     """Lowest rate of cosine_with_min_lr and warmup_stable_decay, as a share of the highest."""
 
@@ -132,68 +146,68 @@ class EmaOptions(Options):
     """EMA of the weights"""
 
     ema_decay: float | None = Field(None, ge=0, le=1)
-    """Share of a moving average of the weights that stays at each step, as 0.999; unset: no average. (Ours.)"""
+    """Share of the EMA that stays at each step, as 0.999. Default: no EMA. Not in sd-scripts."""
     ema_half_life: float | None = Field(None, ge=1)
-    """The same in images: after so many, what was learned counts half in the average. (Ours.)"""
+    """Decay of the EMA as a half-life in images; excludes `ema_decay`. Default: no EMA. Not in sd-scripts."""
     ema_previews: bool = True
-    """Draw previews with the average, if there is one. (Ours.)"""
+    """Draw previews with the EMA, if there is one. Not in sd-scripts."""
     ema_validation: bool = True
-    """Validate the average, if there is one. (Ours.)"""
+    """Validate the EMA, if there is one. Not in sd-scripts."""
     ema_save: bool = True
-    """Save the average, if there is one; states hold both. (Ours.)"""
+    """Save the EMA in checkpoints, if there is one. Training states hold both. Not in sd-scripts."""
     ema_on_cpu: bool = False
-    """Keep the average in the machine's memory: slower, and 4 bytes a parameter less on a GPU. (Ours.)"""
+    """Keep the EMA in host memory. Slower, but saves 4 bytes of GPU memory per parameter. Not in sd-scripts."""
 
 
 class ValidationOptions(HoldOutOptions):
     """Validation"""
 
     validate_every_n_steps: int | None = Field(None, ge=0)
-    """Validate after every so many optimizer steps; 0: only before and after training."""
+    """Validate every N optimizer steps. 0: only before and after training."""
     validate_every_n_epochs: int | None = Field(None, ge=0)
-    """Validate after every so many epochs; unset, and no steps either: after each. Wins over steps."""
+    """Validate every N epochs. Default: 1 if `validate_every_n_steps` is not set. If both are set, epochs win."""
     max_validation_steps: int | None = Field(None, ge=1)
-    """Batches of a validation, at most; unset: all."""
+    """Largest number of batches in a validation. Default: all."""
     validation_timesteps: int = Field(4, ge=1, le=1000)
-    """Timesteps, evenly spread, at which each held out image is looked at. (Ours.)"""
+    """Evenly spread timesteps at which each held-out image is validated. Not in sd-scripts."""
 
 
 class LengthOptions(Options):
     """Length of the run"""
 
     max_train_epochs: int | None = Field(None, ge=1)
-    """Times that all images are seen; wins over `max_train_steps`."""
+    """Epochs of the whole run. Wins over `max_train_steps`."""
     max_train_steps: int = Field(1600, ge=1)
     """Optimizer steps of the whole run."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
     seed: int | None = Field(None, ge=0)
-    """Where all random numbers come from; unset: drawn once, printed and saved."""
+    """Seed of all random numbers. Default: drawn at random, printed and saved."""
 
 
 class HardwareOptions(Options):
     """Precision, memory and devices"""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Type of the arithmetic; `no` is float32."""
+    """Data type of the computation. `no`: float32."""
     full_bf16: bool = False
-    """Compute with weights and gradients in bf16 as well; needs `mixed_precision` bf16."""
+    """Keep weights and gradients in bf16. Needs `mixed_precision` bf16."""
     exact_masters: bool = True
-    """With `full_bf16`, train exact float32 weights, 2 bytes more for each; false rounds them away. (Ours.)"""
+    """With `full_bf16`: train float32 master weights, 2 bytes more per weight. Off: round. Not in sd-scripts."""
     fused_backward_pass: bool = False
-    """Step on each tensor within the backward pass, as soon as it has its gradient, and free that."""
+    """Step each parameter inside the backward pass, as soon as it has a gradient, and free the gradient."""
     fused_optimizer_groups: int | None = Field(None, ge=0)
-    """Any number: the same as `fused_backward_pass`, which has no need of groups; 0: off."""
+    """Any number above 0 means `fused_backward_pass`, which needs no groups. 0: off."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, a quarter slower."""
+    """Compute activations again in the backward pass. Saves memory; about a quarter slower."""
     xformers: bool = False
-    """Attention by xformers, or by torch where xformers is not installed."""
+    """Compute attention with xformers, or with torch if xformers is not installed."""
     diffusers_xformers: bool = False
-    """The same as `xformers`."""
+    """Other name of `xformers`."""
     sdpa: bool = False
-    """Attention by torch's scaled_dot_product_attention, which is also used when nothing is chosen."""
+    """Compute attention with torch's scaled_dot_product_attention. This is also the default."""
     torch_compile: bool = False
-    """Compile the U-Net's transformer blocks: a slow first step, faster ones after it."""
+    """Compile the U-Net's transformer blocks. The first step is slow, later steps are faster."""
     dynamo_backend: Annotated[
         Literal[
             "eager",
@@ -211,13 +225,13 @@ class HardwareOptions(Options):
         ],
         Backend,
     ] = "inductor"
-    """What `torch_compile` compiles with; `no`, as GUIs write, is the default. Today's torch has the first three."""
+    """Backend of `torch_compile`. `no`, which GUIs write, means the default. Current torch has the first three."""
     ddp_timeout: int | None = Field(None, ge=1)
-    """Minutes that a process waits for the others; unset: accelerate's choice."""
+    """Minutes that a process waits for other processes. Default: set by accelerate."""
     ddp_gradient_as_bucket_view: bool = False
-    """Let several processes share gradient memory with the buffers that they are summed in."""
+    """Several processes: let gradients share memory with the buffers that sum them."""
     ddp_static_graph: bool = False
-    """Tell torch that each step uses the same parameters."""
+    """Several processes: tell torch that every step uses the same parameters."""
 
     @property
     def is_fused(self) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -198,11 +198,11 @@ class Index:
     def _subsets(self) -> tuple[Subset, ...]:
         return tuple(chain.from_iterable(dataset.subsets for dataset in self.datasets))
 
-    def paths(self) -> Iterator[str]:
-        """Of every image file, absolute."""
-        folders = [str(subset.image_dir.absolute()) for subset in self._subsets]
-        for number, name in zip(self.subset.tolist(), self._table["name"].to_pylist(), strict=True):
-            yield os.path.join(folders[number], os.fsdecode(name))  # noqa: PTH118 (millions)
+    @property
+    def stat_hashes(self) -> UInt8[np.ndarray, "n 16"]:
+        """The hash of each image file's path, size and modification time, as in `scan.hash_of_stat`."""
+        column = self._table["stat_hash"].chunk(0)
+        return np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 16)[column.offset : column.offset + len(column)]
 
     def numbers(self, name: str) -> Int[np.ndarray, " n"]:
         """One of the columns of the file; `bytes` and `mtime` (nanoseconds) are those of the image files."""

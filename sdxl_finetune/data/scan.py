@@ -1,7 +1,8 @@
-"""The scan: what every image file of the datasets is, its size and its caption, before anything is placed in buckets.
+"""The scan: finds every image file of the datasets, its size and its caption, before images are placed in buckets.
 
-It is kept in `cache_dir`, a file for each set of folders, with the state (size and time of change) of every image and
-caption file, so that the next scan opens only what has changed. With `skip_cache_check` it does not even look.
+Results are kept in `cache_dir`, in one file for each set of folders, with the size and modification time of every image
+and caption file. The next scan opens only the files that have changed. With `skip_cache_check` it does not even call
+`stat`. Time and memory grow in proportion to the number of images (scripts/benchmarks/scan.py).
 """
 
 import hashlib
@@ -9,8 +10,9 @@ import logging
 import os
 import signal
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,62 +32,67 @@ from sdxl_finetune.files import atomic_path
 logger = logging.getLogger(__name__)
 
 CHUNK = 512
-"""Files that one task of the scan looks into."""
+"""Images of one task: enough work to outweigh the cost of sending the task to another process."""
 IN_PROCESS = 4096
-"""Up to so many images that are new (a second) are looked into without starting processes; threads would only wait
-for one another, since reading a header is Python's work."""
-LOOKED_AT = 16
-"""So many times as many images that are known: they are only looked at."""
-FOUND = pa.schema(
+"""New images up to which no processes are started: about one second of work. Threads would not help, because Python
+parses the headers."""
+STAT_SHARE = 16
+"""An unchanged image costs a sixteenth of a new one, because only its `stat` is read."""
+SCANNED = pa.schema(
     {
         "subset": pa.int32(),
-        "name": pa.large_binary(),  # file names need not be text
+        "name": pa.large_binary(),  # a file name need not be text
         "caption": pa.large_string(),
         "width": pa.int32(),
         "height": pa.int32(),
         "bytes": pa.int64(),
         "mtime": pa.int64(),
-        "caption_state": pa.int64(),
+        "caption_stat": pa.int64(),
+        "stat_hash": pa.binary(16),
     }
 )
-"""What the scan finds out about an image; `mtime` is in nanoseconds."""
-FORMAT = 1
+"""Columns of the result. `mtime` is in nanoseconds. `caption_stat` is a hash of the `stat` of all files that may hold
+the caption. `stat_hash` is the hash of path, size and modification time by which shards know the image file."""
+FORMAT = 2
+"""Version of SCANNED. A file of another version is not found, and its images are scanned anew."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Images of one subset to look into."""
+    """Some images of one subset."""
 
     number: int
+    """Number of the subset."""
     subset: Subset
     names: Sequence[str]
     captions: Sequence[str] | None
-    """Those of a metadata file."""
+    """Captions from a metadata file."""
     known: pa.RecordBatch | None
-    """What the last scan found of them, a row each, null where it knows nothing."""
+    """Rows of the last scan for these images, null where there is none. A copy and no slice, because pyarrow pickles
+    the whole table with a slice."""
 
 
 def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False) -> tuple[pa.Table, list[Problem]]:
-    """The images of these subsets as FOUND, ordered by subset and name, and what is wrong with others. Raises
-    UserError for a folder or metadata file that cannot be used at all.
+    """Returns the images of these subsets as a SCANNED table, ordered by subset and name, and the unusable files.
 
-    With `skip_check`, what the last scan found, if there was one.
+    With `skip_check` it returns the last scan, if there is one. Raises UserError for a folder or metadata file that
+    cannot be used at all.
     """
     path = cache_dir / "scans" / f"{_key(subsets)}.scan"
     last = _load(path)
     if skip_check and last is not None:
-        logger.info("skip_cache_check: %d images as they were when they were last looked at", last.num_rows)
+        logger.info("skip_cache_check: using %d images as the last scan found them", last.num_rows)
         return last, []
-    tasks = list(_tasks(subsets, last))
+    listed = _list_all(subsets)
+    total = sum(len(names) for names, _ in listed)
     problems: list[Problem] = []
     batches = []
-    total = sum(len(task.names) for task in tasks)
     with tqdm(total=total, desc="reading captions and sizes", unit=" images", disable=None) as progress:
-        for batch, failed in _inspect_all(tasks, total, fresh=total - (last.num_rows if last else 0)):
+        for batch, failed in _inspect_all(_tasks(subsets, listed, last), total, last.num_rows if last else 0):
             batches.append(batch)
             problems += failed
             progress.update(batch.num_rows + len(failed))
-    table = pa.Table.from_batches(batches, FOUND).combine_chunks()
+    table = pa.Table.from_batches(batches, SCANNED).combine_chunks()
     if last is None or not table.equals(last):
         written = table.replace_schema_metadata({"digest": digest_of(table)})
         with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), written.schema) as writer:
@@ -94,7 +101,7 @@ def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
 
 
 def digest_of(table: pa.Table, names: Sequence[str] | None = None, size: int = 12) -> str:
-    """Of the values of these columns, or of all; the table's columns have one chunk each."""
+    """A hash of `size` bytes of the values of these columns, or of all. Each column must have one chunk."""
     digest = hashlib.blake2b(digest_size=size)
     for name in names or table.column_names:
         digest.update(name.encode())
@@ -106,7 +113,7 @@ def digest_of(table: pa.Table, names: Sequence[str] | None = None, size: int = 1
 
 
 def _key(subsets: Sequence[Subset]) -> str:
-    """Of all that decides which files are looked at, and how their captions are found."""
+    """A hash of everything that decides which files are scanned and how their captions are found."""
     sources = [
         (str(subset.image_dir.absolute()), str(subset.metadata_file), subset.caption_extension, subset.class_tokens)
         for subset in subsets
@@ -115,116 +122,151 @@ def _key(subsets: Sequence[Subset]) -> str:
 
 
 def _load(path: Path) -> pa.Table | None:
-    """The last scan; one that is not as it was written is named, and not used."""
+    """The last scan. A damaged file is named in a warning and not used."""
     if not path.exists():
         return None
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
-        if table.schema == FOUND and (table.schema.metadata or {}).get(b"digest") == digest_of(table).encode():
+        if table.schema == SCANNED and (table.schema.metadata or {}).get(b"digest") == digest_of(table).encode():
             return table.replace_schema_metadata()
     except (OSError, pa.ArrowException):
         pass
-    logger.warning("%s is damaged: every image is looked into again", path)
+    logger.warning("%s is damaged: every image is scanned anew", path)
     return None
 
 
-def _tasks(subsets: Sequence[Subset], last: pa.Table | None) -> Iterator[Task]:
+def _list_all(subsets: Sequence[Subset]) -> list[tuple[list[str], list[str] | None]]:
+    """The names of each subset's images, in order, and their captions if a metadata file has them."""
+    listed = []
     problems: list[Problem] = []
-    listed = [_list(subset, problems) for subset in subsets]
+    for subset in subsets:
+        try:
+            listed.append(_list(subset))
+        except UserError as error:  # noqa: PERF203 (all problems are reported together)
+            problems += error.problems
     if problems:
         raise UserError(problems)
-    for number, (subset, (names, captions)) in enumerate(zip(subsets, listed, strict=True)):
-        known = None
-        if last is not None:
-            rows = last.filter(pa.compute.equal(last["subset"], number))
-            wanted = pa.array([os.fsencode(name) for name in names], pa.large_binary())
-            known = rows.take(pa.compute.index_in(wanted, value_set=rows["name"].combine_chunks()))
-        for start in range(0, len(names), CHUNK):
-            part = slice(start, start + CHUNK)
-            batch = known.slice(start, CHUNK).combine_chunks().to_batches()[0] if known is not None else None
-            yield Task(number, subset, names[part], captions and captions[part], batch)
+    return listed
 
 
-def _list(subset: Subset, problems: list[Problem]) -> tuple[list[str], list[str] | None]:
-    """The names of a subset's images, in order, and their captions if a metadata file says them."""
+def _list(subset: Subset) -> tuple[list[str], list[str] | None]:
     if subset.metadata_file:
-        try:
-            named = sorted(read_metadata(subset).items())
-        except UserError as error:
-            problems += error.problems
-            return [], None
-        return [name for name, _ in named], [caption for _, caption in named]
+        captions = dict(sorted(read_metadata(subset).items()))
+        return list(captions), list(captions.values())
     endings = image_extensions()
     try:
         with os.scandir(subset.image_dir) as entries:
             names = [entry.name for entry in entries if entry.name.lower().endswith(endings) and entry.is_file()]
     except OSError as error:
-        problems.append(Problem(f"cannot be listed: {error.strerror}", file=str(subset.image_dir)))
-        return [], None
+        raise UserError(Problem(f"the folder cannot be listed: {error.strerror}", file=str(subset.image_dir))) from None
     if not names:
-        problems.append(Problem(f"holds no images ({' '.join(endings)})", file=str(subset.image_dir)))
+        message = f"the folder holds no images ({' '.join(endings)}): put images there or remove it from the config"
+        raise UserError(Problem(message, file=str(subset.image_dir)))
     return sorted(names), None
 
 
-def _inspect_all(tasks: list[Task], total: int, *, fresh: int) -> Iterator[tuple[pa.RecordBatch, list[Problem]]]:
-    if fresh + total // LOOKED_AT <= IN_PROCESS:
+def _tasks(
+    subsets: Sequence[Subset], listed: Sequence[tuple[list[str], list[str] | None]], last: pa.Table | None
+) -> Iterator[Task]:
+    for number, (subset, (names, captions)) in enumerate(zip(subsets, listed, strict=True)):
+        if last is not None:
+            rows = last.filter(pa.compute.equal(last["subset"], number)).combine_chunks()
+            wanted = pa.array([os.fsencode(name) for name in names], pa.large_binary())
+            places = pa.compute.index_in(wanted, value_set=rows["name"].combine_chunks())
+        for start in range(0, len(names), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            known = None
+            if last is not None:
+                # `take` copies the rows.
+                known = rows.take(places[start : start + CHUNK]).combine_chunks().to_batches()[0]
+            yield Task(number, subset, names[chunk], captions and captions[chunk], known)
+
+
+def _inspect_all(tasks: Iterator[Task], total: int, known: int) -> Iterator[tuple[pa.RecordBatch, list[Problem]]]:
+    """The results of all tasks, in order: in this process if they are quick, else in one process per CPU core."""
+    if max(0, total - known) + total // STAT_SHARE <= IN_PROCESS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield from map(_inspect, tasks)
         return
-    processes = min(os.cpu_count() or 1, len(tasks))
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_quietly) as pool:
-        yield from pool.map(_inspect, tasks)
+    processes = min(os.cpu_count() or 1, -(-total // CHUNK))
+    pending: deque[Future[tuple[pa.RecordBatch, list[Problem]]]] = deque()
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker) as pool:
+        for task in tasks:
+            pending.append(pool.submit(_inspect, task))
+            if len(pending) > 4 * processes:  # more would only hold copies of rows in memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-def _start_quietly() -> None:
+def _start_worker() -> None:
+    """Leaves Ctrl-C to the main process, and hides warnings of image libraries."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
 
 
 def _inspect(task: Task) -> tuple[pa.RecordBatch, list[Problem]]:
-    """The readable ones of these images, and what is wrong with the others."""
-    columns: dict[str, list[Any]] = {name: [] for name in FOUND.names}
-    known = task.known.to_pydict() if task.known is not None else None
+    """The rows of the task's readable images, and the problems of the other images."""
+    columns: dict[str, list[Any]] = {name: [] for name in SCANNED.names}
+    known = None if task.known is None else task.known.to_pydict()
+    folder = os.fsencode(task.subset.image_dir.absolute())
     problems = []
     for at, name in enumerate(task.names):
+        before = None if known is None or known["bytes"][at] is None else {key: known[key][at] for key in known}
+        caption = None if task.captions is None else task.captions[at]
         try:
-            row = _look(task, name, None if task.captions is None else task.captions[at], known, at)
-        except ImageError as error:  # noqa: PERF203 (all are told)
+            row = _inspect_image(task.subset, folder, name, caption, before)
+        except ImageError as error:
             problems.append(Problem(error.reason, file=error.path))
         except UserError as error:
             problems.extend(error.problems)
         else:
             for column, value in zip(columns.values(), (task.number, os.fsencode(name), *row), strict=True):
                 column.append(value)
-    return pa.RecordBatch.from_pydict(columns, FOUND), problems
+    return pa.RecordBatch.from_pydict(columns, SCANNED), problems
 
 
-def _look(
-    task: Task, name: str, caption: str | None, known: dict[str, list[Any]] | None, at: int
-) -> tuple[str, int, int, int, int, int]:
-    """Caption, width, height, bytes, mtime and state of the caption of one image; of an unchanged file as known."""
-    path = task.subset.image_dir / name
+def _inspect_image(
+    subset: Subset, folder: bytes, name: str, caption: str | None, before: dict[str, Any] | None
+) -> tuple[str, int, int, int, int, int, bytes]:
+    """Caption, width, height, bytes, mtime, caption_stat and stat_hash of one image.
+
+    `before` is the image's row of the last scan: what has not changed since is taken from there.
+    """
+    path = subset.image_dir / name
     try:
-        found = os.stat(path)  # noqa: PTH116 (millions)
+        stat = os.stat(path)  # noqa: PTH116 (Path.stat is slower, and there may be millions)
     except OSError as error:
         raise ImageError(str(path), f"not readable ({error.strerror})") from None
-    state = _state_of_caption(path, task.subset) if caption is None else 0
-    same = known is not None and (known["bytes"][at], known["mtime"][at]) == (found.st_size, found.st_mtime_ns)
-    width, height = (known["width"][at], known["height"][at]) if known and same else image_size(path)
+    if before and (before["bytes"], before["mtime"]) == (stat.st_size, stat.st_mtime_ns):
+        width, height, stat_hash = before["width"], before["height"], before["stat_hash"]
+    else:
+        width, height = image_size(path)
+        stat_hash = hash_of_stat(os.path.join(folder, os.fsencode(name)), stat.st_size, stat.st_mtime_ns)  # noqa: PTH118
+    caption_stat = 0
     if caption is None:
-        unchanged = known is not None and known["caption_state"][at] == state
-        caption = known["caption"][at] if known and unchanged else read_caption(path, task.subset)
-    return caption, width, height, found.st_size, found.st_mtime_ns, state
+        caption_stat = _caption_stat(path, subset)
+        is_unchanged = before and before["caption_stat"] == caption_stat
+        caption = before["caption"] if before and is_unchanged else read_caption(path, subset)
+    return caption, width, height, stat.st_size, stat.st_mtime_ns, caption_stat, stat_hash
 
 
-def _state_of_caption(image: Path, rules: Subset) -> int:
-    """Changes when a file that the caption may be in changes, appears or goes."""
-    state = []
+def hash_of_stat(path: bytes, size: int, mtime: int) -> bytes:
+    """The 16-byte hash by which shards know an image file.
+
+    It is made of the absolute path, the size in bytes and the modification time in nanoseconds.
+    """
+    return hashlib.blake2b(b"%s %d %d" % (path, size, mtime), digest_size=16).digest()
+
+
+def _caption_stat(image: Path, rules: Subset) -> int:
+    """A hash that changes when a file that may hold the caption changes, appears or disappears."""
+    stats = []
     for path in caption_paths(image, rules):
         try:
-            found = os.stat(path)  # noqa: PTH116 (millions)
-            state += [found.st_size, found.st_mtime_ns]
-        except OSError:  # noqa: PERF203 (not there, mostly)
-            state += [-1, -1]
-    return int.from_bytes(hashlib.blake2b(repr(state).encode(), digest_size=8).digest(), "little", signed=True)
+            stat = os.stat(path)  # noqa: PTH116 (Path.stat is slower, and there may be millions)
+            stats += [stat.st_size, stat.st_mtime_ns]
+        except OSError:  # noqa: PERF203 (a caption file is missing now and then)
+            stats += [-1, -1]
+    return int.from_bytes(hashlib.blake2b(repr(stats).encode(), digest_size=8).digest(), "little", signed=True)

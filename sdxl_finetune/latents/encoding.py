@@ -104,9 +104,6 @@ class Names:
 def name_rows(index: Index) -> Names:
     """By the states of the files that the scan has seen."""
     states = np.stack([index.numbers("bytes"), index.numbers("mtime")], axis=1)
-    stamps = bytearray()
-    for path, state in zip(index.paths(), states.tolist(), strict=True):
-        stamps += _hash(b"%s %d %d" % (os.fsencode(path), *state))
     width, height = (index.numbers(f"resized_{side}").astype(np.int64) for side in ("width", "height"))
     sizes, size = np.unique(width << 32 | height, return_inverse=True)
     hows, how = index.interpolations
@@ -120,7 +117,7 @@ def name_rows(index: Index) -> Names:
             geometries += _hash(f"{image} {hows[way // count % len(hows)]} {mirrored}".encode())
     return Names(
         states,
-        np.frombuffer(bytes(stamps), np.uint8).reshape(-1, 16),
+        index.stat_hashes,
         geometry.astype(np.int64),
         np.frombuffer(bytes(geometries), np.uint8).reshape(-1, 2, 16),
     )

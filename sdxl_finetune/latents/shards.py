@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float16, Int64, Shaped, UInt8, UInt32
+from jaxtyping import Float16, Int64, Shaped, UInt8, UInt32, UInt64
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -64,17 +64,25 @@ class Lookup:
     """The rows of a table of hashes by their values, many at once."""
 
     def __init__(self, hashes: UInt8[np.ndarray, "n 16"]) -> None:
-        values = _texts(hashes)
-        self._order = np.argsort(values, kind="stable")
-        self._sorted = values[self._order]
+        first_halves = _first_halves(hashes)
+        self._hashes = hashes
+        self._order = np.argsort(first_halves, kind="stable")
+        self._sorted = first_halves[self._order]
 
     def find(self, hashes: UInt8[np.ndarray, "k 16"]) -> Int64[np.ndarray, " k"]:
         """The first row that holds each, -1 where none does."""
         if not len(self._sorted):
             return np.full(len(hashes), -1)
-        values = _texts(hashes)
-        at = np.searchsorted(self._sorted, values).clip(max=len(self._sorted) - 1)
-        return np.where(self._sorted[at] == values, self._order[at], -1)
+        first_halves, last = _first_halves(hashes), len(self._sorted) - 1
+        at = np.searchsorted(self._sorted, first_halves).clip(max=last)
+        while True:
+            rows = self._order[at]
+            is_equal = (self._hashes[rows] == hashes).all(axis=1)
+            # Another hash may have the same first half, and then the wanted one may follow it.
+            goes_on = ~is_equal & (at < last) & (self._sorted[(at + 1).clip(max=last)] == first_halves)
+            if not goes_on.any():
+                return np.where(is_equal, rows, -1)
+            at = at + goes_on
 
 
 class Library:
@@ -270,6 +278,6 @@ def _hashes(values: Sequence[bytes]) -> UInt8[np.ndarray, "n 16"]:
     return np.frombuffer(b"".join(values), np.uint8).reshape(-1, 16)
 
 
-def _texts(hashes: UInt8[np.ndarray, "n 16"]) -> np.ndarray:
-    """As one value each, which numpy sorts. Zeros at its end count as nothing there, for all alike."""
-    return np.ascontiguousarray(hashes).view("S16").ravel()
+def _first_halves(hashes: UInt8[np.ndarray, "n 16"]) -> UInt64[np.ndarray, " n"]:
+    """The first eight bytes of each hash as a number, which numpy sorts many times faster than 16 bytes of text."""
+    return np.ascontiguousarray(hashes[:, :8]).view(np.uint64).ravel()

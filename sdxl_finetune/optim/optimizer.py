@@ -1,8 +1,8 @@
-"""The optimizer that a config names.
+"""Builds the optimizer that the options name.
 
-Names are the reference's, without regard to case; any other class goes by its dotted path, and a bare name is
-looked for in torch.optim as there (tests/golden/optimizer.json). Packages that only one optimizer needs are
-imported when it is asked for, and named when they are missing.
+Names are the reference's, in any case of letters (tests/golden/optimizer.json). A name without dots that is none of
+them is a class of torch.optim, as in the reference. Any other class is named by its dotted path. A package that only
+one optimizer needs is imported when the optimizer is built. A missing package is named in the error.
 """
 
 import difflib
@@ -48,71 +48,69 @@ CLASSES = {
 }
 PACKAGES = {"lion_pytorch": "lion-pytorch", "pytorch_optimizer": "pytorch-optimizer", "prodigyopt": "prodigyopt"}
 ONE_RATE = ("prodigyopt.", "dadaptation.")
-"""Optimizers that estimate one learning rate for everything refuse groups of different rates at the first step."""
-
-
-def optimizer_name(options: OptimizerOptions) -> str:
-    """The optimizer asked for: optimizer_type, or the older flags, or AdamW."""
-    if options.use_8bit_adam:
-        return "AdamW8bit"
-    if options.use_lion_optimizer:
-        return "Lion"
-    return options.optimizer_type or "AdamW"
+"""Modules of optimizers that estimate one learning rate. They fail at the first step if groups have different rates."""
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class behind `name`. Raises UserError for one that does not exist or is not installed."""
+    """Returns the class of an optimizer. Raises UserError if the class does not exist or its package is missing."""
     known = {key.lower(): path for key, path in CLASSES.items()}
     path = known.get(name.lower(), name if "." in name else f"torch.optim.{name}")
     module_name, _, class_name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        optimizer = getattr(importlib.import_module(module_name), class_name)
     except ModuleNotFoundError as error:
         package = (error.name or module_name).partition(".")[0]
         remedy = f"needs a package that is not installed: pip install {PACKAGES.get(package, package)}"
         raise UserError(Problem(remedy, key="optimizer_type", value=name)) from None
     except AttributeError:
         near = difflib.get_close_matches(name, [*CLASSES, *torch.optim.__all__], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(Problem(f"no such optimizer{hint}", key="optimizer_type", value=name)) from None
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise UserError(Problem(f"{path} is not a torch optimizer", key="optimizer_type", value=name))
-    return found
+        hint = f"did you mean {near[0]}?" if near else "name a class of torch.optim, or the path of a class"
+        raise UserError(Problem(f"no such optimizer: {hint}", key="optimizer_type", value=name)) from None
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        message = f"{path} is not a torch optimizer: name a class derived from torch.optim.Optimizer"
+        raise UserError(Problem(message, key="optimizer_type", value=name))
+    return optimizer
 
 
 def build_optimizer(options: OptimizerOptions, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """The optimizer over `groups`, in their order, each with its own learning rate."""
-    name = optimizer_name(options)
+    """Builds the optimizer of the groups, in their order, each with its own learning rate.
+
+    Raises UserError if the optimizer does not exist, is not installed, or refuses its arguments or learning rates.
+    """
+    name = options.optimizer_name
     cls = optimizer_class(name)
     arguments = dict(options.optimizer_args)
     problems = _argument_problems(name, cls, arguments)
     rates = {group.lr for group in groups}
     if cls.__module__.startswith(tuple(prefix.rstrip(".") for prefix in ONE_RATE)) and len(rates) > 1:
-        remedy = f"{name} works with one learning rate for all parts; given are {sorted(rates)}"
-        problems.append(Problem(remedy, key="learning_rate"))
+        remedy = "set learning_rate_te1 and learning_rate_te2 to the same"
+        message = f"{name} needs one learning rate for all parts, but there are {sorted(rates)}: {remedy}"
+        problems.append(Problem(message, key="learning_rate"))
     if problems:
         raise UserError(problems)
     if name.lower().startswith("sgdnesterov"):
-        # The reference passes nesterov on to torch's SGD alone, and supplies the momentum it needs.
+        # As in the reference: Nesterov's method needs a momentum, and the 8-bit SGD is not told to use the method.
         arguments = {"momentum": 0.9, **({"nesterov": True} if "8" not in name else {}), **arguments}
     relative_step = _relative_step(cls, arguments)
     parameters: list[dict[str, Any]] = [
         {"params": list(group.parameters.values()), "lr": None if relative_step else group.lr} for group in groups
     ]
-    default = options.learning_rate or max(rates)  # some refuse 0, which no group has
+    default = options.learning_rate or max(rates)  # a rate of 0, which no group has, is refused by some optimizers
     try:
         optimizer = cls(parameters, lr=None if relative_step else default, **arguments)  # type: ignore[call-arg]
     except (TypeError, ValueError, AssertionError) as error:
         given = {key: repr(value) for key, value in arguments.items()}
-        raise UserError(Problem(f"{name} refuses them: {error}", key="optimizer_args", value=given)) from error
+        message = f"{name} refuses these arguments: {error}"
+        raise UserError(Problem(message, key="optimizer_args", value=given)) from error
     if hasattr(optimizer, "train"):
-        optimizer.train()  # the schedule-free ones refuse to step before it
+        optimizer.train()  # schedule-free optimizers refuse to step before this call
     return optimizer
 
 
 def trial_optimizer(options: OptimizerOptions, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The config's optimizer of a few parameters, to see how it works: at the U-Net's rate or, where that is 0, at one
-    that moves them. Raises UserError.
+    """Builds the optimizer of a few parameters, to find out how the optimizer behaves. Raises UserError as above.
+
+    The learning rate is the U-Net's. A rate of 0 is replaced by 0.001, which moves the parameters.
     """
     named = {str(number): parameter for number, parameter in enumerate(parameters)}
     return build_optimizer(options, [Group("unet", named, options.learning_rate or 1e-3)])
@@ -125,9 +123,9 @@ def _argument_problems(name: str, cls: type, arguments: dict[str, Any]) -> list[
     accepted = [key for key in signature.parameters if key not in ("params", "lr")]
     return [
         Problem(
-            "the learning rate is set by learning_rate, learning_rate_te1 and learning_rate_te2"
+            "set the learning rate with learning_rate, learning_rate_te1 and learning_rate_te2 instead"
             if key == "lr"
-            else f"{name} has no such argument; it takes {', '.join(accepted)}",
+            else f"{name} has no such argument: it takes {', '.join(accepted)}",
             key="optimizer_args",
             value=f"{key}={value!r}",
         )
@@ -137,8 +135,9 @@ def _argument_problems(name: str, cls: type, arguments: dict[str, Any]) -> list[
 
 
 def _relative_step(cls: type, arguments: dict[str, Any]) -> bool:
-    """Whether Adafactor finds its own step size (arXiv 1804.04235, section 8), as the reference makes it do unless
-    told otherwise; it then takes no learning rate. Sets the argument.
+    """True if Adafactor chooses its own step size (arXiv 1804.04235, section 8). It then takes no learning rate.
+
+    As in the reference, Adafactor does so unless the arguments say otherwise. Sets the argument `relative_step`.
     """
     if cls.__name__ != "Adafactor" or not cls.__module__.startswith("transformers"):
         return False
@@ -149,24 +148,25 @@ def _relative_step(cls: type, arguments: dict[str, Any]) -> bool:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """Puts this step's learning rates into the groups; one that finds its own step size keeps None."""
+    """Sets the learning rates of the groups for a step. A group whose rate is None chooses its own step size."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], torch.Tensor):  # as torchao's optimizers want it
+        if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers need a tensor
             group["lr"].fill_(rate)
         elif group["lr"] is not None:
             group["lr"] = rate
 
 
 def shows_other_weights(optimizer: object) -> bool:
-    """Whether an optimizer, or a class of them, keeps weights for use apart from the ones it trains."""
+    """True if an optimizer, or a class of optimizers, has weights for use that differ from the weights in training."""
     return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
 
 
 @contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within it, the parameters are those to save and to draw previews with: schedule-free optimizers keep them
-    apart from the ones they train (arXiv 2405.15682, equation 3); for all others nothing changes. Those that are
-    trained wait in host memory, since what their train() makes of eval()'s is the same only but for rounding.
+    """Returns a context in which the parameters hold the weights to save and to draw previews with.
+
+    Only schedule-free optimizers tell them from the weights in training (arXiv 2405.15682, equation 3). The weights in
+    training are copied to host memory meanwhile, because the optimizer's own way back, train(), rounds them.
     """
     if shows_other_weights(optimizer):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

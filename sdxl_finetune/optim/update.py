@@ -30,7 +30,6 @@ from sdxl_finetune.optim.optimizer import (
     averaged_weights,
     build_optimizer,
     optimizer_class,
-    optimizer_name,
     trial_optimizer,
 )
 from sdxl_finetune.optim.parameters import Group, TrainedParameters
@@ -283,14 +282,14 @@ def build_update(
 def check_update(config: Config, device: torch.device) -> None:
     """Raises UserError if the optimizer cannot be built, or cannot step inside the backward pass as the options ask."""
     if config.is_fused and step_unit(config, device) == StepUnit.ALL:
-        message = f"{optimizer_name(config)} needs all gradients at once and cannot step inside the backward pass"
+        message = f"{config.optimizer_name} needs all gradients at once and cannot step inside the backward pass"
         remedy = "remove fused_backward_pass and fused_optimizer_groups, or choose another optimizer_type"
         raise UserError(Problem(f"{message}: {remedy}", key="fused_backward_pass", value=True))
 
 
 def step_unit(options: OptimizerOptions, device: torch.device) -> StepUnit:
     """Finds the step unit of the optimizer. Raises UserError if the optimizer cannot be built."""
-    cls = optimizer_class(optimizer_name(options))
+    cls = optimizer_class(options.optimizer_name)
     return find_step_unit(partial(trial_optimizer, options), cls, device)
 
 

@@ -17,7 +17,6 @@ from PIL import Image
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.files import remove_leftovers
 from sdxl_finetune.model.save import single_file_tensors
-from sdxl_finetune.optim.optimizer import optimizer_name
 from sdxl_finetune.output.checkpoints import (
     Save,
     existing_checkpoints,
@@ -207,7 +206,7 @@ def _training_state(run: Run, step: int, is_interrupted: bool) -> TrainingState:
         data_order=run.data_order,
         log=run.log.name,
         checkpoint_format=run.checkpoint_format,
-        optimizer=optimizer_name(run.config),
+        optimizer=run.config.optimizer_name,
         config=shareable(run.config),
         is_interrupted=is_interrupted,
     )

@@ -20,7 +20,6 @@ from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.load import open_checkpoint
-from sdxl_finetune.optim.optimizer import optimizer_name
 from sdxl_finetune.output.checkpoints import saved_names
 from sdxl_finetune.output.metadata import PREFIX, shareable
 from sdxl_finetune.training.saves import STATE_SUFFIX
@@ -124,9 +123,9 @@ def check_options(start: Start, config: Config) -> None:
         return
     problems = []
     advice = "restore it, or resume from a saved checkpoint to change it"
-    if start.state.optimizer != optimizer_name(config):
+    if start.state.optimizer != config.optimizer_name:
         message = f"the training state {start.path} holds the state of {start.state.optimizer}; {advice}"
-        problems.append(Problem(message, key="optimizer_type", value=optimizer_name(config)))
+        problems.append(Problem(message, key="optimizer_type", value=config.optimizer_name))
     for option in ("full_bf16", "exact_masters") if config.full_bf16 else ("full_bf16",):
         if before.get(option) != now[option]:
             message = f"the training state {start.path} was trained with {option} = {before.get(option)}; {advice}"

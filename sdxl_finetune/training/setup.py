@@ -33,7 +33,7 @@ from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.vae import pixels_per_latent
 from sdxl_finetune.optim.lr import build_lr
-from sdxl_finetune.optim.optimizer import optimizer_class, optimizer_name
+from sdxl_finetune.optim.optimizer import optimizer_class
 from sdxl_finetune.optim.update import check_update
 from sdxl_finetune.output.checkpoints import format_to_save
 from sdxl_finetune.output.console import console
@@ -178,7 +178,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
 
 def check_optimization(config: Config, device: torch.device) -> None:
     """Raises UserError for an optimizer, learning-rate schedule or compiler that cannot be used as the config says."""
-    optimizer_class(optimizer_name(config))
+    optimizer_class(config.optimizer_name)
     check_update(config, device)
     build_lr(config, total_steps=1)  # the number of steps is known later, and no other mistake depends on it
     if config.torch_compile:

@@ -1,4 +1,6 @@
-"""Which folders of a train_data_dir are trained on."""
+"""The folders of a train_data_dir that are trained on."""
+
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,7 @@ def images(root, *names):
         (root / name).touch()
 
 
-def test_folders_of_the_reference(golden, tmp_path):
+def test_folders_named_n_words_are_used_as_in_the_reference(golden, tmp_path):
     recorded = golden("config.json")["train_data_dir_subfolders"]
     images(tmp_path, *(f"{name}/a.png" for name in recorded["created"]))
     found = find_folders(tmp_path)
@@ -23,14 +25,14 @@ def test_folders_of_the_reference(golden, tmp_path):
     assert all(name in remark for name in ("0_zero", "nonumber", "-1_neg"))
 
 
-def test_images_directly_in_the_folder(tmp_path):
+def test_images_directly_in_the_folder_are_used_if_no_folder_is_named_n_words(tmp_path):
     images(tmp_path, "A.JPG", "b.txt", "other/c.webp")
     found = find_folders(tmp_path)
     assert found.used == [(tmp_path, None, None)]
-    assert found.remarks == ["folders not used, because they are not named N_words (5_cat): other"]
+    assert found.remarks == ["folders not used, because their names are not N_words (as 5_cat): other"]
 
 
-def test_folders_go_before_loose_images(tmp_path, caplog):
+def test_named_folders_win_over_images_directly_in_the_folder(tmp_path, caplog):
     images(tmp_path, "a.png", "2_cat/b.png", "3_dog/readme.txt")
     (dataset,) = load_datasets(Config(train_data_dir=str(tmp_path), resolution=64))
     assert [(s.image_dir.name, s.num_repeats, s.class_tokens) for s in dataset.subsets] == [("2_cat", 2, "cat")]
@@ -38,15 +40,17 @@ def test_folders_go_before_loose_images(tmp_path, caplog):
     assert "images directly in" in said and "3_dog" in said
 
 
-def test_nothing_to_train_on(tmp_path):
+def test_a_folder_without_images_is_refused(tmp_path):
     images(tmp_path, "cats/nested/a.png", "notes.txt")
-    with pytest.raises(UserError, match="found folders cats") as caught:
+    with pytest.raises(UserError, match="only the folders cats") as caught:
         load_datasets(Config(train_data_dir=str(tmp_path), resolution=64))
     assert "named N_words" in str(caught.value)
-    assert find_folders(tmp_path / "none").problem == "no such folder"
+    assert (
+        find_folders(tmp_path / "none").problem == f"no such folder: check the path, which is relative to {Path.cwd()}"
+    )
 
 
-def test_many_folders_are_not_all_listed(tmp_path):
+def test_a_message_lists_at_most_ten_folders(tmp_path):
     images(tmp_path, "a.png", *(f"x{number:02d}/a.png" for number in range(12)))
     assert find_folders(tmp_path).remarks[0].endswith("x09 and 2 more")
 

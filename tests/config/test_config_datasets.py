@@ -1,4 +1,4 @@
-"""dataset_config, in_json and reg_data_dir: what the reference makes of them, and mistakes are told."""
+"""dataset_config, in_json and reg_data_dir give the reference's datasets, and every mistake in them is reported."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ MORE_ACCEPTED = [
     {"caption_extension": ".txt", "subsets": [{"metadata_file": "m.json"}]},
     {"subsets": [{"metadata_file": "m.json"}, {"image_dir": "d"}]},
 ]
-"""Datasets that the reference refuses for the form of a value, or for folders beside metadata files."""
+"""Datasets that are accepted here. The reference refuses the form of a value, or folders beside metadata files."""
 REFUSED = [
     {"num_repeats": True, **FOLDER},
     {"batch_size": 0, **FOLDER},
@@ -27,7 +27,7 @@ REFUSED = [
     {"subsets": []},
     {},
 ]
-"""Datasets that the reference takes, and that mean nothing, or something that we do not have."""
+"""Datasets that are refused here. The reference accepts them, but they mean nothing or are not supported here."""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def datasets(content: dict, *options: str) -> tuple[Dataset, ...]:
     return load_datasets(config)
 
 
-def test_examples_of_the_reference(folder, golden) -> None:
+def test_golden_datasets_are_the_reference_s(folder, golden) -> None:
     seen = 0
     for case in golden("config.json")["dataset_config"]["examples"]:
         content, options = case["config"], case["cli"]
@@ -79,8 +79,8 @@ def test_examples_of_the_reference(folder, golden) -> None:
     assert seen > 15
 
 
-def test_values_fall_back(folder) -> None:
-    """Subset, dataset, general, config; false and 0 count as given."""
+def test_a_missing_value_is_taken_from_dataset_general_and_config(folder) -> None:
+    """The order is subset, dataset, general, config. False and 0 count as given."""
     content = {
         "general": {"keep_tokens": 1, "flip_aug": True, "num_repeats": 3},
         "datasets": [
@@ -102,14 +102,14 @@ def test_values_fall_back(folder) -> None:
     assert all(one.shuffle_caption for one in subsets)
 
 
-def test_a_toml_file_reads_the_same(folder) -> None:
+def test_a_toml_file_gives_the_same_datasets_as_json(folder) -> None:
     content = {"general": {"flip_aug": True}, "datasets": [{"resolution": 64, "subsets": [{"image_dir": "d"}]}]}
     Path("d.toml").write_text(toml.dumps(content))
     config = Config(dataset_config="d.toml", min_bucket_reso=32)
     assert load_datasets(config) == datasets(content, "--min_bucket_reso", "32")
 
 
-def test_all_mistakes_are_told_with_file_and_key(folder) -> None:
+def test_all_mistakes_are_reported_with_file_and_key(folder) -> None:
     content = {
         "genral": {},
         "general": {"keep_token": 1},
@@ -131,8 +131,8 @@ def test_all_mistakes_are_told_with_file_and_key(folder) -> None:
     with pytest.raises(UserError) as caught:
         datasets(content)
     assert {problem.file for problem in caught.value.problems} == {"d.json"}
-    told = {problem.key: problem.message for problem in caught.value.problems}
-    assert told.keys() == {
+    messages = {problem.key: problem.message for problem in caught.value.problems}
+    assert messages.keys() == {
         "file.genral",
         "general.keep_token",
         "datasets[0].batch_size",
@@ -143,35 +143,35 @@ def test_all_mistakes_are_told_with_file_and_key(folder) -> None:
         "datasets[1].subsets[1].metadata_file",
         "datasets[1].subsets[2].alpha_mask",
     }
-    assert told["general.keep_token"] == "unknown key; did you mean keep_tokens?"
-    assert told["file.genral"] == "unknown key; did you mean general?"
-    assert "no such folder" in told["datasets[0].subsets[0].image_dir"]
+    assert messages["general.keep_token"] == "unknown key; did you mean keep_tokens?"
+    assert messages["file.genral"] == "unknown key; did you mean general?"
+    assert "no such folder" in messages["datasets[0].subsets[0].image_dir"]
 
 
 @pytest.mark.parametrize("text", ["[[datasets]", "x = 1", "datasets = 3", "[[datasets]]\nsubsets = 1"])
-def test_files_that_are_none(folder, text: str) -> None:
+def test_files_that_describe_no_datasets_are_refused(folder, text: str) -> None:
     Path("d.toml").write_text(text)
     with pytest.raises(UserError, match=r"d\.toml"):
         load_datasets(Config(dataset_config="d.toml", resolution=64))
 
 
-def test_caching_does_not_go_with_changed_images(folder) -> None:
+def test_cached_latents_exclude_augmentation_by_colour(folder) -> None:
     content = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": "d", "color_aug": True}]}]}
     assert datasets(content, "--min_bucket_reso", "32")[0].subsets[0].color_aug
-    with pytest.raises(UserError, match=r"color_aug = True: does not go with cache_latents"):
+    with pytest.raises(UserError, match=r"color_aug = True: cannot be used with cache_latents"):
         datasets(content, "--min_bucket_reso", "32", "--cache_latents")
 
 
-def test_what_the_reference_passes_over_is_said(folder, caplog) -> None:
+def test_subsets_and_keys_without_effect_are_logged(folder, caplog) -> None:
     subsets = [{"image_dir": "d"}, {"image_dir": "d", "num_repeats": 4}, {"image_dir": "e", "num_repeats": 0}]
     with caplog.at_level(logging.WARNING):
         (dataset,) = datasets({"datasets": [{"resolution": 64, "subsets": subsets, "cache_info": True}]})
     assert [(one.image_dir.name, one.num_repeats) for one in dataset.subsets] == [("d", 1)]
-    for words in ("d is named again", "e is not used: num_repeats is 0", "cache_info has no effect"):
+    for words in ("d is named again", "e is not used, because num_repeats is 0", "cache_info has no effect"):
         assert words in caplog.text
 
 
-def test_in_json_and_regularisation_images(folder) -> None:
+def test_in_json_and_regularisation_images_give_subsets(folder) -> None:
     (Path("d") / "2_cat").mkdir()
     (Path("d") / "2_cat" / "a.avif").touch()
     (Path("e") / "b.png").touch()

@@ -18,7 +18,7 @@ RELEASE = "ec03f23df84aa925a71184ba0cc7d43a5de7953c87c8b342ee61cade86f2a670"
 @pytest.mark.parametrize(
     ("path", "generate"), [("docs/options.md", options_markdown), ("configs/template.toml", template)]
 )
-def test_generated_files_are_fresh(path, generate):
+def test_generated_files_match_the_schema(path, generate):
     message = f"{path} is stale: see sdxl_finetune/config/docs.py for how to make it"
     assert (ROOT / path).read_text(encoding="utf-8") == generate(), message
 
@@ -31,7 +31,7 @@ def test_the_template_uncommented_is_the_default_config():
     assert Config(**values) == Config()
 
 
-def test_style_is_the_release_s_and_a_marked_block():
+def test_style_toml_is_the_published_parameters_after_a_marked_block():
     text = (ROOT / "configs" / "style.toml").read_text(encoding="utf-8")
     block, verbatim = text.split("the release's parameters, verbatim", 1)
     verbatim = verbatim.split("\n", 1)[1]
@@ -41,7 +41,7 @@ def test_style_is_the_release_s_and_a_marked_block():
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda path: path.name)
-def test_shipped_configs_are_understood(path):
+def test_shipped_configs_load(path):
     given, problems, remarks = read_file(str(path))
     assert not problems and not remarks
     assert not set(given) - set(Config.model_fields) - set(REFERENCE) - set(FOREIGN)

@@ -12,9 +12,9 @@ from sdxl_finetune.config.fields import Shown, expected, kinds
 from sdxl_finetune.config.options import GROUPS
 from sdxl_finetune.config.unsupported import FOREIGN, OFF, REFERENCE, is_off
 
-AVERAGE = {"ema_decay", "ema_half_life", "ema_previews", "ema_validation", "ema_save", "ema_on_cpu"}
+EMA = {"ema_decay", "ema_half_life", "ema_previews", "ema_validation", "ema_save", "ema_on_cpu"}
 VALIDATION = {name for name in Config.model_fields if name.startswith("valid")} | {"max_validation_steps"}
-OURS = {*VALIDATION, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters", *AVERAGE}
+OURS = {*VALIDATION, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters", *EMA}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_reference_options_at_their_defaults_are_off(reference):
     assert set(OFF) <= set(REFERENCE)
 
 
-def test_honoured_options_lead_to_the_schema():
+def test_honoured_options_are_read_as_options_of_the_schema():
     assert {foreign.remark for foreign in FOREIGN.values() if foreign.outcome == "honoured"} <= set(Config.model_fields)
 
 
@@ -88,12 +88,12 @@ def test_an_option_that_may_be_unset_is_unset_by_default():
         ("", None),
     ],
 )
-def test_resolution(value, size):
+def test_resolution_is_a_side_or_width_and_height(value, size):
     assert Config(resolution=value).resolution == size
 
 
 @pytest.mark.parametrize("value", ["64,64,64", "abc", " ", True, 0, [0, 8], [1.5, 2], -1, "1e3", {"a": 1}, "64,"])
-def test_resolution_refused(value):
+def test_a_wrong_resolution_is_refused(value):
     with pytest.raises(ValidationError):
         Config(resolution=value)
 
@@ -128,7 +128,7 @@ def test_optimizer_args_are_python_values(golden):
             Config(optimizer_args=arguments)
 
 
-def test_implied():
+def test_options_set_the_options_that_they_imply():
     assert Config(cache_latents_to_disk=True).cache_latents
     assert Config(logging_dir="logs").log_with == "tensorboard"
     assert Config(logging_dir="logs", log_with="wandb").log_with == "wandb"
@@ -162,7 +162,7 @@ def test_implied():
         {"unknown": 1},
     ],
 )
-def test_refused(wrong):
+def test_wrong_values_are_refused(wrong):
     with pytest.raises(ValidationError) as caught:
         Config(**wrong)
     assert [error["loc"][0] for error in caught.value.errors()] == list(wrong)

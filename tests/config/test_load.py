@@ -1,4 +1,4 @@
-"""Config file and command line: the reference's cases, all mistakes at once, and what is printed loads again."""
+"""A config file and the command line become one config, as in the reference, or all their mistakes are reported."""
 
 import logging
 import subprocess
@@ -128,7 +128,7 @@ def test_typed_values_have_types(folder):
     assert config.cache_latents and config.train_data_dir == Path("images")
 
 
-def test_all_mistakes_at_once(folder):
+def test_all_mistakes_are_reported_at_once(folder):
     (folder / "c.toml").write_text(
         "# a comment\n[train]\nlearnign_rate = 1e-4\nseed = 'x'\nxformers = 'true'\n"
         "[more]\nfull_bf16 = true\noutput_name = 3\nvae = 'none.safetensors'\nnetwork_module = 'networks.lora'\n"
@@ -136,20 +136,21 @@ def test_all_mistakes_at_once(folder):
     here = Path.cwd()
     assert problems("--config", "c.toml", "--clip_skpi", "2", "--keep_tokens", "two", "--full_fp16") == [
         "c.toml:3: learnign_rate = 0.0001: unknown option; did you mean learning_rate?",
-        "c.toml:10: network_module = 'networks.lora': this is a LoRA config, and this program trains the whole model",
-        "command line: full_fp16 = True: not supported yet; use mixed_precision fp16, or full_bf16",
-        "command line: clip_skpi = 2: unknown option; --help lists all",
+        "c.toml:10: network_module = 'networks.lora': this is a LoRA config, but this program trains the whole model:"
+        " use a config without it",
+        "command line: full_fp16 = True: not supported yet: use mixed_precision fp16, or full_bf16",
+        "command line: clip_skpi = 2: unknown option; --help lists all options",
         "c.toml:4: seed = 'x': must be a whole number of at least 0, without quotes",
         "c.toml:5: xformers = 'true': must be true or false, without quotes",
         "c.toml:8: output_name = 3: must be text, in quotes",
         "command line: keep_tokens = 'two': must be a whole number of at least 0",
         'c.toml:7: full_bf16 = True: needs mixed_precision = "bf16"',
-        f"c.toml:9: vae = 'none.safetensors': no such file or folder (nothing is downloaded; the working directory"
-        f" is {here})",
+        f"c.toml:9: vae = 'none.safetensors': no such file or folder: check the path, which is relative to {here};"
+        " nothing is downloaded",
     ]
 
 
-def test_a_refused_value_gives_no_second_mistake(folder):
+def test_a_refused_value_is_reported_only_once(folder):
     assert len(problems("--mixed_precision", "weird", "--full_bf16")) == 1
     assert len(problems("--resolution", "abc", "--enable_bucket")) == 1
 
@@ -159,19 +160,19 @@ def test_a_refused_value_gives_no_second_mistake(folder):
     [
         ("a = 1\nbad = = 1\n", "c.toml:2:7: not valid TOML: Invalid value"),
         ("seed = 1\nseed = 2\n", "c.toml:2:9: not valid TOML: Cannot overwrite a value"),
-        (b"seed = '\xff'", "c.toml: not a UTF-8 text file"),
+        (b"seed = '\xff'", "c.toml: not a UTF-8 text file: save it as UTF-8"),
         (None, "c.toml: cannot be read: No such file or directory"),
     ],
 )
-def test_files_that_cannot_be_read(folder, text, message):
+def test_files_that_cannot_be_read_are_refused(folder, text, message):
     if text is not None:
         (folder / "c.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert problems("--config", "c") == [message]
 
 
-def test_words_that_are_no_options(folder):
+def test_unknown_words_of_the_command_line_are_refused_with_a_suggestion(folder):
     assert problems("style.toml") == ["command line: style.toml: unknown option; did you mean --config style.toml?"]
-    assert problems("--xformers", "true") == ["command line: true: unknown option; --help lists all"]
+    assert problems("--xformers", "true") == ["command line: true: unknown option; --help lists all options"]
     assert problems("--max-train-steps=3") == [
         "command line: max-train-steps = 3: unknown option; did you mean max_train_steps?"
     ]
@@ -179,13 +180,13 @@ def test_words_that_are_no_options(folder):
     assert "--seed: expected one argument" in problems("--seed")[0]
 
 
-def test_byte_order_mark_and_windows_line_ends(folder):
+def test_byte_order_mark_and_windows_line_ends_are_read(folder):
     (folder / "c.toml").write_bytes(b"\xef\xbb\xbf[a]\r\nseed = 3\r\n")
     given, _, _ = read_file("c")
     assert (given["seed"].value, given["seed"].place) == (3, "c.toml:2")
 
 
-def test_foreign_options(folder, caplog):
+def test_options_of_other_programs_are_honoured_or_logged(folder, caplog):
     (folder / "c.toml").write_text(
         "sdxl = true\nepoch = 3\nno_token_padding = false\nlowram = false\nno_half_vae = true\nclip_skip = 1\n"
         'dynamo_backend = "no"\noptimizer = "Lion"\nmax_token_length = 255\nreg_data_dir = ""\nv2 = false\n'
@@ -206,13 +207,15 @@ def test_foreign_options(folder, caplog):
     assert "secret" not in caplog.text and "is read as 225" in said[-1]
 
 
-def test_a_key_given_twice_is_said(folder, caplog):
+def test_a_key_given_twice_is_logged(folder, caplog):
     (folder / "c.toml").write_text("seed = 9\nkeep_tokens = 1\n[b]\nseed = 2\nkeep_tokens = 1\n")
     assert load("--config", "c").seed == 2
-    assert [record.getMessage() for record in caplog.records] == ["c.toml:4: seed = 2: wins over the value at c.toml:1"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "c.toml:4: seed = 2: given twice; this value is used, not the one at c.toml:1"
+    ]
 
 
-def test_style_loads_with_the_warnings_expected(folder, caplog):
+def test_style_toml_loads_with_three_warnings(folder, caplog):
     for name in ("base.safetensors", "prompts.txt"):
         (folder / name).touch()
     caplog.set_level(logging.WARNING)
@@ -277,7 +280,7 @@ def _values() -> dict[str, st.SearchStrategy]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.fixed_dictionaries({}, optional=_values()))
-def test_what_is_printed_loads_again(tmp_path_factory, values):
+def test_a_printed_config_loads_as_the_same_config(tmp_path_factory, values):
     config = Config(**values)
     path = tmp_path_factory.getbasetemp() / "printed.toml"
     for changed_only in (False, True):

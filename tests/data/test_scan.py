@@ -100,8 +100,8 @@ def test_a_damaged_file_is_named_and_not_trusted(folder: Path, look, subset, tmp
     data[at] ^= 1
     content = {"flip": bytes(data), "cut": bytes(data[: at + 3]), "empty": b"", "text": b"no Arrow file"}
     if damage == "another table":
-        with pa.ipc.new_file(str(path), scan_module.FOUND) as writer:
-            writer.write_table(scan_module.FOUND.empty_table())
+        with pa.ipc.new_file(str(path), scan_module.SCANNED) as writer:
+            writer.write_table(scan_module.SCANNED.empty_table())
     else:
         path.write_bytes(content[damage])
     with caplog.at_level(logging.WARNING):

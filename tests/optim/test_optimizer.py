@@ -1,4 +1,4 @@
-"""What each optimizer name builds (golden optimizer.json), and clear words for what cannot be built."""
+"""Each optimizer name builds the reference's optimizer (golden optimizer.json), or a clear error."""
 
 import importlib.util
 import math
@@ -35,7 +35,7 @@ def config_of(case) -> Config:
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_golden(golden) -> None:
+def test_optimizers_and_their_first_step_are_the_reference_s(golden) -> None:
     compared = 0
     for case in golden("optimizer.json")["cases"]:
         name = case.get("returned_name")
@@ -77,20 +77,20 @@ def test_golden(golden) -> None:
         ({"optimizer_type": "AdamX"}, "did you mean Adam"),
         ({"optimizer_type": "no.such.Class"}, "pip install no"),
         ({"optimizer_type": "torch.nn.Linear"}, "not a torch optimizer"),
-        ({"optimizer_args": ["nonsense=1"]}, "no such argument; it takes betas"),
-        ({"optimizer_args": ["lr=1e-3"]}, "learning rate is set by learning_rate"),
-        ({"optimizer_args": ["betas=2.0,0.9"]}, "refuses them"),
-        ({"optimizer_args": ["weight_decay='x'"]}, "refuses them"),
+        ({"optimizer_args": ["nonsense=1"]}, "no such argument: it takes betas"),
+        ({"optimizer_args": ["lr=1e-3"]}, "set the learning rate with learning_rate"),
+        ({"optimizer_args": ["betas=2.0,0.9"]}, "AdamW refuses these arguments"),
+        ({"optimizer_args": ["weight_decay='x'"]}, "AdamW refuses these arguments"),
     ],
 )
-def test_mistakes_are_said(options, message) -> None:
+def test_mistakes_are_reported(options, message) -> None:
     with pytest.raises(UserError, match=message):
         build(Config(**options))
 
 
 @pytest.mark.parametrize("name", ["Lion", "AdamW", "Prodigy"])
-def test_the_unet_may_be_frozen(name: str) -> None:
-    """Some optimizers refuse a rate of 0, though no group has it."""
+def test_a_learning_rate_of_0_freezes_the_unet_with_any_optimizer(name: str) -> None:
+    """Some optimizers refuse a default rate of 0, although no group has this rate."""
     if name == "Prodigy" and importlib.util.find_spec("prodigyopt") is None:
         pytest.skip("prodigyopt is not installed")
     _, optimizer = build(Config(optimizer_type=name, learning_rate=0.0), (1e-6, 1e-6))
@@ -115,7 +115,7 @@ def test_learning_rates_that_are_tensors_stay_tensors() -> None:
     assert all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, tensors, strict=True))
 
 
-def test_adafactor_sizes_its_own_steps_unless_told_not_to() -> None:
+def test_adafactor_has_no_learning_rate_unless_relative_step_is_off() -> None:
     _, own = build(Config(optimizer_type="Adafactor"))
     set_lr(own, RATES)
     assert [group["lr"] for group in own.param_groups] == [None, None, None]
@@ -124,7 +124,7 @@ def test_adafactor_sizes_its_own_steps_unless_told_not_to() -> None:
     assert [group["lr"] for group in given.param_groups] == list(RATES)
 
 
-def test_nothing_is_averaged_by_a_plain_optimizer() -> None:
+def test_averaged_weights_changes_nothing_for_a_plain_optimizer() -> None:
     groups, optimizer = build(Config())
     before = [parameter.clone() for group in groups for parameter in group.parameters.values()]
     with averaged_weights(optimizer):
