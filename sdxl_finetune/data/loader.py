@@ -64,14 +64,8 @@ class View:
     mirrored: bool
     left_top: tuple[int, int]
     """Pixels that are cut off at the left and top of the resized image, before it is mirrored."""
-
-    @property
-    def crop_top_left(self) -> tuple[int, int]:
-        """Offset of the crop as the model is given it, in pixels of the resized image, mirrored if the image is."""
-        left, top = self.left_top
-        if self.mirrored:
-            left = mirrored_left(left, self.entry.resized[0], self.entry.bucket.width)
-        return top, left
+    crop_top_left: tuple[int, int]
+    """Offset of the crop as the model is given it, in pixels of the resized image, mirrored if the image is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +142,9 @@ class TrainingDataset(TorchDataset):
         rng = position_random(self.seed, "view", position.step, position.micro, slot)
         mirrored = rng.random() < 0.5 and entry.subset.flip_aug
         bucket = (entry.bucket.width, entry.bucket.height)
-        return View(entry, mirrored, crop_left_top(entry.resized, bucket, rng if entry.subset.random_crop else None))
+        left, top = crop_left_top(entry.resized, bucket, rng if entry.subset.random_crop else None)
+        seen_left = mirrored_left(left, entry.resized[0], bucket[0]) if mirrored else left
+        return View(entry, mirrored, (left, top), (top, seen_left))
 
     def _caption(self, position: Position, slot: int, entry: Entry) -> str:
         rng = position_random(self.seed, "caption", position.step, position.micro, slot)
