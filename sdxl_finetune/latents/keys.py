@@ -20,7 +20,7 @@ PIXELS_VERSION = "1"
 
 @dataclass(frozen=True)
 class RowKeys:
-    """What the rows of an index are called in the shards."""
+    """The names under which shards know the rows of an index."""
 
     stat_hashes: UInt8[np.ndarray, "n 16"]
     """Hash of each image file's path, size and modification time (scan.hash_of_stat)."""

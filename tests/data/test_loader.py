@@ -175,7 +175,7 @@ def test_a_damaged_latent_ends_the_run_with_a_one_line_message(
             file.seek(shard.start)
             file.write(bytes(200))
     settings = {"workers": workers, "pin_memory": False, "on_bad_image": "skip"}
-    with pytest.raises(UserError, match=r"^[^\n]*the latent of .* is damaged[^\n]*start again[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*the latent of .* is damaged[^\n]*start the run again[^\n]*$"):
         list(load_batches(build(index, read_latents=store.read), plan(index).micro_batches(0, 20), **settings))
 
 
