@@ -25,8 +25,9 @@ import numpy as np
 from sdxl_finetune.config import Dataset, Subset
 from sdxl_finetune.data.batch_plan import build_plan
 from sdxl_finetune.data.index import Index, build_index
-from sdxl_finetune.latents.encoding import lacking, locate, name_rows
+from sdxl_finetune.latents.keys import row_keys
 from sdxl_finetune.latents.shards import Library, ShardWriter, open_shards
+from sdxl_finetune.latents.store import find_places, missing_rows
 
 VAE = "benchmark"
 PICTURES = 64
@@ -83,13 +84,13 @@ def make_images(folder: Path, size: int) -> None:
 def make_shards(folder: Path) -> None:
     """Shards that hold a latent for each image of the index."""
     index = open_index(folder, skip_check=True)
-    names = name_rows(index)
-    digests = np.random.default_rng(0).integers(0, 256, (len(index), 16), np.uint8)
-    keys = names.keys(np.arange(len(index)), digests, False)
+    keys = row_keys(index)
+    contents = np.random.default_rng(0).integers(0, 256, (len(index), 16), np.uint8)
+    latent_keys = keys.keys(np.arange(len(index)), contents, False)
     latent = np.zeros(LATENT_SHAPE, np.float16)
     with ShardWriter(folder / "latents", VAE, 0, folder) as writer:
-        for stamp, digest, key in zip(names.stamps, digests, keys, strict=True):
-            writer.add(stamp.tobytes(), digest.tobytes(), [(key.tobytes(), latent)])
+        for stat_hash, content, key in zip(keys.stat_hashes, contents, latent_keys, strict=True):
+            writer.add(stat_hash.tobytes(), content.tobytes(), [(key.tobytes(), latent)])
 
 
 def started(folder: Path, how: str) -> dict[str, float]:
@@ -105,8 +106,7 @@ def start(folder: Path, *, skip_check: bool) -> dict[str, float]:
     before, began = private_bytes(), time.perf_counter()
     index = open_index(folder, skip_check=skip_check)
     shards = open_shards(folder / "latents", VAE, check=True)
-    names = name_rows(index)
-    missing = len(lacking(index, locate(index, names, Library(shards))))
+    missing = len(missing_rows(index, find_places(index, row_keys(index), Library(shards))))
     assert missing == (0 if shards else len(index))
     build_plan(index, ranks=1, accumulation=1, seed=0).epoch(0)
     return {"seconds": round(time.perf_counter() - began, 2), "bytes": private_bytes() - before}

@@ -19,8 +19,8 @@ from sdxl_finetune.data.index import Entry
 
 
 @dataclass(frozen=True)
-class Unfit:
-    """A file that is not taken."""
+class Rejected:
+    """A file that is not used."""
 
     path: Path
     reason: str
@@ -36,7 +36,7 @@ def find_npz(entry: Entry) -> Path | None:
 
 def read_npz(
     entry: Entry, data: bytes, shape: tuple[int, int, int], mirrored: Iterable[bool]
-) -> dict[bool, Float16[np.ndarray, "4 h w"]] | Unfit | None:
+) -> dict[bool, Float16[np.ndarray, "4 h w"]] | Rejected | None:
     """The latents of an image file with this content, as it is or mirrored; None without a file."""
     path = find_npz(entry)
     if path is None:
@@ -45,10 +45,10 @@ def read_npz(
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name != "alpha_mask"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        return Unfit(path, f"damaged ({type(error).__name__})")
+        return Rejected(path, f"damaged ({type(error).__name__})")
     names = {flip: "latents_flipped" if flip else "latents" for flip in mirrored}
     if reason := _misfit(entry, path, data, arrays, shape, list(names.values())):
-        return Unfit(path, reason)
+        return Rejected(path, reason)
     return {flip: arrays[name].astype(np.float16) for flip, name in names.items()}
 
 

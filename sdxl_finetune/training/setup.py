@@ -16,16 +16,18 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderKL
 
 from sdxl_finetune.batch import Batch
-from sdxl_finetune.config import Config, HardwareOptions, LengthOptions
+from sdxl_finetune.config import Config, HardwareOptions, LengthOptions, load_datasets
 from sdxl_finetune.data.batch_plan import Plan, build_plan
-from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
-from sdxl_finetune.latents.preparing import encode_dataset, shared_index
+from sdxl_finetune.latents.preparing import prepare
+from sdxl_finetune.latents.store import LatentStore
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.compilation import check_compiler, compile_blocks
 from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
@@ -53,6 +55,7 @@ from sdxl_finetune.training.resume import (
     find_start,
     resumed_origin,
 )
+from sdxl_finetune.training.vae_encoder import VaeEncoder
 from sdxl_finetune.training.validation import Validation, build_validation
 
 logger = logging.getLogger(__name__)
@@ -132,7 +135,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     thumbnail = load_thumbnail(config.metadata_thumbnail)
     index = shared_index(config, accelerator)
     loaded = _load_model(config, start)
-    index, latents = encode_dataset(config, index, loaded.vae, accelerator, stop)
+    index, latents = _prepare_latents(config, index, loaded.vae, accelerator, stop)
     ranks = accelerator.num_processes
     plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
     order = data_order(index, plan)
@@ -185,6 +188,16 @@ def check_optimization(config: Config, device: torch.device) -> None:
         check_compiler(config.dynamo_backend, device)
 
 
+def shared_index(config: Config, accelerator: Accelerator) -> Index:
+    """The dataset index. The first rank scans the files, and the other ranks map the index that it wrote."""
+
+    def build() -> Index:
+        skip = config.skip_cache_check
+        return build_index(load_datasets(config), config.cache_folder, config.on_bad_image, skip_check=skip)
+
+    return _on_first_rank(accelerator, build)
+
+
 def total_steps(options: LengthOptions, plan: Plan) -> int:
     """Optimizer steps of the whole run: from `max_train_epochs` if it is set, else `max_train_steps`."""
     if options.max_train_epochs is None:
@@ -221,6 +234,16 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
     if start and start.state.checkpoint_format:
         return replace(loaded, format=start.state.checkpoint_format)
     return loaded
+
+
+def _prepare_latents(
+    config: Config, index: Index, vae: AutoencoderKL, accelerator: Accelerator, stop: StopRequest | None
+) -> tuple[Index, LatentStore | None]:
+    """The latent cache, if the config asks for one. Without it, batches are encoded on the device as they come."""
+    if config.cache_latents:
+        return prepare(index, VaeEncoder(vae, accelerator.device), config, accelerator, stop)
+    vae.to(accelerator.device)
+    return index, None
 
 
 def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator) -> None:
