@@ -93,7 +93,7 @@ def configured(
 def repeated(batch: Batch, times: int) -> Iterator[Batch]:
     """The same batch for each of so many steps."""
     for step in range(times):
-        yield dataclasses.replace(batch, position=Position(epoch=0, step=step, micro=0, micros=1))
+        yield dataclasses.replace(batch, position=Position(epoch=0, step=step, micro_batch=0, micro_batches_in_step=1))
 
 
 def measure(config: Config, sizes: Sequence[int], *, steps: int, seconds: float = 1e9) -> Iterator[dict[str, Any]]:

@@ -114,8 +114,8 @@ class Plan:
                 current, batches = epoch, self.epoch(epoch)
             first = step_in_epoch * self.accumulation
             numbers = range(first, min(first + self.accumulation, self.batches_per_epoch))
-            for micro, number in enumerate(numbers):
-                position = Position(epoch=epoch, step=step, micro=micro, micros=len(numbers))
+            for micro_batch, number in enumerate(numbers):
+                position = Position(epoch=epoch, step=step, micro_batch=micro_batch, micro_batches_in_step=len(numbers))
                 yield MicroBatch(position, batches.batch(number))
 
     @cached_property

@@ -91,7 +91,9 @@ class TrainingDataset(TorchDataset):
     def __getitem__(self, micro_batch: MicroBatch) -> LoadedBatch:
         position, rows = micro_batch.position, micro_batch.rows.tolist()
         slots = np.array_split(np.arange(len(rows)), self.ranks)[self.rank].tolist()
-        weights = torch.full((len(slots) or 1,), self.ranks / (len(rows) * position.micros) if slots else 0.0)
+        weights = torch.full(
+            (len(slots) or 1,), self.ranks / (len(rows) * position.micro_batches_in_step) if slots else 0.0
+        )
         # A rank without an image takes the first one at weight 0, because all ranks have to compute on one shape.
         slots = slots or [0]
         needed = range(len(rows)) if self.noise_needs_latents else slots
@@ -104,7 +106,7 @@ class TrainingDataset(TorchDataset):
         if self.read_latents is None:
             images, readable, problems = self._read_images(position, slots, own_views)
             weights *= readable
-            place = position.step, position.micro
+            place = position.step, position.micro_batch
             normal = [position_normal(shape[1:], self.seed, "encoding", *place, slot) for slot in slots]
             encoding_noise = torch.from_numpy(np.stack(normal))
         else:
@@ -139,7 +141,7 @@ class TrainingDataset(TorchDataset):
 
     def _view(self, position: Position, slot: int, row: int) -> View:
         entry = self.index[row]
-        rng = position_random(self.seed, "view", position.step, position.micro, slot)
+        rng = position_random(self.seed, "view", position.step, position.micro_batch, slot)
         mirrored = rng.random() < 0.5 and entry.subset.flip_aug
         bucket = (entry.bucket.width, entry.bucket.height)
         left, top = crop_left_top(entry.resized, bucket, rng if entry.subset.random_crop else None)
@@ -147,7 +149,7 @@ class TrainingDataset(TorchDataset):
         return View(entry, mirrored, (left, top), (top, seen_left))
 
     def _caption(self, position: Position, slot: int, entry: Entry) -> str:
-        rng = position_random(self.seed, "caption", position.step, position.micro, slot)
+        rng = position_random(self.seed, "caption", position.step, position.micro_batch, slot)
         where = {"epoch": position.epoch, "step": position.step, "max_steps": self.max_steps}
         return caption(entry.subset, entry.caption, rng, **where)
 
@@ -164,7 +166,9 @@ class TrainingDataset(TorchDataset):
                 pixels = np.full((view.entry.bucket.height, view.entry.bucket.width, 3), 128, np.uint8)
                 readable[number] = 0
             if view.entry.subset.color_aug:
-                pixels = jitter_color(pixels, position_random(self.seed, "color", position.step, position.micro, slot))
+                pixels = jitter_color(
+                    pixels, position_random(self.seed, "color", position.step, position.micro_batch, slot)
+                )
             images.append(pixels[:, ::-1] if view.mirrored else pixels)
         return to_images(torch.from_numpy(np.stack(images))), readable, tuple(problems)
 

@@ -87,18 +87,18 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
         position = batch.position
         rates = {group.name: learner.lr(position.step, group.lr) for group in learner.parameters.groups}
         set_lr(update.optimizer, list(rates.values()))
-        if position.last_micro:
+        if position.is_last_micro_batch:
             meter.begin_step()
         with name_the_batch(batch, config):
             batch = batch.to(accelerator.device)
-            with update.accumulate(last=position.last_micro, only=position.micros == 1):
+            with update.accumulate(last=position.is_last_micro_batch, only=position.micro_batches_in_step == 1):
                 latents = batch_latents(batch, learner.vae)
                 losses = image_losses(learner.model, batch, latents, learner.noise_schedule, config)
                 micro_loss = (losses * batch.weights).sum()
                 accelerator.backward(micro_loss)
             meter.add_losses(losses.detach(), batch.timesteps, batch.weights)
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
-            if not position.last_micro:
+            if not position.is_last_micro_batch:
                 continue
             norms = update.step()
             meter.end_step(norms)
