@@ -1,4 +1,4 @@
-"""What caching costs: python -m scripts.benchmarks.data pipeline | stub | restart
+"""Measures what caching costs: python -m scripts.benchmarks.data pipeline | stub | restart
 
 pipeline: images/s of reading alone, of the VAE alone and of both as encode_images runs them, in turn, in one process
 (target: the pipeline at 0.9 of the slower). On a CPU both would compete for the cores, so the VAE there is a clock: a

@@ -3,8 +3,8 @@
     python -m scripts.benchmarks.scan [--folder FOLDER] [--sizes 100000 1000000]
 
 For each size the script makes a folder of images: hard links to 64 small JPEGs, each with a caption file. It also makes
-shards that hold a latent of each image. Then it measures how long the start of a run takes, up to its first batch plan:
-the first scan, a warm restart that checks every file, and a warm restart with skip_cache_check. Each is a new process,
+shards that hold a latent of each image. Then it measures how long the start of a run takes, up to its first batch plan.
+It measures the first scan, a warm restart that checks every file, and one with skip_cache_check. Each is a new process,
 and imports are not counted. The last column is the growth from the smallest to the largest size.
 """
 

@@ -150,7 +150,7 @@ def test_files_of_the_reference(work, caplog) -> None:
     assert model_tool(["init", "other.safetensors", "--seed", "4"]) == 0
     assert cache(config("--vae", "other.safetensors", "--cache_dir", "fresh")) == 0
     assert said(caplog) == "8 encoded"
-    assert "was made by another VAE and image: none of the reference's .npz files is used" in caplog.text
+    assert "was made by another VAE or of another image: none of the reference's .npz files is used" in caplog.text
 
 
 class Stopped(StopRequest):
