@@ -1,10 +1,11 @@
-"""Peak private memory of loading and saving a full-size SDXL checkpoint.
-
-Writes a float16 file of SDXL's size with random weights (6.9 GB), loads it in bfloat16, saves it as float16, and prints
-the highest RssAnon (memory that is the process's own, not mapped from a file) of each phase beside the size of the
-model in its training dtype. The aim is at most 20 % above that. Takes 14 GB of disk, 9 GB of memory, a minute:
+"""Measures the peak private memory of loading and saving a full-size SDXL checkpoint.
 
     python -m scripts.benchmarks.checkpoint_memory [--folder /somewhere/with/room]
+
+The script writes a float16 file of SDXL's size with random weights (6.9 GB), loads it in bfloat16, and saves it as
+float16. For each phase it prints the highest RssAnon beside the size of the model in its training precision. RssAnon is
+memory of the process alone that no file backs. The aim is at most 20 % above the model. It takes 14 GB of disk, 9 GB of
+memory and a minute.
 """
 
 import argparse

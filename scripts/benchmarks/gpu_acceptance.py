@@ -1,8 +1,8 @@
-"""What only a GPU can show, as a report to paste: bash scripts/gpu_acceptance.sh [NAME ...] [--folder FOLDER] [--cpu]
+"""Reports what only a GPU can show: bash scripts/gpu_acceptance.sh [NAME ...] [--folder FOLDER] [--cpu]
 
-Each check gives a line: what was measured, and pass, FAIL, or not run and why. One that raises has failed, and the
-others go on. docs/gpu.md says what each line means. Exit status 1 if one has failed, 2 if torch cannot use the GPU that
-is there.
+Each check prints a line of the report: what was measured, and pass, FAIL, or not run and why. A check that raises has
+failed, and the other checks go on. docs/gpu.md explains each line. The exit status is 1 if a check has failed, and 2 if
+torch cannot use the GPU of this machine.
 """
 
 import argparse
@@ -62,11 +62,11 @@ PEAK_TFLOPS = {
     "H200": 989.0,
     "L40S": 362.0,
 }
-"""Of dense bf16 products summed in float32, by words of the device's name; H100 is the SXM module."""
+"""Peak speed of dense bf16 products summed in float32, by words of the device's name. H100 is the SXM module."""
 FULL_BYTES = 8 << 30
-"""Of disk that the full-size model takes, and a little."""
+"""Free bytes on the disk that the full-size model needs."""
 FULL_MEMORY = 22 << 30
-"""Of the device: cards of 24 GB have a little more."""
+"""Bytes of GPU memory that the full-size model needs; cards of 24 GB have a little more."""
 
 
 def main() -> int:
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def unusable_gpu() -> str | None:
-    """What is wrong if the machine has an NVIDIA GPU and torch cannot use it."""
+    """Returns what is wrong if the machine has an NVIDIA GPU and torch cannot use it."""
     if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         return None
     if subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode:
@@ -161,7 +161,7 @@ def machine_memory() -> int:
 
 
 def quietly(*command: str) -> str:
-    """What a command says; nothing if it cannot be run."""
+    """Returns the output of a command, or nothing if the command cannot be run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
@@ -191,7 +191,7 @@ def check_speed(bench: Bench) -> Iterator[Line]:
 
 
 def speeds(bench: Bench, model: Path, sizes: Sequence[int], backend: str | None = None) -> list[dict[str, Any]]:
-    """What fitted, by size of batch; measured in a process of its own."""
+    """Returns the figures of the batch sizes that fitted, measured in a process of its own."""
     shape = (1024, 225) if bench.cuda else (64, 75)
     if bench.quick:
         config = gpu_speed.configured(
@@ -234,7 +234,7 @@ def speed_line(bench: Bench, what: str, rows: Sequence[Mapping[str, Any]]) -> Li
 
 
 def utilisation(bench: Bench, images_per_second: float) -> str:
-    """Of the device, by a model of full size."""
+    """Compares the peak memory of the device for a model of full size with the estimate."""
     if not bench.cuda:
         return "model FLOP utilisation not run (needs CUDA)"
     return utilisation_of(torch.cuda.get_device_name(), images_per_second)
@@ -266,7 +266,7 @@ def memory_line(bench: Bench, model: Path, rows: Sequence[Mapping[str, Any]]) ->
 
 
 def estimated_peak_bytes(config: Config) -> int:
-    """What sdxl-check expects a run of this config, in one bucket, to take of the device at its peak: tensors alone."""
+    """Returns the estimated bytes of tensors at the peak of a run of this config, in one bucket."""
     assert config.pretrained_model_name_or_path is not None and config.resolution is not None
     architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
     assert architecture is not None

@@ -189,7 +189,7 @@ def check_compiled(bench: Bench) -> Iterator[Line]:
 
 
 def against_float32(bench: Bench, name: str, change: Callable[[SDXL], bool]) -> Line:
-    """Whether a model in bf16 that `change` has changed predicts and learns as closely to float32 as one unchanged."""
+    """Checks that a bf16 model that `change` has changed stays as close to float32 as an unchanged one."""
     with exact_float32():
         truth = predicted(bench, torch.float32, lambda _: True)
     plain, changed = (predicted(bench, torch.bfloat16, one) for one in (lambda _: True, change))
@@ -245,7 +245,7 @@ def check_ranks(bench: Bench) -> Iterator[Line]:
 
 
 def plain_options(config: Config) -> list[str]:
-    """What a command line gives to have this config."""
+    """Returns the command-line options that give this config."""
     path = config.output_dir / "ranks.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_toml(config), encoding="utf-8")
@@ -253,7 +253,7 @@ def plain_options(config: Config) -> list[str]:
 
 
 def spoken(command: Sequence[str], *, cpu: bool) -> str:
-    """What a Python program says; raises with its last line if it fails."""
+    """Returns the output of a Python program. Raises with its last line if it fails."""
     environment = {**os.environ, **({"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} if cpu else {})}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=600)
     if done.returncode:

@@ -2,10 +2,11 @@
 
     python -m scripts.benchmarks.gpu_speed MODEL PICTURES [--batches 1 2 4]
 
-Makes steps of the real training loop, with batches of one picture repeated, so that one run can try many sizes: bf16
-with exact masters, AdamW8bit, fused_backward_pass, gradient_checkpointing, both text encoders. Prints a line of JSON
-for each size (images a second, peak bytes of the device, seconds of the first steps) until memory runs out.
-gpu_acceptance.py starts it as a process of its own, whose memory nothing else has touched.
+The script makes steps of the real training loop on batches of one repeated picture, so that one run can try many sizes.
+It trains both text encoders in bf16 with exact master weights, AdamW8bit, fused_backward_pass and
+gradient_checkpointing. It prints a line of JSON for each size until memory runs out: images a second, peak bytes of the
+device, seconds of the first steps. gpu_acceptance.py starts it as a process of its own, so that no other work has used
+the memory.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def configured(
 
 
 def repeated(batch: Batch, times: int) -> Iterator[Batch]:
-    """The same batch for each of so many steps."""
+    """Yields the same batch for each of `times` steps."""
     for step in range(times):
         yield dataclasses.replace(batch, position=Position(epoch=0, step=step, micro_batch=0, micro_batches_in_step=1))
 

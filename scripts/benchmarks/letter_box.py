@@ -1,6 +1,6 @@
-"""What scripts/benchmarks/proof.py compares with: sdxl-train, but told crops as the reference tells them.
+"""sdxl-train with the reference's crop conditioning, for comparison in scripts/benchmarks/proof.py.
 
-That is the letter-box offset of the whole image in its bucket, whatever part of it was cut out.
+The reference tells the model the letter-box offset of the whole image in its bucket, whatever crop was made.
 """
 
 from dataclasses import replace

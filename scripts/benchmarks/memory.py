@@ -1,9 +1,11 @@
-"""The memory that sdxl-check foretells against what a step takes: python -m scripts.benchmarks.memory [--only TEXT]
+"""Compares sdxl-check's memory estimate with the memory that a step takes.
 
-For each line of a grid of settings a small random model is trained for two steps by the real training loop on the CPU.
-What it takes is told by torch's allocator, through the profiler, and has nothing to do with the estimate: the highest
-sum of bytes given out and not yet given back, within the second step. Prints both and their ratio; exits 1 when any is
-off by more than 10 %.
+    python -m scripts.benchmarks.memory [--only TEXT]
+
+For each line of a grid of settings, the real training loop trains a small random model for two steps on the CPU. The
+profiler records all allocations of torch, independently of the estimate. The measured figure is the highest sum of
+allocated bytes within the second step. The script prints both figures and their ratio, and exits with status 1 if any
+estimate is off by more than 10 %.
 """
 
 import argparse

@@ -2,14 +2,15 @@
 
     python -m scripts.benchmarks.precision [--steps 100] [--write]
 
-The small SDXL that draws (tests/toy) is fine-tuned on the new style at the users' rates (U-Net 3e-5, text encoders
-1e-6) with the same data, noise and timesteps under each scheme, and from the same weights, which bf16 holds exactly.
-After 1, 10, 100 ... steps the change of the weights is compared with that of pure float32 training: relative L2 error,
-and the share of weights that have moved at all, for the U-Net and each text encoder. Bytes are counted of what is kept
-for each trained parameter from step to step, gradients apart. --write puts the tables into docs/precision.md.
+Under each scheme the small model that draws (tests/toy) is fine-tuned on the new style, at the users' rates: U-Net
+3e-5, text encoders 1e-6. Data, noise and timesteps are the same, and so are the first weights, which bf16 holds
+exactly. After 1, 10, 100 ... steps the change of the weights is compared with that of float32 training. The figures are
+the relative L2 error, and the share of weights that have moved at all, for the U-Net and each text encoder. The bytes
+are those kept for each trained parameter from step to step, without gradients. --write puts the tables into
+docs/precision.md.
 
-Kahan sums and stochastic rounding are torch-optimi's and torchao's: pip install torch-optimi torchao. Without them
-their rows are left out, and it is said.
+Kahan sums come from torch-optimi and stochastic rounding from torchao: pip install torch-optimi torchao. Without them
+their rows are left out, with a message.
 """
 
 import argparse
@@ -187,7 +188,7 @@ def run(
 
 
 def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
-    """Of each part, with what masters or Kahan sums hold beside the bf16 numbers that the model computes with."""
+    """Returns the weights of each part, with what masters or Kahan sums hold beside the bf16 weights."""
     states = learner.update.optimizer.state
 
     def value(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -128,7 +128,7 @@ def validation(model: Path, at: int = -1) -> dict[str, float]:
 
 
 def losses(folder: Path, name: str, *options: str, model: Path = TOY) -> list[dict[str, float]]:
-    """Of held out images, the same with the same noise for all: what trainings of 180 steps of three seeds end with."""
+    """Validation losses of held out images, with the same noise for all, after 180 steps, for three seeds."""
     runs = [train(folder, f"{name}-{seed}", *HELD_OUT, *options, "--seed", seed, model=model) for seed in SEEDS]
     return [validation(run) for run in runs]
 
@@ -205,8 +205,10 @@ def pooled(folder: Path) -> Row:
 
 
 def crops(folder: Path) -> Row:
-    """Parts of wide pictures with an object at the left. The base model knows no crop but 0,0, so that telling does
-    nothing until the others are learned; where an object stands is decided at much noise, so that is trained.
+    """Trains on parts of wide pictures with an object at the left.
+
+    The base model knows only the crop 0,0, so the crop conditioning does nothing until other crops are learned. The
+    place of an object is decided at high noise, so high noise is trained.
     """
     cut = write_wide(folder / "wide", folder / "cut")
     asked = ["--max_train_epochs", "24", "--no-cache_latents", "--no-train_text_encoder"]
@@ -276,8 +278,9 @@ def guidance(folder: Path) -> Row:
 
 
 def full_bf16(folder: Path) -> Row:
-    """Weights rounded to bf16 after each step, as the reference's full_bf16 does; the rest in float32 (CPUs are slow at
-    bf16), so that nothing but the rounding of the weights is seen.
+    """Trains with weights that are rounded to bf16 after each step, as in the reference's full_bf16.
+
+    All else is float32, so that only the rounding of the weights is measured. CPUs are slow at bf16.
     """
     rates = ["--learning_rate", "3e-5", "--learning_rate_te1", "1e-6", "--learning_rate_te2", "1e-6"]
     asked = [*SHORT, *rates, "--validation_split", "0.1", "--save_precision", "float", "--ema_half_life", ""]
@@ -350,7 +353,7 @@ def save_like(model: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Pa
 
 
 def twin_words(model: Path, target: Path) -> Path:
-    """The same file in which both encoders have one vector for the two words."""
+    """Writes a copy of a model in which both encoders have one vector for the two words."""
     (one,), (other,) = (token_ids(word, load_encoding(None)) for word in (NEW_STYLE, TWIN))
     tensors = load_file(model)
     for name, tensor in tensors.items():
@@ -360,7 +363,7 @@ def twin_words(model: Path, target: Path) -> Path:
 
 
 def turned(model: Path, target: Path) -> Path:
-    """The same file with text encoder 2's projection transposed."""
+    """Writes a copy of a model with text encoder 2's projection transposed."""
     tensors = load_file(model)
     tensors[PROJECTION] = tensors[PROJECTION].T.contiguous()
     return save_like(model, target, tensors)

@@ -1,4 +1,4 @@
-"""What scripts/benchmarks/proof.py teaches its models and reads off their pictures: shares with standard errors."""
+"""The pictures that scripts/benchmarks/proof.py teaches its models, and the shares that it reads off drawn pictures."""
 
 import math
 import random
@@ -21,7 +21,7 @@ SURE = 3.0
 
 
 def is_sure(difference: float, *errors: float) -> bool:
-    """Whether a difference of values with these standard errors counts."""
+    """True if a difference of values with these standard errors counts."""
     return difference > SURE * math.hypot(*errors)
 
 
@@ -50,7 +50,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Mean:
-    """Of shares of different seeds, with its standard error."""
+    """Mean of the shares of different seeds, with its standard error."""
 
     value: float
     error: float
@@ -76,7 +76,7 @@ def captions_of(two: float, count: int = CAPTIONS) -> list[Scene]:
 
 
 def colours_and_shapes(model: Path, scale: float = 5.0, count: int = CAPTIONS) -> Share:
-    """Of captions of two objects, the colours that are right, and the shapes."""
+    """Shares of right colours and of right shapes, for captions of two objects."""
     pairs = captions_of(1.0, count)
     right = judge(pairs, draw_captions(model, pairs, scale=scale))
     return Share(round(count * (right.colour + right.shape)), 2 * count)
@@ -113,8 +113,9 @@ def write_pairs(folder: Path, count: int = 480) -> None:
 
 
 def write_wide(whole: Path, parts: Path, count: int = 480) -> Share:
-    """Pictures twice as wide as high with an object in the left half, and random square parts of them, of which it
-    returns the share in which an object is cut off.
+    """Writes pictures twice as wide as high, with an object in the left half, and random square parts of them.
+
+    Returns the share of parts in which an object is cut off.
     """
     whole.mkdir(exist_ok=True)
     parts.mkdir(exist_ok=True)
@@ -133,7 +134,7 @@ def write_wide(whole: Path, parts: Path, count: int = 480) -> Share:
 
 
 def touches(picture: Image.Image) -> bool:
-    """Whether something reaches the left or right edge."""
+    """True if an object reaches the left or right edge."""
     pixels = np.asarray(picture, np.float32)
     ground = np.median(pixels.reshape(-1, 3), axis=0)
     edges = np.abs(pixels[:, [0, 1, -2, -1]] - ground).max(axis=2) > 60
@@ -141,15 +142,17 @@ def touches(picture: Image.Image) -> bool:
 
 
 def cut_off(model: Path, count: int = 600) -> Share:
-    """Of single objects, of the 114 captions that trainings see: there are but 6 others."""
+    """Share of drawn single objects that are cut off, for the 114 captions that trainings see. There are only 6
+    others."""
     scene = islice(scenes(1, kept=True, quality="best", two=0.0), count)
     pictures = draw_captions(model, [replace(one, style="flat") for one in scene])
     return Share(sum(map(touches, pictures)), count)
 
 
 def in_order(model: Path, count: int = 400) -> Share:
-    """Of the pictures that show two objects of the two shapes asked for, those in which they are in order. Of shapes,
-    as the model that all begin with knows no order of colours: they are right in half.
+    """Share of pictures in the right order, of those that show two objects of the two shapes asked for.
+
+    Only shapes are read, because the base model knows no order of colours: they are right in half of its pictures.
     """
     asked = [one for one in captions_of(1.0, count) if len({shape for _, shape in one.objects}) == 2]
     found = [read(picture) for picture in draw_captions(model, asked, scale=2.0)]

@@ -1,8 +1,11 @@
-"""What the training loop costs over the bare model: python -m scripts.benchmarks.step [--steps 50] [--preset small]
+"""Measures the cost of the training loop over the bare computation.
 
-In turn, in one process, on the same modules and the same batch: one step of the real training loop (loader, draws,
-objective, clipping, learning rate, optimizer, log), and one forward, backward and optimizer step written out. Prints
-the median of each and the ratio; latents are cached, as in real runs.
+    python -m scripts.benchmarks.step [--steps 50] [--preset small]
+
+Two kinds of steps alternate in one process, on the same model and the same batch. One is a step of the real training
+loop: loader, noise, objective, clipping, learning rate, optimizer and log. The other is one forward pass, one backward
+pass and one optimizer step, written out. The script prints the median of each and their ratio. Latents are cached, as
+in real runs.
 """
 
 import argparse
