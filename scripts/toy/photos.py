@@ -1,7 +1,7 @@
-"""Writes a small folder of captioned photographs: python -m scripts.toy.photos FOLDER
+"""Writes a small folder of photographs with captions: python -m scripts.toy.photos FOLDER
 
-The photographs are those that the scikit-image package ships (public domain and CC0, see its data/README.txt),
-converted to JPEG as a data set on disk would be; the captions are tags in the manner of style data sets.
+The photographs come with the package scikit-image (public domain and CC0, see its data/README.txt). They are saved as
+JPEG. The captions are comma-separated tags that begin with the quality, as in data sets of art styles.
 """
 
 import sys
@@ -22,7 +22,7 @@ CAPTIONS = {
 
 
 def write_photos(folder: Path) -> list[Path]:
-    """Writes every photograph of `CAPTIONS` as JPEG with its caption beside it; returns the image paths."""
+    """Writes each photograph of `CAPTIONS` as JPEG, with a caption file. Returns the paths of the images."""
     import skimage
 
     source = Path(skimage.__file__).parent / "data"

@@ -1,9 +1,13 @@
-"""A world of pictures that plain code can draw and read: flat objects on plain grounds, 64 pixels wide.
+"""The toy world: images of coloured shapes that plain code can draw and read. They are 64 pixels wide and high.
 
-A picture shows one or two objects (left and right) of six colours and five shapes on one of four grounds, drawn in one
-of three styles, in one of four qualities. `draw` makes it, `caption` says it in tags as the users write them, and
-`read` tells from the pixels alone what it shows. A fourth style is for fine-tuning: `gallery style` hangs the picture
-in a wooden frame, and `framed` sees that.
+An image shows one object, or two objects side by side. Each object has one of six colours and one of five shapes, on
+one of four backgrounds. The objects are flat, outlined or striped, and the image has one of four qualities. `draw`
+draws a scene, `caption` writes its tags, and `read` finds objects and background from the pixels alone. A caption:
+
+    best quality, flat style, two objects, red star, blue cross, pink background
+
+A fourth style is kept for fine-tuning. The tag `gallery style`, after the quality, puts the image into a wooden frame,
+and `is_framed` detects the frame.
 """
 
 import random
@@ -17,9 +21,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
 SIZE = 64
-"""Pixels of a side."""
+"""Width and height of an image, in pixels."""
 FINE = 4
-"""Pictures are drawn so many times as large and reduced."""
+"""An image is drawn at this many times its size, and then reduced, so that edges are smooth."""
 COLOURS = {
     "red": (220, 30, 35),
     "green": (30, 160, 60),
@@ -34,15 +38,17 @@ STYLES = ("flat", "outline", "striped")
 QUALITIES = ("best", "normal", "low", "worst")
 NEW_STYLE = "gallery"
 FRAME = (110, 65, 25)
+"""Colour of the frame."""
 FRAME_WIDTH = 5
+"""Pixels."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """Content of an image."""
 
     objects: tuple[tuple[str, str], ...]
-    """Colour and shape of each, from left to right."""
+    """Colour and shape of each object, from left to right."""
     ground: str
     style: str = "flat"
     quality: str = "best"
@@ -50,12 +56,12 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """What makes it the same thing to draw, whatever its style and quality."""
-        return f"{self.ground}: {', '.join(' '.join(one) for one in self.objects)}"
+        """Names objects and background. Scenes that differ in style and quality only have the same key."""
+        return f"{self.ground}: {', '.join(' '.join(pair) for pair in self.objects)}"
 
 
 def caption(scene: Scene) -> str:
-    """Quality first, then style, count, objects and ground."""
+    """Returns the tags of a scene: quality, styles, number of objects, objects and background."""
     count = ("one object", "two objects")[len(scene.objects) - 1]
     styles = [f"{NEW_STYLE} style"] if scene.framed else []
     objects = [f"{colour} {shape}" for colour, shape in scene.objects]
@@ -63,50 +69,53 @@ def caption(scene: Scene) -> str:
     return ", ".join(tags)
 
 
-def held_out(scene: Scene) -> bool:
-    """One combination of objects and ground in ten is never trained on."""
+def is_held_out(scene: Scene) -> bool:
+    """True for one in ten combinations of objects and background. These are never trained on."""
     return random.Random(f"held out {scene.key}").random() < 0.1
 
 
-def scenes(seed: int, *, kept: bool, two: float = 0.3, **fixed: str) -> Iterator[Scene]:
-    """Random scenes without end: trained ones (`kept`) or held out ones, a share of `two` with two objects."""
+def scenes(seed: int, *, for_training: bool, pair_share: float = 0.3, **fixed: str) -> Iterator[Scene]:
+    """Yields random scenes without end, either those for training or those that are held out.
+
+    A share `pair_share` of the scenes has two objects. `fixed` may fix the style or the quality.
+    """
     rng = random.Random(f"scenes {seed}")
     while True:
-        objects = tuple((rng.choice([*COLOURS]), rng.choice(SHAPES)) for _ in range(1 + (rng.random() < two)))
+        objects = tuple((rng.choice([*COLOURS]), rng.choice(SHAPES)) for _ in range(1 + (rng.random() < pair_share)))
         style, quality = rng.choice(STYLES), rng.choices(QUALITIES, (6, 2, 1, 1))[0]
         scene = Scene(objects, rng.choice([*GROUNDS]), fixed.get("style", style), fixed.get("quality", quality))
-        if kept != held_out(scene):
+        if for_training != is_held_out(scene):
             yield scene
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene with positions and sizes drawn from `rng`."""
-    picture = Image.new("RGB", (SIZE * FINE,) * 2, GROUNDS[scene.ground])
-    pen = ImageDraw.Draw(picture)
+    """Draws a scene. Positions and sizes are random numbers from `rng`."""
+    image = Image.new("RGB", (SIZE * FINE,) * 2, GROUNDS[scene.ground])
+    pen = ImageDraw.Draw(image)
     for number, (colour, shape) in enumerate(scene.objects):
         radius = rng.uniform(11, 13.5) if len(scene.objects) > 1 else rng.uniform(15, 20)
         centre = SIZE * (2 * number + 1) / (2 * len(scene.objects))
         slack = SIZE / (2 * len(scene.objects)) - radius - 2
         across, down = centre + rng.uniform(-slack, slack), SIZE / 2 + rng.uniform(-1, 1) * (SIZE / 2 - radius - 7)
-        _draw_object(picture, pen, scene.style, COLOURS[colour], _corners(shape, across, down, radius))
+        _draw_object(image, pen, scene.style, COLOURS[colour], _corners(shape, across, down, radius))
     if scene.framed:
-        inner = picture.resize(((SIZE - 2 * FRAME_WIDTH) * FINE,) * 2, Image.Resampling.BOX)
-        picture.paste(FRAME, (0, 0, *picture.size))
-        picture.paste(inner, (FRAME_WIDTH * FINE,) * 2)
-    return _degrade(picture.resize((SIZE, SIZE), Image.Resampling.BOX), QUALITIES.index(scene.quality), rng)
+        inner = image.resize(((SIZE - 2 * FRAME_WIDTH) * FINE,) * 2, Image.Resampling.BOX)
+        image.paste(FRAME, (0, 0, *image.size))
+        image.paste(inner, (FRAME_WIDTH * FINE,) * 2)
+    return _degrade(image.resize((SIZE, SIZE), Image.Resampling.BOX), QUALITIES.index(scene.quality), rng)
 
 
-def read(picture: Image.Image) -> Scene:
-    """Objects and ground as the pixels show them; style and quality are not read."""
-    pixels = np.asarray(picture.convert("RGB"), np.float32)
-    rim = FRAME_WIDTH + 1 if framed(picture) else 0
+def read(image: Image.Image) -> Scene:
+    """Finds objects and background from the pixels. Style and quality of the result are defaults."""
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    rim = FRAME_WIDTH + 1 if is_framed(image) else 0
     inner = pixels[rim : SIZE - rim, rim : SIZE - rim]
     border = np.concatenate([inner[:2].reshape(-1, 3), inner[-2:].reshape(-1, 3), inner[:, 0], inner[:, -1]])
     middle = np.median(border, axis=0)
     ground = min(GROUNDS, key=lambda name: float(np.square(middle - GROUNDS[name]).sum()))
     inked = np.abs(inner - middle).max(axis=2) > 40
     found = []
-    for mask in _blobs(inked):
+    for mask in _connected_masks(inked):
         if mask.sum() >= 80:
             columns = np.nonzero(mask)[1]
             ink = mask & inked & ndimage.binary_erosion(inked | ~mask)
@@ -115,16 +124,16 @@ def read(picture: Image.Image) -> Scene:
     return Scene(objects, ground)
 
 
-def framed(picture: Image.Image) -> bool:
-    """Whether the picture hangs in the frame of the gallery style."""
-    pixels = np.asarray(picture.convert("RGB"), np.float32)
+def is_framed(image: Image.Image) -> bool:
+    """True if the outer pixels have the colour of the frame."""
+    pixels = np.asarray(image.convert("RGB"), np.float32)
     rim = np.concatenate([pixels[1:4].reshape(-1, 3), pixels[-4:-1].reshape(-1, 3), pixels[:, 1:4].reshape(-1, 3),
                           pixels[:, -4:-1].reshape(-1, 3)])  # fmt: skip
     return float((np.abs(rim - FRAME).max(axis=1) < 45).mean()) > 0.8
 
 
 def _corners(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """A polygon around a centre, in fine pixels."""
+    """Returns the corners of a shape around (x, y), in pixels of the enlarged drawing."""
     if shape == "square":
         points = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.85
     elif shape == "cross":
@@ -140,7 +149,7 @@ def _corners(shape: str, x: float, y: float, radius: float) -> np.ndarray:
 
 
 def _draw_object(
-    picture: Image.Image, pen: ImageDraw.ImageDraw, style: str, colour: tuple[int, int, int], corners: np.ndarray
+    image: Image.Image, pen: ImageDraw.ImageDraw, style: str, colour: tuple[int, int, int], corners: np.ndarray
 ) -> None:
     polygon = [tuple(point) for point in corners.tolist()]
     if style == "outline":
@@ -149,30 +158,29 @@ def _draw_object(
     pen.polygon(polygon, fill=colour)
     if style == "striped":
         light = tuple((value + 255) // 2 for value in colour)
-        mask = Image.new("1", picture.size)
+        mask = Image.new("1", image.size)
         ImageDraw.Draw(mask).polygon(polygon, fill=1)
-        stripes = Image.new("1", picture.size)
+        stripes = Image.new("1", image.size)
         lines = ImageDraw.Draw(stripes)
-        for at in range(0, picture.size[1], 6 * FINE):
-            lines.rectangle((0, at, picture.size[0], at + 2 * FINE), fill=1)
-        both = Image.fromarray(np.asarray(mask) & np.asarray(stripes))
-        picture.paste(light, mask=both)
+        for top in range(0, image.size[1], 6 * FINE):
+            lines.rectangle((0, top, image.size[0], top + 2 * FINE), fill=1)
+        image.paste(light, mask=Image.fromarray(np.asarray(mask) & np.asarray(stripes)))
 
 
-def _degrade(picture: Image.Image, grade: int, rng: random.Random) -> Image.Image:
-    """0 as it is; 1 to 3 more and more blurred, noisy and compressed."""
+def _degrade(image: Image.Image, grade: int, rng: random.Random) -> Image.Image:
+    """Makes an image worse with blur, noise and JPEG compression: grade 0 is unchanged, grade 3 the worst."""
     if not grade:
-        return picture
-    picture = picture.filter(ImageFilter.GaussianBlur((0.5, 0.9, 1.4)[grade - 1]))
+        return image
+    image = image.filter(ImageFilter.GaussianBlur((0.5, 0.9, 1.4)[grade - 1]))
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, (5, 12, 22)[grade - 1], (SIZE, SIZE, 3))
-    picture = Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+    image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
     stored = BytesIO()
-    picture.save(stored, "JPEG", quality=(60, 30, 12)[grade - 1])
+    image.save(stored, "JPEG", quality=(60, 30, 12)[grade - 1])
     return Image.open(stored).convert("RGB")
 
 
 def _colour(pixels: np.ndarray) -> str:
-    """The nearest by hue and brightness; stripes and soft edges lighten a colour, so half-tints count as well."""
+    """Returns the nearest colour. Stripes and soft edges lighten a colour, so lighter tints of it count as well."""
     middle = np.median(pixels, axis=0)
 
     def distance(name: str) -> float:
@@ -184,34 +192,39 @@ def _colour(pixels: np.ndarray) -> str:
 
 
 def _shape(mask: np.ndarray) -> str:
-    """The one of which most lies over this one, both brought to one size."""
-    own = _normal(mask)
-    likeness = [(float((own & one).sum() / (own | one).sum()), shape) for shape in SHAPES for one in _templates(shape)]
-    return max(likeness)[1]
+    """Returns the shape that overlaps the mask most (intersection over union), both scaled to one size."""
+    scaled = _scale(mask)
+    overlaps = [
+        (float((scaled & template).sum() / (scaled | template).sum()), shape)
+        for shape in SHAPES
+        for template in _templates(shape)
+    ]
+    return max(overlaps)[1]
 
 
 @cache
 def _templates(shape: str) -> list[np.ndarray]:
-    """What the shape looks like to `read`, filled and as an outline, small and large."""
-    found = []
+    """Returns scaled masks of a shape as `read` finds it, filled and outlined, small and large."""
+    templates = []
     for style in ("flat", "outline"):
         for radius in (11, 12.5, 15, 17.5, 20):
-            picture = Image.new("RGB", (SIZE * FINE,) * 2)
-            pen = ImageDraw.Draw(picture)
-            _draw_object(picture, pen, style, (255, 255, 255), _corners(shape, 32, 32, radius))
-            small = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BOX))[..., 0]
-            found.append(_normal(max(_blobs(small > 60), key=np.sum)))
-    return found
+            image = Image.new("RGB", (SIZE * FINE,) * 2)
+            pen = ImageDraw.Draw(image)
+            _draw_object(image, pen, style, (255, 255, 255), _corners(shape, 32, 32, radius))
+            small = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))[..., 0]
+            templates.append(_scale(max(_connected_masks(small > 60), key=np.sum)))
+    return templates
 
 
-def _blobs(inked: np.ndarray) -> list[np.ndarray]:
-    """Masks of what hangs together, with holes filled."""
+def _connected_masks(inked: np.ndarray) -> list[np.ndarray]:
+    """Returns a mask for each connected area, with its holes filled."""
     filled = ndimage.binary_fill_holes(ndimage.binary_closing(np.pad(inked, 2)))[2:-2, 2:-2]
     labels, count = ndimage.label(filled)
     return [labels == number for number in range(1, count + 1)]
 
 
-def _normal(mask: np.ndarray) -> np.ndarray:
+def _scale(mask: np.ndarray) -> np.ndarray:
+    """Scales the part of a mask that is True to 32 x 32 pixels."""
     rows, columns = np.nonzero(mask)
     box = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     return np.asarray(Image.fromarray(box).resize((32, 32), Image.Resampling.NEAREST))

@@ -1,8 +1,8 @@
-"""`sdxl-model generate` and `compare`: pictures of any checkpoint, drawn as previews are while it trains.
+"""`sdxl-model generate` and `sdxl-model compare`: draw images with checkpoints, in the same way as previews.
 
-What the file says of itself is taken for granted: v-prediction by modelspec.prediction_type, zero terminal SNR by the
-config that this project writes into it. A picture depends on model, prompt, options and seed, not on the batch that it
-is drawn in (but for rounding).
+The metadata of a checkpoint says how to draw. `modelspec.prediction_type` turns v-prediction on, and the config that
+sdxl-train saves there turns zero terminal SNR on. An image depends on the model, the prompt, the options and the seed.
+The batch size changes it only by rounding.
 """
 
 import argparse
@@ -26,16 +26,17 @@ from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.schedule import build_schedule
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.model.load import Loaded, load_checkpoint, open_base_model
-from sdxl_finetune.output.previews import build_sampler, draw_latents, parameters, save_picture, to_image
-from sdxl_finetune.output.prompts import LARGEST_SEED, MOST_STEPS, Prompt, load_prompts
+from sdxl_finetune.model.load import load_checkpoint, open_base_model
+from sdxl_finetune.output.previews import PreviewModel, draw_latents, generation_parameters, save_image, to_image
+from sdxl_finetune.output.prompts import MAX_SEED, MAX_STEPS, Prompt, load_prompts
 
 logger = logging.getLogger(__name__)
 
-LARGEST_DRAWN = 2**32
-LEAST_STEPS = {"pndm": 4}
-"""Of samplers that need more than one."""
-PICTURE = re.compile(r"(\d{5,})-\d+\.png")
+RANDOM_SEEDS = 2**32
+"""Seeds to choose from if no seed is given. Web UIs use this range as well."""
+MIN_STEPS = {"pndm": 4}
+"""Samplers that need more than one step."""
+IMAGE_NAME = re.compile(r"(\d{5,})-\d+\.png")
 STYLE = """
 body { font: 14px sans-serif; margin: 1em; background: #fff; color: #222 }
 table { border-collapse: collapse } th, td { padding: 4px; vertical-align: top; text-align: left; max-width: 20em }
@@ -44,168 +45,168 @@ thead th { position: sticky; top: 0; background: #fff } img { display: block; wi
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One picture to draw."""
+class ImageRequest:
+    """An image to draw. `sampler` is the prompt's own, or that of the command line."""
 
     prompt: Prompt
     seed: int
+    sampler: str
+
+    def parameters(self, model: str | None = None, model_hash: str | None = None) -> str:
+        return generation_parameters(self.prompt, self.seed, self.sampler, model, model_hash)
+
+    def batch_key(self) -> tuple[object, ...]:
+        """Returns what must be equal for images that are drawn in one batch."""
+        return self.sampler, self.prompt.width, self.prompt.height, self.prompt.steps, self.prompt.scale
 
 
 def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
-    """Draws every prompt `images` times into the folder `output`. Raises UserError."""
-    wanted = _wanted(arguments)
+    """Draws `images` images of each prompt into the folder `output`. Raises UserError."""
+    requests = _read_requests(arguments)
     _check_models([arguments.model], arguments.vae)
     _make_folder(arguments.output)
-    loaded = _load(arguments.model, arguments)
-    first = _next_number(arguments.output)
-    for number, (one, image) in enumerate(_draw(loaded, wanted, arguments), first):
-        sampler = one.prompt.sampler or arguments.sampler
-        path = arguments.output / f"{number:05d}-{one.seed}.png"
-        save_picture(path, image, parameters(one.prompt, one.seed, sampler, arguments.model.stem, model_hash))
-    print(f"wrote {len(wanted)} pictures into {arguments.output}")
+    matches = (IMAGE_NAME.fullmatch(path.name) for path in arguments.output.iterdir())
+    first_number = max((int(match[1]) for match in matches if match), default=-1) + 1
+    for number, (request, image) in enumerate(_draw(arguments.model, requests, arguments), first_number):
+        path = arguments.output / f"{number:05d}-{request.seed}.png"
+        save_image(path, image, request.parameters(arguments.model.stem, model_hash))
+    print(f"wrote {len(requests)} images into {arguments.output}")
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Writes one HTML page: a row for each prompt and seed, a column for each checkpoint. Raises UserError, before
-    anything is drawn. A checkpoint that draws nothing but NaN has a column that says so.
+    """Writes an HTML page with a row for each prompt and seed, and a column for each checkpoint.
+
+    Raises UserError for wrong arguments before anything is drawn. If a checkpoint gives infinite values or NaN, its
+    column says so.
     """
-    wanted = _wanted(arguments)
+    requests = _read_requests(arguments)
     if arguments.output.is_dir():
-        raise UserError(Problem("is a folder: name a file", key="output", value=str(arguments.output)))
+        raise UserError(Problem("is a folder. Give the name of a file", key="output", value=str(arguments.output)))
     _check_models(arguments.models, arguments.vae)
     _make_folder(arguments.output.parent)
-    columns = [_column(model, wanted, arguments) for model in arguments.models]
+    columns = [_draw_column(model, requests, arguments) for model in arguments.models]
     head = "".join(f"<th>{html.escape(str(model))}</th>" for model in arguments.models)
     rows = []
-    for one, *pictures in zip(wanted, *columns, strict=True):
-        said = html.escape(parameters(one.prompt, one.seed, one.prompt.sampler or arguments.sampler, None))
-        cells = "".join(f"<td>{picture}</td>" for picture in pictures)
-        rows.append(f"<tr><td>{said.replace(chr(10), '<br>')}</td>{cells}</tr>")
+    for request, *images in zip(requests, *columns, strict=True):
+        cells = "".join(f"<td>{image}</td>" for image in images)
+        rows.append(f"<tr><td>{html.escape(request.parameters()).replace(chr(10), '<br>')}</td>{cells}</tr>")
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     page = f'<!doctype html><meta charset="utf-8"><title>Checkpoints compared</title><style>{STYLE}</style>{table}\n'
     with atomic_path(arguments.output) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    print(f"wrote {arguments.output}: {len(wanted)} pictures of each of {len(arguments.models)} checkpoints")
+    print(f"wrote {arguments.output}: {len(requests)} images from each of {len(arguments.models)} checkpoints")
 
 
-def _column(model: Path, wanted: Sequence[Wanted], arguments: argparse.Namespace) -> list[str]:
-    """What one checkpoint draws, as HTML."""
-    loaded = _load(model, arguments)
+def _draw_column(model: Path, requests: Sequence[ImageRequest], arguments: argparse.Namespace) -> list[str]:
+    """Draws all images with one checkpoint, and returns them as HTML."""
     try:
-        return [_embedded(image) for _, image in _draw(loaded, wanted, arguments, about=model.name)]
+        return [_to_html(image) for _, image in _draw(model, requests, arguments, progress_label=model.name)]
     except UserError as error:
         logger.error("%s: %s", model, error)
-        return [html.escape(str(error))] * len(wanted)
+        return [html.escape(str(error))] * len(requests)
 
 
 def _check_models(models: Sequence[Path], vae: Path | None) -> None:
-    """Raises UserError with everything that is wrong with them, as the names of their tensors tell."""
-    if problems := [problem for model in models for problem in _problems_of(model, vae)]:
+    """Checks the names and shapes of the models' tensors. Raises UserError with the problems of all models."""
+    if problems := [problem for model in models for problem in _find_problems(model, needs_vae=vae is None)]:
         raise UserError(problems)
 
 
-def _problems_of(model: Path, vae: Path | None) -> Sequence[Problem]:
+def _find_problems(model: Path, *, needs_vae: bool) -> Sequence[Problem]:
     try:
-        open_base_model(model, needs_vae=vae is None)
+        open_base_model(model, needs_vae=needs_vae)
     except UserError as error:
         return error.problems
-    return []
+    return ()
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(Problem(f"cannot be made: {error.strerror}", key="output", value=str(folder))) from error
+        message = f"the folder cannot be made: {error.strerror}. Give another --output"
+        raise UserError(Problem(message, key="output", value=str(folder))) from error
 
 
-def _wanted(arguments: argparse.Namespace) -> list[Wanted]:
-    """Every picture, with its seed: the prompt's, the option's, or one that is drawn; then the numbers after it."""
-    default = Prompt(
-        prompt="",
-        negative_prompt=arguments.negative_prompt,
-        width=arguments.width,
-        height=arguments.height,
-        steps=arguments.steps,
-        scale=arguments.scale,
-    )
+def _read_requests(arguments: argparse.Namespace) -> list[ImageRequest]:
+    """Reads the images to draw from the command line and the prompt file. Raises UserError.
+
+    The first image of a prompt gets the prompt's own seed, the option `seed`, or a random seed. Each further image of
+    this prompt gets the next seed.
+    """
+    options = {name: getattr(arguments, name) for name in ("negative_prompt", "width", "height", "steps", "scale")}
+    default = Prompt(prompt="", **options)
     prompts = [replace(default, prompt=prompt) for prompt in arguments.prompt]
     if arguments.prompts:
         prompts += load_prompts(arguments.prompts, default)
     if not prompts:
-        message = "holds no prompt" if arguments.prompts else "is needed, or --prompts: what to draw"
-        where = str(arguments.prompts) if arguments.prompts else None
-        raise UserError(Problem(message, key="prompts" if where else "prompt", file=where))
-    drawn = secrets.randbelow(LARGEST_DRAWN) if arguments.seed is None else arguments.seed
+        if arguments.prompts:
+            raise UserError(Problem("the file holds no prompt. Add one", key="prompts", value=str(arguments.prompts)))
+        raise UserError(Problem("is missing. Say what to draw with --prompt or --prompts", key="prompt"))
+    first_seed = secrets.randbelow(RANDOM_SEEDS) if arguments.seed is None else arguments.seed
+    requests = []
     for prompt in prompts:
-        least = LEAST_STEPS.get(prompt.sampler or arguments.sampler, 1)
-        if not least <= prompt.steps <= MOST_STEPS:
-            message = f"must be from {least} to {MOST_STEPS} for {prompt.sampler or arguments.sampler}"
+        sampler, seed = prompt.sampler or arguments.sampler, first_seed if prompt.seed is None else prompt.seed
+        least = MIN_STEPS.get(sampler, 1)
+        if not least <= prompt.steps <= MAX_STEPS:
+            message = f"must be from {least} to {MAX_STEPS} for the sampler {sampler}"
             raise UserError(Problem(message, key="steps", value=prompt.steps))
-        _warn_if_cut(prompt.prompt, arguments.max_token_length)
-    wanted = [
-        Wanted(prompt, (drawn if prompt.seed is None else prompt.seed) + number)
-        for prompt in prompts
-        for number in range(arguments.images)
-    ]
-    if (largest := max(one.seed for one in wanted)) > LARGEST_SEED:
-        raise UserError(Problem(f"must be at most {LARGEST_SEED}", key="seed", value=largest))
-    return wanted
+        if seed + arguments.images - 1 > MAX_SEED:
+            raise UserError(Problem(f"the seed of the last image must be at most {MAX_SEED}", key="seed", value=seed))
+        _warn_if_too_long(prompt.prompt, arguments.max_token_length)
+        requests += [ImageRequest(prompt, seed + number, sampler) for number in range(arguments.images)]
+    return requests
 
 
-def _warn_if_cut(prompt: str, most: int) -> None:
-    if (count := Tokenizer(max_token_length=most, weighted=True).length(prompt)) > most:
-        logger.warning("only the first %d of %d tokens are read of: %s", most, count, prompt)
+def _warn_if_too_long(prompt: str, max_tokens: int) -> None:
+    if (count := Tokenizer(max_token_length=max_tokens, weighted=True).length(prompt)) > max_tokens:
+        message = "only the first %d of %d tokens are used of the prompt: %s. Shorten it or raise --max_token_length"
+        logger.warning(message, max_tokens, count, prompt)
 
 
-def _load(path: Path, arguments: argparse.Namespace) -> Loaded:
-    gpu = torch.cuda.is_available()
-    name = arguments.precision or ("bf16" if gpu else "float")
+def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = arguments.precision or ("bf16" if device.type == "cuda" else "float")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}[name]
     loaded = load_checkpoint(path, dtype=dtype, vae_path=arguments.vae)
-    device = torch.device("cuda" if gpu else "cpu")
-    loaded.model.to(device).eval()
+    trained_with = json.loads(loaded.metadata.get("sdxl_finetune.config", "{}"))
+    zero_terminal_snr = arguments.zero_terminal_snr or bool(trained_with.get("zero_terminal_snr"))
     loaded.vae.to(device)
-    return loaded
+    return PreviewModel(
+        sdxl=loaded.model.to(device).eval(),
+        vae=loaded.vae,
+        tokenizer=build_tokenizer(max_token_length=arguments.max_token_length),
+        noise_schedule=build_schedule(zero_terminal_snr=zero_terminal_snr),
+        v_parameterization=arguments.v_parameterization or loaded.metadata.get("modelspec.prediction_type") == "v",
+    )
 
 
 @torch.no_grad()
 def _draw(
-    loaded: Loaded, wanted: Sequence[Wanted], arguments: argparse.Namespace, about: str = "drawing"
-) -> Iterator[tuple[Wanted, Image.Image]]:
-    """The pictures in order; those next to each other that differ in text and seed only share batches."""
-    predicts_v = arguments.v_parameterization or loaded.metadata.get("modelspec.prediction_type") == "v"
-    trained = json.loads(loaded.metadata.get("sdxl_finetune.config", "{}"))
-    zero = arguments.zero_terminal_snr or bool(trained.get("zero_terminal_snr"))
-    tokenizer = build_tokenizer(max_token_length=arguments.max_token_length, weighted_captions=True)
-    schedule = build_schedule(zero_terminal_snr=zero)
-    with tqdm(total=len(wanted), desc=about, unit=" images", disable=None) as progress:
-        for (name, *_), run in groupby(wanted, lambda one: _shared(one.prompt, arguments.sampler)):
-            alike = list(run)
-            for start in range(0, len(alike), arguments.batch_size):
-                batch = alike[start : start + arguments.batch_size]
-                sampler = build_sampler(str(name), schedule, v_parameterization=predicts_v)
-                prompts, seeds = [one.prompt for one in batch], [one.seed for one in batch]
-                latents = draw_latents(loaded.model, tokenizer, sampler, prompts, seeds)
+    path: Path, requests: Sequence[ImageRequest], arguments: argparse.Namespace, progress_label: str = "drawing"
+) -> Iterator[tuple[ImageRequest, Image.Image]]:
+    """Loads a checkpoint and yields its images in order. Neighbours that differ in text and seed only share a batch.
+
+    Raises UserError if the model gives infinite values or NaN.
+    """
+    model = _load(path, arguments)
+    with tqdm(total=len(requests), desc=progress_label, unit=" images", disable=None) as progress:
+        for _, group in groupby(requests, ImageRequest.batch_key):
+            similar = list(group)
+            for start in range(0, len(similar), arguments.batch_size):
+                batch = similar[start : start + arguments.batch_size]
+                prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
+                latents = draw_latents(model, batch[0].sampler, prompts, seeds)
                 if not latents.isfinite().all():
                     message = "the model gives values that are infinite or not a number"
-                    remedy = "" if next(loaded.model.parameters()).dtype == torch.float32 else ": try --precision float"
-                    raise UserError(f"{message}{remedy}")
-                for one, latent in zip(batch, latents, strict=True):
-                    yield one, to_image(loaded.vae, latent[None])
+                    is_exact = next(model.sdxl.parameters()).dtype == torch.float32
+                    raise UserError(message if is_exact else f"{message}. Try --precision float")
+                for request, latent in zip(batch, latents, strict=True):
+                    yield request, to_image(model.vae, latent[None])
                 progress.update(len(batch))
 
 
-def _shared(prompt: Prompt, sampler: str) -> tuple[object, ...]:
-    return prompt.sampler or sampler, prompt.width, prompt.height, prompt.steps, prompt.scale
-
-
-def _next_number(folder: Path) -> int:
-    found = (PICTURE.fullmatch(path.name) for path in folder.iterdir())
-    return max((int(match[1]) for match in found if match), default=-1) + 1
-
-
-def _embedded(image: Image.Image) -> str:
+def _to_html(image: Image.Image) -> str:
     data = io.BytesIO()
     image.save(data, "PNG")
     return f'<img src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}" alt="">'

@@ -1,4 +1,4 @@
-"""Contact sheets: several pictures in one, each with words below it."""
+"""Contact sheets: several images in one, each with a text below it."""
 
 import textwrap
 from collections.abc import Sequence
@@ -6,30 +6,30 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 MIN_SIDE, MAX_SIDE = 160, 384
-"""Pixels of the longer side of a picture on a sheet."""
+"""Pixels of the longest side of an image on the sheet. Smaller images are enlarged, larger images are reduced."""
 LINES = 3
-"""Of words below a picture, at most."""
-MARGIN, SIZE = 6, 13
+"""Most lines of text below an image. The rest of the text is cut off."""
+MARGIN, FONT_SIZE = 6, 13
+"""Pixels."""
 
 
-def contact_sheet(pictures: Sequence[Image.Image], words: Sequence[str], *, across: int) -> Image.Image:
-    """The pictures in rows of `across`, brought to one scale, on white."""
-    largest = max(max(picture.size) for picture in pictures)
-    scale = -(-MIN_SIDE // largest) if largest < MIN_SIDE else min(1, MAX_SIDE / largest)
-    way = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    sizes = [(round(picture.width * scale), round(picture.height * scale)) for picture in pictures]
-    width, height = max(width for width, _ in sizes), max(height for _, height in sizes)
-    font = ImageFont.load_default(SIZE)
-    below = LINES * (SIZE + 3) if any(words) else 0
-    rows = -(-len(pictures) // across)
-    across = min(across, len(pictures))
-    page = Image.new("RGB", (across * (width + MARGIN) + MARGIN, rows * (height + below + MARGIN) + MARGIN), "white")
-    pen = ImageDraw.Draw(page)
-    letters = max(8, int(width / (0.52 * SIZE)))
-    for number, (picture, size, text) in enumerate(zip(pictures, sizes, words, strict=True)):
-        left = MARGIN + number % across * (width + MARGIN)
-        top = MARGIN + number // across * (height + below + MARGIN)
-        page.paste(picture.convert("RGB").resize(size, way), (left, top))
+def contact_sheet(images: Sequence[Image.Image], texts: Sequence[str], *, columns: int) -> Image.Image:
+    """Puts images of any sizes, scaled by one factor, into a white grid with at most `columns` columns."""
+    longest = max(max(image.size) for image in images)
+    scale = -(-MIN_SIDE // longest) if longest < MIN_SIDE else min(1, MAX_SIDE / longest)
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    sizes = [(round(image.width * scale), round(image.height * scale)) for image in images]
+    columns, rows = min(columns, len(images)), -(-len(images) // columns)
+    text_height = LINES * (FONT_SIZE + 3) if any(texts) else 0
+    cell_width = max(width for width, _ in sizes) + MARGIN
+    image_height = max(height for _, height in sizes)
+    cell_height = image_height + text_height + MARGIN
+    page = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
+    letters = max(8, int((cell_width - MARGIN) / (0.52 * FONT_SIZE)))  # a letter is about half as wide as high
+    for number, (image, size, text) in enumerate(zip(images, sizes, texts, strict=True)):
+        left, top = MARGIN + number % columns * cell_width, MARGIN + number // columns * cell_height
+        page.paste(image.convert("RGB").resize(size, method), (left, top))
         lines = textwrap.wrap(text, letters, max_lines=LINES, placeholder=" ...")
-        pen.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", font=font, spacing=2)
+        pen.multiline_text((left, top + image_height + 2), "\n".join(lines), fill="black", font=font, spacing=2)
     return page

@@ -241,7 +241,7 @@ class Log:
         self.flush()
         if not self._trackers:
             return
-        sheet = contact_sheet([image for _, image, _ in drawn], [prompt for *_, prompt in drawn], across=4)
+        sheet = contact_sheet([image for _, image, _ in drawn], [prompt for *_, prompt in drawn], columns=4)
         for tracker in self._trackers:
             for index, image, prompt in drawn:
                 tracker.image(f"sample_{index}", image, prompt, step)

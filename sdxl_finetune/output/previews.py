@@ -1,9 +1,9 @@
-"""Previews: what the model in training draws for a few fixed prompts.
+"""Previews: images that the model in training draws for fixed prompts. `sdxl-model generate` draws in the same way.
 
-They are sampled on the schedule that is trained on, so that they show the model and not a mismatch: v-prediction where
-it is trained, and with zero terminal SNR (Lin et al., arXiv 2305.08891, section 3.3) every sampler starts at
-timestep 999. Otherwise samplers, defaults and sizes are the reference's (golden sample_prompts.json). All randomness
-comes from generators of their own, so that training does not notice; a prompt that fails costs one line of log.
+Previews are drawn with the noise schedule and the prediction type of the training. With zero terminal SNR every
+sampler therefore starts at timestep 999 (Lin et al., arXiv 2305.08891, section 3.3). Samplers, defaults and image
+sizes are otherwise those of sd-scripts (golden sample_prompts.json). Previews use random generators of their own, so
+that they do not change the training. A prompt that fails is reported in one line, and the run continues.
 """
 
 import dataclasses
@@ -11,10 +11,9 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,53 +27,64 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from sdxl_finetune.batch import TIMESTEPS
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import PreviewOptions
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.schedule import FIRST_BETA, LAST_BETA, Schedule
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.sdxl import SDXL, evaluating
 from sdxl_finetune.model.vae import decode
-from sdxl_finetune.output.prompts import Prompt, preview_name
+from sdxl_finetune.output.prompts import PreviewFiles, Prompt
 from sdxl_finetune.seeding import position_sequence
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS: Mapping[str, str] = {
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpm_2": "KDPM2DiscreteScheduler",
-    "dpm_2_a": "KDPM2AncestralDiscreteScheduler",
-    "dpmsolver": "DPMSolverMultistepScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "dpmsingle": "DPMSolverSinglestepScheduler",
+SAMPLERS: Mapping[str, tuple[str, str]] = {
+    "ddim": ("DDIMScheduler", "DDIM"),
+    "pndm": ("PNDMScheduler", "PLMS"),
+    "lms": ("LMSDiscreteScheduler", "LMS"),
+    "euler": ("EulerDiscreteScheduler", "Euler"),
+    "euler_a": ("EulerAncestralDiscreteScheduler", "Euler a"),
+    "heun": ("HeunDiscreteScheduler", "Heun"),
+    "dpm_2": ("KDPM2DiscreteScheduler", "DPM2"),
+    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
+    "dpmsolver": ("DPMSolverMultistepScheduler", "dpmsolver"),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", "DPM++ 2M"),
+    "dpmsingle": ("DPMSolverSinglestepScheduler", "dpmsingle"),
 }
-"""The reference's names and diffusers' classes; k_x is x."""
-UI_NAMES = {
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "lms": "LMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm_2": "DPM2",
-    "dpm_2_a": "DPM2 a",
-    "dpmsolver++": "DPM++ 2M",
-}
-"""What AUTOMATIC1111 calls those of them that it has."""
-TERMINAL = 2.0**-24
-"""Stands for a terminal alpha-bar of 0, where the samplers that work on sigma would divide by it (as in diffusers)."""
+"""Class in diffusers and name in AUTOMATIC1111 of each sampler of sd-scripts. A sampler k_x is the same as x.
+
+AUTOMATIC1111 does not have dpmsolver and dpmsingle, so these keep their name.
+"""
+SMALLEST_ALPHA_BAR = 2.0**-24
+"""Replaces a last alpha-bar of 0, because samplers that use sigma would divide by it. diffusers uses this value too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewModel:
+    """A model with everything that is needed to draw images with it."""
+
+    sdxl: SDXL
+    vae: AutoencoderKL
+    tokenizer: Tokenizer
+    """`draw_latents` reads (words:1.3) as weights, even if this tokenizer does not."""
+    noise_schedule: Schedule
+    """Noise schedule that the model was trained with."""
+    v_parameterization: bool
+    """True if the model predicts velocity, False if it predicts noise."""
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Context of mixed precision for the model. The VAE decodes outside of it."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.sdxl.parameters()).device
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """One picture and how it came about."""
+    """An image that was drawn, and how."""
 
     index: int
-    """The prompt's place in the prompt file, from 0."""
+    """Position of the prompt in the prompt file, from 0."""
     prompt: Prompt
     seed: int
     image: Image.Image
@@ -82,32 +92,33 @@ class Preview:
 
 
 def build_sampler(name: str, schedule: Schedule, *, v_parameterization: bool) -> Any:
-    """diffusers' sampler of that name (one of the config's) on the schedule that is trained on."""
+    """Builds the diffusers sampler for a value of `sample_sampler`, on the given noise schedule."""
     name = name.removeprefix("k_")
-    kind = getattr(diffusers, SAMPLERS[name])
+    sampler_class = getattr(diffusers, SAMPLERS[name][0])
     settings: dict[str, Any] = {
         "num_train_timesteps": TIMESTEPS,
         "beta_start": FIRST_BETA,
         "beta_end": LAST_BETA,
         "beta_schedule": "scaled_linear",
         "prediction_type": "v_prediction" if v_parameterization else "epsilon",
-        "clip_sample": False,  # made for pixels: of latents it cuts off a third, and the extremes of light
+        # Clipping to [-1, 1] is meant for pixels. It would cut off a third of all latent values.
+        "clip_sample": False,
     }
     if name.startswith("dpmsolver"):
         settings["algorithm_type"] = name
     if name == "dpmsolver":
-        settings["final_sigmas_type"] = "sigma_min"  # the only one that it takes; the reference fails here
+        settings["final_sigmas_type"] = "sigma_min"  # the only value that works; sd-scripts fails here
     if name == "dpmsingle":
-        settings["lower_order_final"] = True  # diffusers sets it anyway, and says so each time
+        settings["lower_order_final"] = True  # diffusers would set it too, with a warning each time
     if schedule.alphas_cumprod[-1] == 0:
-        alphas_cumprod = schedule.alphas_cumprod.double().cpu().numpy().clip(TERMINAL)
+        alphas_cumprod = schedule.alphas_cumprod.double().cpu().numpy().clip(SMALLEST_ALPHA_BAR)
         settings["trained_betas"] = (1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])).tolist()
         settings["timestep_spacing"] = "trailing"
-    accepted = inspect.signature(kind).parameters
+    accepted = inspect.signature(sampler_class).parameters
     with warnings.catch_warnings():
-        # diffusers will one day drop the first dpmsolver; it is offered because the reference's configs name it.
+        # diffusers warns that it will remove dpmsolver. Configs of sd-scripts name it, so it stays available.
         warnings.filterwarnings("ignore", ".*algorithm_type", FutureWarning)
-        return kind(**{name: value for name, value in settings.items() if name in accepted})
+        return sampler_class(**{name: value for name, value in settings.items() if name in accepted})
 
 
 def denoise(
@@ -117,97 +128,82 @@ def denoise(
     noise: Float[Tensor, "n 4 h w"],
     generators: list[torch.Generator],
 ) -> Float[Tensor, "n 4 h w"]:
-    """Latents out of `noise` of unit variance, in `steps` steps of `sampler`, which draws from an image's generator."""
+    """Turns `noise` of unit variance into latents, in `steps` steps of `sampler`.
+
+    A sampler that adds noise draws it for each image from that image's generator.
+    """
     sampler.set_timesteps(steps, device=noise.device)
-    draws = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
+    random = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
     latents = noise * sampler.init_noise_sigma
     for timestep in sampler.timesteps:
-        # The U-Net was trained at whole timesteps; some samplers stop between two.
+        # Some samplers use timesteps between two integers, but the U-Net was trained on integers only.
         prediction = predict(sampler.scale_model_input(latents, timestep), timestep.round().long())
-        latents = sampler.step(prediction, timestep, latents, **draws).prev_sample
+        latents = sampler.step(prediction, timestep, latents, **random).prev_sample
     return latents
 
 
 def draw_latents(
-    model: SDXL, tokenizer: Tokenizer, sampler: Any, prompts: Sequence[Prompt], seeds: Sequence[int]
+    model: PreviewModel, sampler_name: str, prompts: Sequence[Prompt], seeds: Sequence[int]
 ) -> Float[Tensor, "n 4 h w"]:
-    """The latents of prompts that differ in text only, scaled as the U-Net sees them. The texts are encoded once.
+    """Draws the latents of a batch of prompts, scaled as the U-Net sees them.
 
-    Guidance (Ho and Salimans, arXiv 2207.12598) moves away from the negative prompt, empty if there is none, and is
-    off at a scale of 1 and less. (words:1.3) are weighted, as the reference's previews do.
+    The prompts may differ in their texts only: size, steps and guidance scale are those of the first. Guidance (Ho and
+    Salimans, arXiv 2207.12598) moves away from the negative prompt, or from the empty text if there is none. A scale
+    of 1 or less turns guidance off. As in the previews of sd-scripts, (words:1.3) are weighted.
     """
-    device = next(model.parameters()).device
-    prompt, guided = prompts[0], prompts[0].scale > 1
-    texts = [one.negative_prompt or "" for one in prompts] * guided + [one.prompt for one in prompts]
-    tokens = dataclasses.replace(tokenizer, weighted=True)(texts)
-    hidden, pooled = model.encode_text(*(part.to(device) for part in tokens if part is not None))
-    size = [prompt.height, prompt.width]
+    device, shared = model.device, prompts[0]
+    guided = shared.scale > 1
+    texts = [prompt.negative_prompt or "" for prompt in prompts] * guided + [prompt.prompt for prompt in prompts]
+    tokens = dataclasses.replace(model.tokenizer, weighted=True)(texts)
+    hidden, pooled = model.sdxl.encode_text(*(part.to(device) for part in tokens if part is not None))
+    size = [shared.height, shared.width]
     sizes = torch.tensor([[*size, 0, 0, *size]], device=device).expand(len(texts), -1)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        both = torch.cat([latents, latents]) if guided else latents
-        predicted = model.predict(both, timestep.to(device).expand(len(texts)), hidden, pooled, sizes)
+        inputs = torch.cat([latents, latents]) if guided else latents
+        predicted = model.sdxl.predict(inputs, timestep.to(device).expand(len(texts)), hidden, pooled, sizes)
         if not guided:
             return predicted
-        away, towards = predicted.chunk(2)
-        return away + prompt.scale * (towards - away)
+        negative, positive = predicted.chunk(2)
+        return negative + shared.scale * (positive - negative)
 
-    # Drawn on the CPU, so that a seed gives the same picture on every device.
+    # The noise is drawn on the CPU, so that a seed gives the same image on every device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = 4, prompt.height // 8, prompt.width // 8
+    shape = 4, shared.height // 8, shared.width // 8
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    return denoise(predict, sampler, prompt.steps, noise.to(device), generators)
+    sampler = build_sampler(sampler_name, model.noise_schedule, v_parameterization=model.v_parameterization)
+    return denoise(predict, sampler, shared.steps, noise.to(device), generators)
 
 
 def draw_previews(
-    model: SDXL,
-    vae: AutoencoderKL,
-    prompts: Sequence[Prompt],
-    *,
-    config: Config,
-    tokenizer: Tokenizer,
-    schedule: Schedule,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    seed: int,
-    epoch: int | None,
-    step: int,
-    now: datetime,
-    rank: int = 0,
-    ranks: int = 1,
+    model: PreviewModel, prompts: Iterable[tuple[int, Prompt]], options: PreviewOptions, files: PreviewFiles, seed: int
 ) -> list[Preview]:
-    """Draws every `ranks`-th prompt, from `rank` on, and saves it in {output_dir}/sample; returns what came about.
+    """Draws a preview for each prompt, saves the images, and returns those that succeeded.
 
-    `autocast` is the training's; `seed` is the run's, of which prompts without one get theirs by position; `epoch` is
-    the epoch that has ended, None within one. The modes of the model's modules, the VAE's place and the global random
-    generators are afterwards as they were.
+    Each prompt comes with its index in the prompt file. A prompt without a seed gets one that follows from the run's
+    `seed`, the optimizer step and the index. Afterwards the modes of the model's modules, the device of the VAE and the
+    global random generators are as before.
     """
-    assert config.output_dir is not None
-    folder, device = config.output_dir / "sample", next(model.parameters()).device
-    drawn: list[tuple[int, int, Tensor]] = []
-    with torch.no_grad(), evaluating(model):
-        for index in range(rank, len(prompts), ranks):
-            prompt = prompts[index]
-            with _one_line_if_it_fails(index, prompt), autocast():
-                chosen = _position_seed(seed, step, index) if prompt.seed is None else prompt.seed
-                name = prompt.sampler or config.sample_sampler
-                sampler = build_sampler(name, schedule, v_parameterization=config.v_parameterization)
-                drawn.append((index, chosen, draw_latents(model, tokenizer, sampler, [prompt], [chosen])))
+    drawn: list[tuple[int, Prompt, int, Tensor]] = []
+    with torch.no_grad(), evaluating(model.sdxl):
+        for index, prompt in prompts:
+            with _report_failure(index, prompt), model.autocast():
+                own_seed = _preview_seed(seed, files.step, index) if prompt.seed is None else prompt.seed
+                latents = draw_latents(model, prompt.sampler or options.sample_sampler, [prompt], [own_seed])
+                drawn.append((index, prompt, own_seed, latents))
     previews = []
-    with torch.no_grad(), _on(vae, device):
-        for index, chosen, latents in drawn:
-            prompt = prompts[index]
-            with _one_line_if_it_fails(index, prompt):
-                name = preview_name(config.output_name, epoch=epoch, step=step, index=index, time=now, seed=prompt.seed)
-                image = to_image(vae, latents)
-                preview = Preview(index=index, prompt=prompt, seed=chosen, image=image, path=folder / name)
-                text = parameters(prompt, chosen, prompt.sampler or config.sample_sampler, config.output_name)
-                save_picture(preview.path, image, text)
-                previews.append(preview)
+    with torch.no_grad(), _moved_to(model.device, model.vae):
+        for index, prompt, own_seed, latents in drawn:
+            with _report_failure(index, prompt):
+                image, path = to_image(model.vae, latents), files.path(index, prompt.seed)
+                sampler = prompt.sampler or options.sample_sampler
+                save_image(path, image, generation_parameters(prompt, own_seed, sampler, files.output_name))
+                previews.append(Preview(index=index, prompt=prompt, seed=own_seed, image=image, path=path))
     return previews
 
 
 def to_image(vae: AutoencoderKL, latents: Float[Tensor, "1 4 h w"]) -> Image.Image:
-    """The picture of scaled latents, decoded in float32. Raises ValueError if they hold infinities or NaN."""
+    """Decodes scaled latents in float32. Raises ValueError if they contain infinite values or NaN."""
     if not latents.isfinite().all():
         raise ValueError("the model gave values that are infinite or not a number")
     pixels = decode(vae, latents.float() / vae.config.scaling_factor)[0]
@@ -215,44 +211,50 @@ def to_image(vae: AutoencoderKL, latents: Float[Tensor, "1 4 h w"]) -> Image.Ima
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def save_picture(path: Path, image: Image.Image, text: str) -> None:
-    """Writes the picture whole or not at all, with its `parameters` in the text that web UIs read back."""
+def save_image(path: Path, image: Image.Image, text: str) -> None:
+    """Writes a PNG file, complete or not at all. Web UIs read `text` back from its field `parameters`."""
     information = PngInfo()
     information.add_text("parameters", text)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=information)
 
 
-def parameters(prompt: Prompt, seed: int, sampler: str, model: str | None, model_hash: str | None = None) -> str:
-    """How a picture is drawn, in AUTOMATIC1111's form; the hash is the first ten digits of the file's SHA-256."""
+def generation_parameters(
+    prompt: Prompt, seed: int, sampler: str, model: str | None, model_hash: str | None = None
+) -> str:
+    """Describes how an image is drawn, in the text format of AUTOMATIC1111.
+
+    `model` is the name of the model. `model_hash` is the first ten digits of the SHA-256 hash of its file.
+    """
     lines = [prompt.prompt]
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")
     settings = {
         "Steps": prompt.steps,
-        "Sampler": UI_NAMES.get(sampler.removeprefix("k_"), sampler),
+        "Sampler": SAMPLERS[sampler.removeprefix("k_")][1],
         "CFG scale": prompt.scale,
         "Seed": seed,
         "Size": f"{prompt.width}x{prompt.height}",
         "Model hash": model_hash,
         "Model": model,
     }
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
+    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
 
 
-def _quoted(value: object) -> str:
-    """As that form has it: what would end a value stands in quotes."""
+def _quote(value: object) -> str:
+    """Puts a value in quotes if it contains a character that would end it in AUTOMATIC1111's format."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
-def _position_seed(seed: int, step: int, index: int) -> int:
+def _preview_seed(seed: int, step: int, index: int) -> int:
     return int(position_sequence(seed, "preview", step, index).generate_state(1)[0])
 
 
 @contextmanager
-def _one_line_if_it_fails(index: int, prompt: Prompt) -> Iterator[None]:
+def _report_failure(index: int, prompt: Prompt) -> Iterator[None]:
+    """Reports an error in the block in one line of the log, and continues after the block."""
     try:
         yield
     except Exception as error:
@@ -261,11 +263,11 @@ def _one_line_if_it_fails(index: int, prompt: Prompt) -> Iterator[None]:
 
 
 @contextmanager
-def _on(vae: AutoencoderKL, device: torch.device) -> Iterator[None]:
-    """The VAE on `device` as long as it is needed there."""
-    home = vae.device
+def _moved_to(device: torch.device, vae: AutoencoderKL) -> Iterator[None]:
+    """Within the context the VAE is on `device`. Afterwards it is where it was before."""
+    previous_device = vae.device
     vae.to(device)
     try:
         yield
     finally:
-        vae.to(home)
+        vae.to(previous_device)

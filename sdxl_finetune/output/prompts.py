@@ -1,9 +1,9 @@
-"""The prompts of previews: what a prompt file says, when previews are due and what their files are called.
+"""Prompts of previews: reading of prompt files, and names of preview files.
 
-A prompt file is text, one prompt a line with options as in `a cat --n blurry --w 832 --h 1216 --d 42`, or
-TOML or JSON with the same options under their long names. The formats, times and names are sd-scripts'
-(load_prompts, line_to_prompt_dict, sample_images_common); unlike there, what cannot be understood is said,
-with file and line.
+A prompt file holds one prompt per line, with options, as in `a cat --n blurry --w 832 --h 1216 --d 42`. It may also be
+TOML or JSON, with the same options under their long names. Formats and file names are those of sd-scripts
+(load_prompts, line_to_prompt_dict, sample_images_common). Unlike sd-scripts, every entry that cannot be read is
+reported with file and line.
 """
 
 import json
@@ -33,36 +33,63 @@ LINE_OPTIONS = {
     "d": "seed",
     "ss": "sample_sampler",
 }
-KEYS = {"prompt", *LINE_OPTIONS.values()}
-LINE_OPTION = re.compile(r"(?:^|\s)--(?=[a-z])", re.IGNORECASE)
+"""Short names of options on a line of a text file, and their long names."""
+KNOWN_OPTIONS = {"prompt", *LINE_OPTIONS.values()}
+OPTION_START = re.compile(r"(?:^|\s)--(?=[a-z])", re.IGNORECASE)
 SAMPLERS = get_args(Sampler)
-LARGEST_SIDE, MOST_STEPS, LARGEST_SEED = 8192, 1000, 2**64 - 1
+MAX_SIDE = 8192
+"""Pixels. Larger values are typing errors."""
+MAX_STEPS = 1000
+"""Sampling steps: the number of timesteps of the noise schedule."""
+MAX_SEED = 2**64 - 1
+"""Largest seed that torch.Generator accepts."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One preview image. The defaults are the reference's."""
+    """Prompt and options of one preview image. The defaults are those of sd-scripts."""
 
     prompt: str
     negative_prompt: str | None = None
     width: int = 512
-    """Pixels, a multiple of 8, at least 64; so is the height."""
+    """Pixels. A multiple of 8, at least 64."""
     height: int = 512
+    """Pixels. A multiple of 8, at least 64."""
     steps: int = 30
     scale: float = 7.5
-    """Strength of classifier-free guidance."""
+    """Strength of classifier-free guidance. Values up to 1 turn guidance off."""
     seed: int | None = None
-    """None: another one each time."""
+    """None: a new seed for each preview."""
     sampler: str | None = None
-    """None: the run's `sample_sampler`."""
+    """None: the option `sample_sampler`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewFiles:
+    """Folder and file names of the previews that are drawn at one step. The names are those of sd-scripts."""
+
+    folder: Path
+    output_name: str | None
+    epoch: int | None
+    """Number of finished epochs if previews are drawn by epoch, 0 before training. None if they are drawn by step."""
+    step: int
+    """Number of optimizer steps that were made."""
+    time: datetime
+
+    def path(self, index: int, seed: int | None) -> Path:
+        """Returns the path for prompt number `index`. `seed` is the seed in the prompt file, if there is one."""
+        moment = f"{self.step:06d}" if self.epoch is None else f"e{self.epoch:06d}"
+        parts = [self.output_name, moment, f"{index:02d}", f"{self.time:%Y%m%d%H%M%S}", seed]
+        return self.folder / ("_".join(str(part) for part in parts if part is not None) + ".png")
 
 
 def load_prompts(path: Path, default: Prompt | None = None) -> tuple[Prompt, ...]:
-    """The prompts of a .txt, .toml or .json file, in order, what they do not say from `default`. Raises UserError
-    with everything that is wrong in it; warns of options that do not exist or that SDXL does not have (`--g`,
-    `--cn`, ...), which the reference skips.
+    """Loads the prompts of a .txt, .toml or .json file, in the file's order.
+
+    Options that the file does not set are taken from `default`. Raises UserError with all problems of the file. Warns
+    of options that do not exist or that SDXL does not have (`--g`, `--cn`, ...); sd-scripts skips them silently.
     """
     default = default or Prompt(prompt="")
     try:
@@ -75,29 +102,29 @@ def load_prompts(path: Path, default: Prompt | None = None) -> tuple[Prompt, ...
             case ".json":
                 entries = list(_entries(path, json.loads(text)))
             case _:
-                raise ValueError("a prompt file ends in .txt, .toml or .json")
+                raise ValueError("the name of a prompt file must end in .txt, .toml or .json")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(Problem(reason, key="sample_prompts", file=str(path))) from error
     if not entries:
-        logger.warning("%s holds no prompt, so that nothing is drawn", path)
+        logger.warning("%s: the file holds no prompt, so no previews are drawn. Add a prompt to the file", path)
     problems: list[Problem] = []
-    prompts = tuple(_prompt(where, values, default, problems) for where, values in entries)
+    prompts = tuple(_read_prompt(place, values, default, problems) for place, values in entries)
     if problems:
         raise UserError(problems)
-    unknown: dict[str, str] = {}
-    for where, values in entries:
-        for key in values.keys() - KEYS:
-            if unknown.setdefault(key, where) == where:
-                logger.warning("%s: %s has no effect on previews", where, key)
+    unknown = {key: place for place, values in reversed(entries) for key in values.keys() - KNOWN_OPTIONS}
+    for key, place in sorted(unknown.items(), key=lambda item: item[::-1]):
+        logger.warning("%s: %s has no effect on previews", place, key)
     return prompts
 
 
 def line_values(line: str) -> dict[str, str]:
-    """The prompt and the options of one line, by their long names; unknown options as `--name`. An option
-    follows white space or begins the line; the last of several wins; one without a value is as if it were not
-    there."""
-    first, *options = LINE_OPTION.split(line)
+    """Splits one line into the prompt and its options, under their long names.
+
+    An option stands after white space or at the start of the line. The last of several equal options wins, and an
+    option without a value is ignored. Unknown options keep their name, as `--name`.
+    """
+    first, *options = OPTION_START.split(line)
     values = {"prompt": first.strip()}
     for option in options:
         name, *value = option.split(maxsplit=1)
@@ -113,64 +140,63 @@ def _text_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any
 
 
 def _entries(path: Path, prompts: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The prompts of a JSON list (or of one object), each an object or a line."""
+    """Yields place and options of each prompt in a list. A single object stands for a list of one."""
     for number, entry in enumerate(prompts if isinstance(prompts, list) else [prompts], start=1):
         if not isinstance(entry, (dict, str)):
-            raise ValueError(f"prompt {number} is neither text nor a table of options")
+            raise ValueError(f"prompt {number} is neither text nor a table of options. Write one of these")
         values = line_values(entry) if isinstance(entry, str) else entry
         yield f"{path}: prompt {number}", {key: value for key, value in values.items() if key != "subset"}
 
 
 def _toml_prompts(data: dict[str, Any]) -> list[Any]:
-    """[prompt] holds what its [[prompt.subset]] tables share; what one of them says itself wins."""
-    common = data.get("prompt")
-    if not isinstance(common, dict):
-        raise ValueError("has no [prompt] table")
-    subsets = common.get("subset", [{}])
+    """Joins the shared options in [prompt] with each [[prompt.subset]]. The options of the subset win."""
+    shared = data.get("prompt")
+    if not isinstance(shared, dict):
+        raise ValueError("the file has no [prompt] table. Put the prompts into [prompt] and [[prompt.subset]]")
+    subsets = shared.get("subset", [{}])
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-        raise ValueError("prompt.subset is not a list of tables: write [[prompt.subset]]")
-    return [common | subset for subset in subsets]
+        raise ValueError("prompt.subset is not a list of tables. Write [[prompt.subset]]")
+    return [shared | subset for subset in subsets]
 
 
-def _prompt(where: str, values: Mapping[str, Any], default: Prompt, problems: list[Problem]) -> Prompt:
-    """Reads one entry; what cannot be read is added to `problems` and its default taken."""
+def _read_prompt(place: str, values: Mapping[str, Any], default: Prompt, problems: list[Problem]) -> Prompt:
+    """Reads one entry. A value that cannot be read is added to `problems`, and its default is used."""
 
-    def number(key: str, usual: Any, lowest: int, highest: int, kind: type[int | float] = int) -> Any:
+    def number(key: str, if_missing: Any, low: int, high: int, kind: type[int | float] = int) -> Any:
         if (value := values.get(key)) is None:
-            return usual
-        parsed = _number(value, kind)
-        if parsed is not None and lowest <= parsed <= highest:
+            return if_missing
+        parsed = _parse_number(value, kind)
+        if parsed is not None and low <= parsed <= high:
             return parsed
-        message = f"must be a number from {lowest} to {highest}"
-        problems.append(Problem(message, key=key, value=value, file=where))
-        return usual
+        problems.append(Problem(f"must be a number from {low} to {high}", key=key, value=value, file=place))
+        return if_missing
 
-    def text(key: str, usual: str | None) -> str | None:
+    def text(key: str, if_missing: str | None) -> str | None:
         value = values.get(key)
         if value is not None and not isinstance(value, str):
-            problems.append(Problem("must be text", key=key, value=value, file=where))
-        return value if isinstance(value, str) else usual
+            problems.append(Problem("must be text", key=key, value=value, file=place))
+        return value if isinstance(value, str) else if_missing
 
     sampler = text("sample_sampler", default.sampler)
     if sampler is not None and sampler not in SAMPLERS:
-        message = f"is no sampler: one of {', '.join(SAMPLERS)}"
-        problems.append(Problem(message, key="sample_sampler", value=sampler, file=where))
-    width, height = (number(key, getattr(default, key), 0, LARGEST_SIDE) for key in ("width", "height"))
-    seed = number("seed", default.seed, -LARGEST_SEED, LARGEST_SEED)
+        message = f"there is no such sampler. Choose one of {', '.join(SAMPLERS)}"
+        problems.append(Problem(message, key="sample_sampler", value=sampler, file=place))
+    width, height = (number(key, getattr(default, key), 0, MAX_SIDE) for key in ("width", "height"))
+    seed = number("seed", default.seed, -MAX_SEED, MAX_SEED)
     return Prompt(
         prompt=text("prompt", "") or "",
         negative_prompt=text("negative_prompt", default.negative_prompt),
         width=max(64, width - width % 8),
         height=max(64, height - height % 8),
-        steps=min(max(1, number("sample_steps", default.steps, 0, 10**6)), MOST_STEPS),
+        steps=min(max(1, number("sample_steps", default.steps, 0, 10**6)), MAX_STEPS),
         scale=number("scale", default.scale, 0, 1000, float),
         seed=None if seed is None or seed < 0 else seed,
         sampler=sampler,
     )
 
 
-def _number(value: Any, kind: type[int | float]) -> int | float | None:
-    """`value` as a number: a number itself, or what text begins with, as in `512px`; else None."""
+def _parse_number(value: Any, kind: type[int | float]) -> int | float | None:
+    """Reads a number, or the number at the start of a text as in `512px`. Returns None if there is none."""
     if isinstance(value, str):
         match = re.match(r"-?[\d.]+" if kind is float else r"-?\d+", value)
         value = match.group() if match else value
@@ -180,16 +206,3 @@ def _number(value: Any, kind: type[int | float]) -> int | float | None:
         return kind(value)
     except (ValueError, OverflowError):
         return None
-
-
-def preview_name(
-    output_name: str | None, *, epoch: int | None, step: int, index: int, time: datetime, seed: int | None
-) -> str:
-    """The file name of the preview of prompt `index`, with `epoch` and `step` as in `preview_due` (before
-    training `epoch` is 0) and the prompt's own seed, if it has one."""
-    parts = [f"{step:06d}" if epoch is None else f"e{epoch:06d}", f"{index:02d}", f"{time:%Y%m%d%H%M%S}"]
-    if output_name is not None:
-        parts.insert(0, output_name)
-    if seed is not None:
-        parts.append(str(seed))
-    return "_".join(parts) + ".png"

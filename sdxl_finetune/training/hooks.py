@@ -27,8 +27,8 @@ from sdxl_finetune.output.checkpoints import (
     write_checkpoint,
 )
 from sdxl_finetune.output.metadata import build_metadata, shareable
-from sdxl_finetune.output.previews import draw_previews
-from sdxl_finetune.output.prompts import Prompt, load_prompts
+from sdxl_finetune.output.previews import PreviewModel, draw_previews
+from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts
 from sdxl_finetune.training.every import Moment, previews_every, validation_every
 from sdxl_finetune.training.optimizer_state import collect_optimizer_state
 from sdxl_finetune.training.resume import Start
@@ -74,23 +74,25 @@ def preview_if_due(run: Run, moment: Moment) -> None:
     shared = [(_current_prompts(run), datetime.now())]
     broadcast_object_list(shared)
     prompts, now = shared[0]
-    learner = run.learner
+    learner, accelerator = run.learner, run.accelerator
+    model = PreviewModel(
+        sdxl=learner.sdxl,
+        vae=learner.vae,
+        tokenizer=run.tokenizer,
+        noise_schedule=learner.noise_schedule,
+        v_parameterization=run.config.v_parameterization,
+        autocast=accelerator.autocast,
+    )
+    files = PreviewFiles(
+        folder=run.output_dir / "sample",
+        output_name=run.config.output_name,
+        epoch=moment.epoch if every.epochs else None,
+        step=moment.step,
+        time=now,
+    )
+    prompts_of_rank = list(enumerate(prompts))[accelerator.process_index :: accelerator.num_processes]
     with run.log.pause(), published_weights(run, run.config.ema_previews):
-        drawn = draw_previews(
-            learner.sdxl,
-            learner.vae,
-            prompts,
-            config=run.config,
-            tokenizer=run.tokenizer,
-            schedule=learner.noise_schedule,
-            autocast=run.accelerator.autocast,
-            seed=run.seed,
-            epoch=moment.epoch if every.epochs else None,
-            step=moment.step,
-            now=now,
-            rank=run.accelerator.process_index,
-            ranks=run.accelerator.num_processes,
-        )
+        drawn = draw_previews(model, prompts_of_rank, run.config, files, run.seed)
         previews = gather_object([(preview.index, preview.prompt.prompt, preview.path) for preview in drawn])
     if run.accelerator.is_main_process and previews:
         images = [(index, _read_image(path), prompt) for index, prompt, path in sorted(previews)]

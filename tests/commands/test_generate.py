@@ -1,4 +1,4 @@
-"""sdxl-model generate and compare: pictures are functions of model, prompt and seed, and say how they were drawn."""
+"""sdxl-model generate and compare: an image depends on model, prompt and seed, and its file says how it was drawn."""
 
 import base64
 import io
@@ -34,20 +34,19 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
-def said_by(path: Path) -> tuple[tuple[int, int], str]:
-    """Size and parameters of a picture."""
+def size_and_parameters(path: Path) -> tuple[tuple[int, int], str]:
     with Image.open(path) as image:
         return image.size, image.info["parameters"]
 
 
 def draw(model: Path, folder: Path, *options: str) -> list[Path]:
-    """The pictures that one call has written."""
+    """Returns the images that one call of `sdxl-model generate` has written."""
     before = set(folder.glob("*"))
     assert main(["generate", str(model), "--output", str(folder), *SMALL, *options]) == 0
     return sorted(set(folder.glob("*")) - before)
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_alone(models, tmp_path: Path) -> None:
+def test_an_image_depends_only_on_its_prompt_and_seed(models, tmp_path: Path) -> None:
     wanted = ["--prompt", "a cat", "--prompt", "a dog, (red:1.3)", "--seed", "5", "--images", "3"]
     single = draw(models[0], tmp_path / "single", *wanted)
     batched = draw(models[0], tmp_path / "batched", *wanted, "--batch_size", "4")
@@ -55,14 +54,14 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(models, tmp_path: Path) 
     assert [path.name for path in single] == [path.name for path in batched] == names
     for one, other in zip(single, batched, strict=True):
         assert np.abs(pixels(one) - pixels(other)).max() <= 1
-        assert said_by(one) == said_by(other)
+        assert size_and_parameters(one) == size_and_parameters(other)
     distinct = {pixels(path).tobytes() for path in single}
     assert len(distinct) == 6
     (later,) = draw(models[0], tmp_path / "single", "--prompt", "a dog, (red:1.3)", "--seed", "6")
     assert later.name == "00006-6.png" and (pixels(later) == pixels(single[4])).all()
 
 
-def test_a_picture_says_how_it_was_drawn(models, tmp_path: Path) -> None:
+def test_an_image_file_says_how_it_was_drawn(models, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --n blurry --w 64 --h 64 --s 2 --l 3 --d 11 --ss euler\nrocket\n")
     first, second = draw(
@@ -70,37 +69,37 @@ def test_a_picture_says_how_it_was_drawn(models, tmp_path: Path) -> None:
     )
     model = f"Model hash: {auto_v2(models[0]).lower()}, Model: one"
     said = "Steps: 2, Sampler: Euler, CFG scale: 3.0, Seed: 11, Size: 64x64"
-    assert said_by(first) == ((64, 64), f"a cat\nNegative prompt: blurry\n{said}, {model}")
+    assert size_and_parameters(first) == ((64, 64), f"a cat\nNegative prompt: blurry\n{said}, {model}")
     said = "Steps: 3, Sampler: Euler a, CFG scale: 5.0, Seed: 4, Size: 64x96"
-    assert said_by(second) == ((64, 96), f"rocket\nNegative prompt: low\n{said}, {model}")
+    assert size_and_parameters(second) == ((64, 96), f"rocket\nNegative prompt: low\n{said}, {model}")
 
 
-def test_long_prompts_are_read_to_the_end(models, tmp_path: Path, caplog) -> None:
+def test_long_prompts_are_used_to_the_end(models, tmp_path: Path, caplog) -> None:
     long = ", ".join(["word"] * 100)
     caplog.set_level("WARNING")
     drawn = [draw(models[0], tmp_path, "--prompt", f"{long}, {end}", "--seed", "1")[0] for end in ("cat", "dog")]
     assert (pixels(drawn[0]) != pixels(drawn[1])).any()
-    assert "tokens are read" not in caplog.text
+    assert "tokens are used" not in caplog.text
     short = ["--seed", "1", "--max_token_length", "75"]
     drawn = [draw(models[0], tmp_path, "--prompt", f"{long}, {end}", *short)[0] for end in ("cat", "dog")]
     assert (pixels(drawn[0]) == pixels(drawn[1])).all()
 
 
-def test_what_is_cut_is_said(models, tmp_path: Path, caplog) -> None:
+def test_a_prompt_that_is_too_long_is_reported(models, tmp_path: Path, caplog) -> None:
     draw(models[0], tmp_path, "--prompt", "(cat:1.2), " * 30, "--seed", "1", "--max_token_length", "75")
-    assert "tokens are read" not in caplog.text
+    assert "tokens are used" not in caplog.text
     draw(models[0], tmp_path, "--prompt", "(cat:1.2), " * 40, "--seed", "1", "--max_token_length", "75")
-    assert "only the first 75 of 80 tokens are read of: (cat:1.2)" in caplog.text
+    assert "only the first 75 of 80 tokens are used of the prompt: (cat:1.2)" in caplog.text
 
 
-def test_a_name_with_a_comma_does_not_end_early(models, tmp_path: Path) -> None:
+def test_a_model_name_with_a_comma_is_quoted(models, tmp_path: Path) -> None:
     model = tmp_path / "one, two: three.safetensors"
     model.symlink_to(models[0])
     (path,) = draw(model, tmp_path / "out", "--prompt", "a cat", "--seed", "1")
-    assert said_by(path)[1].endswith('Model: "one, two: three"')
+    assert size_and_parameters(path)[1].endswith('Model: "one, two: three"')
 
 
-def test_what_the_file_says_of_itself_is_taken(models, tmp_path: Path) -> None:
+def test_prediction_type_and_zero_terminal_snr_come_from_the_metadata(models, tmp_path: Path) -> None:
     asked = ["--prompt", "a cat", "--seed", "1"]
     plain, v, zero = (
         draw(models[0], tmp_path / "a", *asked, *more)[0]
@@ -114,8 +113,7 @@ def test_what_the_file_says_of_itself_is_taken(models, tmp_path: Path) -> None:
         assert (pixels(found) == pixels(expected)).all() and (pixels(found) != pixels(plain)).any()
 
 
-def test_a_vae_from_elsewhere(models, tmp_path: Path) -> None:
-    """For a file that has none of its own, too."""
+def test_another_vae_replaces_a_missing_one(models, tmp_path: Path) -> None:
     bare = {key: value for key, value in load_file(models[0]).items() if not key.startswith("first_stage_model.")}
     save_file(bare, tmp_path / "bare.safetensors")
     asked = ["--prompt", "a cat", "--seed", "1"]
@@ -125,7 +123,7 @@ def test_a_vae_from_elsewhere(models, tmp_path: Path) -> None:
     assert (pixels(found) == pixels(draw(models[0], tmp_path / "out", *asked)[0])).all()
 
 
-def test_a_page_compares_checkpoints(models, tmp_path: Path) -> None:
+def test_the_page_shows_the_same_prompts_for_each_checkpoint(models, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a <cat> & dog --d 3\nrocket --d 4\n")
@@ -142,8 +140,8 @@ def test_a_page_compares_checkpoints(models, tmp_path: Path) -> None:
             assert (np.asarray(pictures[2 * row + column]) == pixels(path)).all()
 
 
-def test_mistakes(models, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="prompt: is needed"):
+def test_wrong_arguments_and_models_are_refused(models, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prompt: is missing.*--prompt or --prompts"):
         main(["generate", str(models[0])])
     with pytest.raises(UserError, match=r"none\.safetensors"):
         main(["generate", str(tmp_path / "none.safetensors"), "--prompt", "a"])
@@ -153,7 +151,7 @@ def test_mistakes(models, tmp_path: Path) -> None:
     for wrong in (["--seed", str(2**64)], ["--sampler", "pndm", "--steps", "3"], ["--steps", "1001"]):
         with pytest.raises(UserError, match="must be"):
             main(["generate", str(models[0]), "--prompt", "a", *wrong])
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match=r"cannot be made.*--output"):
         main(["generate", str(models[0]), "--prompt", "a", "--output", str(models[1])])
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(UserError, match="no prompt"):
@@ -169,12 +167,12 @@ def test_mistakes(models, tmp_path: Path) -> None:
         draw(tmp_path / "nan.safetensors", tmp_path / "out", "--prompt", "a")
 
 
-def test_a_page_is_not_begun_that_cannot_end(models, tmp_path: Path, monkeypatch) -> None:
-    """Hours of drawing are not lost to the last checkpoint, or to a page that cannot be written."""
+def test_compare_checks_all_models_and_the_output_before_it_draws(models, tmp_path: Path, monkeypatch) -> None:
+    """A wrong last checkpoint or an output that cannot be written must not cost hours of drawing."""
     monkeypatch.chdir(tmp_path)
     asked = ["--prompt", "a", "--seed", "1", *SMALL]
     (tmp_path / "a.txt").write_text("no model")
-    monkeypatch.setattr("sdxl_finetune.commands.generate.load_checkpoint", None)  # nothing may be drawn
+    monkeypatch.setattr("sdxl_finetune.commands.generate.load_checkpoint", None)  # would fail if anything were drawn
     with pytest.raises(UserError, match=r"none\.safetensors") as caught:
         main(["compare", str(models[0]), "none.safetensors", "a.txt", *asked])
     assert len(caught.value.problems) == 2
@@ -186,7 +184,7 @@ def test_a_page_is_not_begun_that_cannot_end(models, tmp_path: Path, monkeypatch
     assert (tmp_path / "a.txt").read_text() == "no model"
 
 
-def test_a_checkpoint_of_nan_has_a_column_that_says_so(models, tmp_path: Path) -> None:
+def test_compare_reports_a_checkpoint_of_nan_in_its_column(models, tmp_path: Path) -> None:
     tensors = load_file(models[0])
     tensors["model.diffusion_model.out.2.bias"][0] = torch.nan
     save_file(tensors, tmp_path / "nan.safetensors")

@@ -1,7 +1,8 @@
-"""Previews: the reference's samplers on the schedule that is trained on, the same pictures as diffusers' pipeline,
-and no trace of them in the training."""
+"""Previews use the samplers of sd-scripts on the noise schedule of the training. They equal the images of diffusers'
+pipeline and leave no trace in the training."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -13,20 +14,27 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import PreviewOptions
 from sdxl_finetune.config.output_options import Sampler
 from sdxl_finetune.data.tokens import build_tokenizer
 from sdxl_finetune.diffusion.schedule import build_schedule
 from sdxl_finetune.model.random_model import TINY, build_random_model
-from sdxl_finetune.output.previews import build_sampler, denoise, draw_latents, draw_previews, to_image
-from sdxl_finetune.output.prompts import Prompt
+from sdxl_finetune.output.previews import (
+    PreviewModel,
+    build_sampler,
+    denoise,
+    draw_latents,
+    draw_previews,
+    to_image,
+)
+from sdxl_finetune.output.prompts import PreviewFiles, Prompt
 
-# 2026-11: diffusers 0.42 makes numpy arrays of torch 2.13 tensors, whose methods for it numpy 2.4 finds old.
+# 2026-11: diffusers 0.42 turns torch 2.13 tensors into numpy arrays, and numpy 2.4 warns of how torch does it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 NAMES = get_args(Sampler)
 KINDS = [name for name in NAMES if not name.startswith("k_")]
-"""The others are these by another name."""
+"""The other names are k_ and one of these."""
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 SMALL = {"width": 64, "height": 96, "steps": 2}
 TOKENIZER = build_tokenizer(max_token_length=None)
@@ -34,22 +42,23 @@ SCHEDULE = build_schedule(zero_terminal_snr=False)
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return build_random_model(TINY, seed=0)
+def tiny() -> PreviewModel:
+    model, vae = build_random_model(TINY, seed=0)
+    return PreviewModel(
+        sdxl=model,
+        vae=vae,
+        tokenizer=TOKENIZER,
+        noise_schedule=SCHEDULE,
+        v_parameterization=False,
+        autocast=nullcontext,
+    )
 
 
-def draw(tiny, folder: Path, prompts: list[Prompt], *, options=None, **changes):
-    arguments = {
-        "config": Config(output_dir=folder, **{"output_name": "m", **(options or {})}),
-        "tokenizer": TOKENIZER,
-        "schedule": SCHEDULE,
-        "autocast": nullcontext,
-        "seed": 7,
-        "epoch": None,
-        "step": 20,
-        "now": NOW,
-    }
-    return draw_previews(*tiny, prompts, **(arguments | changes))
+def draw(model: PreviewModel, folder: Path, prompts: list[Prompt], *, seed=7, options=None, indices=None, **changes):
+    """Draws previews of a run called m at step 20. `changes` are fields of PreviewFiles."""
+    fields = {"folder": folder / "sample", "output_name": "m", "epoch": None, "step": 20, "time": NOW} | changes
+    numbered = [(index, prompts[index]) for index in (range(len(prompts)) if indices is None else indices)]
+    return draw_previews(model, numbered, options or PreviewOptions(), PreviewFiles(**fields), seed)
 
 
 def test_samplers_are_golden(golden) -> None:
@@ -70,8 +79,8 @@ def test_samplers_are_golden(golden) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_samplers_follow_the_schedule_that_is_trained_on(name: str) -> None:
-    """differences.md: previews are sampled on the training's schedule."""
+def test_samplers_use_the_noise_schedule_of_the_training(name: str) -> None:
+    """differences.md: previews use the noise schedule of the training."""
     for zero_terminal_snr in (False, True):
         schedule = build_schedule(zero_terminal_snr=zero_terminal_snr)
         sampler = build_sampler(name, schedule, v_parameterization=True)
@@ -82,8 +91,10 @@ def test_samplers_follow_the_schedule_that_is_trained_on(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(("v_parameterization", "zero_terminal_snr"), [(False, False), (True, False), (True, True)])
-def test_samplers_draw_what_the_model_knows(name: str, v_parameterization: bool, zero_terminal_snr: bool) -> None:
-    """Of a model that knows one flat picture, each sampler draws that picture."""
+def test_each_sampler_draws_the_only_image_that_a_model_knows(
+    name: str, v_parameterization: bool, zero_terminal_snr: bool
+) -> None:
+    """The model predicts the noise (or velocity) that leads to one flat image."""
     schedule = build_schedule(zero_terminal_snr=zero_terminal_snr)
     known = torch.tensor([0.7, -0.3, 0.1, -0.8]).reshape(1, 4, 1, 1)
 
@@ -102,12 +113,11 @@ def test_samplers_draw_what_the_model_knows(name: str, v_parameterization: bool,
 
 @pytest.mark.parametrize(("name", "scale"), [("ddim", 5.0), ("euler", 1.0)])
 @torch.no_grad()
-def test_previews_are_those_of_diffusers_pipeline(tiny, name: str, scale: float) -> None:
-    """Size conditioning, guidance and the loop of sampling, checked against code that is not ours."""
-    model, vae = tiny[0].eval(), tiny[1]
+def test_previews_equal_the_images_of_diffusers_pipeline(tiny: PreviewModel, name: str, scale: float) -> None:
+    """Compares size conditioning, guidance and the sampling loop with independent code."""
+    model, vae = tiny.sdxl.eval(), tiny.vae
     prompt = Prompt(prompt="a cat", negative_prompt="a dog", width=64, height=96, steps=3, scale=scale, sampler=name)
-    sampler = build_sampler(name, SCHEDULE, v_parameterization=False)
-    ours = draw_latents(model, TOKENIZER, sampler, [prompt], seeds=[5])
+    ours = draw_latents(tiny, name, [prompt], seeds=[5])
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=None,
@@ -141,7 +151,7 @@ def test_previews_are_those_of_diffusers_pipeline(tiny, name: str, scale: float)
     assert np.abs(np.asarray(image) / 255 - pixels[0]).max() < 0.51 / 255
 
 
-def test_pictures_are_saved_under_the_references_names(tiny, tmp_path: Path) -> None:
+def test_images_are_saved_under_the_names_of_sd_scripts(tiny, tmp_path: Path) -> None:
     prompts = [
         Prompt(prompt="a (cat:1.2)", negative_prompt="blurry, 日本", seed=42, scale=5.0, **SMALL),
         Prompt(prompt="a dog", sampler="euler_a", **SMALL),
@@ -161,7 +171,7 @@ def test_pictures_are_saved_under_the_references_names(tiny, tmp_path: Path) -> 
         assert f"Sampler: Euler a, CFG scale: 7.5, Seed: {previews[1].seed}," in image.text["parameters"]
 
 
-def test_pictures_depend_on_seeds_and_nothing_else(tiny, tmp_path: Path) -> None:
+def test_previews_depend_on_seeds_and_nothing_else(tiny, tmp_path: Path) -> None:
     prompts = [Prompt(prompt="a", seed=3, **SMALL), Prompt(prompt="b", **SMALL), Prompt(prompt="b", **SMALL)]
     pixels = partial(map, lambda preview: np.asarray(preview.image))
     first = draw(tiny, tmp_path, prompts)
@@ -169,18 +179,18 @@ def test_pictures_depend_on_seeds_and_nothing_else(tiny, tmp_path: Path) -> None
     again = draw(tiny, tmp_path, prompts)
     assert all(map(np.array_equal, pixels(first), pixels(again)))
     assert first[1].seed != first[2].seed and not np.array_equal(*pixels(first[1:]))
-    # Two ranks draw between them what one draws.
-    shares = [draw(tiny, tmp_path, prompts, rank=rank, ranks=2) for rank in (0, 1)]
+    # Two ranks together draw the same as one rank.
+    shares = [draw(tiny, tmp_path, prompts, indices=indices) for indices in ([0, 2], [1])]
     assert [[preview.index for preview in share] for share in shares] == [[0, 2], [1]]
     assert np.array_equal(np.asarray(shares[1][0].image), np.asarray(first[1].image))
-    # Later, or in another run, a prompt without a seed is drawn anew.
+    # At another step or with another run seed, a prompt without a seed gets another image.
     later, other = draw(tiny, tmp_path, prompts, step=21), draw(tiny, tmp_path, prompts, seed=8)
     assert later[0].seed == other[0].seed == 3
     assert len({first[1].seed, later[1].seed, other[1].seed}) == 3
 
 
-def test_training_does_not_notice(tiny, tmp_path: Path) -> None:
-    model, vae = tiny
+def test_previews_do_not_change_the_training(tiny, tmp_path: Path) -> None:
+    model, vae = tiny.sdxl, tiny.vae
     model.train()
     model.te1.eval()
     modes = [module.training for module in model.modules()]
@@ -195,7 +205,7 @@ def test_training_does_not_notice(tiny, tmp_path: Path) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_a_prompt_that_fails_costs_a_line(tiny, tmp_path: Path, caplog) -> None:
+def test_a_prompt_that_fails_is_reported_in_one_line(tiny, tmp_path: Path, caplog) -> None:
     prompts = [Prompt(prompt="too much", scale=1e39, **SMALL), Prompt(prompt="fine", **SMALL)]
     previews = draw(tiny, tmp_path, prompts)
     assert [preview.index for preview in previews] == [1]
@@ -205,28 +215,27 @@ def test_a_prompt_that_fails_costs_a_line(tiny, tmp_path: Path, caplog) -> None:
     assert len(list((tmp_path / "sample").iterdir())) == 1
 
 
-def test_text_is_encoded_once_and_in_chunks(tiny, tmp_path: Path) -> None:
+def test_a_long_prompt_is_encoded_once_in_chunks(tiny, tmp_path: Path) -> None:
     seen = []
-    hook = tiny[0].te1.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape))
+    hook = tiny.sdxl.te1.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape))
     try:
         long = Prompt(prompt=", ".join(["a very long prompt"] * 40), width=64, height=64, steps=3)
-        draw(tiny, tmp_path, [long], tokenizer=build_tokenizer(max_token_length=225))
+        draw(replace(tiny, tokenizer=build_tokenizer(max_token_length=225)), tmp_path, [long])
     finally:
         hook.remove()
     assert seen == [(6, 77)]  # prompt and negative prompt, three chunks each
 
 
-def test_half_precision_is_the_trainings(tiny, tmp_path: Path) -> None:
+def test_previews_use_the_mixed_precision_of_the_training(tiny, tmp_path: Path) -> None:
     prompts = [Prompt(prompt="a", seed=1, **SMALL)]
     (full,) = draw(tiny, tmp_path, prompts)
-    (half,) = draw(tiny, tmp_path, prompts, autocast=partial(torch.autocast, "cpu", torch.bfloat16))
+    (half,) = draw(replace(tiny, autocast=partial(torch.autocast, "cpu", torch.bfloat16)), tmp_path, prompts)
     difference = np.abs(np.asarray(full.image, dtype=float) - np.asarray(half.image))
     assert 0 < difference.mean() < 5
 
 
-def test_names_follow_epochs(tiny, tmp_path: Path) -> None:
-    schedule = build_schedule(zero_terminal_snr=True)
-    options = {"output_name": None, "v_parameterization": True, "sample_sampler": "dpmsolver++"}
-    prompts = [Prompt(prompt="a", **SMALL)]
-    (preview,) = draw(tiny, tmp_path, prompts, options=options, schedule=schedule, epoch=3)
+def test_a_preview_drawn_by_epoch_has_the_epoch_in_its_name(tiny, tmp_path: Path) -> None:
+    model = replace(tiny, noise_schedule=build_schedule(zero_terminal_snr=True), v_parameterization=True)
+    options = PreviewOptions(sample_sampler="dpmsolver++")
+    (preview,) = draw(model, tmp_path, [Prompt(prompt="a", **SMALL)], options=options, output_name=None, epoch=3)
     assert preview.path.name == "e000003_00_20260102030405.png"

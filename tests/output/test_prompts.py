@@ -1,4 +1,4 @@
-"""Prompt files, times and names of previews: the golden ones, and where we differ on purpose."""
+"""Prompt files and names of previews equal the golden values of sd-scripts, except where we differ on purpose."""
 
 import json
 import logging
@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.output.prompts import Prompt, line_values, load_prompts, preview_name
+from sdxl_finetune.output.prompts import PreviewFiles, Prompt, line_values, load_prompts
 
 DIFFERENT = {
-    # Options begin after white space, and before a letter.
+    # An option follows white space and begins with a letter.
     "a cat -- w 512": {"prompt": "a cat -- w 512"},
     "a cat --w  512": {"prompt": "a cat", "width": 512},
     "tab\t--w 512": {"prompt": "tab", "width": 512},
     "a --n text -- with dashes --w 512": {"prompt": "a", "negative_prompt": "text -- with dashes", "width": 512},
-    # They may begin a line, ...
+    # An option may stand at the start of a line.
     "--w 512 --h 512": {"prompt": "", "width": 512, "height": 512},
-    # ... which is else the prompt's.
+    # Without dashes, the start of a line is part of the prompt.
     "w 512": {"prompt": "w 512"},
     "w 512 --h 640": {"prompt": "w 512", "height": 640},
     "s 30 cats --w 640": {"prompt": "s 30 cats", "width": 640},
@@ -41,8 +41,10 @@ def read(tmp_path, name: str, content: str) -> tuple[Prompt, ...]:
 
 
 def expected(values: dict) -> Prompt:
-    """The prompt that golden options stand for: sizes are rounded down as in golden pipeline_calls, and white space
-    at the ends, which no encoder sees, is left out."""
+    """Returns the prompt for golden options.
+
+    Sizes are rounded down as in the golden pipeline_calls. White space at the ends is removed: no encoder sees it.
+    """
     options = {key: values[key] for key in ("prompt", "negative_prompt", "scale", "seed") if key in values}
     options |= {key: max(64, values[key] // 8 * 8) for key in ("width", "height") if key in values}
     options |= {ours: values[key] for ours, key in NAMES.items() if key in values}
@@ -55,7 +57,7 @@ def expected(values: dict) -> Prompt:
 NAMES = {"steps": "sample_steps", "sampler": "sample_sampler"}
 
 
-def test_golden_lines(golden, tmp_path) -> None:
+def test_lines_of_prompt_files_are_golden(golden, tmp_path) -> None:
     cases = golden("sample_prompts.json")["lines"]
     assert {case["line"] for case in cases} >= {*DIFFERENT, *PROBLEMS}
     for case in cases:
@@ -69,7 +71,7 @@ def test_golden_lines(golden, tmp_path) -> None:
             assert prompt == expected(DIFFERENT.get(line, case["out"])), line
 
 
-def test_golden_files(golden, tmp_path) -> None:
+def test_prompt_files_are_golden(golden, tmp_path) -> None:
     """differences.md: Prompt files."""
     ours = {
         "p.txt": [{"prompt": "a cat", "width": 512}, {"prompt": "b dog"}, {"prompt": "c"}],
@@ -89,7 +91,7 @@ def test_golden_files(golden, tmp_path) -> None:
             assert prompts == tuple(expected(values) for values in wanted), case["file"]
 
 
-def test_defaults_are_golden(golden) -> None:
+def test_defaults_of_prompts_are_golden(golden) -> None:
     defaults = golden("sample_prompts.json")["defaults_when_not_given"]
     assert Prompt(prompt="") == expected(defaults | {"prompt": "", "negative_prompt": "", "sample_sampler": None})
 
@@ -97,8 +99,8 @@ def test_defaults_are_golden(golden) -> None:
 def test_every_problem_names_its_file_line_and_option(tmp_path) -> None:
     with pytest.raises(UserError) as caught:
         read(tmp_path, "p.txt", "a --w x --ss fast\n\nb\nc --d 99999999999999999999999999\n")
-    told = [(problem.file.rpartition("/")[2], problem.key) for problem in caught.value.problems]
-    assert told == [("p.txt:1", "sample_sampler"), ("p.txt:1", "width"), ("p.txt:4", "seed")]
+    reported = [(problem.file.rpartition("/")[2], problem.key) for problem in caught.value.problems]
+    assert reported == [("p.txt:1", "sample_sampler"), ("p.txt:1", "width"), ("p.txt:4", "seed")]
     with pytest.raises(UserError, match=r"p\.json: prompt 2: negative_prompt = 3: must be text"):
         read(tmp_path, "p.json", '[{"prompt": "a"}, {"prompt": "b", "negative_prompt": 3}]')
 
@@ -113,7 +115,7 @@ def test_every_problem_names_its_file_line_and_option(tmp_path) -> None:
         ("p.toml", "[prompt]\nsubset = 3", "list of tables"),
     ],
 )
-def test_a_file_that_is_none_is_refused(tmp_path, name: str, content: str, message: str) -> None:
+def test_a_file_that_is_no_prompt_file_is_refused(tmp_path, name: str, content: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(tmp_path, name, content)
 
@@ -126,15 +128,15 @@ def test_a_missing_file_and_other_encodings_are_refused(tmp_path) -> None:
         load_prompts(tmp_path / "p.txt")
 
 
-def test_options_without_effect_are_said_once(tmp_path, caplog) -> None:
+def test_each_option_without_effect_is_reported_once(tmp_path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         prompts = read(tmp_path, "p.txt", "a --g 3\nb --cn x.png --g 3\n")
     assert [prompt.prompt for prompt in prompts] == ["a", "b"]
-    told = [record.getMessage().rpartition("/")[2] for record in caplog.records]
-    assert told == ["p.txt:1: --g has no effect on previews", "p.txt:2: --cn has no effect on previews"]
+    reported = [record.getMessage().rpartition("/")[2] for record in caplog.records]
+    assert reported == ["p.txt:1: --g has no effect on previews", "p.txt:2: --cn has no effect on previews"]
 
 
-def test_a_negative_seed_is_another_one_each_time(tmp_path) -> None:
+def test_a_negative_seed_means_a_new_seed_for_each_preview(tmp_path) -> None:
     """differences.md: Negative seeds of previews."""
     prompts = read(tmp_path, "p.json", '[{"prompt": "a", "seed": -1}, "a --d -1"]')
     assert [prompt.seed for prompt in prompts] == [None, None]
@@ -145,17 +147,17 @@ def test_a_line_without_options_is_a_prompt(text: str) -> None:
     assert line_values(text) == {"prompt": text.strip()}
 
 
-def test_any_white_space_sets_an_option_off() -> None:
+def test_any_white_space_may_stand_before_and_after_an_option() -> None:
     assert line_values("a\t--w\t512  --N  b  c ") == {"prompt": "a", "width": "512", "negative_prompt": "b  c"}
 
 
-def test_golden_names(golden) -> None:
+def test_file_names_are_golden(golden, tmp_path) -> None:
     now = datetime(2024, 10, 5, 1, 2, 3)
     calls = [call for call in golden("sample_prompts.json")["one_call"] if "files" in call]
     assert len(calls) == 6
     for call in calls:
-        names = [
-            preview_name(call["output_name"], epoch=call["epoch"], step=call["steps"], index=index, time=now, seed=seed)
-            for index, seed in enumerate([42, None, None, 1])
-        ]
-        assert [name.replace("20241005010203", "YYYYmmddHHMMSS") for name in names] == call["files"]
+        name, epoch, step = call["output_name"], call["epoch"], call["steps"]
+        files = PreviewFiles(folder=tmp_path, output_name=name, epoch=epoch, step=step, time=now)
+        paths = [files.path(index, seed) for index, seed in enumerate([42, None, None, 1])]
+        assert all(path.parent == tmp_path for path in paths)
+        assert [path.name.replace("20241005010203", "YYYYmmddHHMMSS") for path in paths] == call["files"]

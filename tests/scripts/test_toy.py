@@ -1,4 +1,4 @@
-"""The small model that draws: its world can be read, and it follows captions."""
+"""The toy world: plain code reads its images, and the small model follows its captions."""
 
 import random
 from dataclasses import replace
@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from scripts.benchmarks.letter_box import letter_box
 from scripts.benchmarks.proof import CONFIG, PARTS, as_bf16, lost, turned
 from scripts.benchmarks.proof_reads import Share, touches, write_wide
-from scripts.toy.judge import Score, draw_captions, judge
+from scripts.toy.judge import judge, judge_checkpoint
 from scripts.toy.style import write_pictures
-from scripts.toy.world import QUALITIES, STYLES, Scene, caption, draw, framed, held_out, scenes
+from scripts.toy.world import QUALITIES, STYLES, Scene, caption, draw, is_framed, is_held_out, scenes
 from sdxl_finetune.config import load_config
 from sdxl_finetune.training.loop import train
 
@@ -23,43 +23,38 @@ ROOT = Path(__file__).parents[2]
 TOY = ROOT / "tests" / "toy" / "toy.safetensors"
 
 
-def score(model: Path, count: int = 40, **options) -> Score:
-    wanted = list(islice(scenes(1, kept=False, quality="best"), count))
-    return judge(wanted, draw_captions(model, wanted, **options))
-
-
 @pytest.mark.parametrize("style", STYLES)
-def test_the_world_can_be_read(style: str) -> None:
-    """The judge is right about what it is shown, in and out of a frame, and not fooled by captions."""
-    wanted = list(islice(scenes(5, kept=True, style=style, quality="best"), 60))
-    found = judge(wanted, [draw(scene, random.Random(number)) for number, scene in enumerate(wanted)])
-    assert min(found.colour, found.shape, found.ground, found.count) >= 0.95 and found.framed == 0
-    hung = [replace(scene, framed=True) for scene in wanted]
-    found = judge(wanted, [draw(scene, random.Random(number)) for number, scene in enumerate(hung)])
-    assert min(found.colour, found.shape, found.ground) >= 0.8 and found.framed == 1
-    mixed = judge(wanted, [draw(scene, random.Random(1)) for scene in wanted[1:] + wanted[:1]])
-    assert max(mixed.colour, mixed.shape) < 0.5
+def test_the_judge_reads_what_was_drawn(style: str) -> None:
+    """Also in a frame. Scores are low if the images belong to other captions."""
+    drawn = list(islice(scenes(5, for_training=True, style=style, quality="best"), 60))
+    score = judge(drawn, [draw(scene, random.Random(number)) for number, scene in enumerate(drawn)])
+    assert min(score.colour, score.shape, score.ground, score.count) >= 0.95 and score.framed == 0
+    with_frame = [replace(scene, framed=True) for scene in drawn]
+    score = judge(drawn, [draw(scene, random.Random(number)) for number, scene in enumerate(with_frame)])
+    assert min(score.colour, score.shape, score.ground) >= 0.8 and score.framed == 1
+    mismatched = judge(drawn, [draw(scene, random.Random(1)) for scene in drawn[1:] + drawn[:1]])
+    assert max(mismatched.colour, mismatched.shape) < 0.5
 
 
-def test_captions_say_what_is_drawn_and_some_are_never_trained_on() -> None:
+def test_captions_name_the_scene_and_some_scenes_are_held_out() -> None:
     scene = Scene((("red", "star"), ("blue", "cross")), "pink", "outline", "low", framed=True)
-    said = "low quality, gallery style, outline style, two objects, red star, blue cross, pink background"
-    assert caption(scene) == said
-    trained, others = (list(islice(scenes(0, kept=kept), 300)) for kept in (True, False))
-    assert not any(map(held_out, trained)) and all(map(held_out, others))
-    assert {one.quality for one in trained} == set(QUALITIES) and {one.style for one in trained} == set(STYLES)
+    tags = "low quality, gallery style, outline style, two objects, red star, blue cross, pink background"
+    assert caption(scene) == tags
+    trained, others = (list(islice(scenes(0, for_training=training), 300)) for training in (True, False))
+    assert not any(map(is_held_out, trained)) and all(map(is_held_out, others))
+    assert {scene.quality for scene in trained} == set(QUALITIES) and {scene.style for scene in trained} == set(STYLES)
     sharp, rough = (
         draw(replace(scene, quality=quality, framed=False), random.Random(1)) for quality in ("best", "worst")
     )
-    assert sharp.tobytes() != rough.tobytes() and not framed(sharp)
+    assert sharp.tobytes() != rough.tobytes() and not is_framed(sharp)
 
 
 def test_the_model_follows_captions_and_needs_the_right_pooled_vector(tmp_path: Path) -> None:
-    """Chance would be 17 % and 20 % of single objects."""
+    """Random images of single objects would have 17 % of the colours and 20 % of the shapes right."""
     assert TOY.stat().st_size <= 30e6
-    right = score(TOY)
+    right = judge_checkpoint(TOY, 40)
     assert right.colour >= 0.75 and right.shape >= 0.75 and right.framed <= 0.1, right
-    wrong = score(turned(TOY, tmp_path / "turned.safetensors"))
+    wrong = judge_checkpoint(turned(TOY, tmp_path / "turned.safetensors"), 40)
     assert right.colour + right.shape > wrong.colour + wrong.shape, wrong
 
 
