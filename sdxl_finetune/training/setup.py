@@ -44,17 +44,11 @@ from sdxl_finetune.output.metadata import load_thumbnail
 from sdxl_finetune.output.prompts import Prompt, load_prompts
 from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.training import resume
 from sdxl_finetune.training.every import Timeline, saves_every
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
-from sdxl_finetune.training.resume import (
-    Start,
-    changed_optimizer_args,
-    check_options,
-    data_order,
-    find_start,
-    resumed_origin,
-)
+from sdxl_finetune.training.resume import Start
 from sdxl_finetune.training.vae_encoder import VaeEncoder
 from sdxl_finetune.training.validation import Validation, build_validation
 
@@ -113,7 +107,7 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
     """
     accelerator = build_accelerator(config)
     with console(config, accelerator.process_index):
-        start = _on_first_rank(accelerator, lambda: find_start(config))
+        start = _on_first_rank(accelerator, lambda: resume.find_start(config))
         with _open_log(config, accelerator, start) as log:
             yield _build(config, accelerator, start, log, stop)
     accelerator.end_training()
@@ -125,7 +119,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
     check_optimization(config, accelerator.device)
     if start and start.is_state:
-        check_options(start, config)
+        resume.check_options(start, config)
     tokenizer = build_tokenizer(
         max_token_length=config.max_token_length,
         weighted_captions=config.weighted_captions,
@@ -138,9 +132,9 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     index, latents = _prepare_latents(config, index, loaded.vae, accelerator, stop)
     ranks = accelerator.num_processes
     plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
-    order = data_order(index, plan)
+    order = resume.data_order(index, plan)
     if start:
-        plan = replace(plan, origin=resumed_origin(start, order, config))
+        plan = replace(plan, origin=resume.resumed_origin(start, order, config))
     timeline = Timeline(plan, total_steps(config, plan))
     _prepare_model(config, loaded.model, accelerator)
     learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, timeline.steps))
@@ -260,7 +254,7 @@ def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator
 def _restore(start: Start, learner: Learner) -> None:
     """Gives the learner the optimizer state, gradient scaler and EMA of a training state."""
     update, scaler = learner.update, learner.accelerator.scaler
-    changed = changed_optimizer_args(start, learner.config)
+    changed = resume.changed_optimizer_args(start, learner.config)
     saved_scaler, unknown = restore_optimizer_state(
         start.optimizer, update.optimizer, update.optimizer_groups, changed=changed
     )
