@@ -24,14 +24,14 @@ class Position:
     epoch: int
     step: int
     """Optimizer step, over the whole run."""
-    micro: int
+    micro_batch: int
     """Number of the micro-batch within its optimizer step."""
-    micros: int
+    micro_batches_in_step: int
     """Micro-batches of this optimizer step: `gradient_accumulation_steps`, or fewer at the end of an epoch."""
 
     @property
-    def last_micro(self) -> bool:
-        return self.micro + 1 == self.micros
+    def is_last_micro_batch(self) -> bool:
+        return self.micro_batch + 1 == self.micro_batches_in_step
 
 
 @dataclass(frozen=True, kw_only=True)

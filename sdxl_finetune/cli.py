@@ -19,13 +19,8 @@ from typing import Any, NoReturn
 from sdxl_finetune.errors import UserError, say_errors
 
 LOST_CONNECTION = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "NCCL",
-    "failed to recv",
-    "recvValue",
-)
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "failed to recv", "recvValue",
+)  # fmt: skip
 """Parts of the messages that torch raises in a process after another process of the run has ended."""
 
 

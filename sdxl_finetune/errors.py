@@ -20,7 +20,7 @@ class Problem:
     """One thing that the user has to change. As text: `file: key = value: message`."""
 
     message: str
-    """What is wrong and what to do, in one or two sentences."""
+    """Says what is wrong and what to do, in one or two sentences."""
     key: str | None = None
     """Option, or key of a dataset file, that the problem is about."""
     value: object = None

@@ -1,4 +1,4 @@
-"""What caching costs: python -m scripts.benchmarks.data pipeline | stub | restart
+"""Measures what caching costs: python -m scripts.benchmarks.data pipeline | stub | restart
 
 pipeline: images/s of reading alone, of the VAE alone and of both as encode_images runs them, in turn, in one process
 (target: the pipeline at 0.9 of the slower). On a CPU both would compete for the cores, so the VAE there is a clock: a
@@ -25,8 +25,10 @@ from scripts.toy.photos import write_photos
 from sdxl_finetune.commands.model import main as model_tool
 from sdxl_finetune.config import Dataset, Subset
 from sdxl_finetune.data.index import Index, build_index
-from sdxl_finetune.latents.encoding import Encoding, _read_ahead, encode_images, lacking, locate, name_rows
+from sdxl_finetune.latents.encoding import Encoding, _read_ahead, encode_images
+from sdxl_finetune.latents.keys import row_keys
 from sdxl_finetune.latents.shards import Library, ShardWriter
+from sdxl_finetune.latents.store import find_places, missing_rows
 
 SIZE = (3000, 2000)
 
@@ -87,10 +89,10 @@ class Clock:
 
 
 def job(index: Index, encode, arguments: argparse.Namespace) -> tuple[Encoding, np.ndarray]:
-    names, library = name_rows(index), Library([])
-    rows = lacking(index, locate(index, names, library))
+    keys, library = row_keys(index), Library([])
+    rows = missing_rows(index, find_places(index, keys, library))
     settings = {"pixels_per_latent": 8, "batch_size": arguments.batch_size, "threads": arguments.threads}
-    return Encoding(index=index, names=names, known=library, encode=encode, **settings), rows
+    return Encoding(index=index, keys=keys, known=library, encode=encode, **settings), rows
 
 
 def rate(images: Iterator, count: int) -> float:

@@ -48,7 +48,7 @@ from scripts.benchmarks.gpu_checks import (
 )
 from scripts.benchmarks.proof import TOY, as_bf16
 from scripts.toy.style import write_pictures
-from sdxl_finetune.commands.memory_estimate import estimate
+from sdxl_finetune.commands.memory_estimate import BatchShape, estimate
 from sdxl_finetune.config import Config
 from sdxl_finetune.model.load import inspect_checkpoint
 from sdxl_finetune.model.tensorfile import write_safetensors
@@ -285,7 +285,7 @@ def estimated_peak_bytes(config: Config) -> int:
     architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
     assert architecture is not None
     width, height = config.resolution
-    return estimate(config, architecture, (config.train_batch_size, height, width), cuda=True).total
+    return estimate(config, architecture, BatchShape(config.train_batch_size, height, width), cuda=True).total
 
 
 CHECKS: Mapping[str, Callable[[Bench], Iterator[Line]]] = {

@@ -95,7 +95,7 @@ def build_config(
 def repeat(batch: Batch, steps: int) -> Iterator[Batch]:
     """Yields the batch for each of `steps` optimizer steps."""
     for step in range(steps):
-        yield dataclasses.replace(batch, position=Position(epoch=0, step=step, micro=0, micros=1))
+        yield dataclasses.replace(batch, position=Position(epoch=0, step=step, micro_batch=0, micro_batches_in_step=1))
 
 
 def measure(config: Config, sizes: Sequence[int], *, steps: int, seconds: float = 1e9) -> Iterator[dict[str, Any]]:

@@ -3,9 +3,14 @@
 sd-scripts tells the model the letter-box offset of the whole image in its bucket, whichever crop was taken.
 """
 
+from dataclasses import replace
+
+from sdxl_finetune.batch import Position
 from sdxl_finetune.cli import train
-from sdxl_finetune.data.loader import View
+from sdxl_finetune.data.loader import TrainingDataset, View
 from sdxl_finetune.latents.npz import noted_crop
+
+right_view = TrainingDataset._view
 
 
 def letter_box(view: View) -> tuple[int, int]:
@@ -15,6 +20,11 @@ def letter_box(view: View) -> tuple[int, int]:
     return int(top), int(left)
 
 
+def letter_box_view(dataset: TrainingDataset, position: Position, slot: int, row: int) -> View:
+    view = right_view(dataset, position, slot, row)
+    return replace(view, crop_top_left=letter_box(view))
+
+
 if __name__ == "__main__":
-    setattr(View, "crop_top_left", property(letter_box))  # noqa: B010 (this process does nothing else)
+    setattr(TrainingDataset, "_view", letter_box_view)  # noqa: B010 (this process does nothing else)
     train()

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from scripts.toy.photos import write_photos
-from sdxl_finetune.commands.memory_estimate import estimate, largest_batch
+from sdxl_finetune.commands.memory_estimate import BatchShape, estimate, largest_batch
 from sdxl_finetune.commands.model import main as model_tool
 from sdxl_finetune.config import Config, load_config
 from sdxl_finetune.model.load import inspect_checkpoint
@@ -151,8 +151,8 @@ def compare(config: Config) -> tuple[int, int]:
     return estimate(config, architecture, shape, cuda=False).total, measured
 
 
-def measure(config: Config) -> tuple[int, tuple[int, int, int]]:
-    """Returns the measured peak of the second step in bytes, and the shape of its batch (images, height, width).
+def measure(config: Config) -> tuple[int, BatchShape]:
+    """Returns the measured peak of the second step in bytes, and the shape of its batch.
 
     The profiler starts before the model is loaded, so that it knows of all memory.
     """

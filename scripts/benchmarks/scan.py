@@ -3,8 +3,8 @@
     python -m scripts.benchmarks.scan [--folder FOLDER] [--sizes 100000 1000000]
 
 For each size the script makes a folder of images: hard links to 64 small JPEGs, each with a caption file. It also makes
-shards that hold a latent of each image. Then it measures how long the start of a run takes, up to its first batch plan:
-the first scan, a warm restart that checks every file, and a warm restart with skip_cache_check. Each is a new process,
+shards that hold a latent of each image. Then it measures how long the start of a run takes, up to its first batch plan.
+It measures the first scan, a warm restart that checks every file, and one with skip_cache_check. Each is a new process,
 and imports are not counted. The last column is the growth from the smallest to the largest size.
 """
 
@@ -25,8 +25,9 @@ import numpy as np
 from sdxl_finetune.config import Dataset, Subset
 from sdxl_finetune.data.batch_plan import build_plan
 from sdxl_finetune.data.index import Index, build_index
-from sdxl_finetune.latents.encoding import lacking, locate, name_rows
+from sdxl_finetune.latents.keys import row_keys
 from sdxl_finetune.latents.shards import Library, ShardWriter, open_shards
+from sdxl_finetune.latents.store import find_places, missing_rows
 
 VAE = "benchmark"
 PICTURES = 64
@@ -83,13 +84,13 @@ def make_images(folder: Path, size: int) -> None:
 def make_shards(folder: Path) -> None:
     """Shards that hold a latent for each image of the index."""
     index = open_index(folder, skip_check=True)
-    names = name_rows(index)
-    digests = np.random.default_rng(0).integers(0, 256, (len(index), 16), np.uint8)
-    keys = names.keys(np.arange(len(index)), digests, False)
+    keys = row_keys(index)
+    contents = np.random.default_rng(0).integers(0, 256, (len(index), 16), np.uint8)
+    latent_keys = keys.keys(np.arange(len(index)), contents, False)
     latent = np.zeros(LATENT_SHAPE, np.float16)
     with ShardWriter(folder / "latents", VAE, 0, folder) as writer:
-        for stamp, digest, key in zip(names.stamps, digests, keys, strict=True):
-            writer.add(stamp.tobytes(), digest.tobytes(), [(key.tobytes(), latent)])
+        for stat_hash, content, key in zip(keys.stat_hashes, contents, latent_keys, strict=True):
+            writer.add(stat_hash.tobytes(), content.tobytes(), [(key.tobytes(), latent)])
 
 
 def started(folder: Path, how: str) -> dict[str, float]:
@@ -105,8 +106,7 @@ def start(folder: Path, *, skip_check: bool) -> dict[str, float]:
     before, began = private_bytes(), time.perf_counter()
     index = open_index(folder, skip_check=skip_check)
     shards = open_shards(folder / "latents", VAE, check=True)
-    names = name_rows(index)
-    missing = len(lacking(index, locate(index, names, Library(shards))))
+    missing = len(missing_rows(index, find_places(index, row_keys(index), Library(shards))))
     assert missing == (0 if shards else len(index))
     build_plan(index, ranks=1, accumulation=1, seed=0).epoch(0)
     return {"seconds": round(time.perf_counter() - began, 2), "bytes": private_bytes() - before}

@@ -26,7 +26,6 @@ from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.tokens import build_tokenizer
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.latents.preparing import cache_dir
 from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import Inspected, inspect_checkpoint
 from sdxl_finetune.model.sdxl import SDXL
@@ -120,11 +119,11 @@ def _check_data(config: Config, found: Findings) -> Index | None:
     if datasets is None:
         return None
     skip = config.skip_cache_check
-    index = found.attempt(build_index, datasets, cache_dir(config), config.on_bad_image, skip_check=skip)
+    index = found.attempt(build_index, datasets, config.cache_folder, config.on_bad_image, skip_check=skip)
     if index is None:
         # The rest of the report describes the images that can be read.
         try:
-            index = build_index(datasets, cache_dir(config), "skip", skip_check=skip)
+            index = build_index(datasets, config.cache_folder, "skip", skip_check=skip)
         except UserError:
             return None
     total, *buckets = index.describe().splitlines()
@@ -276,8 +275,8 @@ def _latents(config: Config, index: Index) -> Iterator[str]:
     used = index.used
     size = int((areas[index.bucket[used]] * (1 + index.flips[used])).sum()) * 4 * 2 // 64
     if config.cache_latents_to_disk:
-        free = shutil.disk_usage(_existing(cache_dir(config))).free
-        yield f"{_size(size)} in {cache_dir(config)}, free there: {_size(free)}"
+        free = shutil.disk_usage(_existing(config.cache_folder)).free
+        yield f"{_size(size)} in {config.cache_folder}, free there: {_size(free)}"
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         yield f"{_size(size)} in memory, of {_size(memory)}"

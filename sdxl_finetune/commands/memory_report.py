@@ -1,4 +1,4 @@
-"""What sdxl-check says of memory: what a step takes, which cards it fits, and what would make it fit others."""
+"""The memory lines of sdxl-check: memory of a step, cards that it fits, and options that make it fit others."""
 
 import logging
 from collections.abc import Iterator
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 GiB = 1 << 30
 ALLOWANCE = 1 * GiB, 0.05
-"""What CUDA takes beside tensors: context, cuBLAS and cuDNN workspaces; and as a share of the tensors, what lies unused
-between them. Not measured."""
+"""Memory that CUDA takes beside tensors, not measured: bytes for its context and the workspaces of cuBLAS and cuDNN,
+and unused memory between tensors, as a share of the tensors."""
 CARDS = (24, 48, 80)
-"""GB (10^9 bytes) of usual cards: what they have at least, whatever their makers call a GB."""
+"""Usual sizes of cards in GB. A GB is counted as 10^9 bytes, which each such card has at least."""
 
 
 def on_cuda(found: Estimate) -> int:
-    """Bytes with the allowance."""
+    """Bytes on a GPU: the estimate with the allowance."""
     return found.total + ALLOWANCE[0] + int(found.total * ALLOWANCE[1])
 
 
 def fits(config: Config, architecture: Architecture, shape: BatchShape, found: Estimate, ranks: int) -> Iterator[str]:
-    """Which of CARDS the step fits, and what would make it fit the others."""
+    """Lines that say which CARDS the step fits, and which options would make it fit the other cards."""
     missing = [card for card in sorted(CARDS, reverse=True) if on_cuda(found) > card * 10**9]
     fitting = [card for card in CARDS if card not in missing]
     if fitting:
@@ -53,8 +53,8 @@ def fits(config: Config, architecture: Architecture, shape: BatchShape, found: E
 
 
 def describe(config: Config, architecture: Architecture, shape: BatchShape, ranks: int) -> Iterator[str]:
-    """Lines for sdxl-check."""
-    logger.info("rehearsing steps on tensors without memory, to know what they take")
+    """The lines on memory for sdxl-check."""
+    logger.info("estimating the memory of a step, on tensors without memory")
     found = estimate(config, architecture, shape, cuda=True, ranks=ranks)
     images = f"{shape.images} image{'s' * (shape.images > 1)} of {shape.width}x{shape.height}"
     yield f"{images}, {config.max_token_length} tokens, on a GPU:"
@@ -66,7 +66,7 @@ def describe(config: Config, architecture: Architecture, shape: BatchShape, rank
     if found.step_unit == StepUnit.ALL and config.keeps_masters:
         plain, low = found.parts["masters"], found.parts["masters"] // 2
         name = config.optimizer_name
-        yield f"{name} looks at all tensors at once: float32 masters, {_size(plain)} where others take {_size(low)}"
+        yield f"{name} needs all tensors at once: float32 masters take {_size(plain)}, for others {_size(low)}"
     if not torch.cuda.is_available():
         here = estimate(config, architecture, shape, cuda=False, ranks=ranks)
         yield f"on this CPU {_size(here.total)} of tensors, most in the {here.phase}"

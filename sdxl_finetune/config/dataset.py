@@ -21,8 +21,10 @@ from sdxl_finetune.config.data_options import (
 )
 from sdxl_finetune.config.fields import Resolution
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
-"""Endings of image files, in any case of letters. Pillow reads .avif only in some builds."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Endings of image files, in any case of letters, that are always read."""
+OPTIONAL_SUFFIXES = (".avif", ".jxl")
+"""Endings that are read if the installed Pillow can read them."""
 
 
 class Subset(CaptionOptions, AugmentationOptions, HoldOutOptions):
@@ -100,7 +102,9 @@ def find_folders(root: Path) -> Folders:
 def holds_images(folder: Path) -> bool:
     """True if an image lies directly in the folder."""
     with os.scandir(folder) as entries:
-        return any(entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file() for entry in entries)
+        return any(
+            entry.name.lower().endswith(IMAGE_SUFFIXES + OPTIONAL_SUFFIXES) and entry.is_file() for entry in entries
+        )
 
 
 def no_such(kind: str) -> str:

@@ -120,11 +120,7 @@ Resolution = Annotated[tuple[int, int], _parsed(_resolution), Shown('pixels, as 
 StepsOrShare = Annotated[
     int | float, _parsed(_steps_or_share), Shown('a whole number of steps, or a share of all steps as 0.1 or "10%"')
 ]
-Arguments = Annotated[
-    dict[str, Any],
-    _parsed(_arguments),
-    Shown('a list as ["weight_decay=0.1", "betas=0.9,0.99"] with Python values'),
-]
+Arguments = Annotated[dict[str, Any], _parsed(_arguments), Shown('a list as ["betas=0.9,0.99", "eps=1e-8"]')]
 BlockRates = Annotated[tuple[float, ...], _parsed(_block_rates), Shown('23 learning rates, as "1e-5,1e-5,..."')]
 Scheduler = Annotated[str, _parsed(_schedule), Shown("one of " + ", ".join(LR_SCHEDULES) + ", adafactor:RATE")]
 ChunkTokens = BeforeValidator(lambda value: 75 if value in (None, "") else 225 if value == 255 else value)

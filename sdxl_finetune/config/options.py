@@ -6,6 +6,7 @@ built. `_imply` settles what one option implies for another.
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import toml
@@ -53,6 +54,12 @@ class Config(
         if values.get("logging_dir") and not values.get("log_with"):
             values["log_with"] = "tensorboard"
         return values
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder of the dataset index and the latent cache: `cache_dir`, or `cache` in `output_dir`."""
+        assert self.output_dir is not None
+        return self.cache_dir or self.output_dir / "cache"
 
 
 GROUPS: tuple[type[Options], ...] = Config.__bases__

@@ -51,7 +51,7 @@ def find_problems(config: Config) -> Findings:
         replaced = {"train_data_dir", "resolution"}
     for option, meaning in REQUIRED.items():
         if getattr(config, option) is None and option not in replaced:
-            yield option, f"is needed: {meaning}"
+            yield option, f"is needed: set it to {meaning}"
     for option, others in NEEDS.items():
         for other in others:
             if getattr(config, option) and not getattr(config, other):
@@ -184,14 +184,12 @@ def _buckets(config: Config) -> Findings:
     if config.bucket_reso_steps % 32:
         yield "bucket_reso_steps enable_bucket", "must be a multiple of 32 with enable_bucket, as 32 or 64"
     if config.min_bucket_reso > shortest:
-        options = "min_bucket_reso resolution enable_bucket"
-        yield options, f"must be at most {shortest}, the shorter side of resolution"
+        yield "min_bucket_reso resolution enable_bucket", f"must be at most {shortest}, resolution's shorter side"
     if config.max_bucket_reso < longest:
-        options = "max_bucket_reso resolution enable_bucket"
-        yield options, f"must be at least {longest}, the longer side of resolution"
+        yield "max_bucket_reso resolution enable_bucket", f"must be at least {longest}, resolution's longer side"
     if config.min_bucket_reso < config.bucket_reso_steps:
-        options = "min_bucket_reso bucket_reso_steps enable_bucket"
-        yield options, f"must be at least {config.bucket_reso_steps}, which is bucket_reso_steps"
+        message = f"must be at least bucket_reso_steps, now {config.bucket_reso_steps}"
+        yield "min_bucket_reso bucket_reso_steps enable_bucket", message
 
 
 def _output(config: Config) -> Findings:

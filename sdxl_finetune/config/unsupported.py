@@ -82,10 +82,7 @@ FOREIGN_REFUSED = {
     "sigmoid_scale model_prediction_type blocks_to_swap": _OTHER_MODELS,
     "token_string init_word num_vectors_per_token": "this is a config for textual inversion: remove it",
 }
-OFF: dict[str, tuple[object, ...]] = {
-    "zero_stage": (2,),
-    "clip_skip": (1, 2),
-}
+OFF: dict[str, tuple[object, ...]] = {"zero_stage": (2,), "clip_skip": (1, 2)}
 """Values that switch an option off, besides false, 0 and the empty text."""
 
 

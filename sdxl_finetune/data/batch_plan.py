@@ -61,7 +61,7 @@ class Plan:
 
     @cached_property
     def batches_per_epoch(self) -> int:
-        return int(self._batches_of_bucket.sum())
+        return int((-(-self._images_of_bucket // self.batch_sizes)).sum())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -93,7 +93,7 @@ class Plan:
         if len(self.areas) <= np.iinfo(np.uint16).max:
             bucket_of_row = bucket_of_row.astype(np.uint16)
         rows = rows[np.argsort(bucket_of_row, kind="stable")]
-        batches = self._batches_of_bucket
+        batches = -(-self._images_of_bucket // self.batch_sizes)
         bucket = np.repeat(np.arange(len(batches)), batches)
         number_in_bucket = np.arange(batches.sum()) - np.repeat(np.cumsum(batches) - batches, batches)
         ends = np.cumsum(self._images_of_bucket)
@@ -114,18 +114,14 @@ class Plan:
                 current, batches = epoch, self.epoch(epoch)
             first = step_in_epoch * self.accumulation
             numbers = range(first, min(first + self.accumulation, self.batches_per_epoch))
-            for micro, number in enumerate(numbers):
-                position = Position(epoch=epoch, step=step, micro=micro, micros=len(numbers))
+            for micro_batch, number in enumerate(numbers):
+                position = Position(epoch=epoch, step=step, micro_batch=micro_batch, micro_batches_in_step=len(numbers))
                 yield MicroBatch(position, batches.batch(number))
 
     @cached_property
     def _images_of_bucket(self) -> Int64[np.ndarray, " buckets"]:
         """Images of each bucket in an epoch, with repeats."""
         return np.bincount(self.bucket, self.repeats, len(self.areas)).astype(np.int64)
-
-    @property
-    def _batches_of_bucket(self) -> Int64[np.ndarray, " buckets"]:
-        return -(-self._images_of_bucket // self.batch_sizes)
 
 
 def build_plan(index: Index, *, ranks: int, accumulation: int, seed: int, origin: tuple[int, int] = (0, 0)) -> Plan:

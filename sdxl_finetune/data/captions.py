@@ -7,6 +7,7 @@ process_caption: caption dropout, line, wildcards from left to right, shuffle, a
 """
 
 import math
+import os
 import random
 import re
 from pathlib import Path
@@ -98,13 +99,17 @@ def tag_limit(options: Subset, count: int, *, step: int, max_steps: int) -> int:
     return math.floor(step * ((count - options.token_warmup_min) / end)) + options.token_warmup_min
 
 
-def caption_paths(image: Path, options: Subset) -> list[Path]:
-    """The paths where an image's caption file may be, in the order in which they are tried."""
+def caption_paths(image: str, options: Subset) -> list[str]:
+    """The paths where an image's caption file may be, in the order in which they are tried.
+
+    Paths are text here, because the scan calls this for millions of images, and Path is ten times slower.
+    """
     extension = "." + options.caption_extension.removeprefix(".")
-    names = [image.stem]
-    if face := FACE_NAME.fullmatch(image.stem):
-        names.append(face.group(1))
-    return [image.with_name(name + extension) for name in names]
+    folder, name = os.path.split(os.path.splitext(image)[0])  # noqa: PTH122
+    stems = [name]
+    if face := FACE_NAME.fullmatch(name):
+        stems.append(face.group(1))
+    return [os.path.join(folder, stem + extension) for stem in stems]  # noqa: PTH118
 
 
 def read_caption(image: Path, options: Subset) -> str:
@@ -118,16 +123,16 @@ def read_caption(image: Path, options: Subset) -> str:
     The reference's function is read_caption of DreamBoothDataset. We differ: a byte order mark is not text, an empty
     first line does not make the caption empty, and an empty file is not an error.
     """
-    for path in caption_paths(image, options):
+    for path in caption_paths(str(image), options):
         try:
-            lines = path.read_bytes().decode("utf-8-sig").replace("\r", "\n").split("\n")
+            lines = Path(path).read_bytes().decode("utf-8-sig").replace("\r", "\n").split("\n")
         except (FileNotFoundError, IsADirectoryError):
             continue
         except UnicodeDecodeError as error:
             message = f"the caption is not UTF-8 (byte {error.start}): save it as UTF-8"
-            raise UserError(Problem(message, file=str(path))) from error
+            raise UserError(Problem(message, file=path)) from error
         except OSError as error:
             message = f"the caption file cannot be read ({error}): check its permissions"
-            raise UserError(Problem(message, file=str(path))) from error
+            raise UserError(Problem(message, file=path)) from error
         return "\n".join(stripped for line in lines if (stripped := line.strip()))
     return options.class_tokens or ""

@@ -1,9 +1,11 @@
-"""Image files to 8-bit sRGB pixels, the way a viewer shows them: turned by their EXIF orientation, on white where
-transparent, 16-bit values scaled, grey, palette and CMYK converted, embedded ICC profiles followed.
+"""Reads image files as 8-bit sRGB pixels, the way a viewer shows them.
 
-Pillow opens, inspects and converts; OpenCV decodes plain JPEGs (three times as fast, the same bits) at a half, a
-quarter or an eighth where that is still no smaller than wanted, and resizes. What a file cannot give is an
-ImageError with the file's name; no other exception leaves this module for a file's sake.
+Images are turned by their EXIF orientation. Transparent parts become white. 16-bit values are scaled. Grey, palette and
+CMYK images are converted, and embedded ICC profiles are applied.
+
+Pillow opens, inspects and converts. OpenCV decodes plain JPEGs, three times as fast with the same result, and resizes.
+It decodes at a half, a quarter or an eighth of the size if that is large enough. A file that cannot be used raises
+ImageError with its name, and no other exception.
 """
 
 import io
@@ -16,9 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageCms
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-OPTIONAL_EXTENSIONS = (".avif", ".jxl")
-"""Read where the installed Pillow can."""
+from sdxl_finetune.config.dataset import IMAGE_SUFFIXES, OPTIONAL_SUFFIXES
 
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
@@ -46,13 +46,13 @@ class ImageError(Exception):
 
 
 def image_extensions() -> tuple[str, ...]:
-    """The endings of files that are taken for images, in lower case."""
+    """File name endings of images that can be read here, in lower case."""
     known = Image.registered_extensions()
-    return (*IMAGE_EXTENSIONS, *(ending for ending in OPTIONAL_EXTENSIONS if ending in known))
+    return (*IMAGE_SUFFIXES, *(ending for ending in OPTIONAL_SUFFIXES if ending in known))
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) as the image is looked at, from the file's header alone."""
+    """(width, height) after EXIF orientation, from the file's header alone. Raises ImageError."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -66,16 +66,17 @@ def image_size(path: Path) -> tuple[int, int]:
 def load_image(
     path: Path, at_least: tuple[int, int] | None = None, data: bytes | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels; `data` is the file's content if that was read. With `at_least` (width, height), a large JPEG may come
-    at 1/2, 1/4 or 1/8 of its size, but no smaller than that; its cosine transform then does the averaging, within a
-    grey level of resizing it whole.
+    """The RGB pixels of a file, or of its content `data` if that was read already. Raises ImageError.
+
+    With `at_least` (width, height) a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, if it stays at least so
+    large. The cosine transform then does the averaging; the result is within one grey level of decoding it whole.
     """
     try:
         data = path.read_bytes() if data is None else data
         with Image.open(io.BytesIO(data)) as image:
             orientation, profile = _orientation(image), image.info.get("icc_profile")
             grey = image.mode in ("1", "L", "LA", "I", "I;16")
-            # A JPEG without its end is cut off: OpenCV would fill up with grey, Pillow says so.
+            # A JPEG without its end mark is truncated. OpenCV would fill it with grey; Pillow reports it.
             if image.format == "JPEG" and image.mode == "RGB" and data.endswith(b"\xff\xd9"):
                 wanted = at_least[::-1] if at_least and orientation >= 5 else at_least
                 pixels = _decode_jpeg(data, _reduction(image.size, wanted))
@@ -102,7 +103,7 @@ def load_crop(
     interpolation: str | None,
     data: bytes | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The bucket's pixels of an image that was `size` when the dataset was looked into."""
+    """The pixels of an image in its bucket. Raises ImageError, also if the image no longer has the scanned `size`."""
     pixels = load_image(path, at_least=None if interpolation else resized, data=data)
     height, width = pixels.shape[:2]
     by = max(1, round(size[0] / width))
@@ -118,8 +119,10 @@ def resize_and_crop(
     bucket: tuple[int, int],
     interpolation: str | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The bucket's pixels: resized, then cut. Without an `interpolation` (resize_interpolation) OpenCV's area
-    averaging where neither side grows, else Pillow's Lanczos, as the reference does.
+    """Resizes and crops pixels to the bucket.
+
+    Without an `interpolation` (resize_interpolation), OpenCV's area averaging is used if neither side grows, else
+    Pillow's Lanczos, as in the reference.
     """
     height, width = pixels.shape[:2]
     if (width, height) != resized:
@@ -134,9 +137,11 @@ def resize_and_crop(
 
 
 def jitter_color(pixels: UInt8[np.ndarray, "H W 3"], rng: random.Random) -> UInt8[np.ndarray, "H W 3"]:
-    """color_aug: one image in three changes a little, half of those in hue (by up to 8 of OpenCV's 180 degrees),
-    half in gamma (0.95 to 1.05). The reference raises values of 0 to 255 to that power, which darkens by up to a
-    quarter or clips the highlights; ours are of 0 to 1.
+    """Changes the colours of one image in three (color_aug).
+
+    Half of these change in hue, by up to 8 of OpenCV's 180 degrees, and half in gamma (0.95 to 1.05). The reference
+    raises values from 0 to 255 to the power, which darkens by up to a quarter or clips highlights. Here the values are
+    from 0 to 1.
     """
     if rng.random() > 0.33:
         return pixels
@@ -149,7 +154,7 @@ def jitter_color(pixels: UInt8[np.ndarray, "H W 3"], rng: random.Random) -> UInt
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether a file's pixels are seen as they are stored: not turned, transparent, 16-bit or in other colours."""
+    """True if pixels are shown as they are stored: not turned, transparent, 16-bit or with a colour profile."""
     with Image.open(io.BytesIO(data)) as image:
         profile = image.info.get("icc_profile")
         usual = not image.has_transparency_data and not image.mode.startswith("I")
@@ -157,13 +162,13 @@ def is_plain(data: bytes) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    # The base class's: that of PNG files would decode the whole image in search of a tag behind it, which
-    # browsers do not look for either.
+    # The base class's method, because that of PNG files decodes the whole image in search of a tag behind it. Browsers
+    # do not look for that tag either.
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 
 
 def _turned(pixels: UInt8[np.ndarray, "_ _ 3"], orientation: int) -> UInt8[np.ndarray, "H W 3"]:
-    """As it is seen: 5 to 8 exchange rows and columns, then some are mirrored left to right or top to bottom."""
+    """Applies an EXIF orientation: 5 to 8 swap rows and columns, then some mirror horizontally or vertically."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
@@ -189,7 +194,7 @@ def _decode_jpeg(data: bytes, reduction: int) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """The image as RGB (or CMYK, where it is) of 8 bits, without transparency."""
+    """The image with 8 bits and without transparency, as RGB, or as CMYK if it is CMYK."""
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     if image.has_transparency_data:
@@ -201,7 +206,7 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image; Pillow would clip it at 255."""
+    """Scales a 16-bit grey image to 8 bits, because Pillow would clip it at 255."""
     values = np.asarray(image).astype(np.int64)
     grey = Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8))
     if "transparency" in image.info:
@@ -210,7 +215,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, profile: bytes, *, grey: bool) -> Image.Image:
-    """`image` seen through its ICC profile; unchanged where the profile is broken or of another kind of image."""
+    """Converts by an ICC profile. A broken profile, or one for another kind of image, changes nothing."""
     transform, space = _transform(profile)
     if transform is None or (space == "CMYK") != (image.mode == "CMYK") or (space == "GRAY" and not grey):
         return image
@@ -219,12 +224,12 @@ def _in_srgb(image: Image.Image, profile: bytes, *, grey: bool) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """The conversion to sRGB (None where there is nothing to convert) and the colour space it is from."""
+    """The conversion to sRGB, None if nothing has to be converted, and the colour space of the profile."""
     space = profile[16:20].decode("latin-1").strip()
     mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
     if mode is None:
         return None, space
-    # Relative colorimetric with black point compensation, as Photoshop; no cache, which threads would share.
+    # Relative colorimetric with black point compensation, as in Photoshop. No cache, because threads would share it.
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE
     intent, target = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.createProfile("sRGB")
     try:

@@ -1,8 +1,8 @@
-"""The dataset index: one row an image, in columns, memory-mapped from an Arrow file by every process.
+"""The dataset index: one row for each image, in columns, memory-mapped from an Arrow file by every process.
 
-Five million images are numbers in a few arrays and text in two more, never objects: the main process, the other
-ranks and the workers share one copy through the page cache, and a process is given the file's name. The file's
-own name is a hash of its content, so that runs can share a `cache_dir`; rows are ordered by subset and file name,
+Five million images are numbers in a few arrays and text in two more, never Python objects. The main process, the other
+ranks and the data-loader workers share one copy through the page cache; a process receives the file's name alone. The
+file's name is a hash of its content, so that runs can share a `cache_dir`. Rows are ordered by subset and file name,
 whatever order the file system lists them in.
 """
 
@@ -31,12 +31,12 @@ from sdxl_finetune.files import atomic_path
 logger = logging.getLogger(__name__)
 
 MAX_RESIZED_PIXELS = 1 << 27
-"""An image may become so large before the crop (400 MB); only a sliver of an image becomes larger."""
+"""Largest size of an image before the crop: 400 MB. Only a very narrow image becomes larger."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Images that can share a batch: those of one dataset at one size in pixels."""
+    """An aspect-ratio bucket: the images of one dataset that are trained at one size in pixels."""
 
     dataset: int
     width: int
@@ -49,7 +49,7 @@ class Entry:
 
     path: Path
     caption: str
-    """As it stands in the file."""
+    """The whole text of the caption file."""
     subset: Subset
     size: tuple[int, int]
     resized: tuple[int, int]
@@ -57,8 +57,9 @@ class Entry:
     interpolation: str | None
 
     def load(self, left_top: tuple[int, int], data: bytes | None = None) -> UInt8[np.ndarray, "H W 3"]:
-        """The pixels in the bucket, with so much cut off at the left and top of the resized image; of the file's
-        content, if given. Raises ImageError.
+        """The image's pixels in its bucket. Raises ImageError.
+
+        `left_top` is the position of the crop in the resized image. `data` is the file's content, if it was read.
         """
         return load_crop(
             self.path,
@@ -73,15 +74,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """The images of a run. A small value: copies in other processes map the same file."""
+    """The images of a run. A small value: copies of it in other processes map the same file."""
 
     path: Path
     datasets: tuple[Dataset, ...]
-    """As they were given to `build_index`."""
+    """The datasets that `build_index` received."""
     excluded: tuple[int, ...] = ()
-    """Rows that turned out unreadable after the scan."""
+    """Rows of images that could not be read after the scan."""
     bad_files: int = 0
-    """Files that the scan left out."""
+    """Number of files that the scan left out."""
 
     def __reduce__(self) -> tuple:
         return Index, (self.path, self.datasets, self.excluded, self.bad_files)
@@ -103,26 +104,26 @@ class Index:
 
     @property
     def subset(self) -> Int32[np.ndarray, " n"]:
-        """Each image's subset, counted over all datasets."""
+        """Number of each image's subset, counted over all datasets."""
         return self.numbers("subset")
 
     @property
     def bucket(self) -> Int32[np.ndarray, " n"]:
-        """Each image's place in `buckets`."""
+        """Position of each image's bucket in `buckets`."""
         return self.numbers("bucket")
 
     @cached_property
     def repeats(self) -> Int32[np.ndarray, " n"]:
-        """How often each image is used in an epoch."""
+        """Number of times that each image is used in an epoch."""
         return self._without_excluded(self.numbers("repeats"))
 
     @cached_property
     def held_out(self) -> Bool[np.ndarray, " n"]:
-        """Whether an image is for validation, which is then not trained on."""
+        """True for images that are for validation and not trained on."""
         return self._without_excluded(self.numbers("held_out") > 0)
 
     def _without_excluded(self, column: np.ndarray) -> np.ndarray:
-        """0 or False for the images that were found to be unusable."""
+        """The column with 0 or False for the excluded images."""
         if self.excluded:
             column = column.copy()
             column[list(self.excluded)] = 0
@@ -130,17 +131,17 @@ class Index:
 
     @property
     def used(self) -> Bool[np.ndarray, " n"]:
-        """Whether an image is trained on or validated."""
+        """True for images that are trained on or validated."""
         return (self.repeats > 0) | self.held_out
 
     @cached_property
     def flips(self) -> Bool[np.ndarray, " n"]:
-        """Whether an image is used mirrored as well."""
+        """True for images that are also used mirrored."""
         return np.array([subset.flip_aug for subset in self._subsets])[self.subset]
 
     @property
     def interpolations(self) -> tuple[list[str | None], Int[np.ndarray, " n"]]:
-        """The ways of resizing that are asked for, and each image's place among them."""
+        """The values of resize_interpolation in use, and the position of each image's value among them."""
         own: list[str | None] = [subset.resize_interpolation for subset in self._subsets]
         ways = sorted(set(own), key=str)
         return ways, np.array([ways.index(way) for way in own])[self.subset]
@@ -150,8 +151,9 @@ class Index:
         return tuple(Bucket(*bucket) for bucket in json.loads(self._table.schema.metadata[b"buckets"]))
 
     def facts(self) -> dict[str, str | int]:
-        """What is trained on, wherever it lies: numbers, and digests of what has to be the same for the same images in
-        the same order.
+        """Numbers and digests that are equal if the same images come in the same order, wherever their files are.
+
+        Training states save them, and a resumed run compares them.
         """
         table = self._table
         repeats = hashlib.blake2b(self.repeats.tobytes(), digest_size=4).hexdigest()
@@ -166,13 +168,13 @@ class Index:
         }
 
     def without(self, rows: Iterable[int]) -> "Index":
-        """The index with these rows used no more; row numbers stay. Raises UserError if none is left."""
+        """The index without these rows in use. Row numbers stay. Raises UserError if no image is left."""
         index = replace(self, excluded=tuple(sorted({*self.excluded, *rows})))
         _check_some_left(index.repeats, index.held_out)
         return index
 
     def describe(self) -> str:
-        """What was found, for the log: the images, then a line for each bucket."""
+        """A description for the log: a line on all images, then a line for each bucket."""
         used = self.used
         enlarged = (self.numbers("resized_width") > self.numbers("width")) | (
             self.numbers("resized_height") > self.numbers("height")
@@ -205,17 +207,16 @@ class Index:
         return np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 16)[column.offset : column.offset + len(column)]
 
     def numbers(self, name: str) -> Int[np.ndarray, " n"]:
-        """One of the columns of the file; `bytes` and `mtime` (nanoseconds) are those of the image files."""
+        """A numeric column of the file. `bytes` and `mtime` (nanoseconds) are size and modification time of images."""
         return self._table[name].chunk(0).to_numpy()
 
 
 def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str, *, skip_check: bool = False) -> Index:
-    """Looks into every image (its header) and caption, places the images in buckets and writes the index.
+    """Scans all images and captions, places the images in buckets, and writes the index.
 
-    With `skip_check`, images and captions are taken to be as they were when they were last looked into.
-
-    Raises UserError for a folder without images, and, if `on_bad_image` is "stop", naming every file that cannot
-    be used; with "skip" they are named in one warning and left out. Other ranks take the Index from the first.
+    With `skip_check` the results of the last scan are used unchecked. Raises UserError for a folder without images.
+    Files that cannot be used raise one UserError with all their names if `on_bad_image` is "stop". If it is "skip", a
+    warning names them, and they are left out. Only the first rank calls this; the other ranks receive the Index.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     found, problems = scan(subsets, cache_dir, skip_check=skip_check)
@@ -223,7 +224,7 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
     report_bad_images(problems, on_bad_image)
     _check_some_left(table["repeats"].to_numpy(), table["held_out"].to_numpy())
     if uncaptioned := pa.compute.sum(pa.compute.equal(table["caption"], "")).as_py():
-        logger.warning("%d of %d images have no caption, or an empty one", uncaptioned, table.num_rows)
+        logger.warning("%d of %d images have no caption file, or an empty one", uncaptioned, table.num_rows)
     table = table.combine_chunks()
     buckets = str(table.schema.metadata[b"buckets"])
     name = hashlib.blake2b(f"{buckets} {digest_of(table)}".encode(), digest_size=12).hexdigest()
@@ -238,13 +239,13 @@ def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:
     if repeats.any():
         return
     if held_out.any():
-        message = f"no image is left to train on; {held_out.sum()} are held out: lower it"
+        message = f"no image is left to train on, because {held_out.sum()} are held out for validation: lower it"
         raise UserError(Problem(message, key="validation_split"))
-    raise UserError("no image is left to train on")
+    raise UserError("no image is left to train on: see the warnings above, and add images or repeats")
 
 
 def report_bad_images(problems: Sequence[Problem], on_bad_image: str) -> None:
-    """Files that cannot be used: raises UserError with all of them ("stop"), or names them in a warning ("skip")."""
+    """Raises UserError with all problems if `on_bad_image` is "stop", or names them in one warning if it is "skip"."""
     if problems and on_bad_image == "stop":
         raise UserError(problems)
     if problems:
@@ -255,8 +256,10 @@ def report_bad_images(problems: Sequence[Problem], on_bad_image: str) -> None:
 def regularized_repeats(
     repeats: Int32[np.ndarray, " n"], regularization: Bool[np.ndarray, " n"]
 ) -> Int32[np.ndarray, " n"]:
-    """The reference's rule for regularisation images: taken in order, each with its repeats, until they are as
-    many as the training images; if all of them do not suffice, each gets one more in turn until they do.
+    """The reference's rule for the repeats of regularisation images.
+
+    They are taken in order, each with its repeats, until they are as many as the training images. If all of them are
+    too few, each gets one more repeat in turn.
     """
     wanted = int(repeats[~regularization].sum())
     own = repeats[regularization]
@@ -270,8 +273,10 @@ def regularized_repeats(
 
 
 def hold_out(names: Sequence[bytes], share: float, seed: int) -> Int[np.ndarray, " k"]:
-    """Places of the images that are not trained on: the share of all, to a whole image and at least one. Which ones is
-    a matter of their names (file and folder) and the seed, so that it stays when others come and go.
+    """Chooses the images to hold out: this share of all, rounded, and at least one. Returns their positions.
+
+    The choice depends only on each image's file and folder name and on the seed, so that it stays when other images are
+    added or removed.
     """
     key = str(seed).encode()
     ends = (b"/".join(name.split(b"/")[-2:]) for name in names)
@@ -281,7 +286,7 @@ def hold_out(names: Sequence[bytes], share: float, seed: int) -> Int[np.ndarray,
 
 
 def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]) -> pa.Table:
-    """The table with bucket, resized size and repeats of each image, without the images that fit no bucket."""
+    """Adds bucket, resized size, repeats and held_out to the table, and drops images that fit no bucket."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     subset = table["subset"].to_numpy()
     sizes = np.stack([table["width"].to_numpy(), table["height"].to_numpy()], axis=1).astype(np.int64)

@@ -64,14 +64,8 @@ class View:
     mirrored: bool
     left_top: tuple[int, int]
     """Pixels that are cut off at the left and top of the resized image, before it is mirrored."""
-
-    @property
-    def crop_top_left(self) -> tuple[int, int]:
-        """Offset of the crop as the model is given it, in pixels of the resized image, mirrored if the image is."""
-        left, top = self.left_top
-        if self.mirrored:
-            left = mirrored_left(left, self.entry.resized[0], self.entry.bucket.width)
-        return top, left
+    crop_top_left: tuple[int, int]
+    """Offset of the crop as the model is given it, in pixels of the resized image, mirrored if the image is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +91,9 @@ class TrainingDataset(TorchDataset):
     def __getitem__(self, micro_batch: MicroBatch) -> LoadedBatch:
         position, rows = micro_batch.position, micro_batch.rows.tolist()
         slots = np.array_split(np.arange(len(rows)), self.ranks)[self.rank].tolist()
-        weights = torch.full((len(slots) or 1,), self.ranks / (len(rows) * position.micros) if slots else 0.0)
+        weights = torch.full(
+            (len(slots) or 1,), self.ranks / (len(rows) * position.micro_batches_in_step) if slots else 0.0
+        )
         # A rank without an image takes the first one at weight 0, because all ranks have to compute on one shape.
         slots = slots or [0]
         needed = range(len(rows)) if self.noise_needs_latents else slots
@@ -110,7 +106,7 @@ class TrainingDataset(TorchDataset):
         if self.read_latents is None:
             images, readable, problems = self._read_images(position, slots, own_views)
             weights *= readable
-            place = position.step, position.micro
+            place = position.step, position.micro_batch
             normal = [position_normal(shape[1:], self.seed, "encoding", *place, slot) for slot in slots]
             encoding_noise = torch.from_numpy(np.stack(normal))
         else:
@@ -145,13 +141,15 @@ class TrainingDataset(TorchDataset):
 
     def _view(self, position: Position, slot: int, row: int) -> View:
         entry = self.index[row]
-        rng = position_random(self.seed, "view", position.step, position.micro, slot)
+        rng = position_random(self.seed, "view", position.step, position.micro_batch, slot)
         mirrored = rng.random() < 0.5 and entry.subset.flip_aug
         bucket = (entry.bucket.width, entry.bucket.height)
-        return View(entry, mirrored, crop_left_top(entry.resized, bucket, rng if entry.subset.random_crop else None))
+        left, top = crop_left_top(entry.resized, bucket, rng if entry.subset.random_crop else None)
+        seen_left = mirrored_left(left, entry.resized[0], bucket[0]) if mirrored else left
+        return View(entry, mirrored, (left, top), (top, seen_left))
 
     def _caption(self, position: Position, slot: int, entry: Entry) -> str:
-        rng = position_random(self.seed, "caption", position.step, position.micro, slot)
+        rng = position_random(self.seed, "caption", position.step, position.micro_batch, slot)
         where = {"epoch": position.epoch, "step": position.step, "max_steps": self.max_steps}
         return caption(entry.subset, entry.caption, rng, **where)
 
@@ -168,7 +166,9 @@ class TrainingDataset(TorchDataset):
                 pixels = np.full((view.entry.bucket.height, view.entry.bucket.width, 3), 128, np.uint8)
                 readable[number] = 0
             if view.entry.subset.color_aug:
-                pixels = jitter_color(pixels, position_random(self.seed, "color", position.step, position.micro, slot))
+                pixels = jitter_color(
+                    pixels, position_random(self.seed, "color", position.step, position.micro_batch, slot)
+                )
             images.append(pixels[:, ::-1] if view.mirrored else pixels)
         return to_images(torch.from_numpy(np.stack(images))), readable, tuple(problems)
 

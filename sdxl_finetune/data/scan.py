@@ -57,9 +57,13 @@ FORMAT = 2
 """Version of SCANNED. A file of another version is not found, and its images are scanned anew."""
 
 
+Row = tuple[int, bytes, str | None, int | None, int | None, int, int, int, bytes]
+"""Values of SCANNED for one image; None for what has not changed since the last scan."""
+
+
 @dataclass(frozen=True)
 class Task:
-    """Some images of one subset."""
+    """Some images of one subset to inspect. It holds no Arrow data: pyarrow pickles the whole table with a slice."""
 
     number: int
     """Number of the subset."""
@@ -67,9 +71,19 @@ class Task:
     names: Sequence[str]
     captions: Sequence[str] | None
     """Captions from a metadata file."""
-    known: pa.RecordBatch | None
-    """Rows of the last scan for these images, null where there is none. A copy and no slice, because pyarrow pickles
-    the whole table with a slice."""
+    known: Sequence[tuple[int, int, int]] | None
+    """`bytes`, `mtime` and `caption_stat` of each image in the last scan, -1 for an image that is new."""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """Result of a task: only what has changed since the last scan."""
+
+    changed: dict[int, Row]
+    """Rows of new and changed images, by place in the task."""
+    failed: list[int]
+    """Places of the images that cannot be used."""
+    problems: list[Problem]
 
 
 def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False) -> tuple[pa.Table, list[Problem]]:
@@ -88,10 +102,11 @@ def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
     problems: list[Problem] = []
     batches = []
     with tqdm(total=total, desc="reading captions and sizes", unit=" images", disable=None) as progress:
-        for batch, failed in _inspect_all(_tasks(subsets, listed, last), total, last.num_rows if last else 0):
-            batches.append(batch)
-            problems += failed
-            progress.update(batch.num_rows + len(failed))
+        tasks = _tasks(subsets, listed, last)
+        for task, known, inspected in _inspect_all(tasks, total, last.num_rows if last else 0):
+            batches.append(_merge(task, known, inspected))
+            problems += inspected.problems
+            progress.update(len(task.names))
     table = pa.Table.from_batches(batches, SCANNED).combine_chunks()
     if last is None or not table.equals(last):
         written = table.replace_schema_metadata({"digest": digest_of(table)})
@@ -106,7 +121,8 @@ def digest_of(table: pa.Table, names: Sequence[str] | None = None, size: int = 1
     for name in names or table.column_names:
         digest.update(name.encode())
         for chunk in table[name].chunks:
-            for buffer in chunk.buffers():
+            # The first buffer marks nulls. It may be there or not where there are none.
+            for buffer in chunk.buffers()[chunk.null_count == 0 :]:
                 if buffer is not None:
                     digest.update(buffer)
     return digest.hexdigest()
@@ -167,7 +183,8 @@ def _list(subset: Subset) -> tuple[list[str], list[str] | None]:
 
 def _tasks(
     subsets: Sequence[Subset], listed: Sequence[tuple[list[str], list[str] | None]], last: pa.Table | None
-) -> Iterator[Task]:
+) -> Iterator[tuple[Task, pa.RecordBatch | None]]:
+    """The tasks, each with the rows of the last scan for its images, which are null for new images."""
     for number, (subset, (names, captions)) in enumerate(zip(subsets, listed, strict=True)):
         if last is not None:
             rows = last.filter(pa.compute.equal(last["subset"], number)).combine_chunks()
@@ -175,29 +192,50 @@ def _tasks(
             places = pa.compute.index_in(wanted, value_set=rows["name"].combine_chunks())
         for start in range(0, len(names), CHUNK):
             chunk = slice(start, start + CHUNK)
-            known = None
+            known = stats = None
             if last is not None:
-                # `take` copies the rows.
-                known = rows.take(places[start : start + CHUNK]).combine_chunks().to_batches()[0]
-            yield Task(number, subset, names[chunk], captions and captions[chunk], known)
+                known = rows.take(places[chunk]).combine_chunks().to_batches()[0]
+                columns = (known[name].fill_null(-1).to_pylist() for name in ("bytes", "mtime", "caption_stat"))
+                stats = list(zip(*columns, strict=True))
+            yield Task(number, subset, names[chunk], captions and captions[chunk], stats), known
 
 
-def _inspect_all(tasks: Iterator[Task], total: int, known: int) -> Iterator[tuple[pa.RecordBatch, list[Problem]]]:
+def _merge(task: Task, known: pa.RecordBatch | None, inspected: Inspected) -> pa.RecordBatch:
+    """The rows of a task's usable images: those of the last scan, with what has changed."""
+    if known is not None and not inspected.changed and not inspected.failed:
+        return known
+    columns: dict[str, list[Any]]
+    columns = {name: [None] * len(task.names) for name in SCANNED.names} if known is None else known.to_pydict()
+    for place, row in inspected.changed.items():
+        for column, value in zip(columns.values(), row, strict=True):
+            if value is not None:
+                column[place] = value
+    for place in reversed(inspected.failed):
+        for column in columns.values():
+            del column[place]
+    return pa.RecordBatch.from_pydict(columns, SCANNED)
+
+
+def _inspect_all(
+    tasks: Iterator[tuple[Task, pa.RecordBatch | None]], total: int, known: int
+) -> Iterator[tuple[Task, pa.RecordBatch | None, Inspected]]:
     """The results of all tasks, in order: in this process if they are quick, else in one process per CPU core."""
     if max(0, total - known) + total // STAT_SHARE <= IN_PROCESS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield from map(_inspect, tasks)
+            yield from ((task, rows, _inspect(task)) for task, rows in tasks)
         return
     processes = min(os.cpu_count() or 1, -(-total // CHUNK))
-    pending: deque[Future[tuple[pa.RecordBatch, list[Problem]]]] = deque()
+    pending: deque[tuple[Task, pa.RecordBatch | None, Future[Inspected]]] = deque()
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker) as pool:
-        for task in tasks:
-            pending.append(pool.submit(_inspect, task))
-            if len(pending) > 4 * processes:  # more would only hold copies of rows in memory
-                yield pending.popleft().result()
+        for task, rows in tasks:
+            pending.append((task, rows, pool.submit(_inspect, task)))
+            if len(pending) > 4 * processes:  # more would only take memory
+                first, its_rows, result = pending.popleft()
+                yield first, its_rows, result.result()
         while pending:
-            yield pending.popleft().result()
+            first, its_rows, result = pending.popleft()
+            yield first, its_rows, result.result()
 
 
 def _start_worker() -> None:
@@ -206,50 +244,45 @@ def _start_worker() -> None:
     warnings.simplefilter("ignore")
 
 
-def _inspect(task: Task) -> tuple[pa.RecordBatch, list[Problem]]:
-    """The rows of the task's readable images, and the problems of the other images."""
-    columns: dict[str, list[Any]] = {name: [] for name in SCANNED.names}
-    known = None if task.known is None else task.known.to_pydict()
+def _inspect(task: Task) -> Inspected:
     folder = os.fsencode(task.subset.image_dir.absolute())
-    problems = []
-    for at, name in enumerate(task.names):
-        before = None if known is None or known["bytes"][at] is None else {key: known[key][at] for key in known}
-        caption = None if task.captions is None else task.captions[at]
+    inspected = Inspected({}, [], [])
+    for place, name in enumerate(task.names):
+        caption = None if task.captions is None else task.captions[place]
+        known = (-1, -1, -1) if task.known is None else task.known[place]
         try:
-            row = _inspect_image(task.subset, folder, name, caption, before)
+            row = _inspect_image(task, folder, name, caption, known)
         except ImageError as error:
-            problems.append(Problem(error.reason, file=error.path))
+            inspected.failed.append(place)
+            inspected.problems.append(Problem(error.reason, file=error.path))
         except UserError as error:
-            problems.extend(error.problems)
+            inspected.failed.append(place)
+            inspected.problems.extend(error.problems)
         else:
-            for column, value in zip(columns.values(), (task.number, os.fsencode(name), *row), strict=True):
-                column.append(value)
-    return pa.RecordBatch.from_pydict(columns, SCANNED), problems
+            if row is not None:
+                inspected.changed[place] = row
+    return inspected
 
 
 def _inspect_image(
-    subset: Subset, folder: bytes, name: str, caption: str | None, before: dict[str, Any] | None
-) -> tuple[str, int, int, int, int, int, bytes]:
-    """Caption, width, height, bytes, mtime, caption_stat and stat_hash of one image.
-
-    `before` is the image's row of the last scan: what has not changed since is taken from there.
-    """
-    path = subset.image_dir / name
+    task: Task, folder: bytes, name: str, caption: str | None, known: tuple[int, int, int]
+) -> Row | None:
+    """The row of one image, or None if nothing has changed since the last scan."""
+    path = os.path.join(task.subset.image_dir, name)  # noqa: PTH118 (Path is slower, and there may be millions)
     try:
-        stat = os.stat(path)  # noqa: PTH116 (Path.stat is slower, and there may be millions)
+        stat = os.stat(path)  # noqa: PTH116
     except OSError as error:
-        raise ImageError(str(path), f"not readable ({error.strerror})") from None
-    if before and (before["bytes"], before["mtime"]) == (stat.st_size, stat.st_mtime_ns):
-        width, height, stat_hash = before["width"], before["height"], before["stat_hash"]
-    else:
-        width, height = image_size(path)
-        stat_hash = hash_of_stat(os.path.join(folder, os.fsencode(name)), stat.st_size, stat.st_mtime_ns)  # noqa: PTH118
-    caption_stat = 0
-    if caption is None:
-        caption_stat = _caption_stat(path, subset)
-        is_unchanged = before and before["caption_stat"] == caption_stat
-        caption = before["caption"] if before and is_unchanged else read_caption(path, subset)
-    return caption, width, height, stat.st_size, stat.st_mtime_ns, caption_stat, stat_hash
+        raise ImageError(path, f"not readable ({error.strerror})") from None
+    caption_stat = _caption_stat(path, task.subset) if caption is None else 0
+    is_same_image = (known[0], known[1]) == (stat.st_size, stat.st_mtime_ns)
+    if is_same_image and caption is None and known[2] == caption_stat:
+        return None
+    width, height = (None, None) if is_same_image else image_size(Path(path))
+    if caption is None and known[2] != caption_stat:
+        caption = read_caption(Path(path), task.subset)
+    file_name = os.fsencode(name)
+    stat_hash = hash_of_stat(os.path.join(folder, file_name), stat.st_size, stat.st_mtime_ns)  # noqa: PTH118
+    return task.number, file_name, caption, width, height, stat.st_size, stat.st_mtime_ns, caption_stat, stat_hash
 
 
 def hash_of_stat(path: bytes, size: int, mtime: int) -> bytes:
@@ -260,13 +293,13 @@ def hash_of_stat(path: bytes, size: int, mtime: int) -> bytes:
     return hashlib.blake2b(b"%s %d %d" % (path, size, mtime), digest_size=16).digest()
 
 
-def _caption_stat(image: Path, rules: Subset) -> int:
-    """A hash that changes when a file that may hold the caption changes, appears or disappears."""
+def _caption_stat(image: str, options: Subset) -> int:
+    """A hash that changes when a file that may hold the caption changes, appears or disappears. It is never -1."""
     stats = []
-    for path in caption_paths(image, rules):
+    for path in caption_paths(image, options):
         try:
-            stat = os.stat(path)  # noqa: PTH116 (Path.stat is slower, and there may be millions)
-            stats += [stat.st_size, stat.st_mtime_ns]
+            stat = os.stat(path)  # noqa: PTH116
+            stats.append(b"%d %d" % (stat.st_size, stat.st_mtime_ns))
         except OSError:  # noqa: PERF203 (a caption file is missing now and then)
-            stats += [-1, -1]
-    return int.from_bytes(hashlib.blake2b(repr(stats).encode(), digest_size=8).digest(), "little", signed=True)
+            stats.append(b"-")
+    return int.from_bytes(hashlib.blake2b(b" ".join(stats), digest_size=7).digest(), "little")

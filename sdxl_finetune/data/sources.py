@@ -1,10 +1,10 @@
-"""Metadata files: names, captions and tags of images, as the reference's `in_json` and `metadata_file` have them.
+"""Reads metadata files: names, captions and tags of images, in the format of the reference's `in_json`.
 
     {"cat.jpg": {"caption": "a cat", "tags": "1cat, sitting"}, ...}                     .json
     {"image_path": "cat.jpg", "caption": "a cat", "tags": "1cat, sitting"}              .jsonl, a line each
 
-Names are paths, absolute or below the subset's folder, with the file's ending or without. Sizes in the file (image_size
-and train_resolution) are not used: an image's own header says them, and is read once.
+Names are absolute paths or paths below the subset's folder, with or without the file's ending. Sizes in the file
+(image_size and train_resolution) are not used, because the size is read from the image's header.
 """
 
 import json
@@ -19,12 +19,13 @@ from sdxl_finetune.data.images import image_extensions
 from sdxl_finetune.errors import Problem, UserError
 
 SHOWN = 20
-"""Mistakes of a metadata file that are told one by one."""
+"""Mistakes of one metadata file that are listed; more would hide the other messages."""
 
 
 def read_metadata(subset: Subset) -> dict[str, str]:
-    """The captions of a subset's images, by file name. Raises UserError for a file that cannot be read, entries that
-    are none, and names of which there is no image, or more than one.
+    """Returns the captions of a subset's images by file name.
+
+    Raises UserError for a file that cannot be read, for malformed entries, and for names that fit no image or several.
     """
     path = subset.metadata_file
     assert path is not None
@@ -36,14 +37,14 @@ def read_metadata(subset: Subset) -> dict[str, str]:
         for place, name, entry in _entries(path):
             try:
                 captions[_file_name(subset, name, endings, stems)] = _caption(subset, entry)
-            except ValueError as error:  # noqa: PERF203 (all are told)
+            except ValueError as error:  # noqa: PERF203 (all mistakes are reported together)
                 problems.append(f"{place}: {error}")
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(Problem(f"not valid JSON: {error}", file=str(path))) from None
+        raise UserError(Problem(f"not valid JSON ({error}): correct the file", file=str(path))) from None
     except OSError as error:
-        raise UserError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from None
+        raise UserError(Problem(f"the file cannot be read: {error.strerror}", file=str(path))) from None
     if not captions and not problems:
-        problems.append("names no images")
+        problems.append("the file names no images: give one with entries")
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise UserError([Problem(problem, file=str(path)) for problem in [*problems[:SHOWN], *more]])
@@ -51,7 +52,7 @@ def read_metadata(subset: Subset) -> dict[str, str]:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Where an entry stands, the name of its image, and the entry."""
+    """Yields the place of each entry for messages, the name of its image, and the entry."""
     if path.suffix.lower() == ".jsonl":
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
@@ -61,15 +62,20 @@ def _entries(path: Path) -> Iterator[tuple[str, Any, Any]]:
         return
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(content, dict):
-        raise UserError(Problem("must be an object of images by name (or a .jsonl file)", file=str(path)))
+        raise UserError(
+            Problem(
+                "the top level must be an object of images by name; a list of lines needs the ending .jsonl",
+                file=str(path),
+            )
+        )
     for name, entry in content.items():
         yield repr(name), name, entry
 
 
 def _file_name(subset: Subset, name: Any, endings: tuple[str, ...], stems: dict[Path, dict[str, list[str]]]) -> str:
-    """The image's file, below image_dir or absolute."""
+    """The image's file name with its ending. Raises ValueError."""
     if not isinstance(name, str) or not name:
-        raise ValueError("has no image_path")
+        raise ValueError("the entry has no image_path")
     if name.lower().endswith(endings):
         return name
     full = subset.image_dir / name
@@ -82,7 +88,7 @@ def _file_name(subset: Subset, name: Any, endings: tuple[str, ...], stems: dict[
 
 
 def _stems(folder: Path, endings: tuple[str, ...]) -> dict[str, list[str]]:
-    """The image files of a folder by their names without ending."""
+    """The image files of a folder, by their names without ending."""
     found = defaultdict(list)
     if folder.is_dir():
         with os.scandir(folder) as entries:
@@ -93,11 +99,12 @@ def _stems(folder: Path, endings: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _caption(subset: Subset, entry: Any) -> str:
-    """Caption, then tags; with enable_wildcard the tags follow each line of the caption. In the reference: __init__ of
-    FineTuningDataset; unlike there, tags without a caption are not lost with enable_wildcard.
+    """The caption, then the tags. With enable_wildcard the tags follow each line of the caption.
+
+    The reference's code is `FineTuningDataset.__init__`. There, tags without a caption are lost with enable_wildcard.
     """
     if not isinstance(entry, dict):
-        raise ValueError("must be an object with caption or tags")
+        raise ValueError("the entry must be an object with caption or tags")
     caption, tags = (entry.get(key) or "" for key in ("caption", "tags"))
     if not isinstance(caption, str) or not isinstance(tags, str):
         raise ValueError("caption and tags must be texts")

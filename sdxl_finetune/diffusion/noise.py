@@ -38,7 +38,7 @@ def draw_noise(
     has the same noise whatever k is. The exception is multires noise, which is divided by the standard deviation of all
     k images. A random strength is one number for the micro-batch, as in the reference.
     """
-    place = position.step, position.micro
+    place = position.step, position.micro_batch
     base = noise = _draw_normal(seed, "noise", position, shape)
     if options.noise_offset:
         offset = options.noise_offset
@@ -119,5 +119,5 @@ def multires_noise(
 
 def _draw_normal(seed: int, purpose: str, position: Position, shape: tuple[int, ...]) -> Float32[Tensor, "k c h w"]:
     slots = range(shape[0])
-    place = position.step, position.micro
+    place = position.step, position.micro_batch
     return torch.from_numpy(np.stack([position_normal(shape[1:], seed, purpose, *place, slot) for slot in slots]))

@@ -20,5 +20,5 @@ def draw_timesteps(options: NoiseOptions, seed: int, position: Position, images:
     assert low < high or high < TIMESTEPS, f"no timestep in {low}..{high}"
     if low >= high:
         return torch.full((images,), high)
-    rngs = (position_rng(seed, "timestep", position.step, position.micro, slot) for slot in range(images))
+    rngs = (position_rng(seed, "timestep", position.step, position.micro_batch, slot) for slot in range(images))
     return torch.tensor([int(rng.integers(low, high)) for rng in rngs])

@@ -1,8 +1,8 @@
-"""Latents that the reference left beside an image, `name_{width}x{height}_sdxl.npz` or the older `name.npz`.
+"""Latents that the reference has saved beside an image: `name_{width}x{height}_sdxl.npz`, or the older `name.npz`.
 
-It trusts them whatever bucket, image or VAE they were made for; here each is taken only where it is what would be
-encoded. Names, arrays and the crop that it notes are in tests/golden/cache_format.json (its library/strategy_base.py
-and strategy_sd.py).
+The reference uses them whatever bucket, image or VAE they were made for. Here each file is used only if its latents are
+those that would be encoded. Names, arrays and the crop in the file are golden (tests/golden/cache_format.json), from
+the reference's library/strategy_base.py and strategy_sd.py.
 """
 
 import io
@@ -19,15 +19,15 @@ from sdxl_finetune.data.index import Entry
 
 
 @dataclass(frozen=True)
-class Unfit:
-    """A file that is not taken."""
+class Rejected:
+    """A file that is not used."""
 
     path: Path
     reason: str
 
 
 def find_npz(entry: Entry) -> Path | None:
-    """The file that the reference would take, or would if it turned the image as it is seen."""
+    """The file that the reference would use for this image, or would if it applied the EXIF orientation."""
     width, height = entry.size
     endings = [".npz", *(f"_{w:04d}x{h:04d}_sdxl.npz" for w, h in ((width, height), (height, width)))]
     paths = (entry.path.with_name(entry.path.stem + ending) for ending in endings)
@@ -36,8 +36,8 @@ def find_npz(entry: Entry) -> Path | None:
 
 def read_npz(
     entry: Entry, data: bytes, shape: tuple[int, int, int], mirrored: Iterable[bool]
-) -> dict[bool, Float16[np.ndarray, "4 h w"]] | Unfit | None:
-    """The latents of an image file with this content, as it is or mirrored; None without a file."""
+) -> dict[bool, Float16[np.ndarray, "4 h w"]] | Rejected | None:
+    """The saved latents of an image with this content, as it is and mirrored; None if there is no file."""
     path = find_npz(entry)
     if path is None:
         return None
@@ -45,17 +45,17 @@ def read_npz(
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name != "alpha_mask"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        return Unfit(path, f"damaged ({type(error).__name__})")
+        return Rejected(path, f"damaged ({type(error).__name__})")
     names = {flip: "latents_flipped" if flip else "latents" for flip in mirrored}
     if reason := _misfit(entry, path, data, arrays, shape, list(names.values())):
-        return Unfit(path, reason)
+        return Rejected(path, reason)
     return {flip: arrays[name].astype(np.float16) for flip, name in names.items()}
 
 
 def _misfit(
     entry: Entry, path: Path, data: bytes, arrays: dict[str, np.ndarray], shape: tuple[int, int, int], names: list[str]
 ) -> str | None:
-    """Why the arrays are not the latents of the image, if they are not."""
+    """The reason why the arrays are not the latents of the image; None if they are."""
     known = {"latents", "original_size", "crop_ltrb"} <= arrays.keys()
     if not known or any(array.dtype.kind not in "fiu" for array in arrays.values()) or arrays["crop_ltrb"].size != 4:
         return "no latents of SDXL"
@@ -73,12 +73,14 @@ def _misfit(
     if not all((np.abs(array) <= np.finfo(np.float16).max).all() for array in wanted):
         return "not finite"
     if not is_plain(data):
-        return "of an image that the reference sees otherwise (turned, transparent, 16-bit or with a colour profile)"
+        return (
+            "of an image that the reference reads in another way (turned, transparent, 16-bit or with a colour profile)"
+        )
     return None
 
 
 def noted_crop(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, float, float, float]:
-    """crop_ltrb as the reference notes it: left, top, right and bottom of the image fitted into the bucket."""
+    """crop_ltrb as in the reference: left, top, right and bottom of the whole image fitted into the bucket."""
     ratio = size[0] / size[1]
     fits_width = bucket[0] / bucket[1] <= ratio
     width, height = (float(bucket[0]), bucket[0] / ratio) if fits_width else (bucket[1] * ratio, float(bucket[1]))

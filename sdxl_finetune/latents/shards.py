@@ -1,9 +1,9 @@
 """Shards: files of many latents of one shape, written once and never changed, in which latents are found by key.
 
-Keys, digests and stamps are hashes of 16 bytes. A latent's key stands for all that it depends on besides the VAE. A
-stamp stands for an image file as the file system describes it, and the shards tell which content (a digest) it had,
-so that known files need not be read. A shard on the disk is a .safetensors file whose name begins with the time: of
-equal keys the one of the oldest shard counts, on every process. What is damaged or foreign is named and set aside.
+All keys and hashes have 16 bytes. A latent's cache key stands for all that it depends on besides the VAE (keys.py). A
+shard also has the hash of the content of each image file, by the hash of the file's `stat`. Therefore known files need
+not be read again. A shard on the disk is a .safetensors file whose name starts with the time. If several shards have
+the same key, the oldest shard counts, on every process. Damaged and foreign files are named and set aside.
 """
 
 import atexit
@@ -34,34 +34,35 @@ logger = logging.getLogger(__name__)
 FORMAT = "sdxl_finetune latents 1"
 ENDING = ".latents"
 TABLES = ("keys", "crcs", "stamps", "digests")
+"""Names of the tables in a file: keys, checksums, `stat` hashes and content hashes."""
 MAX_BYTES = 128 << 20
-"""Latents of one shard."""
+"""Largest size of the latents in one shard: 128 MiB, which one process writes in seconds."""
 LEFT_OVER = 86400
-"""Seconds after which an unfinished file is one of a process that was killed."""
+"""Seconds after which an unfinished file is taken for that of a killed process: one day."""
 THREADS = 8
-"""That read shards which have not been read before."""
+"""Threads that read shards at the start; reading is limited by the disk."""
 PLACE = np.dtype([("file", "<i4"), ("crc", "<u4"), ("start", "<i8")])
-"""Where a latent lies: which file (-1: none), the CRC-32 of its bytes, the first of them."""
+"""Place of a latent: number of the file (-1 for none), CRC-32 of its bytes, position of the first byte."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard's tables; its latents stay in the file."""
+    """The tables of one shard. Its latents stay in the file."""
 
     path: Path
     start: int
-    """Byte at which the latents begin."""
+    """Position of the first latent in the file, in bytes."""
     size: int
-    """Bytes of one latent."""
+    """Size of one latent in bytes."""
     keys: UInt8[np.ndarray, "n 16"]
     crcs: UInt32[np.ndarray, " n"]
-    stamps: UInt8[np.ndarray, "m 16"]
-    digests: UInt8[np.ndarray, "m 16"]
-    """Of the files that had the `stamps`."""
+    stat_hashes: UInt8[np.ndarray, "m 16"]
+    contents: UInt8[np.ndarray, "m 16"]
+    """Content hashes of the files with these `stat_hashes`."""
 
 
 class Lookup:
-    """The rows of a table of hashes by their values, many at once."""
+    """Finds rows of a table of hashes, many at once."""
 
     def __init__(self, hashes: UInt8[np.ndarray, "n 16"]) -> None:
         first_halves = _first_halves(hashes)
@@ -70,7 +71,7 @@ class Lookup:
         self._sorted = first_halves[self._order]
 
     def find(self, hashes: UInt8[np.ndarray, "k 16"]) -> Int64[np.ndarray, " k"]:
-        """The first row that holds each, -1 where none does."""
+        """The first row that equals each hash, or -1."""
         if not len(self._sorted):
             return np.full(len(hashes), -1)
         first_halves, last = _first_halves(hashes), len(self._sorted) - 1
@@ -86,7 +87,7 @@ class Lookup:
 
 
 class Library:
-    """Shards as one: latents by key, contents of files by stamp. The order of the shards decides between equals."""
+    """Many shards as one: latents by key, and content hashes by `stat` hash. Of equal keys the first shard counts."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.files = tuple(shard.path for shard in shards)
@@ -99,28 +100,30 @@ class Library:
             places.append(own)
         self._places = np.concatenate(places)
         self._keys = Lookup(np.concatenate([nothing, *(shard.keys for shard in shards)]))
-        self._stamps = Lookup(np.concatenate([nothing, *(shard.stamps for shard in shards)]))
-        self._digests = np.concatenate([nothing, *(shard.digests for shard in shards)])
+        self._stat_hashes = Lookup(np.concatenate([nothing, *(shard.stat_hashes for shard in shards)]))
+        self._contents = np.concatenate([nothing, *(shard.contents for shard in shards)])
 
     def places(self, keys: UInt8[np.ndarray, "k 16"]) -> Shaped[np.ndarray, " k"]:
-        """The PLACE of each latent."""
+        """The PLACE of the latent of each key."""
         rows = self._keys.find(keys)
         found = np.full(len(keys), np.array((-1, 0, 0), PLACE))
         found[rows >= 0] = self._places[rows[rows >= 0]]
         return found
 
-    def contents(self, stamps: UInt8[np.ndarray, "k 16"]) -> tuple[Int64[np.ndarray, " j"], UInt8[np.ndarray, "j 16"]]:
-        """Which of the stamps are known, and the digests of those."""
-        rows = self._stamps.find(stamps)
+    def contents(
+        self, stat_hashes: UInt8[np.ndarray, "k 16"]
+    ) -> tuple[Int64[np.ndarray, " j"], UInt8[np.ndarray, "j 16"]]:
+        """The positions of the known `stat_hashes`, and the content hashes of these."""
+        rows = self._stat_hashes.find(stat_hashes)
         known = np.flatnonzero(rows >= 0)
-        return known, self._digests[rows[known]]
+        return known, self._contents[rows[known]]
 
 
 def open_shards(folder: Path, vae: str, *, check: bool) -> list[Shard]:
-    """The sound shards in `folder` of latents of the VAE with this identity, oldest first.
+    """The sound shards in `folder` that hold latents of the VAE with this identity, oldest first.
 
-    With `check`, for one process at a time, latents of files that were not seen as they are before are read and
-    compared with their checksums, and files that are not as they should be are renamed to `.damaged`, with a warning.
+    With `check`, files that have changed since they were last checked are read and compared with their checksums.
+    Damaged files are renamed to `.damaged`, with a warning. Only one process at a time may use `check`.
     """
     paths = sorted(folder.glob(f"*{ENDING}"))
     checked = _load_checked(folder) if check else None
@@ -129,7 +132,9 @@ def open_shards(folder: Path, vae: str, *, check: bool) -> list[Shard]:
     for path, shard in zip(paths, opened, strict=True):
         if isinstance(shard, str) and check:
             aside = set_aside(path)
-            logger.warning("%s: %s; renamed to %s, its images are encoded again", path, shard, aside.name)
+            logger.warning(
+                "%s: %s; the file is renamed to %s, and its images are encoded again", path, shard, aside.name
+            )
     shards = [shard for shard in opened if isinstance(shard, Shard)]
     if check and folder.is_dir():
         remember_checked(folder, shards)
@@ -141,7 +146,7 @@ def open_shards(folder: Path, vae: str, *, check: bool) -> list[Shard]:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a damaged shard, if it is still there; returns the name that it has then."""
+    """Renames a damaged shard, if it still exists; returns the new path."""
     aside = path.with_suffix(".damaged")
     with contextlib.suppress(OSError):
         path.rename(aside)
@@ -149,13 +154,13 @@ def set_aside(path: Path) -> Path:
 
 
 def remember_checked(folder: Path, shards: Sequence[Shard]) -> None:
-    """Notes that the latents of these files are sound as the files are."""
+    """Records that these files were checked, with their size and modification time."""
     with contextlib.suppress(OSError), atomic_path(folder / "checked.json") as temporary:
         temporary.write_text(json.dumps({shard.path.name: _state(shard.path) for shard in shards}))
 
 
 def read_shard(path: Path, vae: str) -> Shard:
-    """The tables of a file. Raises ValueError, SafetensorError or OSError if it is no shard or a damaged one."""
+    """Reads the tables of a shard. Raises ValueError, SafetensorError or OSError for any other or damaged file."""
     with safe_open(path, "numpy") as file:
         about = file.metadata() or {}
         if about.get("format") != FORMAT or about.get("vae") != vae:
@@ -171,14 +176,14 @@ def read_shard(path: Path, vae: str) -> Shard:
 
 
 class ShardWriter:
-    """Packs latents into shards: files in `folder` or, without one, memory that is freed with the process.
+    """Packs latents into shards: files in `folder`, or without a folder, memory that is freed with the process.
 
-    A thread writes while the next shard is being filled. Close it (or leave its `with`) to write what is left.
+    A thread writes a shard while the next one is filled. Leaving the context writes what is left.
     """
 
     def __init__(self, folder: Path | None, vae: str, rank: int, scratch: Path) -> None:
         self.shards: list[Shard] = []
-        """Those that are written."""
+        """The shards that were written."""
         self._folder, self._vae, self._rank = folder, vae, rank
         self._memory = None if folder else nameless_file(scratch)
         self._pool, self._writing = ThreadPoolExecutor(1), Future[None]()
@@ -194,17 +199,19 @@ class ShardWriter:
         self._writing.result()
         self._pool.shutdown()
 
-    def add(self, stamp: bytes, digest: bytes, latents: Sequence[tuple[bytes, Float16[np.ndarray, "4 h w"]]]) -> None:
-        """An image file, what it contained, and latents of it by key."""
+    def add(
+        self, stat_hash: bytes, content: bytes, latents: Sequence[tuple[bytes, Float16[np.ndarray, "4 h w"]]]
+    ) -> None:
+        """Adds an image file, by the hashes of its `stat` and its content, with its latents by key."""
         for key, latent in latents:
             first = self._latents[0][1] if self._latents else latent
             if first.shape != latent.shape or (len(self._latents) + 1) * latent.nbytes > MAX_BYTES:
                 self.flush()
             self._latents.append((key, latent))
-        self._files.append((stamp, digest))
+        self._files.append((stat_hash, content))
 
     def flush(self) -> None:
-        """What was added becomes a shard."""
+        """Writes all added latents as a shard."""
         if self._latents or self._files:
             self._writing.result()
             self._writing = self._pool.submit(self._write, self._latents, self._files)
@@ -227,13 +234,18 @@ class ShardWriter:
             with atomic_path(self._folder / name) as temporary:
                 temporary.write_bytes(save({"latents": values, **dict(zip(TABLES, tables, strict=True))}, about))
         except (OSError, SafetensorError) as error:
-            raise UserError(Problem(f"latents cannot be written ({error})", file=str(self._folder))) from None
+            raise UserError(
+                Problem(
+                    f"latents cannot be written ({error}): free space, or set another cache_dir", file=str(self._folder)
+                )
+            ) from None
         self.shards.append(read_shard(self._folder / name, self._vae))
 
 
 def nameless_file(scratch: Path) -> Path:
-    """An empty file in memory that lives as long as this process, for it and those that it starts; where the system
-    has none, a temporary file in `scratch`.
+    """Creates an empty file in memory. It lives as long as this process, which can share it with its child processes.
+
+    On systems without such files it is a temporary file in `scratch`.
     """
     if hasattr(os, "memfd_create"):
         return Path(f"/proc/{os.getpid()}/fd/{os.memfd_create('latents')}")
@@ -245,7 +257,7 @@ def nameless_file(scratch: Path) -> Path:
 
 
 def _open_shard(path: Path, vae: str, checked: dict[str, list[int]] | None) -> Shard | str:
-    """The shard, or what is wrong with it; its latents are looked at unless its state is among the `checked`."""
+    """The shard, or a text that says what is wrong. Latents are verified if the file has changed since `checked`."""
     try:
         shard = read_shard(path, vae)
         if checked is not None and checked.get(path.name) != _state(path):

@@ -89,9 +89,9 @@ class SDXL(nn.Module):
         would become 1000.
         """
         hidden, pooled = self.encode_text(tokens1, tokens2, token_weights)
-        return self.predict(
-            noisy_latents, timesteps, hidden, pooled, size_ids(original_size, crop_top_left, target_size)
-        )
+        # The six numbers of the size conditioning (arXiv 2307.01952, section 2.2), in the order of its embedding.
+        sizes = torch.cat([original_size, crop_top_left, target_size], dim=1)
+        return self.predict(noisy_latents, timesteps, hidden, pooled, sizes)
 
     def predict(
         self,
@@ -110,13 +110,6 @@ class SDXL(nn.Module):
             added_cond_kwargs={"text_embeds": pooled.to(dtype), "time_ids": sizes},
             return_dict=False,
         )[0].float()
-
-
-def size_ids(
-    original_size: Int64[Tensor, "k 2"], crop_top_left: Int64[Tensor, "k 2"], target_size: Int64[Tensor, "k 2"]
-) -> Int64[Tensor, "k 6"]:
-    """The six numbers of SDXL's size conditioning (arXiv 2307.01952, section 2.2), in the order of its embedding."""
-    return torch.cat([original_size, crop_top_left, target_size], dim=1)
 
 
 @contextmanager

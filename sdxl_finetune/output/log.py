@@ -97,8 +97,8 @@ class _Record:
 def run_directory(config: LoggingOptions, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
     """The directory of a run's log: `logging_dir/{log_prefix}{timestamp}`; None without `logging_dir`.
 
-    A `resumed` run (name of its log folder, step) continues in its old folder, which is cut back to that step, if the
-    folder exists and has a record of the save. One rank calls this and tells the others.
+    `resumed` is the name of an old log folder, and the step from which the run resumes. If this folder has a record of
+    the save, the run continues in it, and the log is cut back to that step. Only one rank calls this function.
     """
     if config.logging_dir is None:
         return None

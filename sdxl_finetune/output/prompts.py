@@ -112,9 +112,11 @@ def load_prompts(path: Path, default: Prompt | None = None) -> tuple[Prompt, ...
     prompts = tuple(_read_prompt(place, values, default, problems) for place, values in entries)
     if problems:
         raise UserError(problems)
-    unknown = {key: place for place, values in reversed(entries) for key in values.keys() - KNOWN_OPTIONS}
-    for key, place in sorted(unknown.items(), key=lambda item: item[::-1]):
-        logger.warning("%s: %s has no effect on previews", place, key)
+    reported = set(KNOWN_OPTIONS)
+    for place, values in entries:
+        for key in sorted(values.keys() - reported):
+            logger.warning("%s: %s has no effect on previews", place, key)
+        reported |= values.keys()
     return prompts
 
 

@@ -17,15 +17,8 @@ from PIL import Image
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.files import remove_leftovers
 from sdxl_finetune.model.save import single_file_tensors
-from sdxl_finetune.output.checkpoints import (
-    Save,
-    existing_checkpoints,
-    final_name,
-    remove,
-    remove_replaced,
-    step_name,
-    write_checkpoint,
-)
+from sdxl_finetune.output import checkpoints
+from sdxl_finetune.output.checkpoints import Save
 from sdxl_finetune.output.metadata import build_metadata, shareable
 from sdxl_finetune.output.previews import PreviewModel, draw_previews
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts
@@ -59,7 +52,7 @@ def begin(run: Run) -> None:
 def is_finished(run: Run) -> bool:
     """True if the final checkpoint already exists and no step is left to make."""
     start = run.start
-    final = existing_checkpoints(run.output_dir, final_name(run.config), run.save_as)
+    final = checkpoints.existing_checkpoints(run.output_dir, checkpoints.final_name(run.config), run.save_as)
     if start is None or start.state.step < run.timeline.steps or not final:
         return False
     return not start.is_state or final[-1].stat().st_mtime >= start.state.saved_at
@@ -121,12 +114,12 @@ def save_if_due(run: Run, moment: Moment) -> bool:
 def save_final(run: Run) -> None:
     """Saves the final checkpoint, and the training state if the options ask for one."""
     state = final_state(run.config)
-    _save(run, [Save(name=final_name(run.config))], [state] if state else [], step=run.timeline.steps)
+    _save(run, [Save(name=checkpoints.final_name(run.config))], [state] if state else [], step=run.timeline.steps)
 
 
 def save_interrupted(run: Run, moment: Moment) -> None:
     """Saves the training state of a run that is stopped at this moment."""
-    state = Save(name=step_name(run.config, moment.step) + STATE_SUFFIX)
+    state = Save(name=checkpoints.step_name(run.config, moment.step) + STATE_SUFFIX)
     _save(run, [], [state], step=moment.step, is_interrupted=True)
 
 
@@ -162,26 +155,26 @@ def _save_missing(run: Run, start: Start) -> None:
     """Saves what was due at the step that a run resumes from and is missing, and removes what it replaces."""
     step, epochs = start.state.step, run.timeline.epochs
     moment = run.timeline.after(step)
-    checkpoints = checkpoints_due(run.config, moment, epochs)
+    weights = checkpoints_due(run.config, moment, epochs)
     states = states_due(run.config, moment, epochs) if start.is_state else []
-    missing = [save for save in checkpoints if not existing_checkpoints(run.output_dir, save.name, run.save_as)]
+    missing = [save for save in weights if not checkpoints.existing_checkpoints(run.output_dir, save.name, run.save_as)]
     missing_states = [save for save in states if not (run.output_dir / save.name).exists()]
     _save(run, missing, missing_states, step=step)
     if run.accelerator.is_main_process:
-        for save in checkpoints:
-            remove_replaced(save, run.output_dir, run.save_as)
+        for save in weights:
+            checkpoints.remove_replaced(save, run.output_dir, run.save_as)
         if start.is_state:
             _remove_old_states(run, states, step)
 
 
 def _save(
-    run: Run, checkpoints: Sequence[Save], states: Sequence[Save], *, step: int, is_interrupted: bool = False
+    run: Run, weights: Sequence[Save], states: Sequence[Save], *, step: int, is_interrupted: bool = False
 ) -> None:
     """Saves on the first rank while the other ranks wait, once every loss so far is known to be finite.
 
     Old checkpoints and states are deleted only after the new ones are complete.
     """
-    if not (checkpoints or states):
+    if not (weights or states):
         return
     run.log.note_save(step)
     with run.log.pause():
@@ -190,7 +183,7 @@ def _save(
             # States first: a run that is killed in between resumes from the state, and then saves the checkpoint.
             for save in states:
                 _save_state(run, save, state)
-            for save in checkpoints:
+            for save in weights:
                 _save_checkpoint(run, save, state)
             _remove_old_states(run, states, step if states else 0)
         run.accelerator.wait_for_everyone()
@@ -226,7 +219,7 @@ def _save_checkpoint(run: Run, save: Save, state: TrainingState) -> None:
         resume=state.to_metadata(holds_ema=ema and learner.ema is not None),
     )
     with published_weights(run, ema):
-        write_checkpoint(
+        checkpoints.write_checkpoint(
             save,
             run.config,
             learner.sdxl,
@@ -258,6 +251,6 @@ def _remove_old_states(run: Run, states: Sequence[Save], step: int) -> None:
     """
     for save in states:
         if save.replaces:
-            remove(run.output_dir / save.replaces)
+            checkpoints.remove(run.output_dir / save.replaces)
     for path in interrupted_states(run.config, before=step):
-        remove(path)
+        checkpoints.remove(path)

@@ -24,15 +24,7 @@ from sdxl_finetune.optim.update import total_norm
 from sdxl_finetune.output.log import NonFiniteLoss, Step
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory, name_the_batch
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
-from sdxl_finetune.training.hooks import (
-    begin,
-    is_finished,
-    preview_if_due,
-    save_final,
-    save_if_due,
-    save_interrupted,
-    validate_if_due,
-)
+from sdxl_finetune.training import hooks
 from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.setup import Run, build_run
 
@@ -55,22 +47,22 @@ def train(config: Config) -> int:
 
 def train_and_save(run: Run, stop: StopRequest) -> None:
     """Runs from the first step to the final checkpoint, with previews, validation and saves in between."""
-    if is_finished(run):
+    if hooks.is_finished(run):
         logger.info("nothing to do: all %d steps are made and the final checkpoint is saved", run.timeline.steps)
         return
-    begin(run)
+    hooks.begin(run)
     stop.check()
     for step in training_steps(run.learner, run.batches(), stop):
         moment = run.timeline.after(step.number)
         run.log.record(step)
-        preview_if_due(run, moment)
-        validate_if_due(run, moment)
-        state_is_saved = save_if_due(run, moment)
+        hooks.preview_if_due(run, moment)
+        hooks.validate_if_due(run, moment)
+        state_is_saved = hooks.save_if_due(run, moment)
         if stop_is_due(run, stop):
             if not state_is_saved:
-                save_interrupted(run, moment)
+                hooks.save_interrupted(run, moment)
             stop.end()
-    save_final(run)
+    hooks.save_final(run)
 
 
 def stop_is_due(run: Run, stop: StopRequest) -> bool:
@@ -87,18 +79,18 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
         position = batch.position
         rates = {group.name: learner.lr(position.step, group.lr) for group in learner.parameters.groups}
         set_lr(update.optimizer, list(rates.values()))
-        if position.last_micro:
+        if position.is_last_micro_batch:
             meter.begin_step()
         with name_the_batch(batch, config):
             batch = batch.to(accelerator.device)
-            with update.accumulate(last=position.last_micro, only=position.micros == 1):
+            with update.accumulate(last=position.is_last_micro_batch, only=position.micro_batches_in_step == 1):
                 latents = batch_latents(batch, learner.vae)
                 losses = image_losses(learner.model, batch, latents, learner.noise_schedule, config)
                 micro_loss = (losses * batch.weights).sum()
                 accelerator.backward(micro_loss)
             meter.add_losses(losses.detach(), batch.timesteps, batch.weights)
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
-            if not position.last_micro:
+            if not position.is_last_micro_batch:
                 continue
             norms = update.step()
             meter.end_step(norms)

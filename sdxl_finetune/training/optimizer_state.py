@@ -2,11 +2,11 @@
 
 The file holds a dictionary:
 
-state      tensors and numbers that the optimizer keeps, by the full name of each parameter (unet.xxx)
-groups     the values of each parameter group (betas, weight decay, ...), by the group's name
-average    the EMA of the trained weights, float32, by full name
-scaler     the gradient scaler of fp16
-random     torch's random state, which some optimizers draw from
+- `state`: tensors and numbers that the optimizer keeps, by the full name of each parameter (unet.xxx).
+- `groups`: the values of each parameter group (betas, weight decay, ...), by the group's name.
+- `average`: the EMA of the trained weights in float32, by full name.
+- `scaler`: the gradient scaler of fp16.
+- `random`: torch's random state, from which some optimizers draw.
 """
 
 from collections.abc import Mapping, Sequence

@@ -16,16 +16,18 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderKL
 
 from sdxl_finetune.batch import Batch
-from sdxl_finetune.config import Config, HardwareOptions, LengthOptions
+from sdxl_finetune.config import Config, HardwareOptions, LengthOptions, load_datasets
 from sdxl_finetune.data.batch_plan import Plan, build_plan
-from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
-from sdxl_finetune.latents.preparing import encode_dataset, shared_index
+from sdxl_finetune.latents.preparing import prepare
+from sdxl_finetune.latents.store import LatentStore
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.compilation import check_compiler, compile_blocks
 from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
@@ -42,17 +44,12 @@ from sdxl_finetune.output.metadata import load_thumbnail
 from sdxl_finetune.output.prompts import Prompt, load_prompts
 from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.training import resume
 from sdxl_finetune.training.every import Timeline, saves_every
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
-from sdxl_finetune.training.resume import (
-    Start,
-    changed_optimizer_args,
-    check_options,
-    data_order,
-    find_start,
-    resumed_origin,
-)
+from sdxl_finetune.training.resume import Start
+from sdxl_finetune.training.vae_encoder import VaeEncoder
 from sdxl_finetune.training.validation import Validation, build_validation
 
 logger = logging.getLogger(__name__)
@@ -110,7 +107,7 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
     """
     accelerator = build_accelerator(config)
     with console(config, accelerator.process_index):
-        start = _on_first_rank(accelerator, lambda: find_start(config))
+        start = _on_first_rank(accelerator, lambda: resume.find_start(config))
         with _open_log(config, accelerator, start) as log:
             yield _build(config, accelerator, start, log, stop)
     accelerator.end_training()
@@ -122,7 +119,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
     check_optimization(config, accelerator.device)
     if start and start.is_state:
-        check_options(start, config)
+        resume.check_options(start, config)
     tokenizer = build_tokenizer(
         max_token_length=config.max_token_length,
         weighted_captions=config.weighted_captions,
@@ -132,12 +129,12 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     thumbnail = load_thumbnail(config.metadata_thumbnail)
     index = shared_index(config, accelerator)
     loaded = _load_model(config, start)
-    index, latents = encode_dataset(config, index, loaded.vae, accelerator, stop)
+    index, latents = _prepare_latents(config, index, loaded.vae, accelerator, stop)
     ranks = accelerator.num_processes
     plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
-    order = data_order(index, plan)
+    order = resume.data_order(index, plan)
     if start:
-        plan = replace(plan, origin=resumed_origin(start, order, config))
+        plan = replace(plan, origin=resume.resumed_origin(start, order, config))
     timeline = Timeline(plan, total_steps(config, plan))
     _prepare_model(config, loaded.model, accelerator)
     learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, timeline.steps))
@@ -185,6 +182,16 @@ def check_optimization(config: Config, device: torch.device) -> None:
         check_compiler(config.dynamo_backend, device)
 
 
+def shared_index(config: Config, accelerator: Accelerator) -> Index:
+    """The dataset index. The first rank scans the files, and the other ranks map the index that it wrote."""
+
+    def build() -> Index:
+        skip = config.skip_cache_check
+        return build_index(load_datasets(config), config.cache_folder, config.on_bad_image, skip_check=skip)
+
+    return _on_first_rank(accelerator, build)
+
+
 def total_steps(options: LengthOptions, plan: Plan) -> int:
     """Optimizer steps of the whole run: from `max_train_epochs` if it is set, else `max_train_steps`."""
     if options.max_train_epochs is None:
@@ -223,6 +230,16 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
     return loaded
 
 
+def _prepare_latents(
+    config: Config, index: Index, vae: AutoencoderKL, accelerator: Accelerator, stop: StopRequest | None
+) -> tuple[Index, LatentStore | None]:
+    """The latent cache, if the config asks for one. Without it, batches are encoded on the device as they come."""
+    if config.cache_latents:
+        return prepare(index, VaeEncoder(vae, accelerator.device), config, accelerator, stop)
+    vae.to(accelerator.device)
+    return index, None
+
+
 def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator) -> None:
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(sdxl)
@@ -237,7 +254,7 @@ def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator
 def _restore(start: Start, learner: Learner) -> None:
     """Gives the learner the optimizer state, gradient scaler and EMA of a training state."""
     update, scaler = learner.update, learner.accelerator.scaler
-    changed = changed_optimizer_args(start, learner.config)
+    changed = resume.changed_optimizer_args(start, learner.config)
     saved_scaler, unknown = restore_optimizer_state(
         start.optimizer, update.optimizer, update.optimizer_groups, changed=changed
     )

@@ -64,7 +64,7 @@ def draw_validation_noise(
     `image_ids` has, for each batch and each image, its `validation_seed` and a hash of its file name.
     """
     timestep = timesteps[position.step]
-    ids = image_ids[position.micro]
+    ids = image_ids[position.micro_batch]
     noise = [position_normal(shape[1:], seed, "validation", timestep, name) for seed, name in ids]
     return torch.from_numpy(np.stack(noise)), None
 
@@ -97,7 +97,7 @@ class Validation:
         sums: dict[tuple[int, int], Tensor] = {}
         with evaluating(learner.sdxl):
             for batch in self._load(pin_memory=device.type == "cuda"):
-                number = self.dataset.index[int(self.batches[batch.position.micro][0])].bucket.dataset
+                number = self.dataset.index[int(self.batches[batch.position.micro_batch][0])].bucket.dataset
                 batch = batch.to(device)
                 latents = batch_latents(batch, learner.vae, drawn=False)
                 with learner.accelerator.autocast():
@@ -110,7 +110,7 @@ class Validation:
 
     def _load(self, *, pin_memory: bool) -> Iterator[Batch]:
         micro_batches = [
-            MicroBatch(Position(epoch=0, step=step, micro=number, micros=1), rows)
+            MicroBatch(Position(epoch=0, step=step, micro_batch=number, micro_batches_in_step=1), rows)
             for number, rows in enumerate(self.batches)
             for step in range(len(self.timesteps))
         ]

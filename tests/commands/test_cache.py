@@ -17,12 +17,14 @@ from sdxl_finetune.commands.cache import cache
 from sdxl_finetune.commands.model import main as model_tool
 from sdxl_finetune.config import load_config
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.latents.encoding import LatentStore
 from sdxl_finetune.latents.npz import noted_crop
-from sdxl_finetune.latents.preparing import encode_dataset, shared_index
+from sdxl_finetune.latents.preparing import prepare
+from sdxl_finetune.latents.store import LatentStore
 from sdxl_finetune.model.load import load_checkpoint, load_vae
 from sdxl_finetune.model.vae import encode, vae_identity
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
+from sdxl_finetune.training.setup import shared_index
+from sdxl_finetune.training.vae_encoder import VaeEncoder
 
 OPTIONS = ["--pretrained_model_name_or_path", "base.safetensors", "--train_data_dir", "images", "--output_dir", "out"]
 OPTIONS += ["--resolution", "96", "--enable_bucket", "--min_bucket_reso", "64", "--max_bucket_reso", "128"]
@@ -49,7 +51,8 @@ def store(*more: str) -> LatentStore:
     asked = config(*more)
     accelerator = Accelerator()
     index = shared_index(asked, accelerator)
-    return encode_dataset(asked, index, load_vae(Path("base.safetensors")), accelerator)[1]
+    encoder = VaeEncoder(load_vae(Path("base.safetensors")), accelerator.device)
+    return prepare(index, encoder, asked, accelerator)[1]
 
 
 def test_it_encodes_once_and_finds_again(work, caplog) -> None:
@@ -139,7 +142,7 @@ def test_files_of_the_reference(work, caplog) -> None:
     rocket.write_bytes(good[:-500])
     assert cache(config("--cache_dir", "fresh", "--flip_aug")) == 0
     assert said(caplog) == "1 encoded, 7 taken from .npz files"
-    assert "1 .npz files of the reference are not taken: damaged" in caplog.text and "rocket_" in caplog.text
+    assert "1 .npz files of the reference are not used: damaged" in caplog.text and "rocket_" in caplog.text
     copied = store("--cache_dir", "fresh", "--flip_aug")
     rows = [row for row in range(8) if made.index[row].path.stem != "rocket"]
     assert all(np.array_equal(made.read([row], [True]), copied.read([row], [True])) for row in rows)
@@ -147,7 +150,7 @@ def test_files_of_the_reference(work, caplog) -> None:
     assert model_tool(["init", "other.safetensors", "--seed", "4"]) == 0
     assert cache(config("--vae", "other.safetensors", "--cache_dir", "fresh")) == 0
     assert said(caplog) == "8 encoded"
-    assert "is not of this VAE and image: none of the reference's .npz files is used" in caplog.text
+    assert "was made by another VAE or of another image: none of the reference's .npz files is used" in caplog.text
 
 
 class Stopped(StopRequest):
@@ -167,11 +170,12 @@ class Stopped(StopRequest):
 def test_a_stop_keeps_what_is_encoded(work, caplog) -> None:
     caplog.set_level("INFO")
     asked, accelerator = config(), Accelerator()
-    index, vae = shared_index(asked, accelerator), load_vae(Path("base.safetensors"))
+    index = shared_index(asked, accelerator)
+    encoder = VaeEncoder(load_vae(Path("base.safetensors")), accelerator.device)
     with pytest.raises(Interrupt) as caught:
-        encode_dataset(asked, index, vae, accelerator, Stopped())
+        prepare(index, encoder, asked, accelerator, Stopped())
     assert caught.value.exit_status == 143
-    encode_dataset(asked, index, vae, accelerator)
+    prepare(index, encoder, asked, accelerator)
     encoded, kept = (int(part.split()[0]) for part in said(caplog).split(", "))
     assert 1 <= encoded <= 6 and encoded + kept == 8
 
@@ -181,7 +185,13 @@ def test_without_a_place_to_keep_them_there_is_nothing_to_do(work) -> None:
         cache(config("--no-cache_latents_to_disk"))
 
 
-LAUNCHED = "from sdxl_finetune import caching, cli; caching.ROUND = 0.5; cli.cache()"
+LAUNCHED = """
+from sdxl_finetune import cli
+from sdxl_finetune.latents import preparing
+
+preparing.ROUND = 0.5
+cli.cache()
+"""
 """Processes meet and write twice a second."""
 
 

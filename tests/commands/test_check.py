@@ -59,10 +59,10 @@ def test_all_problems_at_once(work, capsys) -> None:
     Path("other.safetensors").write_bytes(b"nothing that one could load" * 10)
     asked = ["--optimizer_type", "AdamX", "--pretrained_model_name_or_path", "other.safetensors"]
     Path("prompts.json").write_text("[{]")
-    asked += ["--lr_scheduler", "polynomial", "--lr_scheduler_args", "lr_end=1", "--sample_prompts", "prompts.json"]
+    asked += ["--lr_scheduler_type", "StepLR", "--sample_prompts", "prompts.json"]
     assert check(config("sdxl-check", *asked)) == 2
     said = capsys.readouterr().out.partition("\nproblems")[2]
-    for word in ("broken.png", "other.safetensors", "prompts.json", "polynomial", "AdamX"):
+    for word in ("broken.png", "other.safetensors", "prompts.json", "StepLR", "AdamX"):
         assert word in said, said
 
 

@@ -6,17 +6,10 @@ from pathlib import Path
 import pytest
 
 from sdxl_finetune.config import Dataset, Subset
-from sdxl_finetune.latents.encoding import (
-    Encoding,
-    LatentStore,
-    Report,
-    build_store,
-    encode_images,
-    lacking,
-    locate,
-    name_rows,
-)
+from sdxl_finetune.latents.encoding import Encoding, Report, encode_images
+from sdxl_finetune.latents.keys import row_keys
 from sdxl_finetune.latents.shards import Library, Shard, ShardWriter, open_shards
+from sdxl_finetune.latents.store import LatentStore, build_store, find_places, missing_rows
 
 
 @pytest.fixture
@@ -45,19 +38,19 @@ def dataset() -> Callable[..., Dataset]:
 
 @pytest.fixture
 def cache_latents(tmp_path: Path) -> Callable[..., tuple[LatentStore, Report, list[Shard]]]:
-    """cache_latents(index, encode, folder=None, parts=1, **job): what encode_dataset does, on one process."""
+    """cache_latents(index, encode, folder=None, parts=1, **job): what `prepare` does, on one process."""
 
     def cache(index, encode, *, folder=None, parts=1, **options):
         shards = open_shards(folder, "vae", check=True) if folder else []
-        names, library = name_rows(index), Library(shards)
-        rows = lacking(index, locate(index, names, library))
+        keys, library = row_keys(index), Library(shards)
+        rows = missing_rows(index, find_places(index, keys, library))
         settings = {"pixels_per_latent": 8, "batch_size": 2, "threads": 2, **options}
-        job = Encoding(index=index, names=names, known=library, encode=encode, **settings)
+        job = Encoding(index=index, keys=keys, known=library, encode=encode, **settings)
         for part in range(parts):
             with ShardWriter(folder, "vae", part, tmp_path) as writer:
                 assert sum(encode_images(job, rows[part::parts], writer)) == len(rows[part::parts])
             shards += writer.shards
-        store = build_store(index, names, shards, pixels_per_latent=8, scratch=tmp_path)
+        store = build_store(index, keys, shards, pixels_per_latent=8, scratch=tmp_path)
         return store, job.report, shards
 
     return cache

@@ -38,14 +38,14 @@ def plans(draw: st.DrawFn) -> Plan:
 def test_every_image_is_used_num_repeats_times_an_epoch(plan: Plan) -> None:
     micro_batches = list(plan.micro_batches(0, 3 * plan.steps_per_epoch))
     for epoch in range(3):
-        mine = [micro for micro in micro_batches if micro.position.epoch == epoch]
-        counts = Counter(np.concatenate([micro.rows for micro in mine]).tolist())
+        mine = [micro_batch for micro_batch in micro_batches if micro_batch.position.epoch == epoch]
+        counts = Counter(np.concatenate([micro_batch.rows for micro_batch in mine]).tolist())
         assert counts == {row: n for row, n in enumerate(plan.repeats.tolist()) if n}
         assert len(mine) == plan.batches_per_epoch
-        assert len({micro.position.step for micro in mine}) == plan.steps_per_epoch
-    for micro in micro_batches:
-        assert len(set(plan.bucket[micro.rows])) == 1
-        assert 1 <= len(micro.rows) <= plan.batch_sizes[plan.bucket[micro.rows[0]]]
+        assert len({micro_batch.position.step for micro_batch in mine}) == plan.steps_per_epoch
+    for micro_batch in micro_batches:
+        assert len(set(plan.bucket[micro_batch.rows])) == 1
+        assert 1 <= len(micro_batch.rows) <= plan.batch_sizes[plan.bucket[micro_batch.rows[0]]]
 
 
 @settings(deadline=None)
@@ -54,14 +54,14 @@ def test_steps_have_all_their_micro_batches_within_one_epoch(plan: Plan) -> None
     """Only the last step of an epoch has fewer micro-batches."""
     steps = plan.steps_per_epoch
     positions_of_step: dict[int, list] = {}
-    for micro in plan.micro_batches(0, 2 * steps):
-        positions_of_step.setdefault(micro.position.step, []).append(micro.position)
+    for micro_batch in plan.micro_batches(0, 2 * steps):
+        positions_of_step.setdefault(micro_batch.position.step, []).append(micro_batch.position)
     assert list(positions_of_step) == list(range(2 * steps))
     for step, positions in positions_of_step.items():
-        assert [position.micro for position in positions] == list(range(len(positions)))
-        assert {position.micros for position in positions} == {len(positions)}
+        assert [position.micro_batch for position in positions] == list(range(len(positions)))
+        assert {position.micro_batches_in_step for position in positions} == {len(positions)}
         assert {position.epoch for position in positions} == {step // steps}
-        assert positions[-1].last_micro
+        assert positions[-1].is_last_micro_batch
         assert len(positions) == plan.accumulation or step % steps == steps - 1
 
 
@@ -71,9 +71,9 @@ def test_a_plan_that_starts_at_a_step_continues_like_the_whole_plan(plan: Plan, 
     """A resumed run gets the micro-batches that an uninterrupted run gets from that step on."""
     last = 3 * plan.steps_per_epoch
     first = data.draw(st.integers(0, last))
-    whole = [micro for micro in plan.micro_batches(0, last) if micro.position.step >= first]
+    whole = [micro_batch for micro_batch in plan.micro_batches(0, last) if micro_batch.position.step >= first]
     resumed = list(plan.micro_batches(first, last))
-    assert [micro.position for micro in resumed] == [micro.position for micro in whole]
+    assert [micro_batch.position for micro_batch in resumed] == [micro_batch.position for micro_batch in whole]
     assert all((a.rows == b.rows).all() for a, b in zip(resumed, whole, strict=True))
     assert list(plan.micro_batches(last, last)) == []
 
@@ -81,7 +81,9 @@ def test_a_plan_that_starts_at_a_step_continues_like_the_whole_plan(plan: Plan, 
 @settings(deadline=None)
 @given(plans())
 def test_the_first_batch_has_the_most_pixels(plan: Plan) -> None:
-    pixels = [plan.areas[plan.bucket[micro.rows]].sum() for micro in plan.micro_batches(0, plan.steps_per_epoch)]
+    pixels = [
+        plan.areas[plan.bucket[micro_batch.rows]].sum() for micro_batch in plan.micro_batches(0, plan.steps_per_epoch)
+    ]
     assert pixels[0] == max(pixels)
 
 
@@ -109,5 +111,5 @@ def test_two_ranks_at_half_the_batch_size_use_the_same_global_batches(
 
 
 def test_a_pickled_micro_batch_is_small() -> None:
-    micro = next(build([0] * 1000, [1] * 1000, [8]).micro_batches(0, 5))
-    assert len(pickle.dumps(micro)) < 1000
+    micro_batch = next(build([0] * 1000, [1] * 1000, [8]).micro_batches(0, 5))
+    assert len(pickle.dumps(micro_batch)) < 1000

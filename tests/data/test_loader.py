@@ -31,13 +31,13 @@ SIZES = {"a.png": (64, 64), "b.jpg": (200, 180), "c.png": (70, 64), "d.webp": (6
 def draw_noise(position: Position, shape: tuple[int, ...], latents: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gives the latents as input noise, so that tests see which latents it was given."""
     slots = range(shape[0])
-    rows = [position_normal(shape[1:], 1, "noise", position.step, position.micro, slot) for slot in slots]
+    rows = [position_normal(shape[1:], 1, "noise", position.step, position.micro_batch, slot) for slot in slots]
     noise = torch.tensor(np.stack(rows))
     return noise, 0 * noise if latents is None else latents
 
 
 def draw_timesteps(position: Position, images: int) -> Tensor:
-    rngs = [position_rng(1, "timestep", position.step, position.micro, slot) for slot in range(images)]
+    rngs = [position_rng(1, "timestep", position.step, position.micro_batch, slot) for slot in range(images)]
     return torch.tensor([int(rng.integers(1000)) for rng in rngs])
 
 
@@ -77,28 +77,28 @@ def test_ranks_together_hold_the_micro_batch_of_a_single_rank(index: Index, rank
     """The weights of an optimizer step add up to the number of ranks."""
     micro_batches = list(plan(index).micro_batches(0, 6))
     totals: dict[int, float] = {}
-    for micro in micro_batches:
-        alone = build(index)[micro].batch
-        parts = [build(index, rank=rank, ranks=ranks)[micro].batch for rank in range(ranks)]
+    for micro_batch in micro_batches:
+        alone = build(index)[micro_batch].batch
+        parts = [build(index, rank=rank, ranks=ranks)[micro_batch].batch for rank in range(ranks)]
         for name in ("images", "noise", "encoding_noise", "timesteps", "tokens1", "tokens2", "original_size"):
             assert torch.equal(rows(parts, name), getattr(alone, name))
         assert torch.equal(rows(parts, "crop_top_left"), alone.crop_top_left)
         assert torch.allclose(rows(parts, "weights"), alone.weights * ranks)
         sizes = [int((part.weights > 0).sum()) for part in parts]
-        assert sum(sizes) == len(micro.rows) == alone.images_in_step and max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == len(micro_batch.rows) == alone.images_in_step and max(sizes) - min(sizes) <= 1
         assert all(len(part.weights) == max(size, 1) for part, size in zip(parts, sizes, strict=True))
         assert len({part.images.shape[1:] for part in parts}) == 1
         total = sum(float(part.weights.sum()) for part in parts)
-        totals[micro.position.step] = totals.get(micro.position.step, 0.0) + total
+        totals[micro_batch.position.step] = totals.get(micro_batch.position.step, 0.0) + total
     assert all(abs(total - ranks) < 1e-6 for total in totals.values())
 
 
 def test_crop_top_left_is_where_the_image_was_cropped(index: Index) -> None:
     """The batch's image is the crop at crop_top_left of the resized image, mirrored before the crop if at all."""
     seen = set()
-    for micro in plan(index).micro_batches(0, 12):
-        batch = build(index)[micro].batch
-        for slot, row in enumerate(micro.rows.tolist()):
+    for micro_batch in plan(index).micro_batches(0, 12):
+        batch = build(index)[micro_batch].batch
+        for slot, row in enumerate(micro_batch.rows.tolist()):
             entry = index[row]
             bucket = (entry.bucket.width, entry.bucket.height)
             whole = resize_and_crop(load_image(entry.path, entry.resized), entry.resized, (0, 0), entry.resized)
@@ -118,12 +118,12 @@ def test_crop_top_left_is_where_the_image_was_cropped(index: Index) -> None:
 
 
 def test_captions_and_noise_repeat_at_a_position_and_differ_at_another(index: Index) -> None:
-    micro = next(plan(index).micro_batches(0, 1))
-    later = MicroBatch(Position(epoch=1, step=7, micro=0, micros=2), micro.rows)
-    first, again, other = (build(index)[each].batch for each in (micro, micro, later))
+    micro_batch = next(plan(index).micro_batches(0, 1))
+    later = MicroBatch(Position(epoch=1, step=7, micro_batch=0, micro_batches_in_step=2), micro_batch.rows)
+    first, again, other = (build(index)[each].batch for each in (micro_batch, micro_batch, later))
     assert same(first, again)
     assert not torch.equal(first.tokens1, other.tokens1) and not torch.equal(first.noise, other.noise)
-    assert not same(first, build(index, seed=6)[micro].batch)
+    assert not same(first, build(index, seed=6)[micro_batch].batch)
 
 
 def test_color_aug_changes_the_images_of_a_batch(index: Index, subset, dataset, tmp_path: Path) -> None:
@@ -131,8 +131,10 @@ def test_color_aug_changes_the_images_of_a_batch(index: Index, subset, dataset, 
     colored = build_index([built], tmp_path / "cache", on_bad_image="stop")
     changed = 0
     for step in range(20):
-        micro = MicroBatch(Position(epoch=0, step=step, micro=0, micros=1), np.zeros(1, np.int32))
-        image = build(colored)[micro].batch.images
+        micro_batch = MicroBatch(
+            Position(epoch=0, step=step, micro_batch=0, micro_batches_in_step=1), np.zeros(1, np.int32)
+        )
+        image = build(colored)[micro_batch].batch.images
         pixels = torch.from_numpy(colored[0].load((0, 0)).copy()).permute(2, 0, 1)
         changed += not torch.allclose(image[0], pixels / 127.5 - 1, atol=1e-6)
     assert 1 <= changed <= 14
@@ -151,16 +153,18 @@ def cached(index: Index, cache_latents) -> TrainingDataset:
 
 def test_batches_hold_cached_latents_mirrored_or_not(index: Index, cached: TrainingDataset) -> None:
     mirrored = 0
-    for micro in plan(index).micro_batches(0, 6):
-        batch = cached[micro].batch
+    for micro_batch in plan(index).micro_batches(0, 6):
+        batch = cached[micro_batch].batch
         assert batch.images is None and batch.latents.dtype == torch.float32
         assert torch.equal(batch.input_noise, batch.latents), "draw_noise was given the latents"
-        for slot, row in enumerate(micro.rows.tolist()):
+        for slot, row in enumerate(micro_batch.rows.tolist()):
             stored = [cached.read_latents([row], [flip])[0] for flip in (False, True)]
             match = [np.array_equal(batch.latents[slot].numpy(), latent) for latent in stored]
             assert sum(match) == 1
             mirrored += match[1]
-        shared = [build(index, read_latents=cached.read_latents, rank=rank, ranks=2)[micro].batch for rank in (0, 1)]
+        shared = [
+            build(index, read_latents=cached.read_latents, rank=rank, ranks=2)[micro_batch].batch for rank in (0, 1)
+        ]
         assert torch.equal(rows(shared, "latents"), batch.latents)
     assert mirrored > 0
 
@@ -175,7 +179,7 @@ def test_a_damaged_latent_ends_the_run_with_a_one_line_message(
             file.seek(shard.start)
             file.write(bytes(200))
     settings = {"workers": workers, "pin_memory": False, "on_bad_image": "skip"}
-    with pytest.raises(UserError, match=r"^[^\n]*the latent of .* is damaged[^\n]*start again[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*the latent of .* is damaged[^\n]*start the run again[^\n]*$"):
         list(load_batches(build(index, read_latents=store.read), plan(index).micro_batches(0, 20), **settings))
 
 
@@ -196,15 +200,15 @@ def test_workers_give_the_same_batches_in_order(index: Index, cached: TrainingDa
     batches = load_batches(
         cached, plan(index).micro_batches(0, steps), workers=2, pin_memory=False, on_bad_image="stop"
     )
-    found = [next(batches)]
+    loaded_batches = [next(batches)]
     workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
-    found += list(batches)
-    assert len(workers) >= 2 and len(found) == len(expected)
-    assert all(same(left, right) for left, right in zip(found, expected, strict=True))
-    assert {batch.position.epoch for batch in found} == {0, 1}
+    loaded_batches += list(batches)
+    assert len(workers) >= 2 and len(loaded_batches) == len(expected)
+    assert all(same(left, right) for left, right in zip(loaded_batches, expected, strict=True))
+    assert {batch.position.epoch for batch in loaded_batches} == {0, 1}
     assert torch.equal(before, torch.random.get_rng_state()), "the global generator of the main process is unchanged"
 
 

@@ -57,14 +57,14 @@ def test_names_are_files_with_or_without_ending(captions, tmp_path: Path) -> Non
     several, missing, number = (problem.message for problem in caught.value.problems)
     assert several.startswith("'below/three': several images") and "three.jpg, three.png" in several
     assert missing == f"'nowhere/one': no image {tmp_path}/nowhere/one.*"
-    assert number == "'below/two': must be an object with caption or tags"
+    assert number == "'below/two': the entry must be an object with caption or tags"
 
 
 def test_a_line_each(captions) -> None:
     lines = [{"image_path": "a.png", "caption": "a"}, {"image_path": "b é.png", "tags": "b"}]
     text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
     assert captions(text) == {"a.png": "a", "b é.png": "b"}
-    with pytest.raises(UserError, match=r"meta\.jsonl: line 2: has no image_path"):
+    with pytest.raises(UserError, match=r"meta\.jsonl: line 2: the entry has no image_path"):
         captions('{"image_path": "a.png"}\n{"caption": "b"}')
 
 

@@ -23,12 +23,12 @@ EVERYTHING = OFFSET | PERTURBED | RANDOM_STRENGTHS
 Noise = tuple[Tensor, Tensor | None]
 
 
-def at(step: int = 0, micro: int = 0) -> Position:
-    return Position(epoch=0, step=step, micro=micro, micros=micro + 1)
+def at(step: int = 0, micro_batch: int = 0) -> Position:
+    return Position(epoch=0, step=step, micro_batch=micro_batch, micro_batches_in_step=micro_batch + 1)
 
 
-def drawn(options=None, *, seed=7, step=0, micro=0, shape=SHAPE, latents=None) -> Noise:
-    return draw_noise(NoiseOptions(**(options or {})), seed, at(step, micro), shape, latents)
+def drawn(options=None, *, seed=7, step=0, micro_batch=0, shape=SHAPE, latents=None) -> Noise:
+    return draw_noise(NoiseOptions(**(options or {})), seed, at(step, micro_batch), shape, latents)
 
 
 def assert_equal_rows(first: Noise, second: Noise, rows: int) -> None:
@@ -39,9 +39,10 @@ def assert_equal_rows(first: Noise, second: Noise, rows: int) -> None:
 
 @given(st.integers(0, 2**63), st.integers(0, 10**7), st.integers(0, 9), st.integers(1, 5), st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
-def test_noise_of_an_image_does_not_depend_on_the_number_of_images(seed, step, micro, images1, images2) -> None:
+def test_noise_of_an_image_does_not_depend_on_the_number_of_images(seed, step, micro_batch, images1, images2) -> None:
     first, second = (
-        drawn(EVERYTHING, seed=seed, step=step, micro=micro, shape=(images, 4, 8, 6)) for images in (images1, images2)
+        drawn(EVERYTHING, seed=seed, step=step, micro_batch=micro_batch, shape=(images, 4, 8, 6))
+        for images in (images1, images2)
     )
     assert_equal_rows(first, second, min(images1, images2))
 
@@ -59,10 +60,10 @@ def test_multires_noise_differs_by_one_factor_with_the_number_of_images(seed, im
 def test_noise_at_different_positions_is_independent() -> None:
     """docs/differences.md: noise is a function of position, so no two ranks share it."""
     draws = [
-        drawn(EVERYTHING, seed=seed, step=step, micro=micro, shape=(4, 4, 8, 8))
+        drawn(EVERYTHING, seed=seed, step=step, micro_batch=micro_batch, shape=(4, 4, 8, 8))
         for seed in (0, 1)
         for step in (0, 1, 2)
-        for micro in (0, 1)
+        for micro_batch in (0, 1)
     ]
     for rows in (torch.cat([noise for noise, _ in draws]), torch.cat([input_noise for _, input_noise in draws])):
         correlation = torch.corrcoef(rows.flatten(1)) - torch.eye(len(rows))
@@ -82,8 +83,8 @@ def test_multires_layers_differ_between_images_and_steps() -> None:
 
 
 def test_noise_depends_neither_on_the_epoch_nor_on_the_number_of_micro_batches() -> None:
-    first = draw_noise(NoiseOptions(), 7, Position(epoch=0, step=5, micro=0, micros=1), SHAPE)
-    second = draw_noise(NoiseOptions(), 7, Position(epoch=3, step=5, micro=0, micros=4), SHAPE)
+    first = draw_noise(NoiseOptions(), 7, Position(epoch=0, step=5, micro_batch=0, micro_batches_in_step=1), SHAPE)
+    second = draw_noise(NoiseOptions(), 7, Position(epoch=3, step=5, micro_batch=0, micro_batches_in_step=4), SHAPE)
     assert_equal_rows(first, second, SHAPE[0])
 
 

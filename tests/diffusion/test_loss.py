@@ -22,8 +22,8 @@ def inputs(golden) -> dict[str, torch.Tensor]:
 
 
 def loss_options(entry: dict) -> LossOptions:
-    given = {key: entry[key] for key in HUBER if entry.get(key) is not None}
-    return LossOptions.model_construct(**{**HUBER, **given})
+    options = {key: entry[key] for key in HUBER if entry.get(key) is not None}
+    return LossOptions.model_construct(**{**HUBER, **options})
 
 
 def test_huber_thresholds_are_the_reference_s(golden) -> None:

@@ -10,8 +10,10 @@ from sdxl_finetune.config import NoiseOptions
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
 
 
-def drawn(images: int, *, step: int = 0, micro: int = 0, seed: int = 7, epoch: int = 0, **options) -> torch.Tensor:
-    position = Position(epoch=epoch, step=step, micro=micro, micros=micro + 1)
+def drawn(
+    images: int, *, step: int = 0, micro_batch: int = 0, seed: int = 7, epoch: int = 0, **options
+) -> torch.Tensor:
+    position = Position(epoch=epoch, step=step, micro_batch=micro_batch, micro_batches_in_step=micro_batch + 1)
     return draw_timesteps(NoiseOptions(**options), seed, position, images)
 
 
@@ -27,8 +29,10 @@ def test_timesteps_are_uniform_over_all() -> None:
 
 @given(st.integers(0, 2**63), st.integers(0, 10**7), st.integers(0, 9), st.integers(1, 5), st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
-def test_timestep_of_an_image_does_not_depend_on_the_number_of_images(seed, step, micro, images1, images2) -> None:
-    first, second = (drawn(images, seed=seed, step=step, micro=micro) for images in (images1, images2))
+def test_timestep_of_an_image_does_not_depend_on_the_number_of_images(
+    seed, step, micro_batch, images1, images2
+) -> None:
+    first, second = (drawn(images, seed=seed, step=step, micro_batch=micro_batch) for images in (images1, images2))
     rows = min(images1, images2)
     assert torch.equal(first[:rows], second[:rows])
 
@@ -40,7 +44,12 @@ def test_noise_options_do_not_change_the_timesteps() -> None:
 
 
 def test_timesteps_differ_between_seeds_steps_and_micro_batches_but_not_epochs() -> None:
-    places = [{"seed": seed, "step": step, "micro": micro} for seed in (0, 1) for step in (0, 1, 2) for micro in (0, 1)]
+    places = [
+        {"seed": seed, "step": step, "micro_batch": micro_batch}
+        for seed in (0, 1)
+        for step in (0, 1, 2)
+        for micro_batch in (0, 1)
+    ]
     assert len({tuple(drawn(4, **place).tolist()) for place in places}) == len(places)
     assert torch.equal(drawn(4, epoch=3), drawn(4))
 
@@ -52,7 +61,7 @@ def test_timestep_range_is_the_reference_s(golden) -> None:
     assert len(ranges) > 8
     for (low, high), case in ranges.items():
         options = NoiseOptions.model_construct(min_timestep=low, max_timestep=high)
-        position = Position(epoch=0, step=0, micro=0, micros=1)
+        position = Position(epoch=0, step=0, micro_batch=0, micro_batches_in_step=1)
         if "raised" in case:
             with pytest.raises(AssertionError, match="no timestep"):
                 draw_timesteps(options, 7, position, 3)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdxl_finetune.batch import to_images
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.latents.encoding import LatentStore
+from sdxl_finetune.latents.store import LatentStore
 
 SIZES = {"a.png": (64, 64), "b.jpg": (80, 64), "c.png": (160, 64), "d.webp": (64, 160), "e.png": (70, 70)}
 
@@ -90,7 +90,7 @@ def test_one_image_in_two_subsets_is_encoded_once(index: Index, subset, dataset,
     store, report, shards = cache_latents(index, encode)
     assert sum(len(shard.keys) for shard in shards) == 10, "each as it is and mirrored, and no more"
     assert equal(list(store.read([0], [False])), list(store.read([5], [False])))
-    assert {frozenset(pair) for pair in report.twins.items()} == {frozenset((row, row + 5)) for row in range(5)}
+    assert {frozenset(pair) for pair in report.duplicates.items()} == {frozenset((row, row + 5)) for row in range(5)}
 
 
 def _read(store: LatentStore, connection) -> None:
@@ -186,13 +186,15 @@ def test_a_flip_or_another_geometry_is_encoded_and_the_rest_kept(
 
 
 def test_an_interrupted_run_keeps_what_it_finished(index: Index, tmp_path: Path, cache_latents) -> None:
-    from sdxl_finetune.latents.encoding import Encoding, encode_images, lacking, locate, name_rows
+    from sdxl_finetune.latents.encoding import Encoding, encode_images
+    from sdxl_finetune.latents.keys import row_keys
     from sdxl_finetune.latents.shards import Library, ShardWriter
+    from sdxl_finetune.latents.store import find_places, missing_rows
 
-    folder, names, library = tmp_path / "disk", name_rows(index), Library([])
-    rows = lacking(index, locate(index, names, library))
+    folder, keys, library = tmp_path / "disk", row_keys(index), Library([])
+    rows = missing_rows(index, find_places(index, keys, library))
     settings = {"pixels_per_latent": 8, "batch_size": 1, "threads": 1}
-    job = Encoding(index=index, names=names, known=library, encode=encode, **settings)
+    job = Encoding(index=index, keys=keys, known=library, encode=encode, **settings)
     with ShardWriter(folder, "vae", 0, tmp_path) as writer:
         images = encode_images(job, rows, writer)
         assert [next(images) for _ in range(3)] == [1, 1, 1]
@@ -210,7 +212,7 @@ def test_damage_is_noticed_when_a_latent_is_read(index: Index, tmp_path: Path, c
     plain = store.places[:, 0]
     here = (plain["file"] == store.files.index(shards[0].path)) & (plain["start"] == shards[0].start)
     row = int(np.flatnonzero(here)[0])
-    with pytest.raises(UserError, match=r"is damaged.*start again") as caught:
+    with pytest.raises(UserError, match=r"is damaged.*start the run again") as caught:
         store.read([row], [False])
     assert str(index[row].path) in str(caught.value) and str(shards[0].path) in str(caught.value)
     with pytest.raises(UserError, match="cannot be read"):

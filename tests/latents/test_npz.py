@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from sdxl_finetune.data.index import Entry, Index, build_index
-from sdxl_finetune.latents.encoding import latent_shape
-from sdxl_finetune.latents.npz import Unfit, find_npz, noted_crop, read_npz
+from sdxl_finetune.latents.keys import latent_shape
+from sdxl_finetune.latents.npz import Rejected, find_npz, noted_crop, read_npz
 
 SETTINGS = {"resolution": (64, 64), "min_bucket_reso": 32, "max_bucket_reso": 128, "bucket_reso_steps": 32}
 
@@ -116,7 +116,9 @@ def test_what_does_not_fit_is_rejected_with_the_reason(images, tmp_path: Path, r
     npz, image = tmp_path / "images" / "b_0100x0060_sdxl.npz", tmp_path / "images" / "b.png"
     CASES[reason](npz, image)
     taken = read(images()[1])
-    assert (isinstance(taken, Unfit) and taken.path == npz and taken.reason.startswith(reason)) or reason == "mirrored"
+    assert (
+        isinstance(taken, Rejected) and taken.path == npz and taken.reason.startswith(reason)
+    ) or reason == "mirrored"
     assert reason != "mirrored" or ("mirrored" in taken.reason and isinstance(read(images()[1], flip=False), dict))
     assert isinstance(read(images()[0]), dict), "the other image's is not touched"
 
@@ -127,10 +129,10 @@ def test_they_take_the_place_of_encoding(images, tmp_path: Path, cache_latents) 
 
     index = images()
     (tmp_path / "images" / "b_0100x0060_sdxl.npz").write_bytes(b"PK")
-    store, report, _ = cache_latents(index, encode, folder=tmp_path / "disk", npz=True)
+    store, report, _ = cache_latents(index, encode, folder=tmp_path / "disk", use_npz=True)
     assert report.counts == {"taken from .npz files": 1, "encoded": 1}
-    ((reason, paths),) = report.unfit.items()
+    ((reason, paths),) = report.rejected.items()
     assert reason.startswith("damaged") and [path.name for path in paths] == ["b_0100x0060_sdxl.npz"]
     stored = np.load(tmp_path / "images" / "a_0064x0064_sdxl.npz")
     assert np.array_equal(store.read([0], [True])[0], stored["latents_flipped"].astype(np.float16))
-    assert cache_latents(index, encode, folder=tmp_path / "disk", npz=True)[1].counts == {}
+    assert cache_latents(index, encode, folder=tmp_path / "disk", use_npz=True)[1].counts == {}

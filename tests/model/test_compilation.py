@@ -57,7 +57,7 @@ def learn(model: SDXL, shape: tuple[int, int, int], *, seed: int = 0) -> tuple[T
     model.zero_grad()
     prediction = model(latents, timesteps, tokens(images), tokens(images), sizes, sizes, sizes)
     prediction.square().mean().backward()
-    gradients = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
+    gradients = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
     return prediction.detach(), torch.cat(gradients)
 
 
@@ -67,8 +67,8 @@ def graphs() -> int:
 
 def assert_the_same(plain: SDXL, compiled: SDXL, shapes: Sequence[tuple[int, int, int]]) -> None:
     for seed, shape in enumerate(shapes):
-        for found, expected in zip(learn(compiled, shape, seed=seed), learn(plain, shape, seed=seed), strict=True):
-            assert (found - expected).norm() < 1e-5 * expected.norm(), shape
+        for actual, expected in zip(learn(compiled, shape, seed=seed), learn(plain, shape, seed=seed), strict=True):
+            assert (actual - expected).norm() < 1e-5 * expected.norm(), shape
 
 
 def test_all_shapes_give_the_same_gradients_with_one_graph_per_width() -> None:
@@ -81,12 +81,12 @@ def test_all_shapes_give_the_same_gradients_with_one_graph_per_width() -> None:
     assert_the_same(plain, compiled, SHAPES)
     assert graphs() == WIDTHS
     assert_the_same(plain, compiled, [(1, 8, 8), (1, 16, 8)])
-    assert graphs() == 2 * WIDTHS  # torch tells one image from several
+    assert graphs() == 2 * WIDTHS  # torch compiles another graph for a single image
     with torch.no_grad(), evaluating(compiled):
         for images in (1, 2):
             sizes = torch.zeros(images, 2, dtype=torch.int64)
-            given = torch.zeros(images, 4, 8, 8), torch.full((images,), 7), tokens(images), tokens(images)
-            compiled(*given, sizes, sizes, sizes)
+            inputs = torch.zeros(images, 4, 8, 8), torch.full((images,), 7), tokens(images), tokens(images)
+            compiled(*inputs, sizes, sizes, sizes)
     assert graphs() == 4 * WIDTHS and not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -106,8 +106,8 @@ def test_a_compiled_run_saves_the_same_weights(work: Path, exact: list[str]) -> 
     compiled = saved("compiled", *exact, "--torch_compile", "--dynamo_backend", "aot_eager")
     assert graphs() > 0 and plain.keys() == compiled.keys()
     change, error = (
-        torch.cat([(one[name].float() - other[name].float()).flatten() for name in start]).norm()
-        for one, other in ((plain, start), (compiled, plain))
+        torch.cat([(left[name].float() - right[name].float()).flatten() for name in start]).norm()
+        for left, right in ((plain, start), (compiled, plain))
     )
     assert error < (5e-2 if exact else 1e-4) * change
 
@@ -120,11 +120,11 @@ def saved(out: str, *more: str) -> dict[str, Tensor]:
 
 
 def configured(out: str, *more: str):
-    given = ["--pretrained_model_name_or_path", "base.safetensors", "--train_data_dir", "images", "--output_dir", out]
-    given += ["--resolution", "64", "--train_batch_size", "2", "--max_train_steps", "2", "--cache_latents"]
-    given += ["--optimizer_type", "SGD", "--learning_rate", "1e-2", "--train_text_encoder", "--seed", "1"]
-    given += ["--max_data_loader_n_workers", "0", "--gradient_checkpointing", "--save_precision", "float"]
-    config = load_config([*given, *more], program="sdxl-train")
+    options = ["--pretrained_model_name_or_path", "base.safetensors", "--train_data_dir", "images", "--output_dir", out]
+    options += ["--resolution", "64", "--train_batch_size", "2", "--max_train_steps", "2", "--cache_latents"]
+    options += ["--optimizer_type", "SGD", "--learning_rate", "1e-2", "--train_text_encoder", "--seed", "1"]
+    options += ["--max_data_loader_n_workers", "0", "--gradient_checkpointing", "--save_precision", "float"]
+    config = load_config([*options, *more], program="sdxl-train")
     assert config is not None
     return config
 

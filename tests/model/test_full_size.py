@@ -31,9 +31,9 @@ def full_path(golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_architecture_is_read_from_the_header_alone(full_path: Path) -> None:
-    found = inspect_checkpoint(full_path)
-    assert found.kind is None
-    assert found.architecture == FULL
+    inspected = inspect_checkpoint(full_path)
+    assert inspected.kind is None
+    assert inspected.architecture == FULL
 
 
 def test_diffusers_opens_a_full_size_file_offline(

@@ -96,12 +96,14 @@ def test_a_bf16_model_with_master_weights_saves_the_file_s_exact_values(
         again = tmp_path / f"again {dtype}"
         with atomic_path(again) as path:
             save_checkpoint(path, loaded.model, loaded.vae, save_as=save_as, dtype=dtype, metadata={})
-        one, other = (load_checkpoint(path, dtype=torch.float32).model.state_dict() for path in (first, again))
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        first_state, again_state = (
+            load_checkpoint(path, dtype=torch.float32).model.state_dict() for path in (first, again)
+        )
+        assert all(torch.equal(first_state[name], again_state[name]) for name in first_state)
     rounded = load_checkpoint(first, dtype=torch.bfloat16).model
     assert not rounded.masters.tensors()
     if stored != torch.bfloat16:
-        assert not torch.equal(rounded.unet.conv_in.weight.float(), one["unet.conv_in.weight"])
+        assert not torch.equal(rounded.unet.conv_in.weight.float(), first_state["unet.conv_in.weight"])
 
 
 def test_master_weights_are_rounded_once_to_fp16(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
@@ -114,8 +116,8 @@ def test_master_weights_are_rounded_once_to_fp16(little: tuple[SDXL, Autoencoder
         model.masters.add(parameter, low)
         parameter.copy_(high)
     save_checkpoint(tmp_path / "half", model, little[1], save_as="safetensors", dtype=torch.float16, metadata={})
-    found = load_checkpoint(tmp_path / "half", dtype=None).model.unet.conv_in.bias
-    assert torch.equal(found, value.half()) and not torch.equal(found, value.bfloat16().half())
+    saved = load_checkpoint(tmp_path / "half", dtype=None).model.unet.conv_in.bias
+    assert torch.equal(saved, value.half()) and not torch.equal(saved, value.bfloat16().half())
 
 
 def test_saturated_finds_master_weights_beyond_float16(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from sdxl_finetune.model.architecture import Architecture
 from sdxl_finetune.model.attention import enable_gradient_checkpointing
 from sdxl_finetune.model.load import Loaded
 from sdxl_finetune.model.random_model import TINY, build_random_model
-from sdxl_finetune.model.sdxl import SDXL, size_ids
+from sdxl_finetune.model.sdxl import SDXL
 
 TOLERANCE = 1e-4
 
@@ -57,7 +57,7 @@ def test_differs_from_reference_text_projection_is_transposed(
 
 
 def test_size_embeddings_are_the_reference_s(golden, golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
-    ids = size_ids(*sizes_of(golden))
+    ids = torch.cat(sizes_of(golden), dim=1)
     embedded = golden_model.model.unet.add_time_proj(ids.flatten()).reshape(2, -1)
     assert relative_error(embedded, golden_tensors["size_embeddings"]) < TOLERANCE
 

@@ -34,8 +34,8 @@ def test_written_bytes_are_the_library_s(
 def test_metadata_order_changes_no_byte(tmp_path: Path) -> None:
     """The library gives metadata in an order that changes from process to process."""
     metadata = {name: name.upper() for name in "abc"}
-    for name, one in (("there", metadata), ("back", dict(reversed(metadata.items())))):
-        write_safetensors(tmp_path / name, {"x": source_of(torch.ones(2))}, one)
+    for name, ordered in (("there", metadata), ("back", dict(reversed(metadata.items())))):
+        write_safetensors(tmp_path / name, {"x": source_of(torch.ones(2))}, ordered)
     assert (tmp_path / "there").read_bytes() == (tmp_path / "back").read_bytes()
 
 

@@ -36,7 +36,11 @@ def step(index: int = 0, *, epoch: int = 0, loss: torch.Tensor, **values) -> Ste
         "images": 4,
         "data_wait_seconds": 0.25,
     }
-    return Step(position=Position(epoch=epoch, step=index, micro=0, micros=1), loss=loss, **{**usual, **values})
+    return Step(
+        position=Position(epoch=epoch, step=index, micro_batch=0, micro_batches_in_step=1),
+        loss=loss,
+        **{**usual, **values},
+    )
 
 
 def write_run(config: Config, directory: Path | None, *, rank: int = 0, losses: list[float] = LOSSES) -> None:

@@ -47,7 +47,7 @@ def test_tensorboard_shows_scalars_and_previews_in_a_browser(tmp_path: Path) -> 
         for step in range(1, 5):
             log.record(
                 Step(
-                    position=Position(epoch=0, step=step - 1, micro=0, micros=1),
+                    position=Position(epoch=0, step=step - 1, micro_batch=0, micro_batches_in_step=1),
                     loss=torch.tensor(1 / step),
                     grad_norm=torch.tensor(1.0),
                     measured={name: torch.tensor(0.5) for name in ("loss/t000-249", "grad_norm/unet", "update/unet")},

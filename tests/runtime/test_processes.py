@@ -79,24 +79,24 @@ def assert_they_agree(two: str, alone: str, *, loss: float, norm: float) -> int:
     single = DIGEST.findall(alone)
     assert [int(step) for step, *_ in single] == sorted(digests), two
     for step, _, *expected in single:
-        for found, one, share in zip(digests[int(step)][0][1:], expected, (loss, norm), strict=True):
-            assert float(found) == pytest.approx(float(one), rel=share), step
+        for actual, reference, share in zip(digests[int(step)][0][1:], expected, (loss, norm), strict=True):
+            assert float(actual) == pytest.approx(float(reference), rel=share), step
     return len(digests)
 
 
 def test_processes_exit_after_the_end_of_a_run(work) -> None:
     """Freeing the process group must not deadlock with gloo's threads."""
     process = launch(program=[str(Path(__file__).parent / "leave_often.py")])
-    said = output(process, seconds=120)
-    assert process.returncode == 0 and said.count("left\n") == 2, said
+    printed = output(process, seconds=120)
+    assert process.returncode == 0 and printed.count("left\n") == 2, printed
 
 
 @pytest.mark.parametrize("end", ["leave", "stop"])
 def test_processes_do_not_abort_at_exit(work, end: str) -> None:
     """gloo's threads, which still free reduced tensors, must end before the interpreter."""
     process = launch(program=[str(Path(__file__).parent / "exit_at_once.py"), end])
-    said = output(process, seconds=120)
-    assert process.returncode == 0 and said.count("ended") == 2 and "terminate" not in said, said
+    printed = output(process, seconds=120)
+    assert process.returncode == 0 and printed.count("ended") == 2 and "terminate" not in printed, printed
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -113,12 +113,12 @@ def test_master_weights_of_two_processes_stay_equal(work, fused: bool) -> None:
 def test_two_processes_write_the_same_files_as_one(work) -> None:
     """Uses the documentation's command, with SGD, because AdamW's first steps amplify rounding errors to signs."""
     sgd = ["--optimizer_type", "SGD", "--learning_rate", "0.01", "--learning_rate_te1", "0.01"]
-    said = output(launch(*sgd, "--train_batch_size", "2", "--save_every_n_epochs", "1", "--output_dir", "two"))
+    printed = output(launch(*sgd, "--train_batch_size", "2", "--save_every_n_epochs", "1", "--output_dir", "two"))
     alone = [*OPTIONS, *sgd, "--train_batch_size", "4", "--output_dir", "one", "--save_every_n_epochs", "1"]
     config = load_config(alone, program="sdxl-train")
     assert config is not None and train(config) == 0
     names = sorted(path.name for path in Path("one").glob("*.safetensors"))
-    assert names == sorted(path.name for path in Path("two").glob("*.safetensors")), said
+    assert names == sorted(path.name for path in Path("two").glob("*.safetensors")), printed
     assert len(names) == 2
     start = load_file("base.safetensors")
     for name in names:
@@ -132,26 +132,26 @@ def test_a_killed_process_ends_the_run_with_one_root_cause(work) -> None:
     wait_for(Path("out"), "*-000001.safetensors", process)
     started = time.monotonic()
     os.kill(children(process)[1], signal.SIGKILL)
-    said = output(process, 60)
+    printed = output(process, 60)
     assert time.monotonic() - started < 60
     assert process.returncode == 1
-    assert said.count("error: ") == 1 and "error: another process of this run has ended" in said
-    assert "SIGKILL" in said.partition("Root Cause")[2]
+    assert printed.count("error: ") == 1 and "error: another process of this run has ended" in printed
+    assert "SIGKILL" in printed.partition("Root Cause")[2]
 
 
 def test_a_wrong_option_is_reported_once(work) -> None:
-    said = output(launch("--metadata_thumbnail", "nofile.png"))
-    assert said.count("error: ") == 1 and "error: command line: metadata_thumbnail = 'nofile.png'" in said
-    assert "metadata_thumbnail" in said.partition("Root Cause")[2]
+    printed = output(launch("--metadata_thumbnail", "nofile.png"))
+    assert printed.count("error: ") == 1 and "error: command line: metadata_thumbnail = 'nofile.png'" in printed
+    assert "metadata_thumbnail" in printed.partition("Root Cause")[2]
 
 
 def test_an_image_that_one_rank_cannot_read_ends_the_run_with_one_error(work) -> None:
     """Without a latent cache, the rank that reads the image reports it. The other rank only loses its peer."""
     photo = sorted(Path("images").glob("*.jpg"))[3]
     photo.write_bytes(photo.read_bytes()[:3000])
-    said = output(launch("--no-cache_latents", "--no-cache_latents_to_disk", "--train_batch_size", "1"), 90)
-    named = [line for line in said.splitlines() if line.startswith("error: ") and photo.name in line]
-    assert len(named) == 1 and photo.name in said.partition("Root Cause")[2]
+    printed = output(launch("--no-cache_latents", "--no-cache_latents_to_disk", "--train_batch_size", "1"), 90)
+    named = [line for line in printed.splitlines() if line.startswith("error: ") and photo.name in line]
+    assert len(named) == 1 and photo.name in printed.partition("Root Cause")[2]
 
 
 def wait_for(folder: Path, pattern: str, process: subprocess.Popen, seconds: float = 120) -> None:

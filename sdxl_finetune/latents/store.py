@@ -1,0 +1,87 @@
+"""The LatentStore: reads latents by row of the index, from shards on the disk or in memory."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float16, Int64, Shaped
+
+from sdxl_finetune.data.index import Index
+from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.latents.keys import RowKeys, latent_shape
+from sdxl_finetune.latents.shards import PLACE, Library, Shard, nameless_file, set_aside
+
+
+@dataclass(frozen=True)
+class LatentStore:
+    """The places of all latents of an index. A small value: copies in other processes read the same files."""
+
+    index: Index
+    table: Path
+    """File with two PLACEs for each row of the index: the latent of the image as it is, and mirrored."""
+    files: tuple[Path, ...]
+    pixels_per_latent: int
+
+    def __reduce__(self) -> tuple:
+        return LatentStore, (self.index, self.table, self.files, self.pixels_per_latent)
+
+    def read(self, rows: Sequence[int], mirrored: Sequence[bool]) -> Float16[np.ndarray, "k 4 h w"]:
+        """Unscaled latents of images of one bucket. Raises UserError if the bytes differ from those written."""
+        return np.stack([self._read(row, flip) for row, flip in zip(rows, mirrored, strict=True)])
+
+    def _read(self, row: int, mirrored: bool) -> Float16[np.ndarray, "4 h w"]:
+        number, crc, start = self.places[row, int(mirrored)].tolist()
+        assert number >= 0, "the latent was not encoded"
+        shape = latent_shape(self.index.buckets[self.index.bucket[row]], self.pixels_per_latent)
+        path = self.files[number]
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(start)
+                data = file.read(2 * int(np.prod(shape)))
+        except OSError as error:
+            message = f"the latent of {self.index[row].path} cannot be read ({error.strerror}): start the run again"
+            raise UserError(Problem(message, file=str(path))) from None
+        if zlib.crc32(data) != crc:
+            message = (
+                f"the latent of {self.index[row].path} is damaged; the file is renamed to {set_aside(path).name}:"
+                " start the run again, which encodes its images again"
+            )
+            raise UserError(Problem(message, file=str(path)))
+        return np.frombuffer(data, np.float16).reshape(shape)
+
+    @cached_property
+    def places(self) -> Shaped[np.ndarray, "n 2"]:
+        return np.memmap(self.table, PLACE, mode="r").view(np.ndarray).reshape(-1, 2)
+
+
+def find_places(index: Index, keys: RowKeys, library: Library) -> Shaped[np.ndarray, "n 2"]:
+    """The PLACEs of the latents of every row: as it is, and mirrored if the row is used so."""
+    places = np.full((len(index), 2), np.array((-1, 0, 0), PLACE))
+    known, contents = library.contents(keys.stat_hashes)
+    places[known, 0] = library.places(keys.keys(known, contents, False))
+    flipped = index.flips[known]
+    places[known[flipped], 1] = library.places(keys.keys(known[flipped], contents[flipped], True))
+    return places
+
+
+def missing_rows(index: Index, places: Shaped[np.ndarray, "n 2"]) -> Int64[np.ndarray, " k"]:
+    """The rows in use of which a latent is missing, ordered by bucket."""
+    missing = places["file"] < 0
+    rows = np.flatnonzero(index.used & (missing[:, 0] | (index.flips & missing[:, 1])))
+    return rows[np.argsort(index.bucket[rows], kind="stable")]
+
+
+def build_store(
+    index: Index, keys: RowKeys, shards: Sequence[Shard], *, pixels_per_latent: int, scratch: Path
+) -> LatentStore:
+    """The store of an index over these shards. Of equal keys the one of the oldest shard counts.
+
+    `scratch` is the folder for a temporary file, on systems without files in memory.
+    """
+    library = Library(sorted(shards, key=lambda shard: shard.path.name))
+    table = nameless_file(scratch)
+    table.write_bytes(find_places(index, keys, library).tobytes())
+    return LatentStore(index, table, library.files, pixels_per_latent)
