@@ -80,7 +80,7 @@ def test_samplers_are_golden(golden) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_samplers_use_the_noise_schedule_of_the_training(name: str) -> None:
-    """differences.md: previews use the noise schedule of the training."""
+    """differences.md: Previews are sampled on the noise schedule of the training."""
     for zero_terminal_snr in (False, True):
         schedule = build_schedule(zero_terminal_snr=zero_terminal_snr)
         sampler = build_sampler(name, schedule, v_parameterization=True)
