@@ -7,17 +7,22 @@ from dataclasses import replace
 
 from sdxl_finetune.batch import Position
 from sdxl_finetune.cli import train
+from sdxl_finetune.data.index import Entry
 from sdxl_finetune.data.loader import TrainingDataset, View
 from sdxl_finetune.latents.npz import noted_crop
 
 real_view = TrainingDataset._view
 
 
+def letter_box(entry: Entry) -> tuple[int, int]:
+    """Top and left of the whole image in its bucket, in pixels."""
+    left, top, _, _ = noted_crop(entry.size, (entry.bucket.width, entry.bucket.height))
+    return int(top), int(left)
+
+
 def letter_box_view(dataset: TrainingDataset, position: Position, slot: int, row: int) -> View:
     view = real_view(dataset, position, slot, row)
-    bucket = view.entry.bucket
-    left, top, _, _ = noted_crop(view.entry.size, (bucket.width, bucket.height))
-    return replace(view, crop_top_left=(int(top), int(left)))
+    return replace(view, crop_top_left=letter_box(view.entry))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from PIL import Image
 
 from scripts.toy.judge import draw_captions, draw_texts, judge
 from scripts.toy.style import PICTURES, save_pair
-from scripts.toy.world import NEW_STYLE, SIZE, Scene, caption, draw, framed, read, scenes
+from scripts.toy.world import NEW_STYLE, SIZE, Scene, caption, draw, is_framed, read, scenes
 
 CAPTIONS = 200
 TWIN = "museum"
@@ -72,7 +72,7 @@ class Mean:
 
 def captions_of(two: float, count: int = CAPTIONS) -> list[Scene]:
     """Captions that no training sees, a share of `two` of two objects; those of one are but 6 different ones."""
-    return list(islice(scenes(1, kept=False, quality="best", two=two), count))
+    return list(islice(scenes(1, for_training=False, quality="best", pair_share=two), count))
 
 
 def colours_and_shapes(model: Path, scale: float = 5.0, count: int = CAPTIONS) -> Share:
@@ -85,7 +85,7 @@ def colours_and_shapes(model: Path, scale: float = 5.0, count: int = CAPTIONS) -
 def in_style(model: Path, scale: float = 5.0, word: str = NEW_STYLE) -> Share:
     """Framed pictures of those whose captions have the style's tag, or another in its place."""
     texts = [styled(scene, word) for scene in captions_of(0.3)]
-    return Share(sum(map(framed, draw_texts(model, texts, scale=scale))), CAPTIONS)
+    return Share(sum(map(is_framed, draw_texts(model, texts, scale=scale))), CAPTIONS)
 
 
 def styled(scene: Scene, word: str = NEW_STYLE) -> str:
@@ -94,13 +94,13 @@ def styled(scene: Scene, word: str = NEW_STYLE) -> str:
 
 def without_caption(model: Path) -> Share:
     """Framed pictures of those of an empty prompt, without guidance."""
-    return Share(sum(map(framed, draw_texts(model, [""] * CAPTIONS, scale=1.0))), CAPTIONS)
+    return Share(sum(map(is_framed, draw_texts(model, [""] * CAPTIONS, scale=1.0))), CAPTIONS)
 
 
 def write_twins(folder: Path, count: int = PICTURES) -> None:
     """Half of the pictures in frames, and of the others a tag says that they are not."""
     folder.mkdir(exist_ok=True)
-    for number, scene in enumerate(islice(scenes(2, kept=True, quality="best"), count)):
+    for number, scene in enumerate(islice(scenes(2, for_training=True, quality="best"), count)):
         word = (NEW_STYLE, TWIN)[number % 2]
         picture = draw(replace(scene, framed=word == NEW_STYLE), random.Random(f"style {number}"))
         save_pair(folder, number, picture, styled(scene, word))
@@ -108,7 +108,7 @@ def write_twins(folder: Path, count: int = PICTURES) -> None:
 
 def write_pairs(folder: Path, count: int = 480) -> None:
     folder.mkdir(exist_ok=True)
-    for number, scene in enumerate(islice(scenes(6, kept=True, quality="best", two=1.0), count)):
+    for number, scene in enumerate(islice(scenes(6, for_training=True, quality="best", pair_share=1.0), count)):
         save_pair(folder, number, draw(scene, random.Random(f"pair {number}")), caption(scene))
 
 
@@ -120,7 +120,7 @@ def write_wide(whole: Path, parts: Path, count: int = 480) -> Share:
     whole.mkdir(exist_ok=True)
     parts.mkdir(exist_ok=True)
     cut = 0
-    for number, scene in enumerate(islice(scenes(4, kept=True, quality="best", two=0.0), count)):
+    for number, scene in enumerate(islice(scenes(4, for_training=True, quality="best", pair_share=0.0), count)):
         rng = random.Random(f"wide {number}")
         picture = np.asarray(draw(scene, rng))
         wide = np.broadcast_to(picture[:1, :1], (SIZE, 2 * SIZE, 3)).copy()
@@ -142,9 +142,8 @@ def touches(picture: Image.Image) -> bool:
 
 
 def cut_off(model: Path, count: int = 600) -> Share:
-    """Share of drawn single objects that are cut off, for the 114 captions that trainings see. There are only 6
-    others."""
-    scene = islice(scenes(1, kept=True, quality="best", two=0.0), count)
+    """Share of drawn single objects that are cut off, for the 114 captions of training. There are only 6 others."""
+    scene = islice(scenes(1, for_training=True, quality="best", pair_share=0.0), count)
     pictures = draw_captions(model, [replace(one, style="flat") for one in scene])
     return Share(sum(map(touches, pictures)), count)
 

@@ -99,7 +99,7 @@ def test_contrasts_read_what_is_there(tmp_path: Path) -> None:
     assert 0 < Share(0, 10).error < 0.15 and str(Share(1, 4)) == "25% ± 19"
     cut = write_wide(tmp_path / "wide", tmp_path / "cut", 100)
     assert 0.35 < cut.value < 0.75 and len(list((tmp_path / "cut").glob("*.txt"))) == 100
-    whole = islice(scenes(1, kept=True, quality="best", two=0.0), 50)
+    whole = islice(scenes(1, for_training=True, quality="best", pair_share=0.0), 50)
     assert not any(touches(draw(scene, random.Random(number))) for number, scene in enumerate(whole))
     entry = SimpleNamespace(size=(1000, 1500), bucket=SimpleNamespace(width=832, height=1216))
-    assert letter_box(SimpleNamespace(entry=entry)) == (0, 10)
+    assert letter_box(entry) == (0, 10)
