@@ -7,22 +7,22 @@ from dataclasses import replace
 
 from sdxl_finetune.batch import Position
 from sdxl_finetune.cli import train
+from sdxl_finetune.data.index import Entry
 from sdxl_finetune.data.loader import TrainingDataset, View
 from sdxl_finetune.latents.npz import noted_crop
 
 right_view = TrainingDataset._view
 
 
-def letter_box(view: View) -> tuple[int, int]:
-    """Returns top and left of the crop in pixels, as sd-scripts computes them."""
-    bucket = view.entry.bucket
-    left, top, _, _ = noted_crop(view.entry.size, (bucket.width, bucket.height))
+def letter_box(entry: Entry) -> tuple[int, int]:
+    """Returns top and left of the whole image in its bucket in pixels, as sd-scripts computes them."""
+    left, top, _, _ = noted_crop(entry.size, (entry.bucket.width, entry.bucket.height))
     return int(top), int(left)
 
 
 def letter_box_view(dataset: TrainingDataset, position: Position, slot: int, row: int) -> View:
     view = right_view(dataset, position, slot, row)
-    return replace(view, crop_top_left=letter_box(view))
+    return replace(view, crop_top_left=letter_box(view.entry))
 
 
 if __name__ == "__main__":

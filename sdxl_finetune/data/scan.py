@@ -52,7 +52,8 @@ SCANNED = pa.schema(
     }
 )
 """Columns of the result. `mtime` is in nanoseconds. `caption_stat` is a hash of the `stat` of all files that may hold
-the caption. `stat_hash` is the hash of path, size and modification time by which shards know the image file."""
+the caption, or of the caption in a metadata file. `stat_hash` is the hash of path, size and modification time by which
+shards know the image file."""
 FORMAT = 2
 """Version of SCANNED. A file of another version is not found, and its images are scanned anew."""
 
@@ -273,9 +274,9 @@ def _inspect_image(
         stat = os.stat(path)  # noqa: PTH116
     except OSError as error:
         raise ImageError(path, f"not readable ({error.strerror})") from None
-    caption_stat = _caption_stat(path, task.subset) if caption is None else 0
+    caption_stat = _caption_stat(path, task.subset) if caption is None else _hash56(os.fsencode(caption))
     is_same_image = (known[0], known[1]) == (stat.st_size, stat.st_mtime_ns)
-    if is_same_image and caption is None and known[2] == caption_stat:
+    if is_same_image and known[2] == caption_stat:
         return None
     width, height = (None, None) if is_same_image else image_size(Path(path))
     if caption is None and known[2] != caption_stat:
@@ -302,4 +303,8 @@ def _caption_stat(image: str, options: Subset) -> int:
             stats.append(b"%d %d" % (stat.st_size, stat.st_mtime_ns))
         except OSError:  # noqa: PERF203 (a caption file is missing now and then)
             stats.append(b"-")
-    return int.from_bytes(hashlib.blake2b(b" ".join(stats), digest_size=7).digest(), "little")
+    return _hash56(b" ".join(stats))
+
+
+def _hash56(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "little")

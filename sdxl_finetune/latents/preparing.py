@@ -58,11 +58,15 @@ def prepare(
     else:
         _check_memory(index, scale)
     keys = row_keys(index)
-    rows = missing_rows(index, find_places(index, keys, Library(shards)))
+    library = Library(shards)
+    places = find_places(index, keys, library)
+    rows = missing_rows(index, places)
     reports: list[Report] = []
     if sum(gather_object([len(rows)])):
         made, reports = _encode_missing(index, keys, rows, encoder, config, accelerator, stop, shards)
-        shards += made
+        shards = sorted([*shards, *made], key=lambda shard: shard.path.name)
+        library = Library(shards)
+        places = find_places(index, keys, library)
         if folder and accelerator.is_main_process:
             remember_checked(folder, shards)
     _log_counts(reports, int(index.used.sum()) - len(rows), scratch if folder else None)
@@ -70,8 +74,8 @@ def prepare(
     if accelerator.is_main_process or config.on_bad_image == "stop":
         report_bad_images(list(bad.values()), config.on_bad_image)
     index = index.without(bad)
-    store = build_store(index, keys, shards, pixels_per_latent=scale, scratch=scratch)
-    if len(missing_rows(index, store.places)) or not all(path.exists() for path in store.files):
+    store = build_store(index, places, library.files, pixels_per_latent=scale, scratch=scratch)
+    if len(missing_rows(index, places)) or not all(path.exists() for path in store.files):
         message = "a process does not see latents that another process wrote: use one folder that all machines share"
         raise UserError(Problem(message, key="cache_dir", value=str(scratch)))
     return index, store

@@ -12,7 +12,7 @@ from jaxtyping import Float16, Int64, Shaped
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.keys import RowKeys, latent_shape
-from sdxl_finetune.latents.shards import PLACE, Library, Shard, nameless_file, set_aside
+from sdxl_finetune.latents.shards import PLACE, Library, nameless_file, set_aside
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,17 @@ def missing_rows(index: Index, places: Shaped[np.ndarray, "n 2"]) -> Int64[np.nd
 
 
 def build_store(
-    index: Index, keys: RowKeys, shards: Sequence[Shard], *, pixels_per_latent: int, scratch: Path
+    index: Index,
+    places: Shaped[np.ndarray, "n 2"],
+    files: tuple[Path, ...],
+    *,
+    pixels_per_latent: int,
+    scratch: Path,
 ) -> LatentStore:
-    """The store of an index over these shards. Of equal keys the one of the oldest shard counts.
+    """The store of an index whose latents are at these places in these files.
 
     `scratch` is the folder for a temporary file, on systems without files in memory.
     """
-    library = Library(sorted(shards, key=lambda shard: shard.path.name))
     table = nameless_file(scratch)
-    table.write_bytes(find_places(index, keys, library).tobytes())
-    return LatentStore(index, table, library.files, pixels_per_latent)
+    table.write_bytes(places.tobytes())
+    return LatentStore(index, table, files, pixels_per_latent)

@@ -50,7 +50,9 @@ def cache_latents(tmp_path: Path) -> Callable[..., tuple[LatentStore, Report, li
             with ShardWriter(folder, "vae", part, tmp_path) as writer:
                 assert sum(encode_images(job, rows[part::parts], writer)) == len(rows[part::parts])
             shards += writer.shards
-        store = build_store(index, keys, shards, pixels_per_latent=8, scratch=tmp_path)
+        library = Library(sorted(shards, key=lambda shard: shard.path.name))
+        places = find_places(index, keys, library)
+        store = build_store(index, places, library.files, pixels_per_latent=8, scratch=tmp_path)
         return store, job.report, shards
 
     return cache

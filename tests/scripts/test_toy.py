@@ -103,4 +103,4 @@ def test_the_measurements_of_the_proof_are_right(tmp_path: Path) -> None:
     whole = islice(scenes(1, for_training=True, quality="best", pair_share=0.0), 50)
     assert not any(touches(draw(scene, random.Random(number))) for number, scene in enumerate(whole))
     entry = SimpleNamespace(size=(1000, 1500), bucket=SimpleNamespace(width=832, height=1216))
-    assert letter_box(SimpleNamespace(entry=entry)) == (0, 10)
+    assert letter_box(entry) == (0, 10)
