@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from scripts.benchmarks.interrupt import OPTIONS, STYLE, differences, metrics, saved
+from scripts.benchmarks.interrupt import OPTIONS, STYLE, differences, read_metrics, saved_names
 from sdxl_finetune.config import load_config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.training.loop import train
@@ -83,9 +83,9 @@ def test_saved_weights_go_on_with_the_same_batches_noise_and_rates(work) -> None
     options = [*SGD, *NO_AVERAGE, "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]
     assert run("one", *options) == 0
     shutil.copytree("one", "other")
-    forget("other", *(name for name in saved(Path("other")) if name != "style-step00000003.safetensors"))
+    forget("other", *(name for name in saved_names(Path("other")) if name != "style-step00000003.safetensors"))
     assert run("other", *options, "--resume", "auto") == 0
-    assert metrics(Path("one")) == metrics(Path("other")) and len(metrics(Path("one"))) == 6
+    assert read_metrics(Path("one")) == read_metrics(Path("other")) and len(read_metrics(Path("one"))) == 6
     # What is never trained is in the file's precision there, and in that of the first file here.
     forget("one", "style-step00000003-state")
     assert differences(Path("one"), Path("other")) == ["one/out/style-state/weights.safetensors"]
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_the_old_kind_goes_on_where_it_stood(work, caplog) -> No
     assert run("one", *options) == 0
     resumed = ["--logging_dir", "other/logs", "--resume", "one/out/style-step00000003.ckpt"]
     assert run("one", *options, *resumed) == 0
-    assert metrics(Path("other")) == metrics(Path("one"))[3:]
+    assert read_metrics(Path("other")) == read_metrics(Path("one"))[3:]
     assert "does not say what it was trained on" in caplog.text
 
 
@@ -115,7 +115,7 @@ def test_what_was_finished_stays_as_it_is(work, caplog) -> None:
     assert "nothing is left to do: 6 steps are made and saved" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in Path("one/out").iterdir()} == times
     assert run("one", "--resume", "auto", "--max_train_steps", "7") == 0
-    assert [row["step"] for row in metrics(Path("one"))] == list(range(1, 8))
+    assert [row["step"] for row in read_metrics(Path("one"))] == list(range(1, 8))
 
 
 def test_a_damaged_state_is_named_and_not_taken(work, caplog) -> None:
@@ -134,7 +134,7 @@ def test_a_damaged_state_is_named_and_not_taken(work, caplog) -> None:
     caplog.clear()
     assert run("one", "--resume", "auto") == 0
     assert "passed over: " in caplog.text and "going on after step 3" in caplog.text
-    assert "style-state" in saved(Path("one"))
+    assert "style-state" in saved_names(Path("one"))
 
 
 def test_changed_images_are_said_and_need_a_word(work, caplog) -> None:
@@ -145,13 +145,13 @@ def test_changed_images_are_said_and_need_a_word(work, caplog) -> None:
     said = refusal("one", "--resume", "auto")
     assert str(state) in said and "resume_at_next_epoch" in said and "epoch 2" in said
     assert run("one", "--resume", "auto", "--resume_at_next_epoch", "--max_train_steps", "10") == 0
-    rows = metrics(Path("one"))
+    rows = read_metrics(Path("one"))
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert [row["epoch"] for row in rows] == [1, 1, 1, 2, 2, 2, 2, 2, 3, 3]  # 5 steps with a ninth image
     forget("one", "style.safetensors", "style-state", "style-step00000009-state")
     assert run("one", "--resume", "auto", "--max_train_steps", "10") == 0
     assert "going on after step 8" in caplog.text
-    assert metrics(Path("one")) == rows
+    assert read_metrics(Path("one")) == rows
 
 
 def test_other_seeds_batches_and_optimizers_are_refused(work) -> None:
@@ -171,10 +171,10 @@ def test_other_seeds_batches_and_optimizers_are_refused(work) -> None:
 
 def test_an_unset_seed_is_the_states(work) -> None:
     assert run("one", "--seed", "") == 0
-    before = metrics(Path("one"))
+    before = read_metrics(Path("one"))
     forget("one", "style.safetensors", "style-state", "style-step00000006-state")
     assert run("one", "--seed", "", "--resume", "auto") == 0
-    assert metrics(Path("one")) == before
+    assert read_metrics(Path("one")) == before
 
 
 def test_changed_options_are_said(work, caplog) -> None:
@@ -272,7 +272,7 @@ def test_masters_go_on_bit_for_bit(work, more: list[str]) -> None:
     options += ["--save_every_n_steps", "1", "--validation_split", "0", "--train_batch_size", "1"]
     assert run("one", *options) == 0
     shutil.copytree("one", "other")
-    forget("other", *(name for name in saved(Path("other")) if name != "style-step00000001-state"))
+    forget("other", *(name for name in saved_names(Path("other")) if name != "style-step00000001-state"))
     assert run("other", *options, "--resume", "auto") == 0
     assert differences(Path("one"), Path("other")) == []
     weights = load_file("one/out/style-state/weights.safetensors")
