@@ -51,7 +51,8 @@ class MasterWeights:
     """Exact values of a model's parameters. After loading, only this class writes low bits.
 
     For a bf16 parameter it keeps either the low bits (int16) or the whole value (float32). A parameter for which it
-    keeps nothing is exact as it is.
+    keeps nothing is exact as it is. Parameters are known by identity, so moving a model to a device must keep the
+    objects.
     """
 
     def __init__(self) -> None:

@@ -241,7 +241,9 @@ def _files(config: Config, timeline: Timeline, groups: Sequence[Group], state_by
     # One more of each kind for the end of the run, and one more while it is being written.
     needed = (_kept(weights_saves) + 2) * parameters * dtype.itemsize + (_kept(state_saves) + 2) * state
     free = shutil.disk_usage(_existing(config.output_dir)).free
-    yield f"free in {config.output_dir}: {_size(free)}" + ("" if free > needed else f", LESS THAN {_size(needed)}")
+    yield f"free in {config.output_dir}: {_size(free)}" + (
+        "" if free > needed else f", but the run needs {_size(needed)}: free space, or set save_last_n_epochs"
+    )
 
 
 def _memory(config: Config, index: Index, plan: Plan) -> Iterator[str]:

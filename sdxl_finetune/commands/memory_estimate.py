@@ -1,9 +1,9 @@
 """The memory estimate: how much memory a training step takes, known before any of it is allocated.
 
 The training loop makes a step on fake tensors (torch's FakeTensorMode), which have shapes and storages but no memory,
-and every storage is recorded from its allocation to its end. Nothing here knows anything about models, gradient
-checkpointing or optimizers: their allocations are observed. Fake tensors of a GPU need a CUDA build of torch, so fake
-CPU tensors are used, and the places in which CUDA differs are stated below (`_cast_norms_as_cuda`,
+and every storage is recorded from its allocation to its end. There are no formulas for models, gradient checkpointing
+or optimizers here: their allocations are observed. Fake tensors of a GPU need a CUDA build of torch, so fake CPU
+tensors are used, and the places in which CUDA differs are stated below (`_cast_norms_as_cuda`,
 `_step_on_all_tensors_at_once`).
 """
 

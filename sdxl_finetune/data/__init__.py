@@ -1,0 +1,12 @@
+"""From image files and captions to batches.
+
+Modules:
+
+    sources     reads metadata files (in_json)
+    scan        finds all images, their sizes and captions, and keeps the result in cache_dir
+    buckets     chooses the aspect-ratio bucket, the resized size and the crop
+    index       one row for each image, in columns that all processes share
+    batch_plan  which images form a batch, as a function of seed and epoch
+    loader      makes the batches of one rank, in data-loader workers
+    captions, tokens, images    one caption, its tokens, one image file
+"""

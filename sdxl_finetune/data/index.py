@@ -168,7 +168,7 @@ class Index:
         }
 
     def without(self, rows: Iterable[int]) -> "Index":
-        """The index without these rows in use. Row numbers stay. Raises UserError if no image is left."""
+        """A copy that no longer uses these rows. Row numbers stay. Raises UserError if no image is left."""
         index = replace(self, excluded=tuple(sorted({*self.excluded, *rows})))
         _check_some_left(index.repeats, index.held_out)
         return index
@@ -239,7 +239,7 @@ def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:
     if repeats.any():
         return
     if held_out.any():
-        message = f"no image is left to train on, because {held_out.sum()} are held out for validation: lower it"
+        message = f"no image is left to train on, because {held_out.sum()} are held out: lower validation_split"
         raise UserError(Problem(message, key="validation_split"))
     raise UserError("no image is left to train on: see the warnings above, and add images or repeats")
 

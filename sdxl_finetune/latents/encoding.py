@@ -58,14 +58,14 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     """Numbers of images by what happened: encoded, found again, taken from .npz files."""
     duplicates: dict[int, int] = field(default_factory=dict)
-    """Rows whose latents are those of another row with the same content, which is encoded for both."""
+    """The row that is encoded in place of each duplicate, which has the same content."""
     rejected: dict[str, list[Path]] = field(default_factory=dict)
     """The reference's .npz files that were not used, by reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """Images to encode, and everything that encoding needs."""
+    """Inputs, settings and results that all images of one encoding pass share."""
 
     index: Index
     keys: RowKeys
@@ -106,7 +106,8 @@ Running = list[tuple[list[Image], bool, Callable[[], Tensor]]]
 
 
 def encode_images(job: Encoding, rows: Int64[np.ndarray, " k"], writer: ShardWriter) -> Generator[int, None, None]:
-    """Encodes the images of these rows in batches of one bucket, and yields the numbers of finished images.
+    """Encodes the images of these rows in batches of one bucket, and yields how many images were finished since the
+    last yield.
 
     Threads read the next images meanwhile, and the device is one batch behind the host. If the generator is closed
     early, it finishes the batches that are on the device.

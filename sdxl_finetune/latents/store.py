@@ -58,7 +58,7 @@ class LatentStore:
 
 
 def find_places(index: Index, keys: RowKeys, library: Library) -> Shaped[np.ndarray, "n 2"]:
-    """The PLACEs of the latents of every row: as it is, and mirrored if the row is used so."""
+    """The PLACEs of the latents of every row: of the image as it is, and mirrored if flip_aug is on for it."""
     places = np.full((len(index), 2), np.array((-1, 0, 0), PLACE))
     known, contents = library.contents(keys.stat_hashes)
     places[known, 0] = library.places(keys.keys(known, contents, False))

@@ -1,0 +1,13 @@
+"""SDXL and its checkpoints.
+
+Modules:
+
+    sdxl          U-Net and both text encoders as one module; text and vae are the other parts
+    architecture  widths and depths, read from the shapes of a checkpoint
+    keymap        one table between module names and checkpoint keys, used in both directions
+    load, save    checkpoints as .safetensors, .ckpt or diffusers folder
+    tensorfile, named_tensors, diffusers_folder, tokenizer_files    the parts of loading and saving
+    identify      says which model a file holds, if it is not SDXL
+    attention, compilation    gradient checkpointing, xformers, torch.compile
+    random_model  small models with random weights
+"""

@@ -1,0 +1,9 @@
+"""Everything that a run writes for its user.
+
+Modules:
+
+    checkpoints, metadata   names, formats and metadata of saved weights
+    log, trackers           metrics.jsonl, TensorBoard, wandb; log_history cuts a log back for a resumed run
+    previews, prompts, contact_sheet    preview images
+    console                 messages on the terminal
+"""

@@ -1,0 +1,12 @@
+"""A run: `loop.train` is sdxl-train.
+
+Modules:
+
+    setup       builds a run from a config, cheap checks first
+    learner     model, optimizer and schedules that a training step uses
+    loop        the training loop
+    hooks       previews, validation and saves
+    every, saves    when a hook is due, and under which name something is saved
+    state, optimizer_state, resume    training states, and continuing from them
+    validation, vae_encoder    the validation loss, and the VAE for the latent cache
+"""

@@ -12,7 +12,7 @@ from sdxl_finetune.data.batch_plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """The moment after an optimizer step, or before the first one."""
+    """A point after an optimizer step, or before the first step, at which hooks may run."""
 
     step: int
     """Optimizer steps made, counted from the start of training."""

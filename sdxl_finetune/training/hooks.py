@@ -50,7 +50,7 @@ def begin(run: Run) -> None:
 
 
 def is_finished(run: Run) -> bool:
-    """True if the final checkpoint already exists and no step is left to make."""
+    """True if no step is left to make, and the final checkpoint exists and is not that of an earlier run."""
     start = run.start
     final = checkpoints.existing_checkpoints(run.output_dir, checkpoints.final_name(run.config), run.save_as)
     if start is None or start.state.step < run.timeline.steps or not final:
@@ -125,9 +125,9 @@ def save_interrupted(run: Run, moment: Moment) -> None:
 
 @contextmanager
 def published_weights(run: Run, ema: bool) -> Iterator[None]:
-    """Within the context the model holds the weights for use, not those in training.
+    """Within the context the model holds the weights to save or to evaluate.
 
-    They are the EMA if there is one and `ema` asks for it, and what a schedule-free optimizer publishes.
+    They are the EMA if there is one and `ema` is true, and the averaged weights of a schedule-free optimizer.
     """
     learner = run.learner
     with learner.update.weights_for_use(), learner.ema.in_place() if learner.ema and ema else nullcontext():
@@ -135,7 +135,7 @@ def published_weights(run: Run, ema: bool) -> Iterator[None]:
 
 
 def _current_prompts(run: Run) -> Sequence[Prompt]:
-    """The prompts that the file holds now, as in the reference: it may be edited during a run."""
+    """The prompts that the file holds now. It is read each time, because users edit it during a run."""
     assert run.config.sample_prompts is not None
     if not run.accelerator.is_main_process:
         return ()
@@ -170,7 +170,7 @@ def _save_missing(run: Run, start: Start) -> None:
 def _save(
     run: Run, weights: Sequence[Save], states: Sequence[Save], *, step: int, is_interrupted: bool = False
 ) -> None:
-    """Saves on the first rank while the other ranks wait, once every loss so far is known to be finite.
+    """Saves on the first rank while the other ranks wait. Raises NonFiniteLoss if a loss so far was not finite.
 
     Old checkpoints and states are deleted only after the new ones are complete.
     """

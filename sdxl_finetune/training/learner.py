@@ -21,7 +21,7 @@ from sdxl_finetune.optim.update import Context, Update, build_update
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """Exactly what a training step needs."""
+    """Model, optimizer and schedules that `training_steps` uses."""
 
     config: Config
     accelerator: Accelerator
@@ -48,7 +48,7 @@ def build_learner(
 ) -> Learner:
     """Builds the learner of a model that is on its device. Raises UserError if nothing would be trained.
 
-    Within `real_tensors()` tensors are real, where those of the model are not. The optimizer is built in it.
+    The memory estimate passes fake tensors. `real_tensors()` leaves that mode while the optimizer is built.
     """
     parameters = trained_parameters(config, sdxl.parameters_by_part(), sdxl.masters)
     model, update = build_update(config, parameters, sdxl, accelerator, real_tensors)

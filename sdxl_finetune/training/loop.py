@@ -1,8 +1,9 @@
 """The training loop. It reads from top to bottom as the algorithm does; setup.py builds the parts.
 
 Whatever happens only now and then (previews, validation, saves) is decided from the number of steps alone. Nothing in
-`training_steps` waits for the device: losses and norms stay there, and the log reads them a few steps later. The one
-exception is `ema_on_cpu`, which copies the weights to the host after each step.
+`training_steps` waits for the device: losses and norms stay there, and the log reads them a few steps later. There are
+two exceptions. `ema_on_cpu` copies the weights to the host after each step, and the gradient scaler of fp16 looks for
+overflow before each step.
 """
 
 import logging
@@ -66,12 +67,13 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
 
 
 def stop_is_due(run: Run, stop: StopRequest) -> bool:
-    """True if the run stops after this step. Several ranks stop together, once all know that one was asked to."""
+    """True if the run stops after this step. Several ranks stop together, once the log shows all that one got a
+    signal."""
     return run.log.stop_seen if run.accelerator.num_processes > 1 else stop.number is not None
 
 
 def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest) -> Iterator[Step]:
-    """Makes one optimizer step after the other, of as many micro-batches each as their positions say."""
+    """Makes and yields optimizer steps. The positions of the batches say which micro-batches form a step."""
     config, accelerator, update = learner.config, learner.accelerator, learner.update
     loss, images, data_wait = torch.zeros((), device=accelerator.device), 0, 0.0
     meter = Meter(learner.parameters, accelerator.device)

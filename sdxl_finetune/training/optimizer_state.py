@@ -6,7 +6,7 @@ The file holds a dictionary:
 - `groups`: the values of each parameter group (betas, weight decay, ...), by the group's name.
 - `average`: the EMA of the trained weights in float32, by full name.
 - `scaler`: the gradient scaler of fp16.
-- `random`: torch's random state, from which some optimizers draw.
+- `random`, `random_cuda`: torch's random states, from which some optimizers draw.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,8 +51,8 @@ def restore_optimizer_state(
     Values of parameter groups that are named in `changed` keep what the config says now. Returns the gradient scaler's
     state, and the names of trained parameters that the file does not know.
 
-    `load_state_dict` is not used: torch's converts states to the parameters' precision, and the one of some
-    optimizers copies all of them once more.
+    torch's `load_state_dict` is not used, because it converts states to the precision of the parameters. Some
+    optimizers also copy every state once more.
     """
     saved = _load(file)
     for group, values in zip(groups, optimizer.param_groups, strict=True):

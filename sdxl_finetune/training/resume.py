@@ -1,4 +1,4 @@
-"""Where a run starts: anew, from a training state, or from a saved checkpoint; and whether it may continue from there.
+"""Where a run starts: anew, from a training state, or from a checkpoint. Checks that data and options still fit.
 
 From a training state the rest of the run is exactly what it would have been. From a checkpoint the counters, learning
 rates, batches and noise continue; the optimizer starts anew, and the weights are what the file's precision holds.
@@ -122,7 +122,7 @@ def check_options(start: Start, config: Config) -> None:
     if before is None:
         return
     problems = []
-    advice = "restore it, or resume from a saved checkpoint to change it"
+    advice = "set it back, or resume from a checkpoint instead of a training state"
     if start.state.optimizer != config.optimizer_name:
         message = f"the training state {start.path} holds the state of {start.state.optimizer}; {advice}"
         problems.append(Problem(message, key="optimizer_type", value=config.optimizer_name))
@@ -193,7 +193,11 @@ def _load(path: Path) -> Start:
             " pretrained_model_name_or_path"
         )
         raise UserError(Problem(message, key="resume", value=str(path)))
-    state = TrainingState.from_metadata(
-        step=int(step), epoch=int(epoch or 0), seed=None if seed is None else int(seed), position=position
-    )
+    try:
+        state = TrainingState.from_metadata(
+            step=int(step), epoch=int(epoch or 0), seed=None if seed is None else int(seed), position=position
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        message = f"its metadata is damaged ({error}); to start anew from it, give it as pretrained_model_name_or_path"
+        raise UserError(Problem(message, key="resume", value=str(path))) from None
     return Start(path=path, is_state=False, state=state)

@@ -1,4 +1,4 @@
-"""A run: everything that training consists of, built in the order in which it can fail.
+"""A run: everything that training consists of. Cheap checks come first.
 
 Mistakes that cost nothing to find come first (optimizer, prompts, tokenizer, data, learning rate). Then the checkpoint
 is read and the latents are encoded, and the optimizer is built last.

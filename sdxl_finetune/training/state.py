@@ -48,7 +48,7 @@ class TrainingState:
     epoch: int
     """Whole epochs made."""
     steps_into_epoch: int = 0
-    """Steps made in the epoch that follows them."""
+    """Steps made in the current, unfinished epoch."""
     seed: int | None = None
     """None in checkpoints of other programs, which do not say it."""
     origin: tuple[int, int] = (0, 0)
@@ -156,10 +156,12 @@ def load_state(directory: Path) -> TrainingState:
             raise UserError(Problem(message, file=str(directory)))
         return TrainingState.from_json(json.loads((directory / STATE).read_bytes()))
     except FileNotFoundError as error:
-        message = f"this is not a complete training state: {Path(error.filename).name} is missing"
+        message = f"this is not a complete training state, {Path(error.filename).name} is missing: use another state"
         raise UserError(Problem(message, file=str(directory))) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(Problem(f"this training state cannot be read: {error}", file=str(directory))) from None
+        raise UserError(
+            Problem(f"this training state cannot be read ({error}): use another state", file=str(directory))
+        ) from None
 
 
 def peek_state(directory: Path) -> TrainingState | None:

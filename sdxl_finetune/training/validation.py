@@ -2,9 +2,8 @@
 
 Each image is used in the middle of each of `validation_timesteps` equal ranges of timesteps. Its noise is plain
 Gaussian noise, a function of the file's name, the timestep and `validation_seed`. Its caption is whole and in order,
-its crop is at the centre, and its loss is the squared error without loss weights. A figure therefore depends on
-weights and images alone. Figures compare within a run, and between runs that differ in noise options, loss weights,
-batch size or seed.
+its crop is at the centre, and its loss is the squared error without loss weights. A figure therefore does
+not depend on noise options, loss weights, batch size or seed of the run, and figures of such runs compare.
 """
 
 import hashlib
