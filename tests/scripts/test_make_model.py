@@ -66,5 +66,5 @@ def test_the_model_is_the_same_after_interruptions(tmp_path) -> None:
     output = kill_when(lambda: any((interrupted / "out").glob("toy-*-state")), interrupted)
     assert re.findall(r"(\d+)/12 ", output)[0] == str(step)
     assert not (interrupted / "out" / "toy.safetensors").exists()
-    assert "going on after step" in make(interrupted)
+    assert "resuming after step" in make(interrupted)
     assert content(undisturbed / "toy.safetensors") == content(interrupted / "toy.safetensors")

@@ -95,7 +95,7 @@ def test_weights_that_hold_the_average_say_so(work, caplog) -> None:
     assert run("one", "--max_train_steps", "3", "--no-save_state") == 0
     weights = "one/out/style-step00000003.safetensors"
     assert run("one", "--max_train_steps", "4", "--no-save_state", "--resume", weights) == 0
-    assert f"saved weights (the optimizer starts anew), a moving average, {weights}" in caplog.text
+    assert f"checkpoint of EMA weights (the optimizer starts anew) {weights}" in caplog.text
 
 
 def test_a_checkpoint_of_the_old_kind_goes_on_where_it_stood(work, caplog) -> None:
@@ -104,7 +104,7 @@ def test_a_checkpoint_of_the_old_kind_goes_on_where_it_stood(work, caplog) -> No
     resumed = ["--logging_dir", "other/logs", "--resume", "one/out/style-step00000003.ckpt"]
     assert run("one", *options, *resumed) == 0
     assert read_metrics(Path("other")) == read_metrics(Path("one"))[3:]
-    assert "does not say what it was trained on" in caplog.text
+    assert "does not say which images it was trained on" in caplog.text
 
 
 def test_what_was_finished_stays_as_it_is(work, caplog) -> None:
@@ -112,7 +112,7 @@ def test_what_was_finished_stays_as_it_is(work, caplog) -> None:
     assert "training starts anew" in caplog.text
     times = {path: path.stat().st_mtime_ns for path in Path("one/out").iterdir()}
     assert run("one", "--resume", "auto") == 0
-    assert "nothing is left to do: 6 steps are made and saved" in caplog.text
+    assert "nothing to do: all 6 steps are made and the final checkpoint is saved" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in Path("one/out").iterdir()} == times
     assert run("one", "--resume", "auto", "--max_train_steps", "7") == 0
     assert [row["step"] for row in read_metrics(Path("one"))] == list(range(1, 8))
@@ -133,7 +133,7 @@ def test_a_damaged_state_is_named_and_not_taken(work, caplog) -> None:
     Path("manifest.json").rename("one/out/style-step00000003-state/manifest.json")
     caplog.clear()
     assert run("one", "--resume", "auto") == 0
-    assert "passed over: " in caplog.text and "going on after step 3" in caplog.text
+    assert "resume = auto: skipped " in caplog.text and "resuming after step 3" in caplog.text
     assert "style-state" in saved_names(Path("one"))
 
 
@@ -150,7 +150,7 @@ def test_changed_images_are_said_and_need_a_word(work, caplog) -> None:
     assert [row["epoch"] for row in rows] == [1, 1, 1, 2, 2, 2, 2, 2, 3, 3]  # 5 steps with a ninth image
     forget("one", "style.safetensors", "style-state", "style-step00000009-state")
     assert run("one", "--resume", "auto", "--max_train_steps", "10") == 0
-    assert "going on after step 8" in caplog.text
+    assert "resuming after step 8" in caplog.text
     assert read_metrics(Path("one")) == rows
 
 
@@ -163,8 +163,8 @@ def test_other_seeds_batches_and_optimizers_are_refused(work) -> None:
     )
     assert "[1] -> [2]" in refusal("one", "--resume", state, "--train_batch_size", "2")
     said = refusal("one", "--resume", state, "--optimizer_type", "Lion")
-    assert "optimizer_type" in said and "AdamW" in said and "saved weights" in said
-    assert "no such state" in refusal("one", "--resume", "nowhere")
+    assert "optimizer_type" in said and "AdamW" in said and "resume from a checkpoint" in said
+    assert "no such training state" in refusal("one", "--resume", "nowhere")
     said = refusal("one", "--resume", "base.safetensors")
     assert "base.safetensors" in said and "pretrained_model_name_or_path" in said
 
@@ -220,7 +220,7 @@ def test_a_signal_saves_a_state_and_the_next_replaces_it(work) -> None:
     process = start("one", *options, after=step)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and f"going on after step {step}" in said
+    assert process.returncode == 130 and f"resuming after step {step}" in said
     (newer,) = Path("one/out").glob("*-state")
     assert json.loads((newer / "state.json").read_text())["step"] > step
 
@@ -280,6 +280,6 @@ def test_masters_go_on_bit_for_bit(work, more: list[str]) -> None:
     assert {value.dtype for value in trained.values()} == {torch.float32}
     assert any(not torch.equal(value, value.bfloat16().float()) for value in trained.values())
     changed = refusal("one", *options, "--no-exact_masters", "--resume", "one/out/style-step00000001-state")
-    assert "exact_masters" in changed and "resume from saved weights" in changed
+    assert "exact_masters" in changed and "resume from a checkpoint" in changed
     other = ["--no-full_bf16", "--resume", "one/out/style-step00000001-state"]
     assert "full_bf16 = False" in refusal("one", *options, *other)
