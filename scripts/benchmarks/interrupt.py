@@ -210,7 +210,7 @@ def main() -> int:
         print(f"interruption {len(ways)}: {way}", flush=True)
     assert start("disturbed").wait() == 0, Path("disturbed.log").read_text()[-4000:]
     different = differences(Path("undisturbed"), Path("disturbed"))
-    resumed = Path("disturbed.log").read_text().count("going on after step")
+    resumed = Path("disturbed.log").read_text().count("resuming after step")
     result = f"differs in {', '.join(different)}" if different else "identical"
     print(f"{len(ways)} interruptions, {resumed} resumes: {result}")
     return 1 if different or len(ways) < arguments.interruptions else 0
