@@ -64,9 +64,17 @@ def test_named_tests_exist(page: Path) -> None:
             assert f"def {function}(" in path.read_text(encoding="utf-8"), f"{match.group()}: no such test"
 
 
+CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands(block: re.Match[str]) -> str:
+    """The commands of a console block, without what they printed."""
+    return "\n".join(line for line in block.group(1).splitlines() if line.startswith("$ "))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_named_scripts_and_files_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
+    text = CONSOLE.sub(commands, page.read_text(encoding="utf-8"))
     for module in MODULE.findall(text):
         if module.endswith(".NAME"):  # stands for any benchmark
             continue
