@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from scripts.benchmarks.letter_box import letter_box
-from scripts.benchmarks.proof import CONFIG, PARTS, as_bf16, relative_error, transpose_projection
+from scripts.benchmarks.proof import CONFIG, PARTS
+from scripts.benchmarks.proof_models import as_bf16, relative_error, transpose_projection
 from scripts.benchmarks.proof_reads import Share, touches, write_wide
 from scripts.toy.judge import judge, judge_checkpoint
 from scripts.toy.style import write_pictures
