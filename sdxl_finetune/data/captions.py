@@ -27,8 +27,9 @@ def caption(options: Subset, text: str, rng: random.Random, *, epoch: int, step:
     `epoch` and `step` (optimizer steps) count from 0 at the start of training. `max_steps` is the length of the run; a
     `token_warmup_step` below 1 is a share of it.
 
-    The reference's function is process_caption. We differ for captions of several lines: prefix and suffix are added
-    to the line that is chosen, and not to the first and the last line.
+    The reference's function is process_caption. We differ in two places. Prefix and suffix are added to the line that
+    is chosen, and not to the first and the last line. Tags are joined again with `caption_separator` and a space, and
+    not always with ", ".
     """
     if options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate:
         return ""
@@ -50,7 +51,8 @@ def caption(options: Subset, text: str, rng: random.Random, *, epoch: int, step:
             rng.shuffle(free)
         if options.caption_tag_dropout_rate > 0:
             free = [tag for tag in free if rng.random() >= options.caption_tag_dropout_rate]
-        text = ", ".join([*first, *free, *last])
+        # The space after the separator is the reference's, which always joins with ", ".
+        text = f"{options.caption_separator.rstrip()} ".join([*first, *free, *last])
     if options.secondary_separator:
         text = text.replace(options.secondary_separator, options.caption_separator)
     return text
