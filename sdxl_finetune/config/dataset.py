@@ -7,6 +7,9 @@ the index lists all names later.
 """
 
 import os
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +26,32 @@ from sdxl_finetune.config.fields import Resolution
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of image files, in any case of letters, that are always read."""
-OPTIONAL_SUFFIXES = (".avif", ".jxl")
-"""Endings that are read if the installed Pillow can read them."""
+OPTIONAL_SUFFIXES = {".avif": "pillow-avif-plugin", ".jxl": "pillow-jxl-plugin"}
+"""Endings that are read if Pillow can read them, each with a package that teaches it to Pillow."""
+UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif")
+"""Endings of pictures that are not trained on, as in the reference. A remark counts such files."""
+
+
+def is_picture(entry: os.DirEntry, suffixes: tuple[str, ...]) -> bool:
+    """True for a file with one of these endings, in lower case.
+
+    Names that begin with a dot are no pictures: macOS writes such files beside each picture. A link to a missing file
+    is a picture that cannot be read.
+    """
+    name = entry.name
+    if not name.lower().endswith(suffixes) or name[0] == ".":
+        return False
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))  # noqa: PTH110 (millions)
+
+
+def unread_pictures(counts: Mapping[str, int]) -> str:
+    """Says how many pictures of each ending are not read, and what to do about each ending."""
+    remedies = {ending: f"pip install {package}" for ending, package in OPTIONAL_SUFFIXES.items()}
+    remedies |= {".jfif": "rename them to .jpg"}
+    return "; ".join(
+        f"{count} {ending} files are not read: {remedies.get(ending, 'convert them to .png or .jpg')}"
+        for ending, count in sorted(counts.items())
+    )
 
 
 class Subset(CaptionOptions, AugmentationOptions, HoldOutOptions):
@@ -45,8 +72,8 @@ class Subset(CaptionOptions, AugmentationOptions, HoldOutOptions):
 class Dataset(BucketOptions):
     """Subsets that are trained at one resolution and share batches."""
 
-    resolution: Resolution
-    """(width, height) in pixels."""
+    resolution: Resolution | None
+    """(width, height) in pixels. None: each image has the size that the metadata file gives as train_resolution."""
     batch_size: int = Field(ge=1)
     """Images per process in one micro-batch."""
     subsets: tuple[Subset, ...]
@@ -69,21 +96,27 @@ def find_folders(root: Path) -> Folders:
         return Folders(problem=no_such("folder"))
     folders = Folders()
     with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir())
+        names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
     unnamed: list[str] = []
     empty: list[str] = []
     for name in names:
-        number, _, words = name.partition("_")
-        repeats = int(number) if number.strip().lstrip("+-").isdecimal() else 0
+        repeats, words = _parts(name)
         if not holds_images(root / name):
-            empty += [name] if repeats > 0 else []
+            pictures = unread_pictures(count_endings(root / name, UNREAD_SUFFIXES))
+            empty += [name + (pictures and f" ({pictures})")] if repeats > 0 or pictures else []
         elif repeats > 0:
-            folders.used.append((root / name, repeats, words))
+            if not _is_text(words):
+                folders.remarks.append(f"the words of {root / name} are not UTF-8 and no caption: rename the folder")
+            folders.used.append((root / name, repeats, words if _is_text(words) else None))
         else:
             unnamed.append(name)
     has_loose_images = holds_images(root)
     if has_loose_images and not folders.used:
         folders.used.append((root, None, None))
+        repeats, words = _parts(root.resolve().name)
+        if repeats > 0 and words:
+            message = f"the name of the folder itself has no effect: name the folder above it for {repeats} repeats"
+            folders.remarks.append(f"{message} and the caption {words!r}")
     elif has_loose_images:
         folders.remarks.append(f"images directly in {root} are not used, because {root} has folders N_words")
     if unnamed:
@@ -92,9 +125,10 @@ def find_folders(root: Path) -> Folders:
         folders.remarks.append(f"folders not used, because they contain no images: {_listed(empty)}")
     if not folders.used:
         content = f"only the folders {_listed(names)}" if names else "no folders"
+        pictures = unread_pictures(count_endings(root, UNREAD_SUFFIXES))
         folders.problem = (
-            f"no images to train on: it contains {content}. Put images ({' '.join(IMAGE_SUFFIXES)}) into it, or folders"
-            " of images named N_words for N repeats, as 5_cat"
+            f"no images to train on: it contains {content}{pictures and f', and {pictures}'}. Put images"
+            f" ({' '.join(IMAGE_SUFFIXES)}) into it, or folders of images named N_words for N repeats, as 5_cat"
         )
     return folders
 
@@ -102,9 +136,24 @@ def find_folders(root: Path) -> Folders:
 def holds_images(folder: Path) -> bool:
     """True if an image lies directly in the folder."""
     with os.scandir(folder) as entries:
-        return any(
-            entry.name.lower().endswith(IMAGE_SUFFIXES + OPTIONAL_SUFFIXES) and entry.is_file() for entry in entries
-        )
+        return any(is_picture(entry, (*IMAGE_SUFFIXES, *OPTIONAL_SUFFIXES)) for entry in entries)
+
+
+def count_endings(folder: Path, suffixes: tuple[str, ...]) -> Counter[str]:
+    """Counts the pictures directly in the folder that have one of these endings, by ending."""
+    with os.scandir(folder) as entries:
+        return Counter(os.path.splitext(one.name)[1].lower() for one in entries if is_picture(one, suffixes))
+
+
+def _parts(name: str) -> tuple[int, str]:
+    """Repeats and words of a folder named `N_words`. Repeats are 0 or less for other names."""
+    number, _, words = name.partition("_")
+    return int(number) if re.fullmatch(r"\s*[+-]?\d+\s*", number) else 0, words
+
+
+def _is_text(name: str) -> bool:
+    """False for a file name that is not UTF-8. Python holds the bytes of such a name as surrogates."""
+    return not re.search("[\ud800-\udfff]", name)
 
 
 def no_such(kind: str) -> str:

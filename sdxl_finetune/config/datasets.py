@@ -50,7 +50,6 @@ def load_datasets(config: Config) -> tuple[Dataset, ...]:
     """
     if config.dataset_config:
         return _read_file(config.dataset_config, config)
-    assert config.resolution is not None
     shared = {name: getattr(config, name) for name in Subset.model_fields if name in Config.model_fields}
     common = {name: getattr(config, name) for name in Dataset.model_fields if name in Config.model_fields}
     sources: list[dict[str, Any]] = []

@@ -46,9 +46,8 @@ LR_END = 1e-7
 
 def find_problems(config: Config) -> Findings:
     """Yields everything that prevents training with this config."""
-    replaced = {"train_data_dir"} if config.in_json else set()
-    if config.dataset_config:
-        replaced = {"train_data_dir", "resolution"}
+    # The images' own buckets in a metadata file can replace the resolution. The index checks whether they do.
+    replaced = {"train_data_dir", "resolution"} if config.in_json or config.dataset_config else set()
     for option, meaning in REQUIRED.items():
         if getattr(config, option) is None and option not in replaced:
             yield option, f"is needed: set it to {meaning}"

@@ -31,7 +31,8 @@ class Placement:
 
 
 def place_images(sizes: Int64[np.ndarray, "n 2"], dataset: Dataset) -> Placement:
-    """Places images in buckets by the bucket options of their dataset."""
+    """Places images in buckets by the bucket options of their dataset, which has a resolution."""
+    assert dataset.resolution is not None
     if not dataset.enable_bucket:
         return nearest_buckets(sizes, np.array([dataset.resolution], np.int64))
     steps = dataset.bucket_reso_steps
@@ -63,7 +64,7 @@ def make_buckets(
 def nearest_buckets(sizes: Int64[np.ndarray, "n 2"], buckets: Int64[np.ndarray, "buckets 2"]) -> Placement:
     """Places each image in the bucket of exactly its size, else in the one with the nearest width / height.
 
-    Of two equally near buckets the first is taken. The image is resized, up or down, to just cover its bucket.
+    Of two equally near buckets the first is taken.
     """
     ratio = sizes[:, 0] / sizes[:, 1]
     ratios = buckets[:, 0] / buckets[:, 1]
@@ -76,9 +77,14 @@ def nearest_buckets(sizes: Int64[np.ndarray, "n 2"], buckets: Int64[np.ndarray, 
     keys, bucket_keys = _keys(sizes), _keys(buckets)
     same_size = np.searchsorted(bucket_keys, keys).clip(max=len(buckets) - 1)
     chosen = np.where(bucket_keys[same_size] == keys, same_size, chosen)
-    bucket = buckets[chosen]
+    return fill_buckets(sizes, buckets[chosen])
+
+
+def fill_buckets(sizes: Int64[np.ndarray, "n 2"], bucket: Int64[np.ndarray, "n 2"]) -> Placement:
+    """Places each image in the bucket that is given for it. The image is resized, up or down, to just cover it."""
     scales = bucket / sizes
-    scale = np.where(ratio > ratios[chosen], scales[:, 1], scales[:, 0])
+    is_wider = sizes[:, 0] / sizes[:, 1] > bucket[:, 0] / bucket[:, 1]
+    scale = np.where(is_wider, scales[:, 1], scales[:, 0])
     return Placement(bucket=bucket, resized=_rounded(sizes * scale[:, None]))
 
 

@@ -8,6 +8,8 @@ It decodes at a half, a quarter or an eighth of the size if that is large enough
 ImageError with its name, and no other exception.
 """
 
+import contextlib
+import importlib
 import io
 import random
 from functools import lru_cache
@@ -19,6 +21,12 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageCms
 
 from sdxl_finetune.config.dataset import IMAGE_SUFFIXES, OPTIONAL_SUFFIXES
+
+PLUGINS = ("pillow_jxl", "jxlpy.JXLImagePlugin", "pillow_avif")
+"""Modules that teach Pillow a format when they are imported. Each process that opens images needs them."""
+for _plugin in PLUGINS:
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_plugin)
 
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
@@ -103,12 +111,17 @@ def load_crop(
     interpolation: str | None,
     data: bytes | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of an image in its bucket. Raises ImageError, also if the image no longer has the scanned `size`."""
+    """The pixels of an image in its bucket.
+
+    Raises ImageError, also if the image does not have the `size` that the scan or a metadata file gave it.
+    """
     pixels = load_image(path, at_least=None if interpolation else resized, data=data)
     height, width = pixels.shape[:2]
     by = max(1, round(size[0] / width))
     if (-(-size[0] // by), -(-size[1] // by)) != (width, height):
-        raise ImageError(str(path), f"its size is no longer {size[0]}x{size[1]}: it was changed during the run")
+        real, noted = ("x".join(map(str, sides)) for sides in (image_size(path), size))
+        remedy = "correct image_size in the metadata file, or start again without skip_cache_check"
+        raise ImageError(str(path), f"its size is {real}, not {noted} as noted for it: {remedy}")
     return resize_and_crop(pixels, resized, left_top, bucket, interpolation)
 
 
@@ -246,8 +259,12 @@ def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform | None, str]:
 
 
 def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        remedy = 'shrink it, or set on_bad_image = "skip"'
+        return f"larger than the limit of {limit} pixels, above which Pillow opens no file: {remedy}"
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        return "a link to a missing file" if path.is_symlink() else "no such file"
     if path.stat().st_size == 0:
         return "the file is empty"
     if isinstance(error, Image.UnidentifiedImageError):

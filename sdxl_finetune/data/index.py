@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from jaxtyping import Bool, Int, Int32, UInt8
+from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
 from sdxl_finetune.config.dataset import Dataset, Subset
-from sdxl_finetune.data.buckets import place_images
+from sdxl_finetune.data.buckets import fill_buckets, place_images
 from sdxl_finetune.data.images import load_crop
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.errors import Problem, UserError
@@ -30,6 +30,8 @@ from sdxl_finetune.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
+BUCKET_STEP = 8
+"""Pixels of one latent along one side. The sides of every bucket are multiples of it."""
 MAX_RESIZED_PIXELS = 1 << 27
 """Largest size of an image before the crop: 400 MB. Only a very narrow image becomes larger."""
 
@@ -223,8 +225,7 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
     table = _place(found, datasets, problems)
     report_bad_images(problems, on_bad_image)
     _check_some_left(table["repeats"].to_numpy(), table["held_out"].to_numpy())
-    if uncaptioned := pa.compute.sum(pa.compute.equal(table["caption"], "")).as_py():
-        logger.warning("%d of %d images have no caption file, or an empty one", uncaptioned, table.num_rows)
+    _remark_on_captions(table, subsets)
     table = table.combine_chunks()
     buckets = str(table.schema.metadata[b"buckets"])
     name = hashlib.blake2b(f"{buckets} {digest_of(table)}".encode(), digest_size=12).hexdigest()
@@ -233,6 +234,17 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
         with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
             writer.write_table(table)
     return Index(path, tuple(datasets), bad_files=len(problems))
+
+
+def _remark_on_captions(table: pa.Table, subsets: Sequence[Subset]) -> None:
+    if uncaptioned := pa.compute.sum(pa.compute.equal(table["caption"], "")).as_py():
+        logger.warning("%d of %d images have no caption file, or an empty one", uncaptioned, table.num_rows)
+    # The column stays in its chunks and is not copied.
+    has_lines = pa.compute.match_substring(table["caption"], "\n").to_numpy()
+    uses_first = ~np.array([subset.enable_wildcard for subset in subsets])[table["subset"].to_numpy()]
+    if lines := int((has_lines & uses_first).sum()):
+        remedy = "enable_wildcard = true draws one of the lines each time"
+        logger.warning("%d of %d captions have several lines, and only the first is used: %s", lines, len(table), remedy)
 
 
 def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:
@@ -291,6 +303,7 @@ def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]
     subset = table["subset"].to_numpy()
     sizes = np.stack([table["width"].to_numpy(), table["height"].to_numpy()], axis=1).astype(np.int64)
     owner = np.repeat(np.arange(len(datasets)), [len(dataset.subsets) for dataset in datasets])[subset]
+    named = _named_buckets(table, datasets, owner)
     repeats = np.array([subset.num_repeats for subset in subsets], np.int32)[subset]
     regularization = np.array([subset.is_reg for subset in subsets])[subset]
     bucket, resized = np.zeros_like(sizes), np.zeros_like(sizes)
@@ -305,7 +318,7 @@ def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]
             held_out[held], repeats[held] = True, 0
     for number, dataset in enumerate(datasets):
         rows = np.flatnonzero(owner == number)
-        placement = place_images(sizes[rows], dataset)
+        placement = place_images(sizes[rows], dataset) if dataset.resolution else fill_buckets(sizes[rows], named[rows])
         bucket[rows], resized[rows] = placement.bucket, placement.resized
         kept[rows] = (bucket[rows].min(axis=1) > 0) & (resized[rows].prod(axis=1) <= MAX_RESIZED_PIXELS)
         rows = rows[kept[rows] & ~held_out[rows]]
@@ -325,10 +338,38 @@ def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]
     return table.replace_schema_metadata({"buckets": json.dumps(buckets)})
 
 
+def _named_buckets(
+    table: pa.Table, datasets: Sequence[Dataset], owner: Int[np.ndarray, " n"]
+) -> Int64[np.ndarray, "n 2"]:
+    """The size of each image's bucket in a metadata file, (0, 0) if it is not given.
+
+    Raises UserError if a dataset without a resolution has images without such a size. `owner` is the dataset of each
+    image. Warns if sizes are given and the resolution of the dataset takes their place.
+    """
+    named = np.stack([table["train_width"].to_numpy(), table["train_height"].to_numpy()], axis=1).astype(np.int64)
+    problems = []
+    for number, dataset in enumerate(datasets):
+        own = named[owner == number]
+        if dataset.resolution is None:
+            if missing := int(((own == 0) | (own % BUCKET_STEP != 0)).any(axis=1).sum()):
+                message = f"{missing} of {len(own)} images have no train_resolution in multiples of {BUCKET_STEP}"
+                problems.append(Problem(f"is needed, because {message} in the metadata file", key="resolution"))
+        elif not dataset.enable_bucket and (sizes := len(np.unique(own[own[:, 0] > 0], axis=0))) > 1:
+            logger.warning(
+                "the metadata file has %d sizes as train_resolution, but all images are cut to %dx%d, as in the"
+                " reference: set enable_bucket, or remove resolution to train at the sizes of the file",
+                sizes,
+                *dataset.resolution,
+            )
+    if problems:
+        raise UserError(problems)
+    return named
+
+
 def _misfit(size: tuple[int, int], bucket: tuple[int, int], resized: tuple[int, int]) -> str:
     if not min(bucket):
         return f"{size[0]}x{size[1]} has too short a side for bucket_no_upscale: no multiple of bucket_reso_steps"
     return (
         f"{size[0]}x{size[1]} is too narrow: to fill a bucket of {bucket[0]}x{bucket[1]} it would have to be"
-        f" enlarged to {resized[0]}x{resized[1]}"
+        f" enlarged to {resized[0]}x{resized[1]}, and the limit is {MAX_RESIZED_PIXELS} pixels"
     )

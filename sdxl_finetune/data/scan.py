@@ -18,14 +18,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 from tqdm import tqdm
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.captions import caption_paths, read_caption
-from sdxl_finetune.data.images import ImageError, image_extensions, image_size
-from sdxl_finetune.data.sources import read_metadata
+from sdxl_finetune.data.images import ImageError, image_size
+from sdxl_finetune.data.listing import Listing, list_all, say_missing_captions
+from sdxl_finetune.data.sources import Described
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
 
@@ -49,16 +51,20 @@ SCANNED = pa.schema(
         "mtime": pa.int64(),
         "caption_stat": pa.int64(),
         "stat_hash": pa.binary(16),
+        "train_width": pa.int32(),
+        "train_height": pa.int32(),
     }
 )
 """Columns of the result. `mtime` is in nanoseconds. `caption_stat` is a hash of the `stat` of all files that may hold
-the caption, or of the caption in a metadata file. `stat_hash` is the hash of path, size and modification time by which
-shards know the image file."""
-FORMAT = 2
+the caption, or of what a metadata file says of the image. `stat_hash` is the hash of path, size and modification time
+by which shards know the image file. `train_width` and `train_height` are the metadata file's train_resolution, or 0."""
+FORMAT = 3
 """Version of SCANNED. A file of another version is not found, and its images are scanned anew."""
+SIZE_WAS_GIVEN = 1 << 56
+"""Bit of `caption_stat` of an image whose size a metadata file gave. The hash itself has 56 bits."""
 
 
-Row = tuple[int, bytes, str | None, int | None, int | None, int, int, int, bytes]
+Row = tuple[int, bytes, str | None, int | None, int | None, int, int, int, bytes, int, int]
 """Values of SCANNED for one image; None for what has not changed since the last scan."""
 
 
@@ -70,8 +76,8 @@ class Task:
     """Number of the subset."""
     subset: Subset
     names: Sequence[str]
-    captions: Sequence[str] | None
-    """Captions from a metadata file."""
+    described: Sequence[Described] | None
+    """Captions and sizes from a metadata file."""
     known: Sequence[tuple[int, int, int]] | None
     """`bytes`, `mtime` and `caption_stat` of each image in the last scan, -1 for an image that is new."""
 
@@ -98,8 +104,8 @@ def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
     if skip_check and last is not None:
         logger.info("skip_cache_check: using %d images as the last scan found them", last.num_rows)
         return last, []
-    listed = _list_all(subsets)
-    total = sum(len(names) for names, _ in listed)
+    listed = list_all(subsets)
+    total = sum(len(listing.names) for listing in listed)
     problems: list[Problem] = []
     batches = []
     with tqdm(total=total, desc="reading captions and sizes", unit=" images", disable=None) as progress:
@@ -113,7 +119,16 @@ def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
         written = table.replace_schema_metadata({"digest": digest_of(table)})
         with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), written.schema) as writer:
             writer.write_table(written)
+    _say_missing_captions(subsets, listed, table)
     return table, problems
+
+
+def _say_missing_captions(subsets: Sequence[Subset], listed: Sequence[Listing], table: pa.Table) -> None:
+    without = [_hash56(b" ".join([b"-"] * places)) for places in (1, 2)]  # of an image and of a face cutout
+    is_missing = pa.compute.is_in(table["caption_stat"], value_set=pa.array(without, pa.int64()))
+    counts = np.bincount(table["subset"].filter(is_missing).to_numpy(), minlength=len(subsets)).tolist()
+    for subset, listing, missing in zip(subsets, listed, counts, strict=True):
+        say_missing_captions(subset, listing, missing)
 
 
 def digest_of(table: pa.Table, names: Sequence[str] | None = None, size: int = 12) -> str:
@@ -130,9 +145,10 @@ def digest_of(table: pa.Table, names: Sequence[str] | None = None, size: int = 1
 
 
 def _key(subsets: Sequence[Subset]) -> str:
-    """A hash of everything that decides which files are scanned and how their captions are found."""
+    """A hash of everything that decides which files are scanned and how their captions are found or joined."""
     sources = [
         (str(subset.image_dir.absolute()), str(subset.metadata_file), subset.caption_extension, subset.class_tokens)
+        + ((subset.caption_separator, subset.enable_wildcard) if subset.metadata_file else ())
         for subset in subsets
     ]
     return hashlib.blake2b(repr((FORMAT, sources)).encode(), digest_size=12).hexdigest()
@@ -152,41 +168,12 @@ def _load(path: Path) -> pa.Table | None:
     return None
 
 
-def _list_all(subsets: Sequence[Subset]) -> list[tuple[list[str], list[str] | None]]:
-    """The names of each subset's images, in order, and their captions if a metadata file has them."""
-    listed = []
-    problems: list[Problem] = []
-    for subset in subsets:
-        try:
-            listed.append(_list(subset))
-        except UserError as error:  # noqa: PERF203 (all problems are reported together)
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return listed
-
-
-def _list(subset: Subset) -> tuple[list[str], list[str] | None]:
-    if subset.metadata_file:
-        captions = dict(sorted(read_metadata(subset).items()))
-        return list(captions), list(captions.values())
-    endings = image_extensions()
-    try:
-        with os.scandir(subset.image_dir) as entries:
-            names = [entry.name for entry in entries if entry.name.lower().endswith(endings) and entry.is_file()]
-    except OSError as error:
-        raise UserError(Problem(f"the folder cannot be listed: {error.strerror}", file=str(subset.image_dir))) from None
-    if not names:
-        message = f"the folder holds no images ({' '.join(endings)}): put images there or remove it from the config"
-        raise UserError(Problem(message, file=str(subset.image_dir)))
-    return sorted(names), None
-
-
 def _tasks(
-    subsets: Sequence[Subset], listed: Sequence[tuple[list[str], list[str] | None]], last: pa.Table | None
+    subsets: Sequence[Subset], listed: Sequence[Listing], last: pa.Table | None
 ) -> Iterator[tuple[Task, pa.RecordBatch | None]]:
     """The tasks, each with the rows of the last scan for its images, which are null for new images."""
-    for number, (subset, (names, captions)) in enumerate(zip(subsets, listed, strict=True)):
+    for number, (subset, listing) in enumerate(zip(subsets, listed, strict=True)):
+        names, described = listing.names, listing.described
         if last is not None:
             rows = last.filter(pa.compute.equal(last["subset"], number)).combine_chunks()
             wanted = pa.array([os.fsencode(name) for name in names], pa.large_binary())
@@ -198,7 +185,7 @@ def _tasks(
                 known = rows.take(places[chunk]).combine_chunks().to_batches()[0]
                 columns = (known[name].fill_null(-1).to_pylist() for name in ("bytes", "mtime", "caption_stat"))
                 stats = list(zip(*columns, strict=True))
-            yield Task(number, subset, names[chunk], captions and captions[chunk], stats), known
+            yield Task(number, subset, names[chunk], described and described[chunk], stats), known
 
 
 def _merge(task: Task, known: pa.RecordBatch | None, inspected: Inspected) -> pa.RecordBatch:
@@ -249,10 +236,10 @@ def _inspect(task: Task) -> Inspected:
     folder = os.fsencode(task.subset.image_dir.absolute())
     inspected = Inspected({}, [], [])
     for place, name in enumerate(task.names):
-        caption = None if task.captions is None else task.captions[place]
+        described = None if task.described is None else task.described[place]
         known = (-1, -1, -1) if task.known is None else task.known[place]
         try:
-            row = _inspect_image(task, folder, name, caption, known)
+            row = _inspect_image(task, folder, name, described, known)
         except ImageError as error:
             inspected.failed.append(place)
             inspected.problems.append(Problem(error.reason, file=error.path))
@@ -266,24 +253,31 @@ def _inspect(task: Task) -> Inspected:
 
 
 def _inspect_image(
-    task: Task, folder: bytes, name: str, caption: str | None, known: tuple[int, int, int]
+    task: Task, folder: bytes, name: str, described: Described | None, known: tuple[int, int, int]
 ) -> Row | None:
     """The row of one image, or None if nothing has changed since the last scan."""
     path = os.path.join(task.subset.image_dir, name)  # noqa: PTH118 (Path is slower, and there may be millions)
     try:
         stat = os.stat(path)  # noqa: PTH116
     except OSError as error:
-        raise ImageError(path, f"not readable ({error.strerror})") from None
-    caption_stat = _caption_stat(path, task.subset) if caption is None else _hash56(os.fsencode(caption))
+        is_link = os.path.islink(path)  # noqa: PTH114
+        raise ImageError(path, "a link to a missing file" if is_link else f"not readable ({error.strerror})") from None
+    caption_stat = _caption_stat(path, task.subset) if described is None else _described_stat(described)
     is_same_image = (known[0], known[1]) == (stat.st_size, stat.st_mtime_ns)
     if is_same_image and known[2] == caption_stat:
         return None
-    width, height = (None, None) if is_same_image else image_size(Path(path))
-    if caption is None and known[2] != caption_stat:
+    width = height = None
+    if described and described.size:
+        width, height = described.size
+    elif not is_same_image or known[2] & SIZE_WAS_GIVEN:
+        width, height = image_size(Path(path))
+    caption = described.caption if described else None
+    if described is None and known[2] != caption_stat:
         caption = read_caption(Path(path), task.subset)
     file_name = os.fsencode(name)
     stat_hash = hash_of_stat(os.path.join(folder, file_name), stat.st_size, stat.st_mtime_ns)  # noqa: PTH118
-    return task.number, file_name, caption, width, height, stat.st_size, stat.st_mtime_ns, caption_stat, stat_hash
+    stats = stat.st_size, stat.st_mtime_ns, caption_stat, stat_hash
+    return task.number, file_name, caption, width, height, *stats, *((described and described.bucket) or (0, 0))
 
 
 def hash_of_stat(path: bytes, size: int, mtime: int) -> bytes:
@@ -304,6 +298,10 @@ def _caption_stat(image: str, options: Subset) -> int:
         except OSError:  # noqa: PERF203 (a caption file is missing now and then)
             stats.append(b"-")
     return _hash56(b" ".join(stats))
+
+
+def _described_stat(described: Described) -> int:
+    return _hash56(repr(described).encode()) | (SIZE_WAS_GIVEN if described.size else 0)
 
 
 def _hash56(data: bytes) -> int:

@@ -187,7 +187,7 @@ def _read_file(path: Path, expected: tuple[int, int]) -> bytes:
     except OSError as error:
         raise ImageError(str(path), f"not readable ({error.strerror})") from None
     if (stat.st_size, stat.st_mtime_ns) != expected:
-        raise ImageError(str(path), "it was changed during the run")
+        raise ImageError(str(path), "changed since it was scanned: start again, without skip_cache_check")
     return data
 
 

@@ -131,10 +131,7 @@ def open_shards(folder: Path, vae: str, *, check: bool) -> list[Shard]:
         opened = list(pool.map(partial(_open_shard, vae=vae, checked=checked), paths))
     for path, shard in zip(paths, opened, strict=True):
         if isinstance(shard, str) and check:
-            aside = set_aside(path)
-            logger.warning(
-                "%s: %s; the file is renamed to %s, and its images are encoded again", path, shard, aside.name
-            )
+            logger.warning("%s: %s; %s, and its images are encoded again", path, shard, set_aside(path))
     shards = [shard for shard in opened if isinstance(shard, Shard)]
     if check and folder.is_dir():
         remember_checked(folder, shards)
@@ -145,12 +142,15 @@ def open_shards(folder: Path, vae: str, *, check: bool) -> list[Shard]:
     return shards
 
 
-def set_aside(path: Path) -> Path:
-    """Renames a damaged shard, if it still exists; returns the new path."""
+def set_aside(path: Path) -> str:
+    """Renames a damaged shard to `.damaged`, and says what has become of it. Another process may have renamed it."""
     aside = path.with_suffix(".damaged")
-    with contextlib.suppress(OSError):
+    try:
         path.rename(aside)
-    return aside
+    except OSError as error:
+        if path.exists():
+            return f"the file cannot be renamed ({error.strerror}) and should be deleted"
+    return f"the file is renamed to {aside.name}"
 
 
 def remember_checked(folder: Path, shards: Sequence[Shard]) -> None:

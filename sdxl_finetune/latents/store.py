@@ -46,7 +46,7 @@ class LatentStore:
             raise UserError(Problem(message, file=str(path))) from None
         if zlib.crc32(data) != crc:
             message = (
-                f"the latent of {self.index[row].path} is damaged; the file is renamed to {set_aside(path).name}:"
+                f"the latent of {self.index[row].path} is damaged; {set_aside(path)}:"
                 " start the run again, which encodes its images again"
             )
             raise UserError(Problem(message, file=str(path)))

@@ -5,17 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_finetune.data.sources import SHOWN, read_metadata
+from sdxl_finetune.data.sources import SHOWN, Described, read_metadata
 from sdxl_finetune.errors import UserError
 
 CAPTION = {"caption": "a cat", "tags": "1cat, sitting"}
 
 
 @pytest.fixture
-def captions(tmp_path: Path, subset):
-    """captions(content, **options): what is read of a .json file, or of .jsonl for a text."""
+def captions(described):
+    """captions(content, **options): the captions of a .json file, or of .jsonl for a text."""
 
     def read(content: object, **options: object) -> dict[str, str]:
+        return {name: one.caption for name, one in described(content, **options).items()}
+
+    return read
+
+
+@pytest.fixture
+def described(tmp_path: Path, subset):
+    """described(content, **options): everything that is read of a .json file, or of .jsonl for a text."""
+
+    def read(content: object, **options: object) -> dict[str, Described]:
         path = tmp_path / ("meta.jsonl" if isinstance(content, str) else "meta.json")
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8-sig")
         return read_metadata(subset(tmp_path, metadata_file=path, **options))
@@ -74,6 +84,11 @@ def test_a_line_each(captions) -> None:
         ([], "must be an object of images by name"),
         ({}, "names no images"),
         ({"a.png": {"caption": 3}}, "'a.png': caption and tags must be texts"),
+        ({"a.png": {"image_size": [3]}}, r"'a.png': image_size must be \[width, height\]"),
+        ({"a.png": {"train_resolution": [64, 0]}}, r"'a.png': train_resolution must be \[width, height\]"),
+        ({"a.png": {"tags": "cat \ud83d"}}, "'a.png': caption or tags are no valid Unicode"),
+        ({"a\ud83d.png": CAPTION}, "the name cannot be a file name"),
+        ({"a\0.png": CAPTION}, "a file name cannot hold a null character"),
         ('{"image_path": ', "not valid JSON"),
         ("", "names no images"),
     ],
@@ -87,3 +102,23 @@ def test_many_mistakes_are_counted(captions) -> None:
     with pytest.raises(UserError) as caught:
         captions({f"{number}.png": [] for number in range(SHOWN + 7)})
     assert len(caught.value.problems) == SHOWN + 1 and caught.value.problems[-1].message == "and 7 more"
+
+
+def test_sizes_are_read(described) -> None:
+    content = {
+        "both.png": {"image_size": [3, 4], "train_resolution": [64, 96], **CAPTION},
+        "neither.png": {"image_size": None},
+    }
+    assert described(content) == {
+        "both.png": Described("a cat,1cat, sitting", (3, 4), (64, 96)),
+        "neither.png": Described("", None, None),
+    }
+    line = {"image_path": "a.png", "image_size": [30, 40]}
+    assert described(json.dumps(line))["a.png"].size == (30, 40)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, subset) -> None:
+    path = tmp_path / "meta.json"
+    path.write_bytes('{"a.png": {"caption": "日本"}}'.encode("shift-jis"))
+    with pytest.raises(UserError, match=r"meta\.json: not a UTF-8 text file \(byte 23\): save it as UTF-8"):
+        read_metadata(subset(tmp_path, metadata_file=path))

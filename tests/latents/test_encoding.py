@@ -128,7 +128,7 @@ def test_bad_images(index: Index, cache_latents) -> None:
     assert sorted(bad) == ["b.jpg", "d.webp", "e.png", "xd.webp"]
     assert [problem.file for problem in report.bad.values()] == [str(index[row].path) for row in report.bad]
     assert "NaN" in bad["d.webp"].message and "No such file" in bad["e.png"].message
-    assert "it was changed during the run" in bad["b.jpg"].message
+    assert "changed since it was scanned" in bad["b.jpg"].message
     left = index.without(report.bad)
     assert left.repeats.sum() == index.repeats.sum() - 4 and left.facts() != index.facts()
     assert store.read([rows["a.png"]], [False]).any()
