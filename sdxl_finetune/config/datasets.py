@@ -140,11 +140,13 @@ def _read_file(path: Path, config: Config) -> tuple[Dataset, ...]:
         ]
         if not subset_tables:
             mistakes.add("names no images: add [[datasets.subsets]]", f"{place}.subsets")
-        if "resolution" not in values:
+        # A metadata file may name each image's bucket. The index checks whether it does.
+        if "resolution" not in values and not all(subset and subset.metadata_file for subset in subsets):
             mistakes.add("is needed: set it here, in [general] or as an option", f"{place}.resolution")
             continue
         used = tuple(_used(path, [subset for subset in subsets if subset]))
-        dataset_values = {name: value for name, value in values.items() if name in DATASET_KEYS}
+        dataset_values = {"resolution": None, **values}
+        dataset_values = {name: value for name, value in dataset_values.items() if name in DATASET_KEYS}
         if dataset := mistakes.build(Dataset, dataset_values | {"subsets": used}, place):
             datasets.append(dataset)
     datasets = [dataset for dataset in datasets if dataset.subsets]

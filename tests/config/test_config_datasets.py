@@ -102,6 +102,15 @@ def test_a_missing_value_is_taken_from_dataset_general_and_config(folder) -> Non
     assert all(one.shuffle_caption for one in subsets)
 
 
+def test_a_resolution_may_be_missing_if_metadata_files_name_all_images(folder) -> None:
+    content: dict = {"datasets": [{"subsets": [{"metadata_file": "m.json", "image_dir": "d"}]}]}
+    (dataset,) = datasets(content)
+    assert dataset.resolution is None
+    content["datasets"][0]["subsets"].append({"image_dir": "e"})
+    with pytest.raises(UserError, match=r"datasets\[0\]\.resolution: is needed"):
+        datasets(content)
+
+
 def test_a_toml_file_gives_the_same_datasets_as_json(folder) -> None:
     content = {"general": {"flip_aug": True}, "datasets": [{"resolution": 64, "subsets": [{"image_dir": "d"}]}]}
     Path("d.toml").write_text(toml.dumps(content))

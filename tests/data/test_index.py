@@ -3,6 +3,8 @@
 import json
 import logging
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import ExifTags, Image
 
 from sdxl_finetune.data import scan as scan_module
 from sdxl_finetune.data.batch_plan import build_plan
+from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import build_index, regularized_repeats
 from sdxl_finetune.errors import UserError
 
@@ -200,3 +203,67 @@ def test_regularization_images(own: list[int], wanted: int, expected: list[int])
     repeats = np.array([wanted, *own], np.int32)
     is_regularization = np.array([False] + [True] * len(own))
     assert regularized_repeats(repeats, is_regularization).tolist() == [wanted, *expected]
+
+
+def metadata(tmp_path: Path, subset, entries: dict, **options: object):
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
+    return subset(tmp_path / "a", metadata_file=tmp_path / "meta.json", **options)
+
+
+def test_buckets_of_a_metadata_file_take_the_place_of_the_resolution(
+    tmp_path: Path, subset, dataset, write_images
+) -> None:
+    write_images(tmp_path / "a", {"a.png": (100, 100), "b.png": (200, 100), "c.png": (30, 90)})
+    sizes = {"a.png": [96, 96], "b.png": [128, 64], "c.png": [64, 128]}
+    rules = metadata(tmp_path, subset, {name: {"caption": "x", "train_resolution": size} for name, size in sizes.items()})
+    index = build_index([dataset(rules, resolution=None)], tmp_path / "cache", on_bad_image="stop")
+    entries = [index[row] for row in range(3)]
+    assert {one.path.name: [one.bucket.width, one.bucket.height] for one in entries} == sizes
+    assert [one.resized for one in entries] == [(96, 96), (128, 64), (64, 192)]
+    assert entries[2].load((0, 32)).shape == (128, 64, 3)
+
+
+def test_a_resolution_wins_over_the_buckets_of_a_metadata_file(
+    tmp_path: Path, subset, dataset, write_images, caplog
+) -> None:
+    write_images(tmp_path / "a", {"a.png": (100, 100), "b.png": (200, 100)})
+    entries = {"a.png": {"train_resolution": [96, 96]}, "b.png": {"train_resolution": [128, 64]}}
+    rules = metadata(tmp_path, subset, entries, class_tokens="x")
+    squares = build_index([dataset(rules, enable_bucket=False)], tmp_path / "cache", on_bad_image="stop")
+    assert [(one.width, one.height) for one in squares.buckets] == [(64, 64)]
+    assert "2 sizes as train_resolution, but all images are cut to 64x64" in caplog.text
+    caplog.clear()
+    build_index([dataset(rules)], tmp_path / "cache", on_bad_image="stop")
+    entries["b.png"] = entries["a.png"]
+    metadata(tmp_path, subset, entries)
+    build_index([dataset(rules, enable_bucket=False)], tmp_path / "cache", on_bad_image="stop")
+    assert "train_resolution" not in caplog.text
+
+
+@pytest.mark.parametrize("size", [None, [60, 64]])
+def test_missing_buckets_of_a_metadata_file_are_counted(tmp_path: Path, subset, dataset, write_images, size) -> None:
+    write_images(tmp_path / "a", {"a.png": (100, 100), "b.png": (200, 100)})
+    rules = metadata(tmp_path, subset, {"a.png": {"train_resolution": [96, 96]}, "b.png": {"train_resolution": size}})
+    with pytest.raises(UserError, match="resolution: is needed, because 1 of 2 images have no train_resolution"):
+        build_index([dataset(rules, resolution=None)], tmp_path / "cache", on_bad_image="skip")
+
+
+def test_a_wrong_size_in_a_metadata_file_is_found_when_the_image_is_read(
+    tmp_path: Path, subset, dataset, write_images
+) -> None:
+    write_images(tmp_path / "a", {"a.png": (100, 64)})
+    rules = metadata(tmp_path, subset, {"a.png": {"image_size": [64, 100]}})
+    index = build_index([dataset(rules)], tmp_path / "cache", on_bad_image="stop")
+    assert index[0].size == (64, 100)
+    with pytest.raises(ImageError) as caught:
+        index[0].load((0, 0))
+    assert "its size is 100x64, not 64x100 as noted for it: correct image_size" in caught.value.reason
+
+
+def test_an_image_above_the_pixel_limit_names_the_limit(tmp_path: Path, subset, dataset, write_images) -> None:
+    write_images(tmp_path / "a", {"a.png": (64, 64)})
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 9) + b"IDAT"
+    (tmp_path / "a" / "huge.png").write_bytes(png)
+    with pytest.raises(UserError, match=r"huge\.png: larger than the limit of 178956970 pixels.*on_bad_image"):
+        build_index([dataset(subset(tmp_path / "a"))], tmp_path / "cache", on_bad_image="stop")

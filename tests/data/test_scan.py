@@ -90,6 +90,34 @@ def test_captions_of_a_metadata_file_are_read_each_time(folder: Path, look, subs
     assert (found["name"], found["caption"], opened) == (["2.png", "4.png"], ["b", "b"], {"4.png"})
 
 
+def test_images_are_opened_only_where_a_metadata_file_gives_no_size(folder: Path, look, subset, tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    rules = subset(folder, metadata_file=path)
+
+    def found(**sizes: list[int]) -> tuple[list[tuple[int, int]], set[str]]:
+        entries = {f"{number}.png": {"caption": "a"} for number in range(3)}
+        for name, size in sizes.items():
+            entries[f"{name[1:]}.png"]["image_size"] = size
+        path.write_text(json.dumps(entries))
+        content, opened = look(rules)
+        return list(zip(content["width"], content["height"], strict=True)), opened
+
+    assert found(_0=[10, 20], _1=[30, 40]) == ([(10, 20), (30, 40), (64, 66)], {"2.png"})
+    assert found(_0=[10, 20], _1=[30, 40]) == ([(10, 20), (30, 40), (64, 66)], set())
+    assert found(_0=[10, 21], _2=[50, 60]) == ([(10, 21), (64, 65), (50, 60)], {"1.png"})
+
+
+def test_captions_are_joined_again_after_the_separator_has_changed(folder: Path, look, subset, tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"0.png": {"caption": "a\nb", "tags": "c"}}))
+    for options, caption in [
+        ({}, "a\nb,c"),
+        ({"caption_separator": ";"}, "a\nb;c"),
+        ({"caption_separator": ";", "enable_wildcard": True}, "a;c\nb;c"),
+    ]:
+        assert look(subset(folder, metadata_file=path, **options), skip_check=True)[0]["caption"] == [caption]
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text", "another table"])
 def test_a_damaged_file_is_named_and_not_trusted(folder: Path, look, subset, tmp_path, caplog, damage: str) -> None:
     rules = subset(folder, caption_extension=".txt")

@@ -126,6 +126,14 @@ def test_damage_is_named_and_set_aside(tmp_path: Path, caplog, damage) -> None:
     assert not hurt.path.exists() and hurt.path.with_suffix(".damaged").exists()
 
 
+def test_a_damaged_file_that_cannot_be_renamed_is_told(tmp_path: Path, caplog) -> None:
+    (hurt,) = write(tmp_path, 6)
+    cut_short(hurt.path)
+    hurt.path.with_suffix(".damaged").mkdir()
+    assert open_shards(tmp_path, "vae", check=True) == []
+    assert "cannot be renamed" in caplog.text and "is renamed to" not in caplog.text
+
+
 def test_latents_are_read_through_only_when_the_file_is_another_than_before(tmp_path: Path, monkeypatch) -> None:
     (shard,) = write(tmp_path, 6)
     assert len(open_shards(tmp_path, "vae", check=True)) == 1
