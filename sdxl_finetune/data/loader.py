@@ -41,7 +41,7 @@ up with any GPU."""
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 DrawNoise = Callable[[Position, tuple[int, int, int, int], Tensor | None], tuple[Tensor, Tensor | None]]
-"""Draws noise and input noise of k images from position, shape (k, 4, h, w) and, on request, their unscaled latents."""
+"""Draws noise and input noise of k images from position, shape (k, 4, h, w) and, on request, their latents."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class TrainingDataset(TorchDataset):
     seed: int
     max_steps: int
     """Optimizer steps of the whole run, of which `token_warmup_step` may be a share."""
-    noise_needs_latents: bool = False
-    """True if `draw_noise` needs the cached latents of all ranks."""
+    noise_latent_scale: float | None = None
+    """Factor by which `draw_noise` wants the cached latents of all ranks multiplied. None: it needs no latents."""
     pixels_per_latent: int = 8
     rank: int = 0
     ranks: int = 1
@@ -96,7 +96,7 @@ class TrainingDataset(TorchDataset):
         )
         # A rank without an image takes the first one at weight 0, because all ranks have to compute on one shape.
         slots = slots or [0]
-        needed = range(len(rows)) if self.noise_needs_latents else slots
+        needed = slots if self.noise_latent_scale is None else range(len(rows))
         views = {slot: self._view(position, slot, rows[slot]) for slot in needed}
         own_views = [views[slot] for slot in slots]
         scale, bucket = self.pixels_per_latent, own_views[0].entry.bucket
@@ -116,9 +116,10 @@ class TrainingDataset(TorchDataset):
                 # Raised in a worker, it would arrive as another exception with the worker's traceback as its message.
                 return LoadedBatch(None, error.problems)
             latents = torch.from_numpy(cached).float()
-        noise, input_noise = self.draw_noise(position, shape, latents if self.noise_needs_latents else None)
-        if latents is not None and self.noise_needs_latents:
-            latents = latents[slots]
+        scaled = None
+        if latents is not None and self.noise_latent_scale is not None:
+            scaled, latents = latents * self.noise_latent_scale, latents[slots]
+        noise, input_noise = self.draw_noise(position, shape, scaled)
         tokens = self.tokenize([self._caption(position, slot, views[slot].entry) for slot in slots])
         batch = Batch(
             position=position,

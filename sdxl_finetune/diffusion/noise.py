@@ -34,8 +34,8 @@ def draw_noise(
     Perturbation Reduces Exposure Bias in Diffusion Models, arXiv 2301.11706, algorithm 1.
 
     `shape` is (k, channels, height, width), where k counts the images of all ranks. `latents` are needed if
-    `adaptive_noise_scale` is set, and are not multiplied by the VAE's scaling factor, unlike in the reference. Image i
-    has the same noise whatever k is. The exception is multires noise, which is divided by the standard deviation of all
+    `adaptive_noise_scale` is set, and are multiplied by the VAE's scaling factor. Image i has the same noise whatever k
+    is. The exception is multires noise, which is divided by the standard deviation of all
     k images. A random strength is one number for the micro-batch, as in the reference.
     """
     place = position.step, position.micro_batch

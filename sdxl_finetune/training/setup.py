@@ -148,7 +148,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         draw_timesteps=partial(draw_timesteps, config, seed),
         seed=seed,
         max_steps=timeline.steps,
-        noise_needs_latents=config.adaptive_noise_scale is not None,
+        noise_latent_scale=None if config.adaptive_noise_scale is None else loaded.vae.config.scaling_factor,
         pixels_per_latent=pixels_per_latent(loaded.vae),
         rank=accelerator.process_index,
         ranks=ranks,

@@ -151,7 +151,7 @@ def build_validation(config: Config, training: TrainingDataset) -> Validation | 
         draw_timesteps=partial(validation_timesteps, timesteps),
         seed=config.validation_seed,
         max_steps=1,
-        noise_needs_latents=False,
+        noise_latent_scale=None,
         rank=0,
         ranks=1,
     )

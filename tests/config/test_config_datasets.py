@@ -79,6 +79,32 @@ def test_golden_datasets_are_the_reference_s(folder, golden) -> None:
     assert seen > 15
 
 
+SCHEMA_VALUES = {
+    "int": 1, "bool": True, "str": "area", "float": 0.5, "float or int": 0, "dict": {"k": 1},
+    "one or list of exactly two int": [64, 96],
+    "bucket_reso_steps": 32, "max_bucket_reso": 128, "min_bucket_reso": 32, "image_dir": "d", "metadata_file": "m.json",
+}  # fmt: skip
+"""A value for each type of a key, or for the key itself, that the reference accepts."""
+NOT_HERE = {"face_crop_aug_range", "alpha_mask"}
+"""Keys that this trainer does not have."""
+
+
+@pytest.mark.parametrize("kind", ["DreamBooth", "fine tuning"])
+def test_every_key_of_the_reference_s_schema_is_accepted_where_the_reference_takes_it(folder, golden, kind) -> None:
+    schema = golden("config.json")["dataset_config"]["schema"]
+
+    def values(level: str) -> dict:
+        keys = {key: about["type"] for key, about in schema[level].items() if key not in NOT_HERE | {"subsets"}}
+        return {key: SCHEMA_VALUES.get(key, SCHEMA_VALUES.get(type_)) for key, type_ in keys.items()}
+
+    subset = values(f"subsets ({kind})")
+    content = {"general": values("general"), "datasets": [{**values(f"datasets ({kind})"), "subsets": [subset]}]}
+    (dataset,) = datasets(content)
+    (found,) = dataset.subsets
+    assert found.flip_aug and dataset.resolution == (64, 96)
+    assert len(subset) > 18 and len(content["general"]) > 25
+
+
 def test_a_missing_value_is_taken_from_dataset_general_and_config(folder) -> None:
     """The order is subset, dataset, general, config. False and 0 count as given."""
     content = {

@@ -148,7 +148,7 @@ def encode(pixels: Tensor, noise: Tensor):
 
 @pytest.fixture
 def cached(index: Index, cache_latents) -> TrainingDataset:
-    return build(index, read_latents=cache_latents(index, encode)[0].read, noise_needs_latents=True)
+    return build(index, read_latents=cache_latents(index, encode)[0].read, noise_latent_scale=0.5)
 
 
 def test_batches_hold_cached_latents_mirrored_or_not(index: Index, cached: TrainingDataset) -> None:
@@ -156,7 +156,7 @@ def test_batches_hold_cached_latents_mirrored_or_not(index: Index, cached: Train
     for micro_batch in plan(index).micro_batches(0, 6):
         batch = cached[micro_batch].batch
         assert batch.images is None and batch.latents.dtype == torch.float32
-        assert torch.equal(batch.input_noise, batch.latents), "draw_noise was given the latents"
+        assert torch.equal(batch.input_noise, 0.5 * batch.latents), "draw_noise was given the scaled latents"
         for slot, row in enumerate(micro_batch.rows.tolist()):
             stored = [cached.read_latents([row], [flip])[0] for flip in (False, True)]
             match = [np.array_equal(batch.latents[slot].numpy(), latent) for latent in stored]

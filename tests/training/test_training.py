@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sdxl_finetune.commands.cache import cache
 from sdxl_finetune.config import load_config
+from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.training.hooks import preview_if_due
@@ -67,6 +68,20 @@ def evaluate(path: str | Path) -> float:
 def metrics(work: Path) -> list[dict]:
     (log,) = work.glob("logs/*/metrics.jsonl")
     return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_adaptive_noise_scale_sees_the_latents_that_the_model_sees(work) -> None:
+    """The latents are multiplied by the VAE's scaling factor, as in the reference."""
+    options = ["--adaptive_noise_scale", "0.5", "--noise_offset", "0.1", "--multires_noise_iterations", "0"]
+    config = load_config(arguments(*FLOAT32, *options, "--cache_latents", "--seed", "5"), program="sdxl-train")
+    assert config is not None
+    with build_run(config) as built:
+        batch = next(built.batches())
+        latents = batch_latents(batch, built.learner.vae)
+        expected, _ = draw_noise(config, 5, batch.position, tuple(latents.shape), latents)
+        unscaled, _ = draw_noise(config, 5, batch.position, tuple(latents.shape), batch.latents)
+    torch.testing.assert_close(batch.noise, expected)
+    assert (batch.noise - unscaled).abs().max() > 1e-3
 
 
 def test_the_users_config_teaches(work) -> None:
