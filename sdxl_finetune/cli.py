@@ -62,6 +62,7 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
         status = 0 if argument is None else getattr(importlib.import_module(module), function)(argument)
     except UserError as error:
         say_errors(*error.problems)
+        _say_further_problems(error)
         status = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -75,6 +76,16 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
         _say_failure_of_rank(error)
         status = 1
     sys.exit(status)
+
+
+def _say_further_problems(error: UserError) -> None:
+    """After mistakes in the config, also prints the mistakes in what the rest of the config names."""
+    from sdxl_finetune.config import FaultyConfig
+
+    if isinstance(error, FaultyConfig):
+        checks = importlib.import_module("sdxl_finetune.training.checks")
+        if further := checks.find_further_problems(error.config, error.faulty):
+            say_errors(*further)
 
 
 def _say_failure_of_rank(error: Exception) -> None:

@@ -4,9 +4,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 WAIT_FOR_RANK_0 = 8
 """Seconds that other ranks wait before they print their errors. The launcher ends them within this time if rank 0 fails
@@ -47,6 +50,26 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
+
+
+class Problems:
+    """Collects the problems of several checks, to report them all at once."""
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+
+    def attempt(self, function: Callable[..., T], *arguments: object, **options: object) -> T | None:
+        """Returns the function's result. If it raises UserError, notes the problems and returns None."""
+        try:
+            return function(*arguments, **options)
+        except UserError as error:
+            self.found += [problem for problem in error.problems if problem not in self.found]
+            return None
+
+    def raise_if_any(self) -> None:
+        """Raises UserError with all problems, if there are any."""
+        if self.found:
+            raise UserError(self.found)
 
 
 def say_errors(*errors: object, cause: bool = True) -> None:

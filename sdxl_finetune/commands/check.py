@@ -11,8 +11,7 @@ import math
 import os
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,24 +20,21 @@ import torch
 
 from sdxl_finetune.commands.memory_estimate import largest_batch
 from sdxl_finetune.commands.memory_report import describe
-from sdxl_finetune.config import Config, load_datasets
+from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import Plan, build_plan
-from sdxl_finetune.data.index import Index, build_index
-from sdxl_finetune.data.tokens import build_tokenizer
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.data.index import Index
+from sdxl_finetune.errors import Problems, UserError
 from sdxl_finetune.model.keymap import VAE
-from sdxl_finetune.model.load import Inspected, inspect_checkpoint
-from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.model.load import inspect_checkpoint
 from sdxl_finetune.optim.ema import uses_ema
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import trial_optimizer
-from sdxl_finetune.optim.parameters import Group, trained_parameters
-from sdxl_finetune.optim.update import check_update
+from sdxl_finetune.optim.parameters import Group
 from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
 from sdxl_finetune.output.console import console
-from sdxl_finetune.output.metadata import load_thumbnail, versions
-from sdxl_finetune.output.prompts import load_prompts
+from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.runtime.processes import weight_dtype
+from sdxl_finetune.training.checks import Outline, index_images, read_inputs
 from sdxl_finetune.training.every import Timeline, previews_every, saves_every
 from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
 from sdxl_finetune.training.setup import total_steps
@@ -53,20 +49,12 @@ WIDTH = 100
 MiB, GiB = 1 << 20, 1 << 30
 
 
-@dataclass
-class Findings:
+class Findings(Problems):
     """Lines of the report with their headings, and the problems that were found."""
 
-    lines: list[tuple[str, str]] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def attempt(self, function: Callable[..., T], *arguments: object, **options: object) -> T | None:
-        """Returns the function's result. If it raises UserError, notes the problems and returns None."""
-        try:
-            return function(*arguments, **options)
-        except UserError as error:
-            self.problems += [problem for problem in error.problems if problem not in self.problems]
-            return None
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, str]] = []
 
     def say(self, heading: str, *lines: str) -> None:
         self.lines += [(heading if not number else "", line) for number, line in enumerate(lines)]
@@ -76,10 +64,11 @@ def check(config: Config) -> int:
     """Prints the report. Returns 0, or 2 if a problem would stop the run."""
     found = Findings()
     with console(config, 0):
-        index = _check_data(config, found)
-        groups = _check_model(config, found)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        inputs = read_inputs(config, device, found)
+        index = _describe_data(config, inputs.index, found)
+        groups = _describe_model(inputs.model, found) if inputs.model else None
         state_bytes = found.attempt(_state_bytes, config)
-        found.attempt(check_update, config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if index:
             plan = _plan(config, index, processes())
             timeline = Timeline(plan, total_steps(config, plan))
@@ -92,15 +81,12 @@ def check(config: Config) -> int:
                 found.say("files", *_files(config, timeline, groups, state_bytes))
         if index:
             found.say("latents", *_latents(config, index))
-        for function, argument in ((load_thumbnail, config.metadata_thumbnail), (load_prompts, config.sample_prompts)):
-            if argument:
-                found.attempt(function, argument)
         found.say("machine", *_machine(config))
-    found.say("problems", *(map(str, found.problems) if found.problems else ["none found"]))
+    found.say("problems", *(map(str, found.found) if found.found else ["none found"]))
     for heading, line in found.lines:
         for number, part in enumerate(textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False)):
             print(f"{heading if not number else '':14}{part}")
-    return 2 if found.problems else 0
+    return 2 if found.found else 0
 
 
 def processes() -> int:
@@ -108,22 +94,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
 
 
-def _check_data(config: Config, found: Findings) -> Index | None:
-    found.attempt(
-        build_tokenizer,
-        max_token_length=config.max_token_length,
-        weighted_captions=config.weighted_captions,
-        tokenizer_cache_dir=config.tokenizer_cache_dir,
-    )
-    datasets = found.attempt(load_datasets, config)
-    if datasets is None:
-        return None
-    skip = config.skip_cache_check
-    index = found.attempt(build_index, datasets, config.cache_folder, config.on_bad_image, skip_check=skip)
+def _describe_data(config: Config, index: Index | None, found: Findings) -> Index | None:
     if index is None:
         # The rest of the report describes the images that can be read.
         try:
-            index = build_index(datasets, config.cache_folder, "skip", skip_check=skip)
+            index = index_images(config.model_copy(update={"on_bad_image": "skip"}))
         except UserError:
             return None
     total, *buckets = index.describe().splitlines()
@@ -138,30 +113,16 @@ def _check_data(config: Config, found: Findings) -> Index | None:
     return index
 
 
-def _check_model(config: Config, found: Findings) -> Sequence[Group] | None:
-    assert config.pretrained_model_name_or_path is not None
-    inspected: Inspected | None = found.attempt(inspect_checkpoint, config.pretrained_model_name_or_path)
-    if inspected is None:
-        return None
-    if inspected.architecture is None:
-        message = f"this is {inspected.kind}, not an SDXL base model"
-        found.problems.append(Problem(message, file=str(config.pretrained_model_name_or_path)))
-        return None
-    with torch.device("meta"):
-        model = SDXL(inspected.architecture)
-    parts = model.parameters_by_part()
-    parameters = found.attempt(trained_parameters, config, parts, model.masters)
-    if parameters is None:
-        return None
-    trained = [f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in parameters.groups]
+def _describe_model(model: Outline, found: Findings) -> Sequence[Group]:
+    trained = [f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in model.groups]
     frozen = [
         f"{part} {_millions(size)}"
-        for part, named in parts.items()
+        for part, named in model.parts.items()
         if (size := sum(p.numel() for p in named.values() if not p.requires_grad))
     ]
     found.say("trained", ", ".join(trained))
     found.say("frozen", ", ".join([*frozen, "VAE"]))
-    return parameters.groups
+    return model.groups
 
 
 def _millions(size: int) -> str:

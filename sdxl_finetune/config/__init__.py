@@ -10,7 +10,7 @@ from sdxl_finetune.config.data_options import (
 )
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.config.datasets import load_datasets
-from sdxl_finetune.config.load import load_config
+from sdxl_finetune.config.load import FaultyConfig, load_config
 from sdxl_finetune.config.options import Config, to_toml
 from sdxl_finetune.config.output_options import (
     LoggingOptions,
@@ -33,7 +33,8 @@ from sdxl_finetune.config.training_options import (
 
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "Config", "DataOptions", "Dataset", "EmaOptions",
-    "HardwareOptions", "HoldOutOptions", "LatentOptions", "LengthOptions", "LoggingOptions", "LossOptions",
-    "LrOptions", "MetadataOptions", "ModelOptions", "NoiseOptions", "OptimizerOptions", "PreviewOptions",
-    "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions", "load_config", "load_datasets", "to_toml",
+    "FaultyConfig", "HardwareOptions", "HoldOutOptions", "LatentOptions", "LengthOptions", "LoggingOptions",
+    "LossOptions", "LrOptions", "MetadataOptions", "ModelOptions", "NoiseOptions", "OptimizerOptions",
+    "PreviewOptions", "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions", "load_config",
+    "load_datasets", "to_toml",
 ]  # fmt: skip

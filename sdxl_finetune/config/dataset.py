@@ -142,7 +142,7 @@ def holds_images(folder: Path) -> bool:
 def count_endings(folder: Path, suffixes: tuple[str, ...]) -> Counter[str]:
     """Counts the pictures directly in the folder that have one of these endings, by ending."""
     with os.scandir(folder) as entries:
-        return Counter(os.path.splitext(one.name)[1].lower() for one in entries if is_picture(one, suffixes))
+        return Counter(Path(one.name).suffix.lower() for one in entries if is_picture(one, suffixes))
 
 
 def _parts(name: str) -> tuple[int, str]:

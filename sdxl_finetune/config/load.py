@@ -22,10 +22,21 @@ from sdxl_finetune.files import atomic_path
 logger = logging.getLogger(__name__)
 
 
+class FaultyConfig(UserError):
+    """The problems of a config, together with what is left of it, for further checks."""
+
+    def __init__(self, problems: Sequence[Problem], config: Config, faulty: frozenset[str]) -> None:
+        super().__init__(problems)
+        self.config = config
+        """The config with the defaults of refused options."""
+        self.faulty = faulty
+        """Names of the options that the problems are about."""
+
+
 def load_config(arguments: Sequence[str], *, program: str) -> Config | None:
     """Returns the config of a command line; None if the command line only asks to print or write the config.
 
-    Logs a warning for each remark. Raises UserError with all problems.
+    Logs a warning for each remark. Raises UserError with all problems, or FaultyConfig for a run's config.
     """
     typed, command = read_command_line(arguments, program)
     path = config_path(command.config_file) if command.config_file else None
@@ -39,6 +50,7 @@ def load_config(arguments: Sequence[str], *, program: str) -> Config | None:
     problems += [problem(_remedy(name, options[name]), name, options) for name in values if name in refused]
     config = Config(**{name: value for name, value in values.items() if name not in refused})
     file = None if path is None else str(path)
+    faulty = {*refused, *(each.key for each in problems if each.key)}
     if command.output_config:
         if path is None or path.exists():
             message = "the file exists: choose a new name" if path else "needs --config, the name of the file to write"
@@ -47,8 +59,11 @@ def load_config(arguments: Sequence[str], *, program: str) -> Config | None:
         for names, message in find_problems(config):
             if refused.isdisjoint(names.split()):
                 problems.append(problem(message, names.split()[0], options, file))
-    if problems:
+                faulty.update(names.split())
+    if problems and (command.output_config or command.print_config):
         raise UserError(problems)
+    if problems:
+        raise FaultyConfig(problems, config, frozenset(faulty))
     remarks += [problem(message, name, options, file) for name, message in find_remarks(config)]
     for remark in _merged(remarks):
         logger.warning("%s", remark)

@@ -244,7 +244,9 @@ def _remark_on_captions(table: pa.Table, subsets: Sequence[Subset]) -> None:
     uses_first = ~np.array([subset.enable_wildcard for subset in subsets])[table["subset"].to_numpy()]
     if lines := int((has_lines & uses_first).sum()):
         remedy = "enable_wildcard = true draws one of the lines each time"
-        logger.warning("%d of %d captions have several lines, and only the first is used: %s", lines, len(table), remedy)
+        logger.warning(
+            "%d of %d captions have several lines, and only the first is used: %s", lines, len(table), remedy
+        )
 
 
 def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:

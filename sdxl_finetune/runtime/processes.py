@@ -29,10 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_accelerator(config: Config) -> Accelerator:
-    """Joins the processes of an `accelerate launch`, or sets up a single process.
-
-    Raises UserError for a precision that the device does not have.
-    """
+    """Joins the processes of an `accelerate launch`, or sets up a single process."""
     _warn_of_overruled_settings(config)
     handlers: list[KwargsHandler] = [
         DistributedDataParallelKwargs(
@@ -49,15 +46,20 @@ def build_accelerator(config: Config) -> Accelerator:
     )
     if torch.distributed.is_initialized():
         atexit.register(_free_process_group, [torch.distributed.group.WORLD])
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        message = "a CPU cannot train in float16, because it has no gradient scaler: use bf16 or no"
-        raise UserError(Problem(message, key="mixed_precision", value="fp16"))
     if config.mixed_precision == "bf16" and accelerator.device.type == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            message = f"{torch.cuda.get_device_name()} has no bfloat16: use fp16"
-            raise UserError(Problem(message, key="mixed_precision", value="bf16"))
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def check_precision(options: HardwareOptions, device: torch.device) -> None:
+    """Raises UserError for a precision that the device does not have."""
+    if options.mixed_precision == "fp16" and device.type == "cpu":
+        message = "a CPU cannot train in float16, because it has no gradient scaler: use bf16 or no"
+        raise UserError(Problem(message, key="mixed_precision", value="fp16"))
+    is_old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if options.mixed_precision == "bf16" and is_old:
+        message = f"{torch.cuda.get_device_name()} has no bfloat16: use fp16"
+        raise UserError(Problem(message, key="mixed_precision", value="bf16"))
 
 
 def _free_process_group(references: list[object]) -> None:

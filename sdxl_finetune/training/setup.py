@@ -1,7 +1,7 @@
-"""A run: everything that training consists of. Cheap checks come first.
+"""A run: everything that training consists of.
 
-Mistakes that cost nothing to find come first (optimizer, prompts, tokenizer, data, learning rate). Then the checkpoint
-is read and the latents are encoded, and the optimizer is built last.
+All mistakes that can be found without decoding an image are reported first (checks.py). Then the checkpoint is read and
+the latents are encoded, and the optimizer is built last.
 """
 
 import logging
@@ -19,32 +19,31 @@ from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 
 from sdxl_finetune.batch import Batch
-from sdxl_finetune.config import Config, HardwareOptions, LengthOptions, load_datasets
+from sdxl_finetune.config import Config, HardwareOptions, LengthOptions
 from sdxl_finetune.data.batch_plan import Plan, build_plan
-from sdxl_finetune.data.index import Index, build_index
+from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
-from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
+from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
+from sdxl_finetune.errors import Problems, UserError
 from sdxl_finetune.latents.preparing import prepare
 from sdxl_finetune.latents.store import LatentStore
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
-from sdxl_finetune.model.compilation import check_compiler, compile_blocks
+from sdxl_finetune.model.compilation import compile_blocks
 from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
 from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.vae import pixels_per_latent
 from sdxl_finetune.optim.lr import build_lr
-from sdxl_finetune.optim.optimizer import optimizer_class
-from sdxl_finetune.optim.update import check_update
 from sdxl_finetune.output.checkpoints import format_to_save
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.log import Log, run_directory
-from sdxl_finetune.output.metadata import load_thumbnail
-from sdxl_finetune.output.prompts import Prompt, load_prompts
+from sdxl_finetune.output.prompts import Prompt
 from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training import resume
+from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
 from sdxl_finetune.training.every import Timeline, saves_every
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
@@ -107,27 +106,33 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
     """
     accelerator = build_accelerator(config)
     with console(config, accelerator.process_index):
-        start = _on_first_rank(accelerator, lambda: resume.find_start(config))
+        problems = Problems()
+        start = problems.attempt(_on_first_rank, accelerator, lambda: resume.find_start(config))
+        if problems.found:
+            _read_inputs(config, accelerator, None, problems)
         with _open_log(config, accelerator, start) as log:
             yield _build(config, accelerator, start, log, stop)
     accelerator.end_training()
+
+
+def _read_inputs(config: Config, accelerator: Accelerator, start: Start | None, problems: Problems) -> Inputs:
+    """Raises UserError with the problems of all inputs and those that `problems` holds already."""
+    if start and start.is_state:
+        problems.attempt(resume.check_options, start, config)
+    share = partial(_on_first_rank, accelerator)
+    weights = start.weights if start else None
+    inputs = read_inputs(config, accelerator.device, problems, weights=weights, share=share)
+    problems.raise_if_any()
+    return inputs
 
 
 def _build(config: Config, accelerator: Accelerator, start: Start | None, log: Log, stop: StopRequest | None) -> Run:
     seed = start.state.seed if start and config.seed is None else None
     seed = shared_seed(config) if seed is None else seed
     torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
-    check_optimization(config, accelerator.device)
-    if start and start.is_state:
-        resume.check_options(start, config)
-    tokenizer = build_tokenizer(
-        max_token_length=config.max_token_length,
-        weighted_captions=config.weighted_captions,
-        tokenizer_cache_dir=config.tokenizer_cache_dir,
-    )
-    prompts = load_prompts(config.sample_prompts) if config.sample_prompts else ()
-    thumbnail = load_thumbnail(config.metadata_thumbnail)
-    index = shared_index(config, accelerator)
+    inputs = _read_inputs(config, accelerator, start, Problems())
+    index, tokenizer = inputs.index, inputs.tokenizer
+    assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
     index, latents = _prepare_latents(config, index, loaded.vae, accelerator, stop)
     ranks = accelerator.num_processes
@@ -164,8 +169,8 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         dataset=dataset,
         learner=learner,
         tokenizer=tokenizer,
-        prompts=prompts,
-        thumbnail=thumbnail,
+        prompts=inputs.prompts or (),
+        thumbnail=inputs.thumbnail,
         checkpoint_format=loaded.format,
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
@@ -173,23 +178,9 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     )
 
 
-def check_optimization(config: Config, device: torch.device) -> None:
-    """Raises UserError for an optimizer, learning-rate schedule or compiler that cannot be used as the config says."""
-    optimizer_class(config.optimizer_name)
-    check_update(config, device)
-    build_lr(config, total_steps=1)  # the number of steps is known later, and no other mistake depends on it
-    if config.torch_compile:
-        check_compiler(config.dynamo_backend, device)
-
-
 def shared_index(config: Config, accelerator: Accelerator) -> Index:
     """The dataset index. The first rank scans the files, and the other ranks map the index that it wrote."""
-
-    def build() -> Index:
-        skip = config.skip_cache_check
-        return build_index(load_datasets(config), config.cache_folder, config.on_bad_image, skip_check=skip)
-
-    return _on_first_rank(accelerator, build)
+    return _on_first_rank(accelerator, lambda: index_images(config))
 
 
 def total_steps(options: LengthOptions, plan: Plan) -> int:
@@ -200,9 +191,16 @@ def total_steps(options: LengthOptions, plan: Plan) -> int:
 
 
 def _on_first_rank(accelerator: Accelerator, find: Callable[[], T]) -> T:
-    """Calls `find` on the first rank only, and returns its result on all ranks."""
-    results = [find() if accelerator.is_main_process else None]
+    """Calls `find` on the first rank only. Returns its result, or raises its UserError, on all ranks."""
+    results: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            results = [find()]
+        except UserError as error:
+            results = [error]
     broadcast_object_list(results)
+    if isinstance(results[0], UserError):
+        raise results[0]
     return cast(T, results[0])
 
 

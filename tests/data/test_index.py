@@ -215,7 +215,9 @@ def test_buckets_of_a_metadata_file_take_the_place_of_the_resolution(
 ) -> None:
     write_images(tmp_path / "a", {"a.png": (100, 100), "b.png": (200, 100), "c.png": (30, 90)})
     sizes = {"a.png": [96, 96], "b.png": [128, 64], "c.png": [64, 128]}
-    rules = metadata(tmp_path, subset, {name: {"caption": "x", "train_resolution": size} for name, size in sizes.items()})
+    rules = metadata(
+        tmp_path, subset, {name: {"caption": "x", "train_resolution": size} for name, size in sizes.items()}
+    )
     index = build_index([dataset(rules, resolution=None)], tmp_path / "cache", on_bad_image="stop")
     entries = [index[row] for row in range(3)]
     assert {one.path.name: [one.bucket.width, one.bucket.height] for one in entries} == sizes
