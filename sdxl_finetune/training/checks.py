@@ -115,8 +115,10 @@ def read_inputs(
         )
         if intact("tokenizer_cache_dir")
         else None,
-        prompts=() if not config.sample_prompts else problems.attempt(load_prompts, config.sample_prompts),
-        thumbnail=problems.attempt(load_thumbnail, config.metadata_thumbnail),
+        prompts=problems.attempt(load_prompts, config.sample_prompts)
+        if config.sample_prompts and intact("sample_prompts")
+        else (),
+        thumbnail=problems.attempt(load_thumbnail, config.metadata_thumbnail) if intact("metadata_thumbnail") else None,
         model=model,
         index=_read_images(config, problems, share, faulty),
     )
