@@ -10,6 +10,7 @@ the config are answered at once.
 """
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -51,6 +52,10 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # keeps libraries from downloading anything
+    # File names may hold bytes that are no text, and a terminal may lack letters: both are shown as \x.. or \u....
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # bitsandbytes warns about a missing CPU kernel that this program does not use.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     try:
@@ -61,8 +66,7 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
             argument = load_config(argument, program=program)
         status = 0 if argument is None else getattr(importlib.import_module(module), function)(argument)
     except UserError as error:
-        say_errors(*error.problems)
-        _say_further_problems(error)
+        _say_problems(error)
         status = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -78,14 +82,22 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
     sys.exit(status)
 
 
-def _say_further_problems(error: UserError) -> None:
-    """After mistakes in the config, also prints the mistakes in what the rest of the config names."""
+def _say_problems(error: UserError) -> None:
+    """Prints the problems. Those of a config are followed by those of everything that its other options name.
+
+    The checks take a while, and a single process prints the problems of the config before. Several processes print once
+    at the end, because only the errors of the first one shall be seen.
+    """
     from sdxl_finetune.config import FaultyConfig
 
-    if isinstance(error, FaultyConfig):
-        checks = importlib.import_module("sdxl_finetune.training.checks")
-        if further := checks.find_further_problems(error.config, error.faulty):
-            say_errors(*further)
+    is_alone = "RANK" not in os.environ
+    if is_alone or not isinstance(error, FaultyConfig):
+        say_errors(*error.problems)
+    if not isinstance(error, FaultyConfig):
+        return
+    checks = importlib.import_module("sdxl_finetune.training.checks")
+    further = checks.find_further_problems(error.config, error.faulty)
+    say_errors(*further, *(() if is_alone else error.problems))
 
 
 def _say_failure_of_rank(error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ T = TypeVar("T")
 WAIT_FOR_RANK_0 = 8
 """Seconds that other ranks wait before they print their errors. The launcher ends them within this time if rank 0 fails
 as well, so that an error of all ranks is printed once."""
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters and surrogates, which Python uses for bytes that are not UTF-8."""
 CONSEQUENCE_DELAY = 3600
 """Seconds added to the time of an error that another process caused. The launcher then reports the other error."""
 
@@ -33,10 +36,10 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.file}: " if self.file else ""
-        if self.key is None:
-            return where + self.message
         value = "" if self.value is None else f" = {self.value!r}"
-        return f"{where}{self.key}{value}: {self.message}"
+        key = "" if self.key is None else f"{self.key}{value}: "
+        # A file name may hold line breaks and bytes that are no text, but a problem is one line.
+        return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), where + key + self.message)
 
 
 class UserError(Exception):

@@ -105,9 +105,9 @@ def find_folders(root: Path) -> Folders:
             pictures = unread_pictures(count_endings(root / name, UNREAD_SUFFIXES))
             empty += [name + (pictures and f" ({pictures})")] if repeats > 0 or pictures else []
         elif repeats > 0:
-            if not _is_text(words):
+            if not is_text(words):
                 folders.remarks.append(f"the words of {root / name} are not UTF-8 and no caption: rename the folder")
-            folders.used.append((root / name, repeats, words if _is_text(words) else None))
+            folders.used.append((root / name, repeats, words if is_text(words) else None))
         else:
             unnamed.append(name)
     has_loose_images = holds_images(root)
@@ -151,8 +151,8 @@ def _parts(name: str) -> tuple[int, str]:
     return int(number) if re.fullmatch(r"\s*[+-]?\d+\s*", number) else 0, words
 
 
-def _is_text(name: str) -> bool:
-    """False for a file name that is not UTF-8. Python holds the bytes of such a name as surrogates."""
+def is_text(name: str) -> bool:
+    """False for a file name or an argument that is not UTF-8. Python holds its bytes as surrogates."""
     return not re.search("[\ud800-\udfff]", name)
 
 

@@ -84,4 +84,6 @@ def to_toml(config: Config, *, changed_only: bool = False) -> str:
     encoder: Any = toml.TomlEncoder()
     # The library writes control characters wrongly. JSON writes text as TOML wants it, except for DEL.
     encoder.dump_funcs[str] = lambda text: json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return toml.dumps({title: table for title, table in tables.items() if table}, encoder)
+    text = toml.dumps({title: table for title, table in tables.items() if table}, encoder)
+    # TOML has no way to write a path that is not UTF-8. Its bytes are shown for a reader.
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdxl_finetune.config.dataset import Dataset, Subset, find_folders, no_such
+from sdxl_finetune.config.dataset import Dataset, Subset, find_folders, is_text, no_such
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.training_options import LrOptions
@@ -38,6 +38,8 @@ EXCLUDES = {
     "use_lion_optimizer": ("optimizer_type",),
     "ema_decay": ("ema_half_life",),
 }
+ANY_BYTES = ("train_data_dir", "reg_data_dir", "in_json", "dataset_config", "sample_prompts")
+"""Options whose files this program opens by itself. The libraries for weights and logs open only paths in UTF-8."""
 SHAPES = ("linear", "cosine", "1-sqrt")
 """Shapes of rise and fall of the schedule warmup_stable_decay."""
 LR_END = 1e-7
@@ -207,6 +209,9 @@ def _output(config: Config) -> Findings:
         yield "log_with logging_dir", 'needs logging_dir, the folder for logs, as "logs"'
     if config.log_with in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
         yield "log_with", "needs the package wandb: pip install wandb"
+    for option, value in config:
+        if isinstance(value, str | Path) and not is_text(str(value)) and option not in ANY_BYTES:
+            yield option, "is not UTF-8, which only folders of images may be: rename it, or choose another"
     if config.output_name and set(config.output_name) & set("/\\"):
         yield "output_name", "must be a file name without folders: set output_dir to the folder"
     for option in ("output_dir", "logging_dir", "cache_dir"):

@@ -3,7 +3,9 @@
 Modules:
 
     sources     reads metadata files (in_json)
-    scan        finds all images, their sizes and captions, and keeps the result in cache_dir
+    listing     lists the images of each folder or metadata file, and counts the other files
+    scan        finds the sizes and captions of all images, and keeps the result in cache_dir
+    tables      writes and maps the Arrow files of scan and index
     buckets     chooses the aspect-ratio bucket, the resized size and the crop
     index       one row for each image, in columns that all processes share
     batch_plan  which images form a batch, as a function of seed and epoch

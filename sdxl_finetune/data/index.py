@@ -25,8 +25,8 @@ from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.data.buckets import fill_buckets, place_images
 from sdxl_finetune.data.images import load_crop
 from sdxl_finetune.data.scan import digest_of, scan
+from sdxl_finetune.data.tables import map_table, write_table
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class Index:
 
     @cached_property
     def _table(self) -> pa.Table:
-        return pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+        return map_table(self.path)
 
     @cached_property
     def _subsets(self) -> tuple[Subset, ...]:
@@ -231,8 +231,7 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
     name = hashlib.blake2b(f"{buckets} {digest_of(table)}".encode(), digest_size=12).hexdigest()
     path = cache_dir / f"{name}.index"
     if not path.exists():
-        with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
-            writer.write_table(table)
+        write_table(path, table)
     return Index(path, tuple(datasets), bad_files=len(problems))
 
 

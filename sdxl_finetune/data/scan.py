@@ -28,8 +28,8 @@ from sdxl_finetune.data.captions import caption_paths, read_caption
 from sdxl_finetune.data.images import ImageError, image_size
 from sdxl_finetune.data.listing import Listing, list_all, say_missing_captions
 from sdxl_finetune.data.sources import Described
+from sdxl_finetune.data.tables import map_table, write_table
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,7 @@ def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
     table = pa.Table.from_batches(batches, SCANNED).combine_chunks()
     if last is None or not table.equals(last):
         written = table.replace_schema_metadata({"digest": digest_of(table)})
-        with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), written.schema) as writer:
-            writer.write_table(written)
+        write_table(path, written)
     _say_missing_captions(subsets, listed, table)
     return table, problems
 
@@ -159,7 +158,7 @@ def _load(path: Path) -> pa.Table | None:
     if not path.exists():
         return None
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
+        table = map_table(path).combine_chunks()
         if table.schema == SCANNED and (table.schema.metadata or {}).get(b"digest") == digest_of(table).encode():
             return table.replace_schema_metadata()
     except (OSError, pa.ArrowException):

@@ -24,7 +24,7 @@ SHOWN = 20
 
 
 class Described(NamedTuple):
-    """Caption and sizes of one image in a metadata file. Sizes are (width, height) in pixels; None if they are not given."""
+    """Caption and sizes of one image in a metadata file. Sizes are (width, height) in pixels, or None."""
 
     caption: str
     size: tuple[int, int] | None = None

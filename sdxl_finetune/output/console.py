@@ -29,7 +29,8 @@ def console(options: LoggingOptions, rank: int) -> Iterator[None]:
     """
     if options.console_log_file:
         options.console_log_file.parent.mkdir(parents=True, exist_ok=True)
-        handler: logging.Handler = logging.FileHandler(options.console_log_file, encoding="utf-8")
+        path = options.console_log_file
+        handler: logging.Handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     else:
         handler = _AboveProgressBar()
     level = logging.getLevelName(options.console_log_level or "INFO")

@@ -141,7 +141,8 @@ class Log:
             _make_directory(directory)
         self._trackers = build_trackers(config, directory, done, shareable(config)) if rank == 0 else []
         if directory:
-            self._file = logging.FileHandler(directory / f"console_rank{rank}.log", encoding="utf-8")
+            path = directory / f"console_rank{rank}.log"
+            self._file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
             self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
             logging.getLogger().addHandler(self._file)
         if directory and rank == 0:

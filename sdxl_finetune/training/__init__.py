@@ -2,7 +2,8 @@
 
 Modules:
 
-    setup       builds a run from a config, cheap checks first
+    checks      everything that can be checked before weights and pixels are read, all mistakes at once
+    setup       builds a run from a config
     learner     model, optimizer and schedules that a training step uses
     loop        the training loop
     hooks       previews, validation and saves

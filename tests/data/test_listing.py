@@ -1,6 +1,9 @@
 """What lies in a folder beside its images is counted, and a remark says what it means."""
 
+import json
 import logging
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +173,43 @@ def test_a_train_data_dir_named_like_a_folder_in_it_is_told(tmp_path: Path, writ
     caplog.clear()
     load_datasets(Config(train_data_dir=str(tmp_path), resolution=64))
     assert not caplog.text
+
+
+SHIFT_JIS = "日本".encode("shift-jis")
+
+
+def test_paths_that_are_not_utf_8_work(tmp_path: Path, write_images, caplog) -> None:
+    root = tmp_path / os.fsdecode(SHIFT_JIS)
+    folder = root / os.fsdecode(b"5_" + SHIFT_JIS)
+    names = [os.fsdecode(SHIFT_JIS + b".png"), "line\nbreak.png", "\N{CAT FACE}.png"]
+    write_images(folder, dict.fromkeys(names, (64, 64)))
+    for name in names:
+        (folder / name).with_suffix(".txt").write_text(f"caption of {name.encode('utf-8', 'replace')!r}")
+    (found,) = load_datasets(Config(train_data_dir=root, resolution=64, min_bucket_reso=32, caption_extension=".txt"))
+    assert found.subsets[0].num_repeats == 5 and found.subsets[0].class_tokens is None
+    assert "are not UTF-8 and no caption: rename the folder" in caplog.text
+    index = build_index([found], root / "cache", on_bad_image="stop")
+    again = pickle.loads(pickle.dumps(index))
+    assert sorted(again[row].path.name for row in range(3)) == sorted(names)
+    assert all(again[row].load((0, 0)).shape == (64, 64, 3) and again[row].caption for row in range(3))
+
+
+def test_problems_of_files_with_odd_names_are_one_printable_line(tmp_path: Path, subset, dataset) -> None:
+    folder = tmp_path / os.fsdecode(SHIFT_JIS)
+    folder.mkdir()
+    for name in ("a\nb.png", "\N{CAT FACE}.png", os.fsdecode(SHIFT_JIS + b".png")):
+        (folder / name).write_bytes(b"no picture")
+    with pytest.raises(UserError) as caught:
+        build_index([dataset(subset(folder))], tmp_path / "cache", on_bad_image="stop")
+    lines = str(caught.value).encode("utf-8").decode().splitlines()
+    assert len(lines) == 3
+    assert any("a\\nb.png" in line for line in lines) and any("\N{CAT FACE}.png" in line for line in lines)
+
+
+def test_names_in_a_metadata_file_need_not_be_utf_8(tmp_path: Path, subset, dataset, write_images) -> None:
+    name = os.fsdecode(SHIFT_JIS + b".png")
+    write_images(tmp_path / "a", {name: (64, 64)})
+    (tmp_path / "meta.json").write_text(json.dumps({name: {"caption": "a cat"}}))
+    rules = subset(tmp_path / "a", metadata_file=tmp_path / "meta.json")
+    index = build_index([dataset(rules)], tmp_path / "cache", on_bad_image="stop")
+    assert index[0].path == tmp_path / "a" / name and index[0].caption == "a cat"

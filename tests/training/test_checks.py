@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_finetune.commands.cache import cache
 from sdxl_finetune.commands.check import check
-from sdxl_finetune.config import FaultyConfig, load_config
+from sdxl_finetune.config import FaultyConfig, load_config, to_toml
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.training.checks import find_further_problems
 from sdxl_finetune.training.loop import train
@@ -117,3 +118,29 @@ def test_images_that_cannot_be_decoded_are_told_together(work) -> None:
     assert sorted(Path(problem.file).name for problem in caught.value.problems) == [
         "half0.jpg", "half1.jpg", "half2.jpg",
     ]  # fmt: skip
+
+
+NOT_UTF_8 = "日本".encode("shift-jis")
+
+
+def test_a_folder_of_images_need_not_be_utf_8_but_other_paths_must_be(work) -> None:
+    for name in ("broken.png", "latin.txt", "latin.png"):
+        (work / "images" / name).unlink()
+    folder = work / os.fsdecode(NOT_UTF_8)
+    (work / "images").rename(folder)
+    options = ["--train_data_dir", str(folder), "--cache_latents_to_disk"]
+    loaded = load_config([*OPTIONS, *options], program="sdxl-cache")
+    assert loaded is not None and cache(loaded) == 0
+    assert "\\udc93" in to_toml(loaded)
+    for option in ("--output_dir", "--logging_dir", "--vae", "--output_name", "--caption_prefix"):
+        with pytest.raises(UserError, match=f"{option[2:]} = .*is not UTF-8"):
+            load_config([*OPTIONS, option, str(folder)], program="sdxl-train")
+
+
+def test_the_report_of_a_folder_that_is_not_utf_8_can_be_printed(work) -> None:
+    folder = work / os.fsdecode(NOT_UTF_8)
+    (work / "images").rename(folder)
+    command = [sys.executable, "-c", "from sdxl_finetune import cli; cli.check()", *OPTIONS]
+    environment = dict(os.environ, ACCELERATE_USE_CPU="1", PYTHONIOENCODING="ascii")
+    done = subprocess.run([*command, "--train_data_dir", str(folder)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "broken.png" in done.stdout
