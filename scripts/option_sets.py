@@ -3,10 +3,10 @@
     python -m scripts.option_sets --results FILE [--count 300]
 
 draws option sets from the schema, each a function of its number. For each set it trains two steps, loads the saved
-checkpoint, and resumes for one more step if the set saved a training state. FILE gets a line of JSON for each set:
-`trained`, with the messages on options that were refused and left out before, `refused`, or `FAILED` with the end of
-the traceback. A second call goes on with the sets
-that FILE does not have yet. The exit status is 1 if a set failed.
+checkpoint, and resumes for one more step if the set saved a training state. FILE gets a line of JSON for each set, with
+its result: `trained`, `refused`, or `FAILED` with the end of the traceback. An option that is refused is left out, the
+rest of the set is tried again, and the line holds the message. A second call goes on with the sets that FILE does not
+have yet. The exit status is 1 if a set failed.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python -m scripts.benchmarks.first_loss [--model FILE] [--data FOLDER]
 
-prints the mean loss on the same images, noise and timesteps with the inputs of this program, with the letter-box offset
-of sd-scripts in place of the crop, with its pooled embedding, and with both. The default is the small model of
-tests/toy on pictures of its world that do not have the shape of their bucket.
+prints the mean loss with the inputs of this program. It then replaces the crop by the letter-box offset of sd-scripts,
+the pooled embedding by that of sd-scripts, and both. Images, noise and timesteps stay the same. The default is the
+small model of tests/toy, on pictures of its world that do not have the shape of their bucket.
 """
 
 import argparse

@@ -121,8 +121,10 @@ def reference_table() -> str:
     fields = {
         name: field for name, field in Config.model_fields.items() if "Not in sd-scripts" not in str(field.description)
     }
-    same = ", ".join(f"`{name}`" for name in fields if name not in BETTER)
-    lines = [f"**The same:** {same}.", "", "| option | here | |", "|---|---|---|"]
+    lines = ["| option | here | |", "|---|---|---|"]
+    for group in GROUPS:
+        same = [f"`{name}`" for name in group.model_fields if name in fields and name not in BETTER]
+        lines += [f"| {' '.join(same)} | the same | {group.__doc__} |"] if same else []
     lines += [f"| `{name}` | better | {BETTER[name]} |" for name in fields if name in BETTER]
     outcomes = {"no effect": "no effect, with a warning", "honoured": "other name", "refused": "refused"}
     lines += [f"| `{name}` | {outcomes[row.outcome]} | {row.remark} |" for name, row in REFERENCE.items()]
