@@ -20,13 +20,14 @@ class DataOptions(Options):
     reg_data_dir: FilePath | None = None
     """Folder of regularisation images, laid out as `train_data_dir`. An epoch uses as many of them as other images."""
     in_json: FilePath | None = None
-    """File of captions and tags of the images in `train_data_dir`, .json or .jsonl. Replaces caption files."""
+    """File of captions, tags and sizes of the images in `train_data_dir`, .json or .jsonl. Replaces caption files."""
     dataset_config: FilePath | None = None
     """TOML or JSON file that describes several datasets. Replaces `train_data_dir`."""
     dataset_repeats: int = Field(1, ge=1)
     """Repeats of each image per epoch. A folder's name and `dataset_config` win over this."""
     resolution: Resolution | None = None
-    """Training size in pixels: side of a square, or width and height. With buckets: the area of every bucket."""
+    """Training size in pixels: side of a square, or width and height. With buckets: the area of every bucket. Unset:
+    each image has the size that a metadata file names as train_resolution."""
     train_batch_size: int = Field(1, ge=1)
     """Images per process in one micro-batch."""
     resize_interpolation: Interpolation | None = None
@@ -47,7 +48,7 @@ class CaptionOptions(Options):
     caption_separator: Annotated[
         str, OnlyWith("shuffle_caption caption_tag_dropout_rate token_warmup_step secondary_separator")
     ] = Field(",", min_length=1)
-    """Text between two tags of a caption."""
+    """Text between two tags of a caption. It joins them again after shuffling."""
     shuffle_caption: bool = False
     """Shuffle the tags each time an image is used."""
     keep_tokens: Annotated[int, TAGS, OnlyWith("keep_tokens_separator", unless=True)] = Field(0, ge=0)
