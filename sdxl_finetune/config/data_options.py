@@ -26,7 +26,7 @@ class DataOptions(Options):
     dataset_repeats: int = Field(1, ge=1)
     """Repeats of each image per epoch. A folder's name and `dataset_config` win over this."""
     resolution: Resolution | None = None
-    """Training size in pixels: side, or width and height; with buckets their area. Unset: train_resolution of `in_json`."""
+    """Training size in pixels: side, or width and height; with buckets their area. Unset: that in `in_json`."""
     train_batch_size: int = Field(1, ge=1)
     """Images per process in one micro-batch."""
     resize_interpolation: Interpolation | None = None
