@@ -26,6 +26,7 @@ from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.tokens import build_tokenizer
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.model.declared import read_declared
 from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import Inspected, inspect_checkpoint
 from sdxl_finetune.model.sdxl import SDXL
@@ -39,7 +40,7 @@ from sdxl_finetune.output.console import console
 from sdxl_finetune.output.metadata import load_thumbnail, versions
 from sdxl_finetune.output.prompts import load_prompts
 from sdxl_finetune.runtime.processes import weight_dtype
-from sdxl_finetune.training.every import Timeline, previews_every, saves_every
+from sdxl_finetune.training.every import Timeline, first_step, previews_every, saves_every
 from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
 from sdxl_finetune.training.setup import total_steps
 
@@ -82,7 +83,8 @@ def check(config: Config) -> int:
         found.attempt(check_update, config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if index:
             plan = _plan(config, index, processes())
-            timeline = Timeline(plan, total_steps(config, plan))
+            steps = total_steps(config, plan)
+            timeline = Timeline(plan, steps, first_step(config, plan, steps))
             found.say("steps", *_steps(config, index, timeline))
             lr = found.attempt(build_lr, config, timeline.steps)
             if lr and groups:
@@ -147,6 +149,8 @@ def _check_model(config: Config, found: Findings) -> Sequence[Group] | None:
         message = f"this is {inspected.kind}, not an SDXL base model"
         found.problems.append(Problem(message, file=str(config.pretrained_model_name_or_path)))
         return None
+    remarks = read_declared(inspected.file).contradictions(config, config.pretrained_model_name_or_path)
+    found.say("remarks", *map(str, remarks))
     with torch.device("meta"):
         model = SDXL(inspected.architecture)
     parts = model.parameters_by_part()

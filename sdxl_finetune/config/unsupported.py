@@ -42,12 +42,12 @@ NOT_SUPPORTED = {
     "save_state_to_huggingface": "not supported yet: upload training states by other means",
     "resume_from_huggingface": "not supported yet: download the training state and set resume to its path",
     "huggingface_repo_id": "not supported yet: upload saved files by other means",
-    "full_fp16": "not supported yet: use mixed_precision fp16, or full_bf16",
     "fp8_base": "not supported yet: use full_bf16",
 }
 FOREIGN_NO_EFFECT = {
     "no_token_padding": "captions are always padded, as in the reference's SDXL trainer",
     "sdxl sdxl_checkbox": "this program trains SDXL only",
+    "skip_until_initial_step": "a run always starts with the batches of its first step, and loads no others",
     "epoch": "max_train_epochs is the number of epochs; the reference ignores this option too",
     "noise_offset_type": "noise_offset and multires_noise_iterations choose the kind of noise",
     "prior_loss_weight": "the reference's SDXL trainer ignores it too",
@@ -75,7 +75,6 @@ FOREIGN_REFUSED = {
     "num_repeats class_tokens image_dir metadata_file is_reg": "it belongs in a dataset_config file: move it there",
     "batch_size": "set train_batch_size instead",
     "additional_parameters": "write each of these options as a key of its own",
-    "initial_epoch initial_step skip_until_initial_step": "not supported yet: remove it",
     "perlin_noise optimizer_schedulefree_wrapper": "it does not belong to SDXL training: remove it",
     "ae clip_l clip_g t5xxl gemma2 qwen3 discrete_flow_shift guidance_scale": _OTHER_MODELS,
     "timestep_sampling weighting_scheme logit_mean logit_std mode_scale": _OTHER_MODELS,
