@@ -7,8 +7,8 @@ A float32 number is a bf16 number and 16 more bits. With `u` the bits of the flo
 All sums wrap. The formulas are exact in both directions for all 2^32 patterns. `high` is the nearest bf16 number; ties
 go away from zero. A tie cannot go to the even number, because that needs low = +32768, which an int16 does not have.
 
-fp16 has fewer exponents than float32, so its low bits are a number: the distance from `high` to the value, counted in
-32768ths of the distance between `high` and its neighbours. This is exact for values of at least 2^-14. Smaller values
+fp16 has fewer exponents than float32. Its low bits are a number: the distance from `high` to the value. The unit is a
+32768th of the distance between `high` and its neighbours. This is exact for values of at least 2^-14. Smaller values
 are rounded to multiples of 2^-39, which is far below any update.
 
 The model computes with `high`. The low bits are kept beside it, so a float32 value and its 16-bit copy take 4 bytes.

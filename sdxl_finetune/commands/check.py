@@ -149,7 +149,11 @@ def _check_model(config: Config, found: Findings) -> Sequence[Group] | None:
         message = f"this is {inspected.kind}, not an SDXL base model"
         found.problems.append(Problem(message, file=str(config.pretrained_model_name_or_path)))
         return None
-    remarks = read_declared(inspected.file).contradictions(config, config.pretrained_model_name_or_path)
+    remarks = read_declared(inspected.file).contradictions(
+        config.pretrained_model_name_or_path,
+        v_parameterization=config.v_parameterization,
+        zero_terminal_snr=config.zero_terminal_snr,
+    )
     found.say("remarks", *map(str, remarks))
     with torch.device("meta"):
         model = SDXL(inspected.architecture)

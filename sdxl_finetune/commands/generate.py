@@ -169,14 +169,13 @@ def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}[name]
     loaded = load_checkpoint(path, dtype=dtype, vae_path=arguments.vae)
     declared = loaded.declared
+    zero_terminal_snr = arguments.zero_terminal_snr or bool(declared.zero_terminal_snr)
     loaded.vae.to(device)
     return PreviewModel(
         sdxl=loaded.model.to(device).eval(),
         vae=loaded.vae,
         tokenizer=build_tokenizer(max_token_length=arguments.max_token_length),
-        noise_schedule=build_schedule(
-            zero_terminal_snr=arguments.zero_terminal_snr or bool(declared.zero_terminal_snr)
-        ),
+        noise_schedule=build_schedule(zero_terminal_snr=zero_terminal_snr),
         v_parameterization=arguments.v_parameterization or bool(declared.v_prediction),
     )
 

@@ -92,6 +92,9 @@ def find_remarks(config: Config) -> Findings:
         yield "lr_warmup_steps", f'{message}: use optimizer_args = ["warmup_steps=100"]'
     if config.max_train_epochs and config.max_train_steps != Config.model_fields["max_train_steps"].default:
         yield "max_train_steps", "has no effect, because max_train_epochs is set"
+    for option in ("initial_step", "initial_epoch"):
+        if config.resume and getattr(config, option):
+            yield option, "has no effect if resume finds something, because it says its own step"
     for kind in ("sample", "validate"):
         if getattr(config, f"{kind}_every_n_epochs") and getattr(config, f"{kind}_every_n_steps"):
             yield f"{kind}_every_n_steps", f"has no effect, because {kind}_every_n_epochs is set"

@@ -1,4 +1,4 @@
-"""What a checkpoint says about the objective it was trained with: v-prediction and zero terminal SNR.
+"""The objective that a checkpoint says it was trained with: v-prediction, zero terminal SNR.
 
 Weights do not show their objective, and a model that is trained on with the other one is destroyed slowly. Checkpoints
 say their objective in four places:
@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sdxl_finetune.errors import Problem
 from sdxl_finetune.model.tensorfile import TensorFile
@@ -24,15 +24,6 @@ _V_WORDS = ("v", "v_prediction", "vpred", "v-prediction", "v_pred", "velocity")
 _EPSILON_WORDS = ("epsilon", "eps", "noise")
 
 
-class Objective(Protocol):
-    """The options of a run that say its objective."""
-
-    @property
-    def v_parameterization(self) -> bool: ...
-    @property
-    def zero_terminal_snr(self) -> bool: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Declared:
     """The objective of a checkpoint. None: the checkpoint does not say it."""
@@ -40,13 +31,17 @@ class Declared:
     v_prediction: bool | None
     zero_terminal_snr: bool | None
 
-    def contradictions(self, options: Objective, path: Path) -> Iterator[Problem]:
-        """Yields a remark for each option that contradicts the checkpoint at `path`."""
-        for name, said, kinds in (
-            ("v_parameterization", self.v_prediction, ("predicts noise", "predicts velocity")),
-            ("zero_terminal_snr", self.zero_terminal_snr, ("has no zero terminal SNR", "has zero terminal SNR")),
+    def contradictions(self, path: Path, *, v_parameterization: bool, zero_terminal_snr: bool) -> Iterator[Problem]:
+        """Yields a remark for each of these options that contradicts the checkpoint at `path`."""
+        for name, asked, said, kinds in (
+            ("v_parameterization", v_parameterization, self.v_prediction, ("predicts noise", "predicts velocity")),
+            (
+                "zero_terminal_snr",
+                zero_terminal_snr,
+                self.zero_terminal_snr,
+                ("has no zero terminal SNR", "has zero terminal SNR"),
+            ),
         ):
-            asked: bool = getattr(options, name)
             if said is not None and said != asked:
                 message = f"{path} says that it {kinds[said]}, and training would slowly change that"
                 yield Problem(f"{message}: set {name} = {str(said).lower()}", key=name, value=asked)
@@ -56,10 +51,8 @@ def read_declared(file: TensorFile) -> Declared:
     """Reads what a checkpoint says. Tensors win over metadata, and metadata over the scheduler's config."""
     words = [file.metadata.get(name) for name in ("modelspec.prediction_type", "prediction_type")]
     v_said = [_is_v(word) for word in [*words, file.scheduler.get("prediction_type")]]
-    terminal_said = [
-        _trained_with(file.metadata).get("zero_terminal_snr"),
-        file.scheduler.get("rescale_betas_zero_snr"),
-    ]
+    options = _trained_with(file.metadata)
+    terminal_said = [options.get("zero_terminal_snr"), file.scheduler.get("rescale_betas_zero_snr")]
     return Declared(
         v_prediction=True if "v_pred" in file.tensors else _first(v_said),
         zero_terminal_snr=True if "ztsnr" in file.tensors else _first(terminal_said),

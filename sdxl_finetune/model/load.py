@@ -45,7 +45,7 @@ class Loaded:
     metadata: Mapping[str, str]
     """Metadata of a .safetensors file; empty for other formats."""
     declared: Declared
-    """What the checkpoint says about its objective."""
+    """The objective that the checkpoint says it was trained with."""
     epoch: int | None
     """Epoch in a .ckpt file, if it has one."""
     global_step: int | None

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sdxl_finetune.config import HardwareOptions
+
 START = 2.0**16
 """Scale of the first step."""
 GROWTH, BACKOFF = 2.0, 0.5
@@ -36,19 +38,17 @@ class LossScale:
         return loss * self.value
 
     def accepts(self, norm: Float[Tensor, ""]) -> bool:
-        """Returns True if the norm of all gradients is finite, and False if the step must be skipped.
+        """Returns True if the norm of all gradients is finite, False if the step must be skipped; adapts the scale.
 
         Waits for the device, because the host decides whether the optimizer is called.
         """
-        return bool(norm.isfinite())
-
-    def adapt(self, *, accepted: bool) -> None:
-        """Changes the scale after a step."""
+        accepted = bool(norm.isfinite())
         self._steps = self._steps + 1 if accepted else 0
         if not accepted:
             self.value = self.value * BACKOFF
         elif self._steps == GROWTH_INTERVAL:
             self.value, self._steps = self.value * GROWTH, 0
+        return accepted
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a training state keeps."""
@@ -57,3 +57,19 @@ class LossScale:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes what `state_dict` returned."""
         self.value, self._steps = torch.full_like(self.value, state["scale"]), state["steps"]
+
+
+def build_loss_scale(options: HardwareOptions, device: torch.device) -> LossScale | None:
+    """Returns the loss scale, or None if training is not in float16."""
+    return LossScale(device) if options.mixed_precision == "fp16" else None
+
+
+def gradient_factor(norm: Tensor, max_norm: float, scale: LossScale | None = None) -> Tensor | None:
+    """Returns the factor on gradients that divides them by the scale and clips `norm`, the norm after that division.
+
+    It clips as torch's clip_grad_norm_ does, unless `max_norm` is 0. Returns None if the factor would be 1.
+    """
+    clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
+    if scale is None:
+        return clip
+    return scale.value.reciprocal() if clip is None else clip / scale.value

@@ -46,7 +46,7 @@ class Meter:
             for name, sample in self._samples.items()
         }
 
-    def end_step(self, norms: Mapping[str, Tensor], scale: LossScale | None) -> None:
+    def end_step(self, norms: Mapping[str, Tensor], scale: LossScale | None = None) -> None:
         """Measures the step that was made, given the gradient norm of each group and the loss scale of the next step.
 
         The size of an update is the norm of the change of the sampled weights, divided by the norm of these weights.

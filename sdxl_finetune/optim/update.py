@@ -29,7 +29,7 @@ from torch.nn import Parameter
 from sdxl_finetune.config import Config, OptimizerOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import MasterWeights, elements_of
-from sdxl_finetune.optim.loss_scale import LossScale
+from sdxl_finetune.optim.loss_scale import LossScale, build_loss_scale, gradient_factor
 from sdxl_finetune.optim.optimizer import (
     averaged_weights,
     build_optimizer,
@@ -87,7 +87,7 @@ class PlainUpdate:
     ) -> None:
         self._accelerator, self._model, self._prepared = accelerator, model, optimizer
         self._max_norm = config.max_grad_norm
-        self.loss_scale = _loss_scale(config, accelerator)
+        self.loss_scale = build_loss_scale(config, accelerator.device)
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
         self.optimizer_groups = parameters.groups
         self._trained = [parameter for _, parameter in parameters.named()]
@@ -99,13 +99,12 @@ class PlainUpdate:
     def step(self) -> Norms:
         """Clips all gradients together."""
         norms = _group_norms(self.optimizer_groups, lambda parameter: parameter.grad, self.loss_scale)
-        with _if_finite(norms, self.loss_scale) as accepted:
-            if accepted:
-                factor = _factor(total_norm(norms), self._max_norm, self.loss_scale)
-                if factor is not None:
-                    gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-                    torch._foreach_mul_(gradients, factor)
-                self._prepared.step()
+        factor = gradient_factor(total_norm(norms), self._max_norm, self.loss_scale)
+        if self.loss_scale is None or self.loss_scale.accepts(total_norm(norms)):
+            if factor is not None:
+                gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+                torch._foreach_mul_(gradients, factor)
+            self._prepared.step()
         self._prepared.zero_grad(set_to_none=True)
         return norms
 
@@ -142,7 +141,7 @@ class ExactUpdate:
         """Builds the optimizer within `real_tensors()`, which the memory estimate needs: its model has fake tensors."""
         self._groups, self._masters, self._ranks = parameters.groups, parameters.masters, accelerator.num_processes
         self._fused, self._max_norm = config.is_fused, config.max_grad_norm
-        self.loss_scale = _loss_scale(config, accelerator)
+        self.loss_scale = build_loss_scale(config, accelerator.device)
         with real_tensors():
             self.step_unit = step_unit(config, accelerator.device)
         assert not (self._fused and self.step_unit == StepUnit.ALL), "see check_update"
@@ -187,9 +186,9 @@ class ExactUpdate:
             squares, self._squared_norms = self._squared_norms, {}
             return {self._groups[number].name: squares[number].sqrt() for number in sorted(squares)}
         norms = _group_norms(self._groups, self._gradient, self.loss_scale)
-        factor = _factor(total_norm(norms), self._max_norm, self.loss_scale)
-        with _if_finite(norms, self.loss_scale) as accepted:
-            for call in self._calls if accepted else ():
+        factor = gradient_factor(total_norm(norms), self._max_norm, self.loss_scale)
+        if self.loss_scale is None or self.loss_scale.accepts(total_norm(norms)):
+            for call in self._calls:
                 self._step_on(call, factor)
         for parameter in self._slices:
             parameter.grad = None
@@ -246,7 +245,7 @@ class ExactUpdate:
         norm = _norm([gradient])
         number = self._slices[parameter][0].group
         self._squared_norms[number] = self._squared_norms.get(number, 0) + norm.square()
-        factor = _factor(norm, self._max_norm)
+        factor = gradient_factor(norm, self._max_norm)
         for part in self._slices[parameter]:
             self._step_on([part], factor)
         parameter.grad = None
@@ -295,10 +294,6 @@ def build_update(
     return model, PlainUpdate(config, parameters, model, prepared, accelerator)
 
 
-def _loss_scale(config: Config, accelerator: Accelerator) -> LossScale | None:
-    return LossScale(accelerator.device) if config.mixed_precision == "fp16" else None
-
-
 def check_update(config: Config, device: torch.device) -> None:
     """Raises UserError if the optimizer cannot be built, or cannot step inside the backward pass as the options ask."""
     if config.is_fused and step_unit(config, device) == StepUnit.ALL:
@@ -330,29 +325,6 @@ def _group_norms(
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     """Returns the norm of all elements, in float32: a bf16 norm has three digits."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
-
-
-def _factor(norm: Tensor, max_norm: float, scale: LossScale | None = None) -> Tensor | None:
-    """Returns the factor on gradients that divides them by the scale and clips `norm`, the norm after that division.
-
-    It clips as torch's clip_grad_norm_ does, unless `max_norm` is 0. Returns None if the factor would be 1.
-    """
-    clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
-    if scale is None:
-        return clip
-    return scale.value.reciprocal() if clip is None else clip / scale.value
-
-
-@contextmanager
-def _if_finite(norms: Norms, scale: LossScale | None) -> Iterator[bool]:
-    """Gives the context True if the optimizer's step may be made, and then adapts the scale.
-
-    Without a scale every step is made: the log ends a run whose gradients are not finite.
-    """
-    accepted = scale is None or scale.accepts(total_norm(norms))
-    yield accepted
-    if scale is not None:
-        scale.adapt(accepted=accepted)
 
 
 def _slices(number: int, group: Group, masters: MasterWeights, size: int | None) -> list[Slice]:

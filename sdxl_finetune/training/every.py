@@ -35,7 +35,7 @@ class Timeline:
     steps: int
     """Optimizer steps of the whole run, from the start of training."""
     first: int = 0
-    """Number of steps from which a new run counts (see `first_step`)."""
+    """Optimizer steps made before this run, by count: those of the resumed run, or see `first_step`."""
 
     @property
     def epochs(self) -> int:
@@ -48,7 +48,7 @@ class Timeline:
         epochs, steps_into_epoch = self.plan.place(step)
         is_first, is_last = step == self.first, step == self.steps
         epoch = None
-        if not is_first and (is_last or steps_into_epoch == 0):
+        if step and (is_last or steps_into_epoch == 0):
             epoch = epochs + (steps_into_epoch > 0)
         return Moment(step=step, epoch=epoch, is_first=is_first, is_last=is_last)
 
@@ -64,9 +64,8 @@ def first_step(options: ResumeOptions, plan: Plan, steps: int) -> int:
         step = plan.steps_until((options.initial_epoch or 1) - 1)
     if step < steps:
         return step
-    logger.warning(
-        "initial step %d leaves nothing to train of the %d steps of the run; counting starts at 0", step, steps
-    )
+    message = "initial step %d has no effect: the run has only %d steps, counted from 0. Raise its number of steps"
+    logger.warning(message, step, steps)
     return 0
 
 

@@ -225,7 +225,9 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
         vae = None if start.is_state else vae or path
         path = start.weights
     loaded = load_checkpoint(path, dtype=weight_dtype(config), vae_path=vae, exact=config.keeps_masters)
-    for remark in loaded.declared.contradictions(config, path):
+    for remark in loaded.declared.contradictions(
+        path, v_parameterization=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
+    ):
         logger.warning("%s", remark)
     if start and start.state.checkpoint_format:
         return replace(loaded, format=start.state.checkpoint_format)

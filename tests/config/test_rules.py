@@ -12,7 +12,6 @@ from sdxl_finetune.errors import UserError
 NOT_YET = (
     "cache_text_encoder_outputs",
     "cache_text_encoder_outputs_to_disk",
-    "full_fp16",
     "masked_loss",
 )
 OURS = (["--zero_terminal_snr"], ["--adaptive_noise_scale", "0.1", "--noise_offset", "0.05"])
@@ -34,13 +33,17 @@ def test_options_refused_by_the_reference_are_refused(golden, tmp_path, monkeypa
             continue
         arguments = [*base, *run["cli"]]
         yet = any(word.removeprefix("--") in NOT_YET for word in run["cli"])
-        if run["reached_model_loading"] and run["cli"] not in OURS and not yet:
+        knows_model = run["cli"][0] == "--block_lr"  # compared with the model's blocks later, see test_parameters.py
+        if (knows_model or run["reached_model_loading"]) and run["cli"] not in OURS and not yet:
             assert load_config(arguments, program="sdxl-train") is not None, run["cli"]
         else:
             with pytest.raises(UserError) as caught:
                 load_config(arguments, program="sdxl-train")
             options = {word.removeprefix("--") for word in run["cli"]} | {"min_bucket_reso"}
             assert {problem.key for problem in caught.value.problems} <= options
+
+
+OWN_RATES = {"optimizer_args": ["relative_step=False"]}
 
 
 def refused(**values) -> list[str]:
@@ -75,6 +78,14 @@ def test_needed_options_are_named():
         ({"lr_scheduler": "linear", "lr_scheduler_args": ["last_epoch=1"]}, "lr_scheduler_args"),
         ({"lr_warmup_steps": 10, "optimizer_type": "AdamWScheduleFree"}, None),
         ({"lr_scheduler": "adafactor:3e-05", "optimizer_type": "AdaFactor"}, None),
+        ({"lr_scheduler": "adafactor", "optimizer_type": "AdaFactor", "lr_warmup_steps": 0.1}, None),
+        ({"lr_scheduler": "adafactor", "optimizer_type": "AdaFactor", **OWN_RATES}, "lr_scheduler"),
+        ({"lr_scheduler": "adafactor:1e-5", "optimizer_type": "AdaFactor", **OWN_RATES}, None),
+        ({"lr_scheduler": "adafactor"}, "lr_scheduler"),
+        ({"full_fp16": True}, "full_fp16"),
+        ({"full_fp16": True, "mixed_precision": "fp16"}, None),
+        ({"full_fp16": True, "full_bf16": True, "mixed_precision": "fp16"}, "full_fp16"),
+        ({"full_fp16": True, "mixed_precision": "fp16", "fused_backward_pass": True}, "fused_backward_pass"),
         ({"output_name": "a/b"}, "output_name"),
         ({"output_name": "a\\b"}, "output_name"),
         ({"cache_latents_to_disk": True, "random_crop": True}, "random_crop"),
@@ -121,6 +132,15 @@ def test_missing_files_and_unusable_folders_are_refused(tmp_path):
         ({"dataset_config": "d.toml", "in_json": "m.json"}, "in_json"),
         ({"in_json": "m.json", "reg_data_dir": "r"}, "reg_data_dir"),
         ({"optimizer_type": "AdamWScheduleFree", "lr_warmup_steps": 10}, "lr_warmup_steps"),
+        ({"optimizer_type": "Adafactor"}, "learning_rate"),
+        ({"optimizer_type": "Adafactor", **OWN_RATES}, None),
+        ({"optimizer_type": "torch.optim.Adafactor"}, None),
+        ({"optimizer_type": "Prodigy"}, "learning_rate"),
+        ({"optimizer_type": "dadaptation.DAdaptAdam", "learning_rate": 1e-4}, "learning_rate"),
+        ({"optimizer_type": "Prodigy", "learning_rate": 1.0}, None),
+        ({"full_fp16": True, "exact_masters": False}, "exact_masters"),
+        ({"initial_step": 5, "resume": "auto"}, "initial_step"),
+        ({"initial_step": 5}, None),
         ({}, None),
     ],
 )
