@@ -32,6 +32,7 @@ def split(
 ) -> tuple[Shaped[Tensor, " *n"], Int16[Tensor, " *n"]]:
     """Splits a float32 tensor into `high`, which has `dtype`, and `low`."""
     if dtype == torch.float16:
+        value = value.contiguous()
         high = value.half()
         return high, ((value - high.float()) / _unit(high)).round_().to(torch.int16)
     halves = value.contiguous().view(-1).view(torch.int16).view(-1, 2)  # torch's machines store the low half first

@@ -63,11 +63,13 @@ def test_zeros_infinities_nan_and_ties_survive() -> None:
     assert rounded(floats([0x3F808000])).item() == 1.0078125 and rounded(floats([0xBF808000])).item() == -1.0078125
 
 
-def test_split_keeps_shapes_of_strided_and_empty_tensors() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_split_keeps_shapes_of_strided_and_empty_tensors(dtype: torch.dtype) -> None:
     value = torch.randn(4, 6, 5)
     for one in (value, value.transpose(0, 2), value[:0]):
-        high, low = split(one)
+        high, low = split(one, dtype)
         assert high.shape == low.shape == one.shape and torch.equal(join(high, low), one)
+        assert high.is_contiguous() and low.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

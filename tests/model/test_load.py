@@ -317,4 +317,5 @@ def test_names_that_torch_compile_left_in_a_file_load(tmp_path: Path, tiny_path:
     for ours, theirs in ((loaded.model, expected.model), (loaded.vae, expected.vae)):
         tensors = theirs.state_dict()
         assert all(torch.equal(value, tensors[name]) for name, value in ours.state_dict().items())
-    assert loaded.model.unused.keys() == expected.model.unused.keys()
+    dropped = {"te2.logit_scale"} if layout == "diffusers" else set()
+    assert loaded.model.unused.keys() == expected.model.unused.keys() - dropped
