@@ -1,4 +1,4 @@
-"""Exact float32 values of parameters that the model holds in bf16: low bits and master weights.
+"""float32 values of parameters that the model holds in 16 bits: low bits and master weights.
 
 A float32 number is a bf16 number and 16 more bits. With `u` the bits of the float32 number:
 
@@ -7,21 +7,34 @@ A float32 number is a bf16 number and 16 more bits. With `u` the bits of the flo
 All sums wrap. The formulas are exact in both directions for all 2^32 patterns. `high` is the nearest bf16 number; ties
 go away from zero. A tie cannot go to the even number, because that needs low = +32768, which an int16 does not have.
 
-The model computes with `high`. The low bits are kept beside it, so a float32 value and its bf16 copy take 4 bytes.
-NaN survives both directions, but `high` alone does not always show a NaN.
+fp16 has fewer exponents than float32. Its low bits are a number: the distance from `high` to the value. The unit is a
+32768th of the distance between `high` and its neighbours. This is exact for values of at least 2^-14. Smaller values
+are rounded to multiples of 2^-39, which is far below any update.
+
+The model computes with `high`. The low bits are kept beside it, so a float32 value and its 16-bit copy take 4 bytes.
+NaN survives both directions, but a bf16 `high` alone does not always show a NaN.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import BFloat16, Float32, Int16
+from jaxtyping import Float16, Float32, Int16, Shaped
 from torch import Tensor
 from torch.nn import Parameter
 
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes of parameters that low bits extend to float32."""
 
-def split(value: Float32[Tensor, " *n"]) -> tuple[BFloat16[Tensor, " *n"], Int16[Tensor, " *n"]]:
-    """Splits a float32 tensor into `high` and `low`."""
+
+def split(
+    value: Float32[Tensor, " *n"], dtype: torch.dtype = torch.bfloat16
+) -> tuple[Shaped[Tensor, " *n"], Int16[Tensor, " *n"]]:
+    """Splits a float32 tensor into `high`, which has `dtype`, and `low`."""
+    if dtype == torch.float16:
+        value = value.contiguous()
+        high = value.half()
+        return high, ((value - high.float()) / _unit(high)).round_().to(torch.int16)
     halves = value.contiguous().view(-1).view(torch.int16).view(-1, 2)  # torch's machines store the low half first
     low = halves[:, 0].clone()
     high = low >> 15  # -1 where the low half rounds up
@@ -29,17 +42,29 @@ def split(value: Float32[Tensor, " *n"]) -> tuple[BFloat16[Tensor, " *n"], Int16
     return high.view(torch.bfloat16).view(value.shape), low.view(value.shape)
 
 
-def join(high: BFloat16[Tensor, " *n"], low: Int16[Tensor, " *n"]) -> Float32[Tensor, " *n"]:
+def join(high: Shaped[Tensor, " *n"], low: Int16[Tensor, " *n"]) -> Float32[Tensor, " *n"]:
     """Returns the float32 tensor that `split` took apart."""
+    if high.dtype == torch.float16:
+        return high.float().add_(_unit(high).mul_(low))
     halves = torch.empty(high.numel(), 2, dtype=torch.int16, device=high.device)
     halves[:, 0] = low.reshape(-1)
     torch.add(high.reshape(-1).view(torch.int16), halves[:, 0] >> 15, out=halves[:, 1])
     return halves.view(torch.float32).view(high.shape)
 
 
-def rounded(value: Float32[Tensor, " *n"]) -> BFloat16[Tensor, " *n"]:
-    """Rounds to the nearest bf16 number, with the ties of `split`."""
-    return split(value)[0]
+def rounded(value: Float32[Tensor, " *n"], dtype: torch.dtype = torch.bfloat16) -> Shaped[Tensor, " *n"]:
+    """Rounds to the nearest number of `dtype`, with the ties of `split`."""
+    return value.half() if dtype == torch.float16 else split(value)[0]
+
+
+def _unit(high: Float16[Tensor, " *n"]) -> Float32[Tensor, " *n"]:
+    """The weight of the lowest low bit: a 32768th of the distance between `high` and its neighbours.
+
+    `high` has 10 bits below its highest, so the weight is 2^-25 times the power of two in `high`. Numbers below 2^-14
+    have the distances of that power.
+    """
+    exponent = ((high.view(torch.int16).int() >> 10) & 31).clamp_(min=1)  # biased by 15; float32's is biased by 127
+    return ((exponent + (127 - 15 - 25)) << 23).view(torch.float32)
 
 
 def elements_of(tensor: Tensor, elements: slice | None) -> Tensor:
@@ -50,7 +75,7 @@ def elements_of(tensor: Tensor, elements: slice | None) -> Tensor:
 class MasterWeights:
     """Exact values of a model's parameters. After loading, only this class writes low bits.
 
-    For a bf16 parameter it keeps either the low bits (int16) or the whole value (float32). A parameter for which it
+    For a 16-bit parameter it keeps either the low bits (int16) or the whole value (float32). A parameter for which it
     keeps nothing is exact as it is. Parameters are known by identity, so moving a model to a device must keep the
     objects.
     """
@@ -99,16 +124,16 @@ class MasterWeights:
 
     def write(self, parameter: Parameter, elements: slice | None, value: Float32[Tensor, " *n"]) -> None:
         """Splits new values into `elements` of the parameter and their low bits."""
-        high, low = split(value)
+        high, low = split(value, parameter.dtype)
         elements_of(self._kept[parameter], elements).copy_(low)
         # Copied in place, so that autograd notices if a backward pass still needs the old values.
         elements_of(parameter, elements).copy_(high)
 
     def round_into(self, parameter: Parameter) -> None:
-        """Rounds the parameter's float32 value, if it is kept, into the bf16 parameter."""
+        """Rounds the parameter's float32 value, if it is kept, into the 16-bit parameter."""
         kept = self._kept.get(parameter)
         if kept is not None and kept.dtype == torch.float32:
-            parameter.detach().copy_(rounded(kept))
+            parameter.detach().copy_(rounded(kept, parameter.dtype))
 
     @contextmanager
     def replaced_by(self, values: Mapping[Parameter, Float32[Tensor, "..."]]) -> Iterator[None]:
@@ -122,8 +147,9 @@ class MasterWeights:
         kept = self._kept
         try:
             for parameter, value in values.items():
-                _put(parameter, rounded(value) if parameter.dtype == torch.bfloat16 else value, parameter in swapped)
-            self._kept = kept | {key: value for key, value in values.items() if key.dtype == torch.bfloat16}
+                is_half = parameter.dtype in HALF
+                _put(parameter, rounded(value, parameter.dtype) if is_half else value, parameter in swapped)
+            self._kept = kept | {key: value for key, value in values.items() if key.dtype in HALF}
             yield
         finally:
             for parameter, original in originals.items():

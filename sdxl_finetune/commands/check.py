@@ -24,6 +24,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import Problems, UserError
+from sdxl_finetune.model.declared import read_declared
 from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import inspect_checkpoint
 from sdxl_finetune.optim.ema import uses_ema
@@ -35,7 +36,7 @@ from sdxl_finetune.output.console import console
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.runtime.processes import weight_dtype
 from sdxl_finetune.training.checks import Outline, index_images, read_inputs
-from sdxl_finetune.training.every import Timeline, previews_every, saves_every
+from sdxl_finetune.training.every import Timeline, first_step, previews_every, saves_every
 from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
 from sdxl_finetune.training.setup import total_steps
 
@@ -67,11 +68,12 @@ def check(config: Config) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         inputs = read_inputs(config, device, found)
         index = _describe_data(config, inputs.index, found)
-        groups = _describe_model(inputs.model, found) if inputs.model else None
+        groups = _describe_model(config, inputs.model, found) if inputs.model else None
         state_bytes = found.attempt(_state_bytes, config)
         if index:
             plan = _plan(config, index, processes())
-            timeline = Timeline(plan, total_steps(config, plan))
+            steps = total_steps(config, plan)
+            timeline = Timeline(plan, steps, first_step(config, plan, steps))
             found.say("steps", *_steps(config, index, timeline))
             lr = found.attempt(build_lr, config, timeline.steps)
             if lr and groups:
@@ -113,7 +115,14 @@ def _describe_data(config: Config, index: Index | None, found: Findings) -> Inde
     return index
 
 
-def _describe_model(model: Outline, found: Findings) -> Sequence[Group]:
+def _describe_model(config: Config, model: Outline, found: Findings) -> Sequence[Group]:
+    assert config.pretrained_model_name_or_path is not None
+    remarks = read_declared(model.inspected.file).contradictions(
+        config.pretrained_model_name_or_path,
+        v_parameterization=config.v_parameterization,
+        zero_terminal_snr=config.zero_terminal_snr,
+    )
+    found.say("remarks", *map(str, remarks))
     trained = [f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in model.groups]
     frozen = [
         f"{part} {_millions(size)}"

@@ -9,7 +9,6 @@ import argparse
 import base64
 import html
 import io
-import json
 import logging
 import re
 import secrets
@@ -169,15 +168,15 @@ def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
     name = arguments.precision or ("bf16" if device.type == "cuda" else "float")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}[name]
     loaded = load_checkpoint(path, dtype=dtype, vae_path=arguments.vae)
-    trained_with = json.loads(loaded.metadata.get("sdxl_finetune.config", "{}"))
-    zero_terminal_snr = arguments.zero_terminal_snr or bool(trained_with.get("zero_terminal_snr"))
+    declared = loaded.declared
+    zero_terminal_snr = arguments.zero_terminal_snr or bool(declared.zero_terminal_snr)
     loaded.vae.to(device)
     return PreviewModel(
         sdxl=loaded.model.to(device).eval(),
         vae=loaded.vae,
         tokenizer=build_tokenizer(max_token_length=arguments.max_token_length),
         noise_schedule=build_schedule(zero_terminal_snr=zero_terminal_snr),
-        v_parameterization=arguments.v_parameterization or loaded.metadata.get("modelspec.prediction_type") == "v",
+        v_parameterization=arguments.v_parameterization or bool(declared.v_prediction),
     )
 
 

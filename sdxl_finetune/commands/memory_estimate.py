@@ -110,6 +110,8 @@ def _build_fake_learner(config: Config, architecture: Architecture, allocations:
     _note_gradients(sdxl, allocations)
     accelerator = _FakeAccelerator(allocations, DTYPES[config.mixed_precision])
     learner = build_learner(config, sdxl, vae, accelerator, lambda step, rate: rate, _disable_current_modes)
+    if learner.update.loss_scale:  # fake gradients have no values that could overflow
+        learner.update.loss_scale.accepts = lambda norm: True  # type: ignore[method-assign]
     # Noted before and after the update's own hooks, because these may replace a gradient by a sum in float32.
     _note_gradients(sdxl, allocations, learner)
     allocations.set_owner(OPTIMIZER_STATES, _optimizer_states(learner))

@@ -178,7 +178,7 @@ def _change_preset(preset: "Architecture", arguments: argparse.Namespace) -> "Ar
 def _convert(arguments: argparse.Namespace) -> None:
     import torch
 
-    from sdxl_finetune.model.load import exact_dtype, load_checkpoint, open_checkpoint
+    from sdxl_finetune.model.load import load_checkpoint
     from sdxl_finetune.model.save import saturated, save_checkpoint
 
     save_as = _choose_format(arguments)
@@ -186,10 +186,12 @@ def _convert(arguments: argparse.Namespace) -> None:
     if arguments.save_precision:
         dtype = getattr(torch, PRECISIONS[arguments.save_precision])
     else:
-        dtype = exact_dtype(open_checkpoint(arguments.model)[0].tensors)
+        dtype = loaded.model.unet.dtype
     if names := saturated(loaded.model, loaded.vae, dtype):
         message = f"fp16 holds values up to 65504. These tensors exceed it: {', '.join(names)}. Choose bf16 or float"
         raise UserError(Problem(message, key="save_precision", value="fp16", file=str(arguments.model)))
+    # Empty tensors such as v_pred are not SDXL's and are left out, so the metadata must say the objective.
+    said = {"modelspec.prediction_type": "v"} if loaded.declared.v_prediction else {}
     with atomic_path(arguments.output) as temporary:
         save_checkpoint(
             temporary,
@@ -197,7 +199,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             loaded.vae,
             save_as=save_as,
             dtype=dtype,
-            metadata=loaded.metadata,
+            metadata={**loaded.metadata, **said},
             epoch=loaded.epoch or 0,
             global_step=loaded.global_step or 0,
         )

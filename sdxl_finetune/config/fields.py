@@ -12,11 +12,23 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+ScheduleName: TypeAlias = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+    "piecewise_constant",
+]
 LR_SCHEDULES: dict[str, tuple[str, ...]] = {
     "constant": (),
     "constant_with_warmup": (),
@@ -136,8 +148,9 @@ def _arguments(value: object) -> object:
 
 
 def _block_rates(value: object) -> object:
+    """Returns a number for each block. Whether the U-Net has as many blocks is known only when it is loaded."""
     rates = value.split(",") if isinstance(value, str) else value
-    if not isinstance(rates, list | tuple) or len(rates) != 23:
+    if not isinstance(rates, list | tuple) or not rates:
         raise ValueError
     numbers = tuple(float(rate) for rate in rates)
     if not all(number >= 0 and math.isfinite(number) for number in numbers):
@@ -146,7 +159,9 @@ def _block_rates(value: object) -> object:
 
 
 def _schedule(value: Any) -> Any:
-    if value not in LR_SCHEDULES and not (value.startswith("adafactor:") and 0 <= float(value[10:]) < math.inf):
+    name, colon, rate = value.partition(":")
+    is_adafactor = name == "adafactor" and (not colon or 0 <= float(rate) < math.inf)
+    if value not in LR_SCHEDULES and not is_adafactor:
         raise ValueError
     return value
 
@@ -175,8 +190,12 @@ StepsOrShare = Annotated[
     int | float, _parsed(_steps_or_share), Shown('a whole number of steps, or a share of all steps as 0.1 or "10%"')
 ]
 Arguments = Annotated[dict[str, Any], _parsed(_arguments), Shown('a list as ["betas=0.9,0.99", "eps=1e-8"]')]
-BlockRates = Annotated[tuple[float, ...], _parsed(_block_rates), Shown('23 learning rates, as "1e-5,1e-5,..."')]
-Scheduler = Annotated[str, _parsed(_schedule), Shown("one of " + ", ".join(LR_SCHEDULES) + ", adafactor:RATE")]
+BlockRates = Annotated[
+    tuple[float, ...], _parsed(_block_rates), Shown('a learning rate for each block, as "1e-5,1e-5,..."')
+]
+Scheduler = Annotated[
+    str, _parsed(_schedule), Shown("one of " + ", ".join(LR_SCHEDULES) + ", adafactor, adafactor:RATE")
+]
 ChunkTokens = BeforeValidator(lambda value: 75 if value in (None, "") else 225 if value == 255 else value)
 """The reference reads 255 as 225 tokens, and an unset length as one chunk."""
 Backend = BeforeValidator(lambda value: "inductor" if value == "no" else value)

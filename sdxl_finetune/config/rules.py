@@ -36,6 +36,7 @@ EXCLUDES = {
     "random_crop": ("cache_latents",),
     "use_8bit_adam": ("use_lion_optimizer", "optimizer_type"),
     "use_lion_optimizer": ("optimizer_type",),
+    "full_fp16": ("full_bf16",),
     "ema_decay": ("ema_half_life",),
 }
 ANY_BYTES = ("train_data_dir", "reg_data_dir", "in_json", "dataset_config", "sample_prompts")
@@ -75,8 +76,10 @@ def find_remarks(config: Config) -> Findings:
             yield option, "has no effect, because dataset_config names the images"
     if config.in_json and config.reg_data_dir and not config.dataset_config:
         yield "reg_data_dir", "has no effect with in_json, as in the reference: use dataset_config for both"
-    if config.full_bf16 and not config.exact_masters:
-        message = "weights are rounded to bf16 after each step, as in the reference, so small updates are lost"
+    if (config.full_bf16 or config.full_fp16) and not config.exact_masters:
+        message = "weights are rounded after each step, as in the reference, so small updates are lost"
+        if config.full_fp16:
+            message += ", and optimizer states in fp16 overflow or vanish, with which AdamW divides by zero"
         yield "exact_masters", f"{message}: true keeps the updates, for 2 bytes per weight"
     yield from _without_effect(config)
     for option in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
@@ -85,6 +88,10 @@ def find_remarks(config: Config) -> Findings:
     if config.is_fused and config.max_grad_norm:
         message = "limits each tensor's gradient separately with fused_backward_pass, as in the reference"
         yield "max_grad_norm", f"{message}: 0 turns the limit off"
+    yield from _rate_remarks(config)
+    for option in ("initial_step", "initial_epoch"):
+        if config.resume and getattr(config, option):
+            yield option, "has no effect if resume finds something, because it says its own step"
     for option, direction in (("min_bucket_reso", "down"), ("max_bucket_reso", "up")):
         if config.enable_bucket and getattr(config, option) % config.bucket_reso_steps:
             yield option, f"is rounded {direction} to a multiple of bucket_reso_steps, {config.bucket_reso_steps}"
@@ -120,11 +127,29 @@ def _warmup_remedy(config: Config) -> str:
     return ": for a warm-up set lr_scheduler to constant_with_warmup"
 
 
+def _rate_remarks(config: Config) -> Findings:
+    """Yields what optimizers with rates of their own make of the given rates."""
+    if config.is_relative_step:
+        message = (
+            "have no effect, because Adafactor's relative_step sets its own rates: each step moves a tensor by up to"
+        )
+        remedy = 'optimizer_args = ["relative_step=False", "scale_parameter=False"] uses yours'
+        yield "learning_rate", f"rates and schedule {message} 1 % of its size. {remedy}"
+    rates = [config.learning_rate]
+    if config.train_text_encoder:
+        rates += [rate for rate in (config.learning_rate_te1, config.learning_rate_te2) if rate is not None]
+    if config.estimates_rate and (far := [rate for rate in rates if rate and not 0.1 < rate <= 10]):
+        message = f"{config.optimizer_name} multiplies the rate by its own estimate, so it should be near 1"
+        yield "learning_rate", f"{message}, but is {far[0]:g}: set 1, and watch lr/d*lr in the log"
+
+
 def _training(config: Config) -> Findings:
     if not config.max_train_steps and not config.max_train_epochs:
         yield "max_train_steps max_train_epochs", "no step is left to train: set it, or max_train_epochs"
     if config.full_bf16 and config.mixed_precision != "bf16":
         yield "full_bf16 mixed_precision", 'needs mixed_precision = "bf16"'
+    if config.full_fp16 and config.mixed_precision != "fp16":
+        yield "full_fp16 mixed_precision", 'needs mixed_precision = "fp16"'
     for option in ("fused_backward_pass", "fused_optimizer_groups"):
         if getattr(config, option) and config.mixed_precision == "fp16":
             message = "cannot be used with fp16, which checks all gradients before a step: use bf16"
@@ -137,11 +162,11 @@ def _training(config: Config) -> Findings:
 
 
 def schedule_problems(config: Config) -> Findings:
-    """Yields the problems of the learning-rate schedule. A schedule-free optimizer has none: it ignores the schedule.
+    """Yields the problems of the learning-rate schedule. An optimizer that ignores the schedule has none.
 
     Only a class of `lr_scheduler_type` is checked later, by optim.lr, which imports it.
     """
-    if config.is_schedule_free:
+    if config.is_schedule_free or config.is_relative_step:
         return
     name, arguments = config.lr_scheduler.partition(":")[0], config.lr_scheduler_args
     options = "lr_scheduler lr_scheduler_type"
@@ -150,6 +175,9 @@ def schedule_problems(config: Config) -> Findings:
     if name == "adafactor":
         if not config.optimizer_name.lower().endswith("adafactor"):
             yield f"{options} optimizer_type", 'works with optimizer_type = "Adafactor" only: choose another schedule'
+        elif config.lr_scheduler == "adafactor":
+            message = f"needs a rate with relative_step=False: use adafactor:{config.learning_rate:g}"
+            yield f"{options} optimizer_args", f"{message}, or remove relative_step=False"
     elif unknown := sorted(set(arguments) - set(LR_SCHEDULES[name])):
         takes = f"takes only {', '.join(LR_SCHEDULES[name])}" if LR_SCHEDULES[name] else "takes no arguments"
         message = f"{name} {takes}: remove {', '.join(unknown)}"

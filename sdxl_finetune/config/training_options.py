@@ -104,7 +104,7 @@ class OptimizerOptions(Options):
     learning_rate_te2: Annotated[float | None, OnlyWith("train_text_encoder")] = Field(None, ge=0)
     """Learning rate of text encoder 2 (OpenCLIP ViT-bigG). Default: `learning_rate`. 0: do not train it."""
     block_lr: BlockRates | None = None
-    """Learning rates of the U-Net: embeddings, 9 input, 3 middle, 9 output blocks, last layer."""
+    """Learning rates of the U-Net's blocks: embeddings, 9 input, 3 middle, 9 output blocks, last layer: 23 for SDXL."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Largest norm of the gradients; larger gradients are scaled down to it. 0: off."""
 
@@ -122,12 +122,24 @@ class OptimizerOptions(Options):
         """True for an optimizer that needs no learning-rate schedule and ignores one (arXiv 2405.15682)."""
         return self.optimizer_name.lower().endswith("schedulefree")
 
+    @property
+    def is_relative_step(self) -> bool:
+        """True for transformers' Adafactor if it sets its own rates (arXiv 1804.04235, section 8), as by default."""
+        if self.optimizer_name.lower() not in ("adafactor", "transformers.optimization.adafactor"):
+            return False
+        return bool(self.optimizer_args.get("relative_step", True) or self.optimizer_args.get("warmup_init"))
+
+    @property
+    def estimates_rate(self) -> bool:
+        """True for Prodigy and D-Adaptation, which multiply the learning rate by an estimate `d` of their own."""
+        return self.optimizer_name.lower().rpartition(".")[2].startswith(("prodigy", "dadapt"))
+
 
 class LrOptions(Options):
     """Learning-rate schedule"""
 
     lr_scheduler: Scheduler = "constant"
-    """Learning-rate schedule after warm-up. `adafactor:RATE` is for Adafactor, which sets its own rates."""
+    """Learning-rate schedule after warm-up. `adafactor` and `adafactor:RATE` are for Adafactor."""
     lr_scheduler_type: str = ""
     """Class of torch.optim.lr_scheduler, or a class path. Replaces `lr_scheduler`."""
     lr_scheduler_args: Arguments = Field(default_factory=dict)
@@ -147,9 +159,13 @@ class LrOptions(Options):
     lr_scheduler_timescale: Annotated[int | None, OnlyWith("lr_scheduler", ("inverse_sqrt",))] = Field(None, ge=1)
     """Timescale of inverse_sqrt in optimizer steps. Default: the warm-up steps, or 10,000 without."""
     lr_scheduler_min_lr_ratio: Annotated[
-        float | None, OnlyWith("lr_scheduler", ("cosine_with_min_lr", "warmup_stable_decay"))
+        float | None, OnlyWith("lr_scheduler", ("cosine_with_min_lr", "cosine_with_restarts", "warmup_stable_decay"))
     ] = Field(None, ge=0, le=1)
-    """Lowest rate of cosine_with_min_lr and warmup_stable_decay, as a share of the highest."""
+    """Lowest rate of cosine_with_min_lr, cosine_with_restarts and warmup_stable_decay, as a share of the highest."""
+    lr_scheduler_cycle_decay: Annotated[float, OnlyWith("lr_scheduler", ("cosine_with_restarts",))] = Field(
+        1.0, gt=0, le=1
+    )
+    """Highest rate of each cycle of cosine_with_restarts, as a share of the cycle before. Not in sd-scripts."""
 
 
 class EmaOptions(Options):
@@ -204,8 +220,10 @@ class HardwareOptions(Options):
     """Data type of the computation. `no`: float32."""
     full_bf16: bool = False
     """Keep weights and gradients in bf16. Needs `mixed_precision` bf16."""
-    exact_masters: Annotated[bool, OnlyWith("full_bf16")] = True
-    """With `full_bf16`: train float32 master weights, 2 bytes more per weight. Off: round. Not in sd-scripts."""
+    full_fp16: bool = False
+    """Keep weights and gradients in fp16. Needs `mixed_precision` fp16. For GPUs without bf16."""
+    exact_masters: Annotated[bool, OnlyWith("full_bf16 full_fp16")] = True
+    """With `full_bf16` or `full_fp16`: train float32 master weights, 2 bytes more per weight. Not in sd-scripts."""
     fused_backward_pass: bool = False
     """Step each parameter inside the backward pass, as soon as it has a gradient, and free the gradient."""
     fused_optimizer_groups: int | None = Field(None, ge=0)
@@ -253,5 +271,5 @@ class HardwareOptions(Options):
 
     @property
     def keeps_masters(self) -> bool:
-        """True if each bf16 weight is the rounding of an exact float32 master weight."""
-        return self.full_bf16 and self.exact_masters
+        """True if each 16-bit weight is the rounding of a float32 master weight."""
+        return (self.full_bf16 or self.full_fp16) and self.exact_masters

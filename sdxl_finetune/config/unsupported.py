@@ -49,11 +49,11 @@ NOT_SUPPORTED = {
     "save_state_to_huggingface": "not supported yet: upload training states by other means",
     "resume_from_huggingface": "not supported yet: download the training state and set resume to its path",
     "huggingface_repo_id": "not supported yet: upload saved files by other means",
-    "full_fp16": "not supported yet: use mixed_precision fp16, or full_bf16",
 }
 FOREIGN_NO_EFFECT = {
     "no_token_padding": "captions are always padded, as in the reference's SDXL trainer",
     "sdxl sdxl_checkbox": "this program trains SDXL only",
+    "skip_until_initial_step": "a run always starts with the batches of its first step, and loads no others",
     "epoch": "max_train_epochs is the number of epochs; the reference ignores this option too",
     "noise_offset_type": "noise_offset and multires_noise_iterations choose the kind of noise",
     "prior_loss_weight": f"{_IGNORED}. Repeats set the share of regularisation images",
@@ -105,7 +105,6 @@ HONOURED = {
 }
 FOREIGN_REFUSED = {
     "network_module": "this is a LoRA config, but this program trains the whole model: use a config without it",
-    "initial_epoch initial_step skip_until_initial_step": "not supported yet: remove it",
     "additional_parameters": "write each of these options as a key of its own",
     "token_string init_word num_vectors_per_token": "this is a config for textual inversion: remove it",
     "perlin_noise optimizer_schedulefree_wrapper": _FORK,

@@ -79,7 +79,10 @@ def open_folder(folder: Path) -> TensorFile:
                 tensors.update(file.tensors)
                 metadata.update(file.metadata)
     metadata.pop("format", None)
-    return TensorFile(tensors=tensors, metadata=metadata)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    return TensorFile(
+        tensors=tensors, metadata=metadata, scheduler=_read_json(scheduler) if scheduler.is_file() else {}
+    )
 
 
 def open_vae(path: Path) -> dict[str, Source]:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import split
 from sdxl_finetune.model.architecture import Architecture, read_architecture, read_vae_config
+from sdxl_finetune.model.declared import Declared, read_declared
 from sdxl_finetune.model.diffusers_folder import open_folder, open_vae
 from sdxl_finetune.model.identify import kind_of
-from sdxl_finetune.model.keymap import LOGIT_SCALE, VAE, module_name
+from sdxl_finetune.model.keymap import LOGIT_SCALE, module_name
 from sdxl_finetune.model.named_tensors import NamedTensors
 from sdxl_finetune.model.sdxl import SDXL
-from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors
+from sdxl_finetune.model.tensorfile import TensorFile, open_tensors
 from sdxl_finetune.model.text import refill_positions
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class Loaded:
     format: Format
     metadata: Mapping[str, str]
     """Metadata of a .safetensors file; empty for other formats."""
+    declared: Declared
+    """The objective that the checkpoint says it was trained with."""
     epoch: int | None
     """Epoch in a .ckpt file, if it has one."""
     global_step: int | None
@@ -55,7 +58,7 @@ def load_checkpoint(
     """Loads the model at `path` in `dtype`, and its VAE, or the VAE at `vae_path` instead.
 
     If `dtype` is None, the model gets a dtype that holds the file's values exactly. If `exact`, the model's master
-    weights get the low bits of values that `dtype` bfloat16 rounds.
+    weights get the low bits of values that a 16-bit `dtype` rounds.
 
     Raises UserError if a file cannot be read or is not an SDXL base model or VAE.
     """
@@ -68,7 +71,7 @@ def load_checkpoint(
         parts = {"unet": model.unet, "te1": model.te1, "te2": model.te2}
         _check_tensors(parts, named, model.unused_names())
         for part, module in parts.items():
-            low = _fill(part, module, named, dtype or exact_dtype(file.tensors), exact=exact)
+            low = _fill(part, module, named, dtype or _exact_dtype(parts, named, model.unused_names()), exact=exact)
             for name, bits in low.items():
                 model.masters.add(module.get_parameter(name), bits)
         model.unused = {name: named.read(name).clone() for name in model.unused_names() if name in named}
@@ -81,6 +84,7 @@ def load_checkpoint(
         vae=vae,
         format=format_,
         metadata=file.metadata,
+        declared=read_declared(file),
         epoch=file.epoch,
         global_step=file.global_step,
     )
@@ -147,11 +151,15 @@ def open_base_model(path: Path, *, needs_vae: bool = True) -> tuple[TensorFile, 
     return file, format_
 
 
-def exact_dtype(tensors: Mapping[str, Source]) -> torch.dtype:
-    """The dtype that holds the trained weights (all but the VAE's) exactly: their common dtype, or float32."""
-    trained = {source.dtype for key, source in tensors.items() if not key.startswith((VAE, "vae."))}
-    floating = {dtype for dtype in trained if dtype.is_floating_point}
-    return floating.pop() if floating in ({torch.float16}, {torch.bfloat16}) else torch.float32
+def _exact_dtype(parts: Mapping[str, nn.Module], named: NamedTensors, unused: Iterable[str]) -> torch.dtype:
+    """The dtype that holds the model's weights exactly: their common dtype, or float32.
+
+    Foreign tensors do not count, and neither does logit_scale, one number that SDXL never uses.
+    """
+    names = [module_name(part, name) for part, module in parts.items() for name, _ in module.named_parameters()]
+    keys = [named.key(name) for name in [*names, *unused] if name != LOGIT_SCALE]
+    dtypes = {named.tensors[key].dtype for key in keys if key in named.tensors}
+    return dtypes.pop() if dtypes in ({torch.float16}, {torch.bfloat16}) else torch.float32
 
 
 def _existing(path: Path) -> Path:
@@ -205,13 +213,13 @@ def _fill(
 ) -> dict[str, Tensor]:
     """Gives a module on the meta device its weights.
 
-    If `exact`, returns by name the low bits of those parameters whose values bfloat16 does not hold.
+    If `exact`, returns by name the low bits of those parameters whose values a 16-bit `dtype` does not hold.
     """
     tensors, low = {}, {}
     for name, parameter in module.named_parameters():
         value = named.read(module_name(part, name))
         if exact and value.dtype != dtype:
-            tensors[name], bits = split(value.float())
+            tensors[name], bits = split(value.float(), dtype)
             if bits.any():
                 low[name] = bits
         else:

@@ -103,8 +103,10 @@ class SDXL(nn.Module):
     ) -> Float[Tensor, "k 4 h w"]:
         """The U-Net's prediction for encoded text. Sampling encodes a prompt once for many predictions."""
         dtype = self.unet.dtype
+        # The VAE's latents are in channels_last. Then, on a CPU, torch 2.13's backward pass of a GroupNorm writes to a
+        # null pointer if its weight has a gradient and its input has none, as in the first block that block_lr trains.
         return self.unet(
-            noisy_latents.to(dtype),
+            noisy_latents.to(dtype, memory_format=torch.contiguous_format),
             timesteps,
             encoder_hidden_states=hidden.to(dtype),
             added_cond_kwargs={"text_embeds": pooled.to(dtype), "time_ids": sizes},

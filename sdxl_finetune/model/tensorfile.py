@@ -35,6 +35,9 @@ _DTYPES = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Words that torch.compile and other wrappers of modules put into names. They are left out of keys when a file is
+opened."""
 _WRITTEN = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 """Dtypes that can be written, in the library's own order. Files hold tensors of the last dtype first."""
 
@@ -61,6 +64,8 @@ class TensorFile:
     epoch: int | None = None
     """Epoch in a .ckpt file, if it has one."""
     global_step: int | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    """Config of the noise scheduler in a diffusers folder."""
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -110,7 +115,7 @@ def _open_safetensors(path: Path) -> TensorFile:
     if unknown:
         message = f"the file holds tensors of a type that cannot be trained: {', '.join(sorted(unknown))}"
         raise UserError(Problem(message, file=str(path)))
-    return TensorFile(tensors=tensors, metadata=opened.metadata() or {})
+    return TensorFile(tensors=_unwrapped(tensors), metadata=opened.metadata() or {})
 
 
 def _open_pickle(path: Path) -> TensorFile:
@@ -131,7 +136,11 @@ def _open_pickle(path: Path) -> TensorFile:
     if not tensors:
         raise UserError(Problem("the file holds no named tensors: it is no checkpoint", file=str(path)))
     epoch, step = (value if isinstance(value := outer.get(name), int) else None for name in ("epoch", "global_step"))
-    return TensorFile(tensors=tensors, epoch=epoch, global_step=step)
+    return TensorFile(tensors=_unwrapped(tensors), epoch=epoch, global_step=step)
+
+
+def _unwrapped(tensors: Mapping[str, Source]) -> dict[str, Source]:
+    return {".".join(word for word in key.split(".") if word not in _WRAPPERS): tensors[key] for key in tensors}
 
 
 def _unpickle(path: Path) -> Any:

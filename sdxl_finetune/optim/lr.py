@@ -10,15 +10,19 @@ import importlib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import assert_never
 
 from sdxl_finetune.config import Config
+from sdxl_finetune.config.fields import ScheduleName
 from sdxl_finetune.config.rules import LR_END, step_rules
 from sdxl_finetune.errors import Problem, UserError
 
+Shape = Literal["linear", "cosine", "1-sqrt"]
+"""Shape of a rise or fall of warmup_stable_decay."""
 Rate = Callable[[int, float], float]
 """(optimizer step, counted from 0; base rate of a parameter group) -> the group's learning rate in that step."""
 
@@ -27,11 +31,14 @@ def build_lr(config: Config, total_steps: int) -> Rate:
     """Builds the learning rate of a run of `total_steps` optimizer steps.
 
     The options have passed `config.rules.schedule_problems`. Raises UserError if a class of `lr_scheduler_type` does
-    not exist or does not work. A schedule-free optimizer has a constant rate. `adafactor:RATE` gives RATE, which the
-    logs show while Adafactor chooses its own step sizes.
+    not exist or does not work. A schedule-free optimizer has a constant rate. An Adafactor with relative steps ignores
+    base rates and schedules; its rate is that of `relative_step`.
     """
     if config.is_schedule_free:
         return lambda _step, base: base
+    if config.is_relative_step:
+        warmup_init = bool(config.optimizer_args.get("warmup_init"))
+        return lambda step, _base: relative_step(step + 1, warmup_init=warmup_init)
     if config.lr_scheduler_type:
         return Replay(config.lr_scheduler_type, config.lr_scheduler_args, base=config.learning_rate, steps=total_steps)
     if config.lr_scheduler.startswith("adafactor"):
@@ -45,12 +52,38 @@ def steps_of(steps: int | float, total: int) -> int:
     return int(steps * total) if isinstance(steps, float) else steps
 
 
+def relative_step(steps: int, *, warmup_init: bool) -> float:
+    """Returns the relative step size of Adafactor's step number `steps`, from 1.
+
+    It is the learning rate, or with `scale_parameter` the size of an update as a share of the tensor's own size.
+    Source: Shazeer and Stern, arXiv 1804.04235, sections 8 and 9; the limits are those of transformers' Adafactor.
+    """
+    return min(1e-6 * steps if warmup_init else 1e-2, 1 / math.sqrt(steps))
+
+
+def used_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> dict[str, float]:
+    """Returns the rates that the optimizer used in its last step, given those of the schedule by group.
+
+    Prodigy and D-Adaptation multiply the rate by their estimate d. The product has the reference's name, `d*lr/unet`
+    for the group unet. Adafactor may have made fewer steps than the run, after a resume from a checkpoint.
+    """
+    used = dict(rates)
+    for name, group in zip(rates, optimizer.param_groups, strict=True):
+        if {"d", "k"} <= group.keys():
+            used[f"d*lr/{name}"] = float(group["d"] * group["lr"])
+        if group.get("relative_step"):
+            states = (optimizer.state[parameter] for parameter in group["params"] if parameter in optimizer.state)
+            if state := next(states, None):
+                used[name] = relative_step(state["step"], warmup_init=group["warmup_init"])
+    return used
+
+
 def lr_factor(config: Config, step: int, total: int) -> float:
     """Returns the factor of the base rate in `step` of `total` optimizer steps.
 
     The warm-up is a straight line from 0. constant and piecewise_constant have none, warmup_stable_decay has its own.
     """
-    name, arguments = config.lr_scheduler, config.lr_scheduler_args
+    name, arguments = cast(ScheduleName, config.lr_scheduler), config.lr_scheduler_args
     warmup, decay = steps_of(config.lr_warmup_steps, total), steps_of(config.lr_decay_steps, total)
     cycles = config.lr_scheduler_num_cycles
     floor = config.lr_scheduler_min_lr_ratio or 0.0
@@ -67,7 +100,11 @@ def lr_factor(config: Config, step: int, total: int) -> float:
                 floor = arguments["min_lr"] / config.learning_rate
             return cosine(progress, cycles / 2, floor)
         case "cosine_with_restarts":
-            return cosine(cycles * progress % 1) if progress < 1 else 0.0
+            if progress >= 1:
+                return floor
+            cycle, progress_in_cycle = divmod(cycles * progress, 1)
+            highest = max(floor, config.lr_scheduler_cycle_decay**cycle)
+            return floor + (highest - floor) * cosine(progress_in_cycle)
         case "polynomial":
             # The end is a share of learning_rate, also for a group with another base rate, as in the reference.
             # With learning_rate 3e-5, a group of 1e-6 ends at 3.3e-9.
@@ -81,8 +118,10 @@ def lr_factor(config: Config, step: int, total: int) -> float:
             return next(factor for end, factor in step_rules(arguments["step_rules"]) if step < end)
         case "warmup_stable_decay":
             return warmup_stable_decay(step, total, warmup, decay, cycles / 2, floor, **arguments)
-        case _:
+        case "constant" | "constant_with_warmup":
             return 1.0
+        case _:
+            assert_never(name)
 
 
 def cosine(progress: float, cycles: float = 0.5, floor: float = 0.0) -> float:
@@ -100,8 +139,8 @@ def warmup_stable_decay(
     decay: int,
     cycles: float,
     floor: float,
-    warmup_type: str = "linear",
-    decay_type: str = "cosine",
+    warmup_type: Shape = "linear",
+    decay_type: Shape = "cosine",
 ) -> float:
     """Rises from `floor` to 1 in `warmup` steps, stays at 1, and falls to `floor` in the last `decay` steps.
 
@@ -116,15 +155,17 @@ def warmup_stable_decay(
     return floor
 
 
-def _fall(kind: str, progress: float, cycles: float = 0.5) -> float:
+def _fall(kind: Shape, progress: float, cycles: float = 0.5) -> float:
     """Falls from 1 at `progress` 0 to 0 at `progress` 1. Only the cosine uses `cycles`."""
     match kind:
         case "linear":
             return 1 - progress
         case "1-sqrt":
             return 1 - math.sqrt(progress)
-        case _:
+        case "cosine":
             return cosine(progress, cycles)
+        case _:
+            assert_never(kind)
 
 
 class Replay:

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
 from sdxl_finetune.batch import TIMESTEPS
+from sdxl_finetune.optim.loss_scale import LossScale
 from sdxl_finetune.optim.parameters import TrainedParameters
 
 RANGES = 4
@@ -45,12 +46,14 @@ class Meter:
             for name, sample in self._samples.items()
         }
 
-    def end_step(self, norms: Mapping[str, Tensor]) -> None:
-        """Measures the step that was made, given the gradient norm of each group.
+    def end_step(self, norms: Mapping[str, Tensor], scale: LossScale | None = None) -> None:
+        """Measures the step that was made, given the gradient norm of each group and the loss scale of the next step.
 
         The size of an update is the norm of the change of the sampled weights, divided by the norm of these weights.
         """
         self._measured |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        if scale is not None:
+            self._measured["loss_scale"] = scale.value
         for name, sample in self._samples.items():
             before = self._before.pop(name)
             after = [self._trained.value(parameter).float() for parameter in sample]

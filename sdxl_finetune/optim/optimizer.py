@@ -46,7 +46,12 @@ CLASSES = {
     "RAdamScheduleFree": "schedulefree.RAdamScheduleFree",
     "SGDScheduleFree": "schedulefree.SGDScheduleFree",
 }
-PACKAGES = {"lion_pytorch": "lion-pytorch", "pytorch_optimizer": "pytorch-optimizer", "prodigyopt": "prodigyopt"}
+PACKAGES = {
+    "lion_pytorch": "lion-pytorch",
+    "pytorch_optimizer": "pytorch-optimizer",
+    "prodigyplus": "prodigy-plus-schedule-free",
+}
+"""Packages whose name differs from that of their module."""
 ONE_RATE = ("prodigyopt.", "dadaptation.")
 """Modules of optimizers that estimate one learning rate. They fail at the first step if groups have different rates."""
 

@@ -127,6 +127,6 @@ def _block_groups(rates: Sequence[float], parameters: Mapping[str, Parameter]) -
         blocks[place][name] = parameter
     if len(rates) != len(blocks):
         problem = f"needs one learning rate for each of this U-Net's {len(blocks)} blocks, got {len(rates)}"
-        raise UserError(Problem(problem, key="block_lr"))
+        raise UserError(Problem(f"{problem}: give {len(blocks)} numbers, 0 for a frozen block", key="block_lr"))
     pairs = zip(sorted(blocks), rates, strict=True)
     return [Group(f"block{index}", blocks[place], rate) for index, (place, rate) in enumerate(pairs)]

@@ -3,9 +3,13 @@
 `PlainUpdate` leaves all of it to torch and accelerate. Its weights are float32, or bf16 and rounded after each step as
 in the reference.
 
-`ExactUpdate` works tensor by tensor. With full_bf16 the optimizer steps on float32 buffers that are filled from weights
-and low bits (low_bits.py). So the weights take the same steps as in float32 training. Gradients are summed in float32.
-With fused_backward_pass the update steps on each tensor as soon as its gradient is complete, and frees the gradient.
+`ExactUpdate` works tensor by tensor. With full_bf16 or full_fp16 the optimizer steps on float32 buffers that are filled
+from weights and low bits (low_bits.py). So the weights take the same steps as in float32 training. Gradients are summed
+in float32. With fused_backward_pass the update steps on each tensor as soon as its gradient is complete, and frees the
+gradient.
+
+With mixed_precision fp16 the gradients are those of the scaled loss (loss_scale.py). Both updates divide them by the
+scale in float32 before they clip, and skip the optimizer's step if a gradient is not finite.
 """
 
 from collections import defaultdict, deque
@@ -21,11 +25,11 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_
 
 from sdxl_finetune.config import Config, OptimizerOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import MasterWeights, elements_of
+from sdxl_finetune.optim.loss_scale import LossScale, build_loss_scale, gradient_factor
 from sdxl_finetune.optim.optimizer import (
     averaged_weights,
     build_optimizer,
@@ -53,6 +57,8 @@ class Update(Protocol):
     optimizer: torch.optim.Optimizer
     optimizer_groups: Sequence[Group]
     """Tensors on which the optimizer steps, in its order; its states are saved under their names."""
+    loss_scale: LossScale | None
+    """Factor on the loss of which gradients are computed; None without float16."""
 
     def accumulate(self, *, last: bool, only: bool) -> AbstractContextManager[None]:
         """Returns a context for the forward and backward pass of a micro-batch.
@@ -61,7 +67,10 @@ class Update(Protocol):
         """
 
     def step(self) -> Norms:
-        """Clips the gradients to max_grad_norm and makes the optimizer's step."""
+        """Clips the gradients to max_grad_norm and makes the optimizer's step.
+
+        The norms are those of the loss that is not scaled. They are infinite or NaN for a step that was skipped.
+        """
 
     def weights_for_use(self) -> AbstractContextManager[None]:
         """Returns a context in which the model holds the weights to save and to draw previews with.
@@ -74,10 +83,11 @@ class PlainUpdate:
     """Steps on the model's own parameters, with model and optimizer as accelerate prepared them."""
 
     def __init__(
-        self, parameters: TrainedParameters, model: nn.Module, optimizer: Any, accelerator: Accelerator, max_norm: float
+        self, config: Config, parameters: TrainedParameters, model: nn.Module, optimizer: Any, accelerator: Accelerator
     ) -> None:
-        """`max_norm` is max_grad_norm: the norm to which gradients are clipped, or 0."""
-        self._accelerator, self._model, self._prepared, self._max_norm = accelerator, model, optimizer, max_norm
+        self._accelerator, self._model, self._prepared = accelerator, model, optimizer
+        self._max_norm = config.max_grad_norm
+        self.loss_scale = build_loss_scale(config, accelerator.device)
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
         self.optimizer_groups = parameters.groups
         self._trained = [parameter for _, parameter in parameters.named()]
@@ -88,11 +98,13 @@ class PlainUpdate:
     @torch.no_grad()
     def step(self) -> Norms:
         """Clips all gradients together."""
-        self._accelerator.unscale_gradients(self._prepared)
-        norms = _group_norms(self.optimizer_groups, lambda parameter: parameter.grad)
-        if self._max_norm:
-            clip_grads_with_norm_(self._trained, self._max_norm, total_norm(norms))
-        self._prepared.step()
+        norms = _group_norms(self.optimizer_groups, lambda parameter: parameter.grad, self.loss_scale)
+        factor = gradient_factor(total_norm(norms), self._max_norm, self.loss_scale)
+        if self.loss_scale is None or self.loss_scale.accepts(total_norm(norms)):
+            if factor is not None:
+                gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+                torch._foreach_mul_(gradients, factor)
+            self._prepared.step()
         self._prepared.zero_grad(set_to_none=True)
         return norms
 
@@ -129,6 +141,7 @@ class ExactUpdate:
         """Builds the optimizer within `real_tensors()`, which the memory estimate needs: its model has fake tensors."""
         self._groups, self._masters, self._ranks = parameters.groups, parameters.masters, accelerator.num_processes
         self._fused, self._max_norm = config.is_fused, config.max_grad_norm
+        self.loss_scale = build_loss_scale(config, accelerator.device)
         with real_tensors():
             self.step_unit = step_unit(config, accelerator.device)
         assert not (self._fused and self.step_unit == StepUnit.ALL), "see check_update"
@@ -172,10 +185,11 @@ class ExactUpdate:
         if self._fused:
             squares, self._squared_norms = self._squared_norms, {}
             return {self._groups[number].name: squares[number].sqrt() for number in sorted(squares)}
-        norms = _group_norms(self._groups, self._gradient)
-        factor = _clip_factor(total_norm(norms), self._max_norm)
-        for call in self._calls:
-            self._step_on(call, factor)
+        norms = _group_norms(self._groups, self._gradient, self.loss_scale)
+        factor = gradient_factor(total_norm(norms), self._max_norm, self.loss_scale)
+        if self.loss_scale is None or self.loss_scale.accepts(total_norm(norms)):
+            for call in self._calls:
+                self._step_on(call, factor)
         for parameter in self._slices:
             parameter.grad = None
         self.sums.clear()
@@ -231,7 +245,7 @@ class ExactUpdate:
         norm = _norm([gradient])
         number = self._slices[parameter][0].group
         self._squared_norms[number] = self._squared_norms.get(number, 0) + norm.square()
-        factor = _clip_factor(norm, self._max_norm)
+        factor = gradient_factor(norm, self._max_norm)
         for part in self._slices[parameter]:
             self._step_on([part], factor)
         parameter.grad = None
@@ -247,8 +261,9 @@ class ExactUpdate:
         for part, gradient in stepped:
             if self._masters.has_low_bits(part.parameter):
                 part.buffer.data = self._masters.read(part.parameter, part.elements)
-            sliced = elements_of(gradient, part.elements).to(part.buffer.dtype)
-            part.buffer.grad = sliced if factor is None else sliced * factor
+            sliced = elements_of(gradient, part.elements)
+            sliced = sliced if factor is None else sliced.float() * factor
+            part.buffer.grad = sliced.to(part.buffer.dtype)
             buffers[part.group].append(part.buffer)
         with restricted_to(self.optimizer, buffers):
             self.optimizer.step()
@@ -269,14 +284,14 @@ def build_update(
     real_tensors: Context = nullcontext,
 ) -> tuple[nn.Module, Update]:
     """Returns the model as accelerate prepares it, and its update. `real_tensors` is as in ExactUpdate."""
-    if config.keeps_masters or config.is_fused:
+    if config.keeps_masters or config.is_fused or config.full_fp16:
         update = ExactUpdate(config, parameters, accelerator, real_tensors)
         # Prepared for evaluation, so without DDP, whose buckets sum gradients in the precision of the weights.
         return accelerator.prepare_model(model, evaluation_mode=True), update
     with real_tensors():
         optimizer = build_optimizer(config, parameters.groups)
     model, prepared = accelerator.prepare(model, optimizer)
-    return model, PlainUpdate(parameters, model, prepared, accelerator, config.max_grad_norm)
+    return model, PlainUpdate(config, parameters, model, prepared, accelerator)
 
 
 def check_update(config: Config, device: torch.device) -> None:
@@ -298,20 +313,18 @@ def total_norm(norms: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(list(norms.values())))
 
 
-def _group_norms(groups: Sequence[Group], gradient_of: Callable[[Parameter], Tensor | None]) -> Norms:
-    """Returns the norm of each group's gradients; parameters without a gradient do not count."""
+def _group_norms(
+    groups: Sequence[Group], gradient_of: Callable[[Parameter], Tensor | None], scale: LossScale | None
+) -> Norms:
+    """Returns the norm of each group's gradients, divided by the scale. Parameters without a gradient do not count."""
     gradients = {group.name: [gradient_of(parameter) for parameter in group.parameters.values()] for group in groups}
-    return {name: _norm([each for each in given if each is not None]) for name, given in gradients.items()}
+    norms = {name: _norm([each for each in given if each is not None]) for name, given in gradients.items()}
+    return norms if scale is None else {name: norm / scale.value for name, norm in norms.items()}
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     """Returns the norm of all elements, in float32: a bf16 norm has three digits."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
-
-
-def _clip_factor(norm: Tensor, max_norm: float) -> Tensor | None:
-    """Returns the factor on gradients that clips `norm` as torch's clip_grad_norm_ does; None if `max_norm` is 0."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
 
 
 def _slices(number: int, group: Group, masters: MasterWeights, size: int | None) -> list[Slice]:

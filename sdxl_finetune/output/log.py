@@ -37,6 +37,9 @@ from sdxl_finetune.output.trackers import build_trackers
 
 logger = logging.getLogger(__name__)
 
+SMALLEST_LOSS_SCALE = 2.0**-10
+"""Gradients that overflow in float16 at this loss scale would be above 6e7, which is no training."""
+
 
 class NonFiniteLoss(ArithmeticError):
     """The loss of `step`, or the norm of its gradients, is infinite or NaN, and so are the weights from then on."""
@@ -122,8 +125,6 @@ class Log:
         self._rank = rank
         self._delayed: DelayedScalars[_Record] = DelayedScalars()
         self._stops: DelayedScalars[None] = DelayedScalars(delay=1)
-        # A gradient scaler makes gradients overflow now and then, and skips those steps.
-        self._has_scaler = config.mixed_precision == "fp16"
         self._several_ranks = ranks > 1
         self._losses: deque[float] = deque()
         self._loss_sum = 0.0
@@ -169,6 +170,7 @@ class Log:
         *,
         steps: int,
         steps_per_epoch: int,
+        first_step: int = 0,
         first_epoch_at: int = 0,
         epochs: int = 1,
         next_save: Callable[[int], int] | None = None,
@@ -176,6 +178,7 @@ class Log:
         """Starts the progress bar and the clock of the first step.
 
         The run has `steps` optimizer steps in `epochs` epochs, which are counted from the step `first_epoch_at`.
+        `first_step` is the number of steps made before the first one.
         `next_save` returns the step of the next save after a given step.
         """
         self._steps, self._steps_per_epoch, self._first_epoch_at = steps, steps_per_epoch, first_epoch_at
@@ -186,7 +189,7 @@ class Log:
             # A terminal is redrawn in place; a file grows by a line at each refresh.
             interval = 0.2 if sys.stderr.isatty() else 30.0
             self._progress = tqdm(
-                total=steps, initial=self._done, desc="steps", smoothing=0.05, mininterval=interval, maxinterval=60
+                total=steps, initial=first_step, desc="steps", smoothing=0.05, mininterval=interval, maxinterval=60
             )
         self._since = time.perf_counter()
 
@@ -285,8 +288,18 @@ class Log:
                 self._write_step(record, scalars, mean_loss)
             if not math.isfinite(scalars["loss"]):
                 raise NonFiniteLoss(record.step.number, scalars["loss"])
-            if not (self._has_scaler or math.isfinite(scalars["grad_norm"])):
-                raise NonFiniteLoss(record.step.number, scalars["grad_norm"], "gradient norm")
+            if not math.isfinite(scalars["grad_norm"]):
+                self._overflowed(record.step.number, scalars)
+
+    def _overflowed(self, number: int, scalars: Mapping[str, float]) -> None:
+        """Notes a step that was skipped because gradients of the scaled loss overflowed, which happens now and then.
+
+        Raises NonFiniteLoss if there is no scale, or if the gradients are not finite at any scale.
+        """
+        scale = scalars.get("loss_scale", 0.0)
+        if scale < SMALLEST_LOSS_SCALE:
+            raise NonFiniteLoss(number, scalars["grad_norm"], "gradient norm")
+        logger.info("step %d was skipped, because its gradients overflowed; the loss scale is now %g", number, scale)
 
     def _mean_loss(self, loss: float) -> float:
         """Mean loss of the last steps, as many as an epoch has: the reference's avr_loss and loss/epoch."""

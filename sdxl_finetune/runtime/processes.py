@@ -2,7 +2,8 @@
 
 The config overrules `accelerate config`. A different precision or gradient accumulation there is named in a warning.
 Accelerate prepares only the model and the optimizer. Batches, gradient accumulation and the learning rate are functions
-of the step and are not wrapped.
+of the step and are not wrapped. `Autocast` sets the precision of the computation, because accelerate has no float16 on
+a CPU and its gradient scaler refuses weights in float16 (see optim/loss_scale.py).
 """
 
 import atexit
@@ -11,6 +12,9 @@ import gc
 import logging
 import os
 import secrets
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +25,7 @@ from accelerate.utils import (
     KwargsHandler,
     broadcast_object_list,
 )
+from torch import Tensor, nn
 
 from sdxl_finetune.config import Config, HardwareOptions, LengthOptions
 from sdxl_finetune.errors import Problem, UserError
@@ -39,7 +44,7 @@ def build_accelerator(config: Config) -> Accelerator:
     if config.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=config.ddp_timeout)))
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision="no",  # see Autocast
         # A plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule a plain number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=handlers,
@@ -105,4 +110,26 @@ def shared_seed(options: LengthOptions) -> int:
 
 def weight_dtype(options: HardwareOptions) -> torch.dtype:
     """The precision of the model's weights in memory."""
+    if options.full_fp16:
+        return torch.float16
     return torch.bfloat16 if options.full_bf16 else torch.float32
+
+
+def autocast(options: HardwareOptions, device: torch.device) -> AbstractContextManager[Any]:
+    """Returns a context that computes in the precision of `mixed_precision`."""
+    if options.mixed_precision == "no":
+        return nullcontext()
+    return torch.autocast(device.type, {"fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision])
+
+
+class Autocast(nn.Module):
+    """A module whose forward pass runs within `context()`."""
+
+    def __init__(self, module: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self.module, self._context = module, context
+
+    def forward(self, *inputs: Any) -> Tensor:
+        with self._context():
+            result: Tensor = self.module(*inputs)
+        return result

@@ -3,11 +3,14 @@
 The training loop and sdxl-check ask the same `Every`, so that the check prints what the run will do.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sdxl_finetune.config import PreviewOptions, SavingOptions, ValidationOptions
+from sdxl_finetune.config import PreviewOptions, ResumeOptions, SavingOptions, ValidationOptions
 from sdxl_finetune.data.batch_plan import Plan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +21,8 @@ class Moment:
     """Optimizer steps made, counted from the start of training."""
     epoch: int | None
     """Number, from 1, of the epoch that ended with this step; None within an epoch and before the first step."""
+    is_first: bool = False
+    """True before the first step of the run."""
     is_last: bool = False
     """True after the last step of the run."""
 
@@ -29,6 +34,8 @@ class Timeline:
     plan: Plan
     steps: int
     """Optimizer steps of the whole run, from the start of training."""
+    first: int = 0
+    """Optimizer steps made before this run, by count: those of the resumed run, or see `first_step`."""
 
     @property
     def epochs(self) -> int:
@@ -39,11 +46,27 @@ class Timeline:
     def after(self, step: int) -> Moment:
         """The moment at which `step` optimizer steps are made. The end of the run also ends its last epoch."""
         epochs, steps_into_epoch = self.plan.place(step)
-        is_last = step == self.steps
+        is_first, is_last = step == self.first, step == self.steps
         epoch = None
         if step and (is_last or steps_into_epoch == 0):
             epoch = epochs + (steps_into_epoch > 0)
-        return Moment(step=step, epoch=epoch, is_last=is_last)
+        return Moment(step=step, epoch=epoch, is_first=is_first, is_last=is_last)
+
+
+def first_step(options: ResumeOptions, plan: Plan, steps: int) -> int:
+    """The number of optimizer steps from which a new run of `steps` steps counts: 0, or what the options ask for.
+
+    File names, learning rate, batches and noise are those of a run that has made so many steps. As in the reference's
+    train_network.py, `initial_step` wins over `initial_epoch`.
+    """
+    step = options.initial_step
+    if step is None:
+        step = plan.steps_until((options.initial_epoch or 1) - 1)
+    if step < steps:
+        return step
+    message = "initial step %d has no effect: the run has only %d steps, counted from 0. Raise its number of steps"
+    logger.warning(message, step, steps)
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +80,7 @@ class Every:
 
     def is_due(self, moment: Moment) -> bool:
         """True if it happens at this moment."""
-        if moment.step == 0:
+        if moment.is_first:
             return self.at_start
         return self.is_due_by_step(moment) or self.is_due_by_epoch(moment) or (self.at_end and moment.is_last)
 
@@ -81,7 +104,7 @@ class Every:
 
     def moments(self, timeline: Timeline) -> Iterator[Moment]:
         """All moments of the run at which it is due, in order."""
-        step = 0
+        step = timeline.first
         while True:
             moment = timeline.after(step)
             if self.is_due(moment):

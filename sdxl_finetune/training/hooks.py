@@ -42,7 +42,7 @@ def begin(run: Run) -> None:
         for path in remove_leftovers(run.output_dir, lambda name: is_saved_name(run.config, name)):
             logger.info("removed %s, which an earlier run left half-written", path)
     if run.start is None:
-        moment = run.timeline.after(0)
+        moment = run.timeline.after(run.timeline.first)
         preview_if_due(run, moment)
         validate_if_due(run, moment)
     elif run.start.path.resolve().parent == run.output_dir.resolve():
@@ -74,7 +74,7 @@ def preview_if_due(run: Run, moment: Moment) -> None:
         tokenizer=run.tokenizer,
         noise_schedule=learner.noise_schedule,
         v_parameterization=run.config.v_parameterization,
-        autocast=accelerator.autocast,
+        autocast=learner.autocast,
     )
     files = PreviewFiles(
         folder=run.output_dir / "sample",
@@ -232,12 +232,12 @@ def _save_checkpoint(run: Run, save: Save, state: TrainingState) -> None:
 
 
 def _save_state(run: Run, save: Save, state: TrainingState) -> None:
-    learner, scaler = run.learner, run.accelerator.scaler
+    learner, scale = run.learner, run.learner.update.loss_scale
     optimizer = collect_optimizer_state(
         learner.update.optimizer,
         learner.update.optimizer_groups,
         ema=learner.ema.averages if learner.ema else None,
-        scaler=None if scaler is None else scaler.state_dict(),
+        scaler=None if scale is None else scale.state_dict(),
     )
     path = run.output_dir / save.name
     save_state(path, state, single_file_tensors(learner.sdxl, learner.vae, None, exact=True), optimizer)

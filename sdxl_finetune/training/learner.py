@@ -3,8 +3,10 @@
 A run builds one learner and feeds it batches. The memory estimate builds one on tensors without memory.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
@@ -17,6 +19,7 @@ from sdxl_finetune.optim.ema import Ema, build_ema
 from sdxl_finetune.optim.lr import Rate
 from sdxl_finetune.optim.parameters import TrainedParameters, trained_parameters
 from sdxl_finetune.optim.update import Context, Update, build_update
+from sdxl_finetune.runtime.processes import Autocast, autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Learner:
     accelerator: Accelerator
     sdxl: SDXL
     model: nn.Module
-    """`sdxl` as accelerate prepared it: its forward runs in the precision of `mixed_precision`."""
+    """`sdxl` in the precision of `mixed_precision`, as accelerate prepared it."""
     vae: AutoencoderKL
     """Encodes batches of images that have no cached latents."""
     noise_schedule: Schedule
@@ -36,6 +39,10 @@ class Learner:
     """The optimizer, and how its steps reach the parameters."""
     ema: Ema | None
     lr: Rate
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Returns a context that computes in the precision of `mixed_precision`."""
+        return autocast(self.config, self.accelerator.device)
 
 
 def build_learner(
@@ -51,7 +58,8 @@ def build_learner(
     The memory estimate passes fake tensors. `real_tensors()` leaves that mode while the optimizer is built.
     """
     parameters = trained_parameters(config, sdxl.parameters_by_part(), sdxl.masters)
-    model, update = build_update(config, parameters, sdxl, accelerator, real_tensors)
+    in_precision = Autocast(sdxl, partial(autocast, config, accelerator.device))
+    model, update = build_update(config, parameters, in_precision, accelerator, real_tensors)
     noise_schedule = build_schedule(zero_terminal_snr=config.zero_terminal_snr).to(accelerator.device)
     return Learner(
         config=config,

@@ -2,8 +2,8 @@
 
 Whatever happens only now and then (previews, validation, saves) is decided from the number of steps alone. Nothing in
 `training_steps` waits for the device: losses and norms stay there, and the log reads them a few steps later. There are
-two exceptions. `ema_on_cpu` copies the weights to the host after each step, and the gradient scaler of fp16 looks for
-overflow before each step.
+two exceptions. `ema_on_cpu` copies the weights to the host after each step, and fp16 looks for gradients that overflow
+before each step.
 """
 
 import logging
@@ -19,6 +19,7 @@ from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.errors import say_errors
 from sdxl_finetune.model.compilation import compiler_failures
 from sdxl_finetune.model.vae import batch_latents
+from sdxl_finetune.optim.lr import used_rates
 from sdxl_finetune.optim.meter import Meter
 from sdxl_finetune.optim.optimizer import set_lr
 from sdxl_finetune.optim.update import total_norm
@@ -89,13 +90,13 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
                 latents = batch_latents(batch, learner.vae)
                 losses = image_losses(learner.model, batch, latents, learner.noise_schedule, config)
                 micro_loss = (losses * batch.weights).sum()
-                accelerator.backward(micro_loss)
+                accelerator.backward(update.loss_scale.scaled(micro_loss) if update.loss_scale else micro_loss)
             meter.add_losses(losses.detach(), batch.timesteps, batch.weights)
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
             if not position.is_last_micro_batch:
                 continue
             norms = update.step()
-            meter.end_step(norms)
+            meter.end_step(norms, update.loss_scale)
             if learner.ema:
                 learner.ema.update(position.step, images)
         stop_requested = torch.full_like(loss, stop.number or 0)
@@ -107,7 +108,7 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
             grad_norm=total_norm(norms),
             measured=meter.take(torch.stack(sums)),
             stop_requested=stop_requested,
-            lr=rates,
+            lr=used_rates(update.optimizer, rates),
             images=images,
             data_wait_seconds=data_wait,
         )

@@ -5,7 +5,7 @@ The file holds a dictionary:
 - `state`: tensors and numbers that the optimizer keeps, by the full name of each parameter (unet.xxx).
 - `groups`: the values of each parameter group (betas, weight decay, ...), by the group's name.
 - `average`: the EMA of the trained weights in float32, by full name.
-- `scaler`: the gradient scaler of fp16.
+- `scaler`: the loss scale of fp16.
 - `random`, `random_cuda`: torch's random states, from which some optimizers draw.
 """
 
@@ -48,7 +48,7 @@ def restore_optimizer_state(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Gives the optimizer the state in `file` bit for bit, and torch its random state.
 
-    Values of parameter groups that are named in `changed` keep what the config says now. Returns the gradient scaler's
+    Values of parameter groups that are named in `changed` keep what the config says now. Returns the loss scale's
     state, and the names of trained parameters that the file does not know.
 
     torch's `load_state_dict` is not used, because it converts states to the precision of the parameters. Some

@@ -126,8 +126,9 @@ def check_options(start: Start, config: Config) -> None:
     if start.state.optimizer != config.optimizer_name:
         message = f"the training state {start.path} holds the state of {start.state.optimizer}; {advice}"
         problems.append(Problem(message, key="optimizer_type", value=config.optimizer_name))
-    for option in ("full_bf16", "exact_masters") if config.full_bf16 else ("full_bf16",):
-        if before.get(option) != now[option]:
+    precision = ["full_bf16", "full_fp16", *(["exact_masters"] if config.full_bf16 or config.full_fp16 else [])]
+    for option in precision:
+        if before.get(option, False) != now[option]:
             message = f"the training state {start.path} was trained with {option} = {before.get(option)}; {advice}"
             problems.append(Problem(message, key=option, value=now[option]))
     if problems:

@@ -44,7 +44,7 @@ from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, weig
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
-from sdxl_finetune.training.every import Timeline, saves_every
+from sdxl_finetune.training.every import Timeline, first_step, saves_every
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
 from sdxl_finetune.training.resume import Start
@@ -88,10 +88,9 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, in order, from the first step that is still to be made to the last."""
-        first_step = self.start.state.step if self.start else 0
         return load_batches(
             self.dataset,
-            self.timeline.plan.micro_batches(first_step, self.timeline.steps),
+            self.timeline.plan.micro_batches(self.timeline.first, self.timeline.steps),
             workers=self.config.max_data_loader_n_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             on_bad_image=self.config.on_bad_image,
@@ -140,7 +139,8 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     order = resume.data_order(index, plan)
     if start:
         plan = replace(plan, origin=resume.resumed_origin(start, order, config))
-    timeline = Timeline(plan, total_steps(config, plan))
+    steps = total_steps(config, plan)
+    timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
     _prepare_model(config, loaded.model, accelerator)
     learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, timeline.steps))
     if start and start.is_state:
@@ -223,6 +223,10 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
         vae = None if start.is_state else vae or path
         path = start.weights
     loaded = load_checkpoint(path, dtype=weight_dtype(config), vae_path=vae, exact=config.keeps_masters)
+    for remark in loaded.declared.contradictions(
+        path, v_parameterization=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
+    ):
+        logger.warning("%s", remark)
     if start and start.state.checkpoint_format:
         return replace(loaded, format=start.state.checkpoint_format)
     return loaded
@@ -250,16 +254,16 @@ def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator
 
 
 def _restore(start: Start, learner: Learner) -> None:
-    """Gives the learner the optimizer state, gradient scaler and EMA of a training state."""
-    update, scaler = learner.update, learner.accelerator.scaler
+    """Gives the learner the optimizer state, loss scale and EMA of a training state."""
+    update = learner.update
     changed = resume.changed_optimizer_args(start, learner.config)
-    saved_scaler, unknown = restore_optimizer_state(
+    saved_scale, unknown = restore_optimizer_state(
         start.optimizer, update.optimizer, update.optimizer_groups, changed=changed
     )
     if unknown:
         logger.info("%d parameters start without optimizer state, for example %s", len(unknown), unknown[0])
-    if saved_scaler is not None and scaler is not None:
-        scaler.load_state_dict(saved_scaler)
+    if saved_scale is not None and update.loss_scale is not None:
+        update.loss_scale.load_state_dict(saved_scale)
     if learner.ema and (unknown := learner.ema.load(load_ema(start.optimizer))):
         logger.info("the EMA of %d parameters starts with their values, for example %s", len(unknown), unknown[0])
 
@@ -273,6 +277,7 @@ def _log_beginning(config: Config, log: Log, index: Index, timeline: Timeline, l
     for group in learner.parameters.groups:
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
     log.begin(
+        first_step=timeline.first,
         steps=steps,
         steps_per_epoch=plan.steps_per_epoch,
         first_epoch_at=plan.origin[0],

@@ -99,7 +99,7 @@ class Validation:
                 number = self.dataset.index[int(self.batches[batch.position.micro_batch][0])].bucket.dataset
                 batch = batch.to(device)
                 latents = batch_latents(batch, learner.vae, drawn=False)
-                with learner.accelerator.autocast():
+                with learner.autocast():
                     losses = image_losses(learner.sdxl, batch, latents, learner.noise_schedule, self.config)
                 readable = (batch.weights > 0).float()
                 part = torch.stack([(losses * readable).sum(), readable.sum()])

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sdxl_finetune.commands.check import check
 from sdxl_finetune.config import load_config
@@ -72,7 +74,10 @@ def test_skipped_images_are_named(work, caplog, capsys) -> None:
     assert "1 skipped" in capsys.readouterr().out and "broken.png" in caplog.text
 
 
-def test_frozen_parts(work, capsys) -> None:
-    assert check(config("sdxl-check", "--learning_rate_te1", "0")) == 0
+def test_frozen_parts_and_another_objective_are_shown(work, capsys) -> None:
+    save_file(load_file("base.safetensors") | {"v_pred": torch.tensor([])}, "marked.safetensors")
+    base = ["--pretrained_model_name_or_path", "marked.safetensors"]
+    assert check(config("sdxl-check", "--learning_rate_te1", "0", *base)) == 0
     said = capsys.readouterr().out
     assert re.search(r"frozen +text_encoder1 3.3 million, VAE", said)
+    assert re.search(r"remarks +v_parameterization = False: marked.safetensors says that it predicts velocity", said)

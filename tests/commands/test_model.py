@@ -122,3 +122,20 @@ def test_help_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_convert_keeps_the_precision_of_sdxl_s_own_weights(tiny_path: Path, tmp_path: Path) -> None:
+    """Empty and foreign tensors in float32, a float32 VAE and logit_scale do not make the file larger."""
+    tensors = load_file(tiny_path) | {"v_pred": torch.tensor([]), "foreign.weight": torch.ones(3)}
+    for key in tensors:
+        if key.startswith("first_stage_model.") or key.endswith("logit_scale"):
+            tensors[key] = tensors[key].float()
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    main(["convert", str(tmp_path / "mixed.safetensors"), str(tmp_path / "same.safetensors")])
+    converted = load_file(tmp_path / "same.safetensors")
+    assert {tensor.dtype for tensor in converted.values()} == {torch.float16}
+    assert converted.keys() == load_file(tiny_path).keys()
+    tensors["model.diffusion_model.out.2.bias"] = tensors["model.diffusion_model.out.2.bias"].float()
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    main(["convert", str(tmp_path / "mixed.safetensors"), str(tmp_path / "float.safetensors")])
+    assert {tensor.dtype for tensor in load_file(tmp_path / "float.safetensors").values()} == {torch.float32}

@@ -132,11 +132,11 @@ def test_all_mistakes_are_reported_at_once(folder):
         "[more]\nfull_bf16 = true\noutput_name = [3]\nvae = 'none.safetensors'\nnetwork_module = 'networks.lora'\n"
     )
     here = Path.cwd()
-    assert problems("--config", "c.toml", "--clip_skpi", "2", "--keep_tokens", "two", "--full_fp16") == [
+    assert problems("--config", "c.toml", "--clip_skpi", "2", "--keep_tokens", "two", "--v2") == [
         "c.toml:3: learnign_rate = 0.0001: unknown option; did you mean learning_rate?",
         "c.toml:10: network_module = 'networks.lora': this is a LoRA config, but this program trains the whole model:"
         " use a config without it",
-        "command line: full_fp16 = True: not supported yet: use mixed_precision fp16, or full_bf16",
+        "command line: v2 = True: this program trains SDXL only: start from an SDXL checkpoint",
         "command line: clip_skpi = 2: unknown option; --help lists all options",
         "c.toml:4: seed = 'x': must be a whole number of at least 0, without quotes",
         "c.toml:5: xformers = 'yes': must be true or false, without quotes",

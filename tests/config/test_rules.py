@@ -15,7 +15,6 @@ from sdxl_finetune.errors import UserError
 NOT_YET = (
     "cache_text_encoder_outputs",
     "cache_text_encoder_outputs_to_disk",
-    "full_fp16",
     "masked_loss",
 )
 ACCEPTED = (["--deepspeed"],)
@@ -39,13 +38,18 @@ def test_options_refused_by_the_reference_are_refused(golden, tmp_path, monkeypa
             continue
         arguments = [*base, *run["cli"]]
         yet = any(word.removeprefix("--") in NOT_YET for word in run["cli"])
-        if run["cli"] in ACCEPTED or (run["reached_model_loading"] and run["cli"] not in OURS and not yet):
+        knows_model = run["cli"][:1] == ["--block_lr"]  # compared with the model's blocks later, see test_parameters.py
+        accepted = knows_model or run["cli"] in ACCEPTED
+        if accepted or (run["reached_model_loading"] and run["cli"] not in OURS and not yet):
             assert load_config(arguments, program="sdxl-train") is not None, run["cli"]
         else:
             with pytest.raises(UserError) as caught:
                 load_config(arguments, program="sdxl-train")
             options = {word.removeprefix("--") for word in run["cli"]} | {"min_bucket_reso"}
             assert {problem.key for problem in caught.value.problems} <= options
+
+
+OWN_RATES = {"optimizer_args": ["relative_step=False"]}
 
 
 def refused(**values) -> list[str]:
@@ -83,6 +87,14 @@ def test_needed_options_are_named():
         ({"lr_scheduler": "linear", "lr_scheduler_args": ["last_epoch=1"]}, "lr_scheduler_args"),
         ({"lr_warmup_steps": 10, "optimizer_type": "AdamWScheduleFree"}, None),
         ({"lr_scheduler": "adafactor:3e-05", "optimizer_type": "AdaFactor"}, None),
+        ({"lr_scheduler": "adafactor", "optimizer_type": "AdaFactor", "lr_warmup_steps": 0.1}, None),
+        ({"lr_scheduler": "adafactor", "optimizer_type": "AdaFactor", **OWN_RATES}, "lr_scheduler"),
+        ({"lr_scheduler": "adafactor:1e-5", "optimizer_type": "AdaFactor", **OWN_RATES}, None),
+        ({"lr_scheduler": "adafactor"}, "lr_scheduler"),
+        ({"full_fp16": True}, "full_fp16"),
+        ({"full_fp16": True, "mixed_precision": "fp16"}, None),
+        ({"full_fp16": True, "full_bf16": True, "mixed_precision": "fp16"}, "full_fp16"),
+        ({"full_fp16": True, "mixed_precision": "fp16", "fused_backward_pass": True}, "fused_backward_pass"),
         ({"output_name": "a/b"}, "output_name"),
         ({"output_name": "a\\b"}, "output_name"),
         ({"cache_latents_to_disk": True, "random_crop": True}, "random_crop"),
@@ -152,6 +164,15 @@ def test_missing_files_and_unusable_folders_are_refused(tmp_path):
         ({"save_last_n_steps": 100, "save_every_n_steps": 10}, None),
         ({"wandb_run_name": "x", "log_with": "tensorboard"}, "wandb_run_name"),
         ({"ema_previews": False}, "ema_previews"),
+        ({"optimizer_type": "Adafactor"}, "learning_rate"),
+        ({"optimizer_type": "Adafactor", **OWN_RATES}, None),
+        ({"optimizer_type": "torch.optim.Adafactor"}, None),
+        ({"optimizer_type": "Prodigy"}, "learning_rate"),
+        ({"optimizer_type": "dadaptation.DAdaptAdam", "learning_rate": 1e-4}, "learning_rate"),
+        ({"optimizer_type": "Prodigy", "learning_rate": 1.0}, None),
+        ({"full_fp16": True, "exact_masters": False}, "exact_masters"),
+        ({"initial_step": 5, "resume": "auto"}, "initial_step"),
+        ({"initial_step": 5}, None),
         ({}, None),
     ],
 )
@@ -174,7 +195,7 @@ min_snr_gamma v_pred_like_loss debiased_estimation_loss
 zero_terminal_snr scale_v_pred_loss_like_noise_pred adaptive_noise_scale
 mixed_precision full_bf16 fused_backward_pass fused_optimizer_groups gradient_checkpointing xformers
 diffusers_xformers sdpa torch_compile ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph
-output_dir output_name save_model_as save_precision save_every_n_epochs save_every_n_steps save_n_epoch_ratio
+initial_step output_dir output_name save_model_as save_precision save_every_n_epochs save_every_n_steps save_n_epoch_ratio
 save_state save_state_on_train_end resume sample_prompts logging_dir log_with console_log_level
 console_log_file console_log_simple
 """

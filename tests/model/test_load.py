@@ -293,3 +293,29 @@ def test_folders_with_shards_and_fp16_variants_are_loaded(tmp_path: Path, tiny_p
     again = load_checkpoint(folder, dtype=None)
     expected = loaded.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "ckpt", "diffusers"])
+def test_names_that_torch_compile_left_in_a_file_load(tmp_path: Path, tiny_path: Path, layout: str) -> None:
+    """A compiled module, as a whole or within another one, has `_orig_mod.` in the names of its tensors."""
+
+    def compiled(key: str) -> str:
+        words = key.split(".")
+        return ".".join([*words[:2], "_orig_mod", *words[2:-1], "_orig_mod", words[-1]])
+
+    expected = load_checkpoint(tiny_path, dtype=None)
+    path = tmp_path / "model"
+    if layout == "diffusers":
+        save_checkpoint(path, expected.model, expected.vae, save_as="diffusers_safetensors", dtype=None, metadata={})
+        for file in path.rglob("*.safetensors"):
+            save_file({f"_orig_mod.{key}": value for key, value in load_file(file).items()}, file)
+    elif layout == "ckpt":
+        torch.save({"state_dict": {compiled(key): value for key, value in load_file(tiny_path).items()}}, path)
+    else:
+        save_file({compiled(key): value for key, value in load_file(tiny_path).items()}, path)
+    loaded = load_checkpoint(path, dtype=None)
+    for ours, theirs in ((loaded.model, expected.model), (loaded.vae, expected.vae)):
+        tensors = theirs.state_dict()
+        assert all(torch.equal(value, tensors[name]) for name, value in ours.state_dict().items())
+    dropped = {"te2.logit_scale"} if layout == "diffusers" else set()
+    assert loaded.model.unused.keys() == expected.model.unused.keys() - dropped

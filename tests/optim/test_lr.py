@@ -15,7 +15,9 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.config.fields import LR_SCHEDULES, expected
 from sdxl_finetune.config.rules import schedule_problems
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.optim.lr import build_lr, steps_of
+from sdxl_finetune.optim.lr import build_lr, steps_of, used_rates
+from sdxl_finetune.optim.optimizer import build_optimizer
+from sdxl_finetune.optim.parameters import Group
 
 CASES = 92
 BASE = 3e-5
@@ -30,7 +32,7 @@ REMEDIES = {
     "cosine": "has no warm-up",
     "reduce_lr_on_plateau": SCHEMA,
     "nonsense": SCHEMA,
-    "adafactor": SCHEMA,
+    "adafactor": 'optimizer_type = "Adafactor"',
     "adafactor:3e-05": 'optimizer_type = "Adafactor"',
     "cosine_warmup_with_min_lr": SCHEMA,
 }
@@ -91,9 +93,11 @@ def test_golden_learning_rates_are_the_reference_s(golden, number: int) -> None:
         assert lr(20, BASE) == BASE
         lr = build_lr(options, total)
     if number == ADAFACTOR:
-        # Adafactor then sizes its own steps, and the reference's scheduler reads them back.
-        first, second = first[:1], [BASE]
-        second_base = BASE
+        # The reference shows the rate of the step before, times the size of one tensor. Its tensor holds ones, and
+        # loses 1 % in each step.
+        for step, shown in enumerate(first[1:]):
+            assert lr(step, first_base) * 0.99**step == pytest.approx(shown, rel=1e-5), step
+        return
     for step, (one, other) in enumerate(zip(first, second, strict=True)):
         assert lr(step, first_base) == pytest.approx(one, rel=1e-9, abs=1e-19), step
         assert lr(step, second_base) == pytest.approx(other, rel=1e-9, abs=1e-19), step
@@ -237,6 +241,63 @@ def test_a_scheduler_class_gives_the_same_rates_in_any_order_of_steps() -> None:
     for step in (39, 0, 25, 25, 10, 9, 30):
         assert anyhow(step, BASE) == expected[step]
         assert anyhow(step, 1e-6) == pytest.approx(expected[step] / 30)
+
+
+def test_restarts_have_a_floor_and_a_decay() -> None:
+    options = {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3, "lr_scheduler_min_lr_ratio": 0.2}
+    lr = build_lr(config(**options, lr_scheduler_cycle_decay=0.5), 300)
+    rates = [lr(step, 1.0) for step in range(301)]
+    assert [rates[step] for step in (0, 100, 200, 300)] == pytest.approx([1.0, 0.5, 0.25, 0.2])
+    assert rates[50] == pytest.approx(0.6) and rates[150] == pytest.approx(0.35) and min(rates) == 0.2
+    even = build_lr(config(**options), 300)
+    assert [even(step, 1.0) for step in (0, 50, 100, 299)] == pytest.approx([1.0, 0.6, 1.0, 0.2], abs=1e-3)
+    floored = build_lr(config(**options, lr_scheduler_cycle_decay=0.1), 300)
+    assert {floored(step, 1.0) for step in range(200, 300)} == {0.2}, "a cycle is never below the floor"
+
+
+@pytest.mark.parametrize("arguments", [[], ["warmup_init=True"], ["scale_parameter=False"]])
+def test_the_rates_of_adafactor_are_those_that_it_uses(arguments: list[str]) -> None:
+    """Without scale_parameter, a weight of constant gradient moves by the rate."""
+    asked = Config(optimizer_type="Adafactor", optimizer_args=arguments, learning_rate=1e-12)
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = build_optimizer(asked, [Group("unet", {"weight": weight}, 1e-12)])
+    lr = build_lr(asked, 100)
+    for step in range(5):
+        before = weight.detach().clone()
+        weight.grad = torch.full_like(weight, 0.1)
+        optimizer.step()
+        used = used_rates(optimizer, {"unet": 1e-12})
+        assert used == {"unet": lr(step, 1e-12)}
+        scale = 1.0 if "scale_parameter=False" in arguments else before.square().mean().sqrt().item()
+        assert (before - weight).mean().item() == pytest.approx(used["unet"] * scale, rel=0.05)
+    assert lr(100_000, 1.0) == pytest.approx(1 / math.sqrt(100_001))
+
+
+def test_given_rates_move_weights_as_much_as_they_say() -> None:
+    """The measurement of docs/differences.md: relative steps move weights by 1 %, rates of 1e-5 by 1e-5."""
+    for arguments, moved in ([], 0.01), (["relative_step=False", "scale_parameter=False"], 1e-5):
+        weight = torch.nn.Parameter(torch.ones(4, 4))
+        asked = Config(optimizer_type="Adafactor", optimizer_args=arguments, learning_rate=1e-5)
+        optimizer = build_optimizer(asked, [Group("unet", {"weight": weight}, 1e-5)])
+        weight.grad = torch.full_like(weight, 0.1)
+        optimizer.step()
+        assert (1 - weight).mean().item() == pytest.approx(moved, rel=1e-2)
+        assert used_rates(optimizer, {"unet": 1e-5})["unet"] == pytest.approx(moved)
+
+
+def test_prodigy_s_estimate_times_the_rate_is_logged() -> None:
+    groups = [Group(name, {name: torch.nn.Parameter(torch.ones(4))}, 1.0) for name in ("unet", "text_encoder1")]
+    optimizer = build_optimizer(Config(optimizer_type="Prodigy", learning_rate=1.0), groups)
+    for _ in range(5):
+        for group in groups:
+            for parameter in group.parameters.values():
+                parameter.grad = torch.full_like(parameter, 0.1)
+        optimizer.step()
+    used = used_rates(optimizer, {"unet": 1.0, "text_encoder1": 1.0})
+    assert used["unet"] == 1.0 and used["d*lr/unet"] == optimizer.param_groups[0]["d"] > 1e-6
+    assert used.keys() == {"unet", "text_encoder1", "d*lr/unet", "d*lr/text_encoder1"}
+    other = build_optimizer(Config(optimizer_type="torch.optim.Adafactor"), groups)
+    assert used_rates(other, {"unet": 1.0, "text_encoder1": 1.0}) == {"unet": 1.0, "text_encoder1": 1.0}
 
 
 def test_a_share_of_steps_is_rounded_down() -> None:

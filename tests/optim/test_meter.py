@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn import Parameter
 
+from sdxl_finetune.config import Config
 from sdxl_finetune.low_bits import MasterWeights
 from sdxl_finetune.optim.meter import SAMPLE, Meter
 from sdxl_finetune.optim.parameters import Group, TrainedParameters
@@ -45,7 +46,8 @@ def test_gradients_are_clipped_together_and_their_norms_measured_by_group(max_no
     every = [[parameter for _, parameter in side.named()] for side in (parameters, expected)]
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.SGD(every[0], lr=1.0))
-    norms = PlainUpdate(parameters, torch.nn.Module(), optimizer, accelerator, max_norm).step()
+    config = Config(max_grad_norm=max_norm)
+    norms = PlainUpdate(config, parameters, torch.nn.Module(), optimizer, accelerator).step()
     total = torch.nn.utils.clip_grad_norm_(every[1], max_norm or math.inf).item()
     assert total_norm(norms).item() == pytest.approx(total, rel=1e-6)
     torch.optim.SGD(every[1], lr=1.0).step()

@@ -76,6 +76,7 @@ def test_optimizers_and_their_first_step_are_the_reference_s(golden) -> None:
         ({"optimizer_type": "adam8bits"}, "did you mean AdamW8bit|did you mean Adam8bit"),
         ({"optimizer_type": "AdamX"}, "did you mean Adam"),
         ({"optimizer_type": "no.such.Class"}, "pip install no"),
+        ({"optimizer_type": "prodigyplus.ProdigyPlusScheduleFree"}, "pip install prodigy-plus-schedule-free"),
         ({"optimizer_type": "torch.nn.Linear"}, "not a torch optimizer"),
         ({"optimizer_args": ["nonsense=1"]}, "no such argument: it takes betas"),
         ({"optimizer_args": ["lr=1e-3"]}, "set the learning rate with learning_rate"),
@@ -91,8 +92,6 @@ def test_mistakes_are_reported(options, message) -> None:
 @pytest.mark.parametrize("name", ["Lion", "AdamW", "Prodigy"])
 def test_a_learning_rate_of_0_freezes_the_unet_with_any_optimizer(name: str) -> None:
     """Some optimizers refuse a default rate of 0, although no group has this rate."""
-    if name == "Prodigy" and importlib.util.find_spec("prodigyopt") is None:
-        pytest.skip("prodigyopt is not installed")
     _, optimizer = build(Config(optimizer_type=name, learning_rate=0.0), (1e-6, 1e-6))
     assert [group["lr"] for group in optimizer.param_groups] == [1e-6, 1e-6]
     trial = trial_optimizer(Config(optimizer_type=name, learning_rate=0.0), [Parameter(torch.ones(2))])

@@ -75,6 +75,8 @@ def test_block_lr_divides_the_unet_into_the_references_blocks() -> None:
     del everything["unet"][f"{prefix}output_blocks.8.0.weight"]
     with pytest.raises(UserError, match="22 blocks, got 23"):
         groups_of(OptimizerOptions(block_lr=",".join(map(str, rates))), everything)
+    shorter = groups_of(OptimizerOptions(block_lr=",".join(map(str, rates[:22]))), everything)
+    assert [group.name for group in shorter] == [f"block{index}" for index in range(1, 22)]
 
 
 def test_full_names_are_part_and_checkpoint_name_with_block_lr_too() -> None:

@@ -1,7 +1,5 @@
 """Master weights take the same steps as in float32 training: whole or in slices, fused or not."""
 
-import importlib.util
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -107,15 +105,8 @@ def assert_same(model: Small, masters: MasterWeights, expected: Small) -> None:
         assert not torch.equal(value, values()[name]), name
 
 
-def skip_if_missing(name: str) -> None:
-    package = {"Prodigy": "prodigyopt", "AdamWScheduleFree": "schedulefree"}.get(name)
-    if package and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
-
-
 @pytest.mark.parametrize("name", STEP_UNITS)
 def test_a_trial_finds_the_step_unit(name: str) -> None:
-    skip_if_missing(name)
     assert step_unit(options(name), torch.device("cpu")) == STEP_UNITS[name]
 
 
@@ -129,7 +120,6 @@ def test_a_trial_finds_the_step_unit_if_only_text_encoders_are_trained() -> None
 @pytest.mark.parametrize("name", [name for name in STEP_UNITS if name != "LBFGS"])
 def test_master_weights_are_bit_identical_to_float32_training(name: str, fused: bool, monkeypatch) -> None:
     """Slices are small here, so that large tensors are cut, and small ones share a call of the optimizer."""
-    skip_if_missing(name)
     monkeypatch.setattr(update, "SLICE", 4096)
     rates = (1.0, 1.0) if name == "Prodigy" else RATES  # factors on its own estimate
     config = options(name, fused_backward_pass=fused)
@@ -159,7 +149,6 @@ def test_master_weights_are_bit_identical_with_variants_of_adamw(name: str, argu
 
 def test_weights_for_use_are_in_the_model_and_training_weights_come_back() -> None:
     """Schedule-free optimizers keep two sets of weights; the bf16 weights follow the master weights."""
-    skip_if_missing("AdamWScheduleFree")
     model, exact_update, masters = exact(options("AdamWScheduleFree"))
     train(model, exact_update)
     trained = {name: masters.value(one).clone() for name, one in model.named_parameters()}

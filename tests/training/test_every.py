@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_finetune.config import PreviewOptions, SavingOptions, ValidationOptions
+from sdxl_finetune.config import PreviewOptions, ResumeOptions, SavingOptions, ValidationOptions
 from sdxl_finetune.data.batch_plan import Plan
-from sdxl_finetune.training.every import Every, Timeline, previews_every, saves_every, validation_every
+from sdxl_finetune.training.every import Every, Timeline, first_step, previews_every, saves_every, validation_every
 
 
 def timeline(steps: int, steps_per_epoch: int, origin: tuple[int, int] = (0, 0)) -> Timeline:
@@ -73,6 +73,28 @@ def test_the_end_of_the_run_ends_its_last_epoch() -> None:
     assert run.epochs == 3
     resumed_at_next_epoch = timeline(12, 3, origin=(6, 2))
     assert [resumed_at_next_epoch.after(step).epoch for step in (7, 9, 12)] == [None, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({}, 0),
+        ({"initial_epoch": 1}, 0),
+        ({"initial_epoch": 3}, 8),
+        ({"initial_step": 5}, 5),
+        ({"initial_step": 5, "initial_epoch": 3}, 5),
+        ({"initial_step": 0, "initial_epoch": 3}, 0),
+        ({"initial_step": 9}, 9),
+        ({"initial_step": 10}, 0),
+        ({"initial_epoch": 4}, 0),
+    ],
+)
+def test_a_new_run_may_count_from_a_later_step(options: dict, first: int) -> None:
+    run = timeline(10, 4)
+    assert first_step(ResumeOptions(**options), run.plan, 10) == first
+    later = Timeline(run.plan, 10, first)
+    every = Every(steps=3, at_start=True)
+    assert [moment.step for moment in every.moments(later)] == [first, *(step for step in (3, 6, 9) if step > first)]
 
 
 periods = st.one_of(st.none(), st.integers(0, 9))

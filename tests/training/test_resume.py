@@ -98,6 +98,30 @@ def test_weights_that_hold_the_average_say_so(work, caplog) -> None:
     assert f"checkpoint of EMA weights (the optimizer starts anew) {weights}" in caplog.text
 
 
+@pytest.mark.parametrize("asked", [["--initial_step", "4"], ["--initial_epoch", "2"]], ids=["step", "epoch"])
+def test_a_new_run_may_count_from_a_later_step(work, asked: list[str]) -> None:
+    """It makes the steps of a run that was resumed there: same batches, noise, rates and names."""
+    options = [*SGD, *NO_AVERAGE, "--lr_scheduler", "cosine", "--lr_warmup_steps", "2", "--save_every_n_steps", "4"]
+    options += ["--validation_split", "0"]
+    assert run("one", *options) == 0
+    base = ["--pretrained_model_name_or_path", "one/out/style-step00000004.safetensors"]
+    base += ["--vae", "base.safetensors"]
+    assert run("other", *options, *base, *asked) == 0
+    assert read_metrics(Path("other")) == read_metrics(Path("one"))[4:]
+    assert "style-step00000004.safetensors" not in saved_names(Path("other"))
+    one, other = (load_file(f"{folder}/out/style.safetensors") for folder in ("one", "other"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    forget("other", *(name for name in saved_names(Path("other")) if name.endswith(".safetensors")))
+    assert run("other", *options, *base, *asked, "--resume", "auto") == 0
+    assert read_metrics(Path("other")) == read_metrics(Path("one"))[4:], "a training state says its own step"
+
+
+def test_an_initial_step_beyond_the_end_has_no_effect_and_is_named(work, caplog) -> None:
+    assert run("one", "--initial_step", "100", "--max_train_steps", "1", "--no-save_state") == 0
+    assert "initial step 100 has no effect: the run has only 1 steps" in caplog.text
+    assert [row["step"] for row in read_metrics(Path("one"))] == [1]
+
+
 def test_a_checkpoint_of_the_old_kind_goes_on_where_it_stood(work, caplog) -> None:
     options = [*SGD, *NO_AVERAGE, "--save_model_as", "ckpt", "--no-save_state"]
     assert run("one", *options) == 0

@@ -139,6 +139,26 @@ def test_what_is_not_trained_stays_as_it_was(work) -> None:
     assert len(moved) > 0.9 * sum(key.startswith(UNET) for key in before)
 
 
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
+def test_single_blocks_are_trained(work, cached: bool) -> None:
+    """A norm as the first trained module: torch's backward pass crashes there for input in channels_last."""
+    rates = ["0"] * 23
+    rates[5] = "1e-3"
+    steps = [*FLOAT32, "--max_train_epochs", "", "--max_train_steps", "2", "--sample_prompts", ""]
+    steps += ["--block_lr", ",".join(rates), "--no-train_text_encoder", "--save_precision", "float"]
+    done = subprocess.run(
+        command(*steps, *([] if cached else ["--no-cache_latents_to_disk", "--no-cache_latents"]), "--seed", "5"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = load_file("base.safetensors"), load_file("out/style.safetensors")
+    moved = {key for key in before if not torch.equal(before[key].float(), after[key])}
+    assert moved and all(key.startswith(f"{UNET}input_blocks.4.") for key in moved)
+    assert metrics(work)[0]["lr"] == {"block5": 1e-3}
+
+
 def test_images_are_encoded_as_they_come_without_a_cache(work) -> None:
     Path("images/broken.jpg").write_bytes(Path("images/chelsea.jpg").read_bytes()[:9000])
     steps = [*FLOAT32, "--max_train_epochs", "2", "--sample_prompts", "", "--no-cache_latents_to_disk"]
