@@ -16,6 +16,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
+from sdxl_finetune import OFFLINE_BY_DEFAULT
 from sdxl_finetune.errors import UserError, say_errors
 
 LOST_CONNECTION = (
@@ -50,7 +51,8 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
     The function takes the config of the command line, or the arguments themselves if the program has no config.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # keeps libraries from downloading anything
+    if "HF_HUB_OFFLINE" not in os.environ:  # keeps libraries from downloading anything; output/hub.py goes without it
+        os.environ |= {"HF_HUB_OFFLINE": "1", OFFLINE_BY_DEFAULT: "1"}
     # bitsandbytes warns about a missing CPU kernel that this program does not use.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     try:

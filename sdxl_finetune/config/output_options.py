@@ -54,6 +54,27 @@ class ResumeOptions(Options):
     """Resume at the next epoch if images, captions or batches have changed. Off: refuse. Not in sd-scripts."""
 
 
+class HubOptions(Options):
+    """Hugging Face hub"""
+
+    huggingface_repo_id: str | None = None
+    """Repository to which every checkpoint is uploaded, as `user/name`. It is created if it does not exist."""
+    huggingface_repo_type: str | None = None
+    """Type of the repository: `model`, `dataset` or `space`. Default: `model`."""
+    huggingface_path_in_repo: str | None = None
+    """Folder in the repository. Default: its root."""
+    huggingface_token: str | None = None
+    """Access token. It is never printed or saved. Default: `HF_TOKEN` of the environment, else the saved login."""
+    huggingface_repo_visibility: str | None = None
+    """Visibility of a repository that the run creates: `public` or `private`. Default: `private`."""
+    save_state_to_huggingface: bool = False
+    """Upload training states too."""
+    resume_from_huggingface: bool = False
+    """Download the training state that `resume` names, as `user/name/path:revision:type`, and resume from it."""
+    async_upload: bool | None = None
+    """Train on during an upload. false: wait for each upload, at most 2 minutes. Default: true."""
+
+
 class MetadataOptions(Options):
     """Metadata of checkpoints"""
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 _DEEPSPEED = "it belongs to deepspeed, which is not supported"
-_UPLOAD = "it belongs to huggingface_repo_id, which is not supported"
 _LAUNCHER = "it belongs on the command line of accelerate launch"
 _LORA = "it belongs to LoRA training, but this program trains the whole model"
 _OTHER_MODELS = "it belongs to models other than SDXL: remove it"
@@ -28,8 +27,6 @@ NO_EFFECT = {
     "zero_stage zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients": _DEEPSPEED,
     "offload_optimizer_device offload_optimizer_nvme_path": _DEEPSPEED,
     "offload_param_device offload_param_nvme_path": _DEEPSPEED,
-    "huggingface_repo_type huggingface_path_in_repo huggingface_repo_visibility": _UPLOAD,
-    "huggingface_token async_upload": _UPLOAD,
     "config_file output_config": "it belongs on the command line",
 }
 NOT_SUPPORTED = {
@@ -39,9 +36,6 @@ NOT_SUPPORTED = {
     "masked_loss alpha_mask conditioning_data_dir": "not supported yet: train without masks",
     "face_crop_aug_range debug_dataset deepspeed": "not supported yet: remove it",
     "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": "not supported yet: remove it",
-    "save_state_to_huggingface": "not supported yet: upload training states by other means",
-    "resume_from_huggingface": "not supported yet: download the training state and set resume to its path",
-    "huggingface_repo_id": "not supported yet: upload saved files by other means",
     "full_fp16": "not supported yet: use mixed_precision fp16, or full_bf16",
     "fp8_base": "not supported yet: use full_bf16",
 }
