@@ -2,7 +2,7 @@
 
 It keeps repositories in memory. It answers the requests that the real client `huggingface_hub` makes without Xet:
 repository information, creation, the write check, preupload, the LFS batch, the upload of each object, commits, the
-file tree, and downloads with byte ranges. Tests make it fail through `status` and `hold`.
+file tree, and downloads with byte ranges. Tests make it fail through its attributes.
 """
 
 import base64
@@ -47,6 +47,10 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.status: int | None = None
         """Status that every request is answered with; None for real answers."""
+        self.faults: list[int] = []
+        """Statuses that the next requests for a repository are answered with."""
+        self.object_status = 200
+        """Status that the upload of an object is answered with."""
         self.readers: set[str] = set()
         """Repositories that the token may only read."""
         self.hold: threading.Event | None = None
@@ -57,6 +61,8 @@ class HubServer(ThreadingHTTPServer):
         """Set once a client has closed the connection of a stopped upload."""
         self.most_bytes: int | None = None
         """Bytes after which a download breaks off, once."""
+        self.withheld: str | None = None
+        """Path of a file whose download is refused."""
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -99,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.server.status:
             return self.reply({"error": "a fault"}, status=self.server.status)
+        if self.server.faults and path.startswith("/api/models/"):
+            return self.reply({"error": "a fault"}, status=self.server.faults.pop(0))
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.reply({"error": "Invalid username or password."}, status=401)
         if path == "/api/repos/create":
@@ -176,8 +184,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.lost.set()
             self.close_connection = True
             return
-        self.server.objects[oid] = content
-        self.send_response(200)
+        if self.server.object_status == 200:
+            self.server.objects[oid] = content
+        self.send_response(self.server.object_status)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -206,6 +215,8 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.server.repositories[name]
         if path not in repository.files:
             return self.reply({"error": "Entry not found"}, status=404, code="EntryNotFound")
+        if path == self.server.withheld and self.command == "GET":
+            return self.reply({"error": "withheld"}, status=403)
         content = repository.files[path]
         start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
         self.send_response(206 if start else 200)

@@ -121,7 +121,7 @@ def check_token(options: HubOptions) -> None:
 def download_start(config: Config) -> Path:
     """Downloads what `resume` names on the hub into `cache_folder`, and returns its path there.
 
-    An interrupted download goes on where it stopped. Raises UserError if it fails.
+    Files that an earlier, interrupted download completed are not sent again. Raises UserError if it fails.
     """
     assert config.resume is not None
     text = config.resume.as_posix()

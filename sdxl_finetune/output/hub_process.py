@@ -52,10 +52,12 @@ def upload(api: HfApi, request: dict[str, Any]) -> str:
 
 
 def download(api: HfApi, request: dict[str, Any]) -> str:
-    """Downloads a file or folder into `local_dir`, and returns the commit. What is there already is not sent again."""
+    """Downloads a file or folder into `local_dir`, and returns the commit. Complete files are not sent again."""
     repository = {name: request[name] for name in ("repo_id", "repo_type")}
     # The commit is asked for first. Without it the client takes old files for current ones when the hub is not reached.
     commit = api.repo_info(revision=request["revision"], **repository).sha
+    for part in Path(request["local_dir"]).glob(".cache/huggingface/download/**/*.incomplete"):
+        part.unlink()  # of a download that was killed; the client never uses it again
     path = glob.escape(request["path"])
     api.snapshot_download(
         revision=commit,
@@ -90,8 +92,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         response = getattr(error, "response", None)
         kind = KINDS.get(getattr(response, "status_code", 0), FAILED)
-        message = " ".join(str(error).split()) or type(error).__name__
-    message = re.sub(r"\?\S+", "", message.replace(token or "\0", "[token]"))  # queries of URLs hold signatures
+        # The client hides why an object was not accepted behind a RuntimeError.
+        cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
+        message = " ".join(str(cause).split()) or type(cause).__name__
+    message = message.replace(token or "\0", "[token]").replace("For more information check: ", "")
+    message = re.sub(r"\?\S+|https://developer\S+ ?", "", message)  # queries of URLs hold signatures
     return {"error": kind, "message": message[:300]}
 
 

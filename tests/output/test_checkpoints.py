@@ -16,9 +16,9 @@ from sdxl_finetune.output.checkpoints import (
     epoch_name,
     final_name,
     format_to_save,
-    step_name,
     remove,
     replaced,
+    step_name,
     write_checkpoint,
 )
 
