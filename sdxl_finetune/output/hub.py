@@ -39,7 +39,7 @@ class HubError(Exception):
 
     def __init__(self, kind: str, message: str) -> None:
         self.kind = kind
-        super().__init__(f"{message}: {ADVICE[kind]}")
+        super().__init__(f"{message.rstrip('. ')}: {ADVICE[kind]}")
 
 
 class HubCall:
@@ -62,6 +62,7 @@ class HubCall:
         """Waits for the answer, at most `seconds`, and returns it. Raises HubError."""
         assert self._process.stdin and self._process.stdout
         timer = threading.Timer(seconds or 0, self.stop)
+        timer.daemon = True
         if seconds is not None:
             timer.start()
         try:

@@ -28,6 +28,8 @@ SUFFIX = "-uploads.json"
 """Ending of the file of waiting uploads, after the name of the final checkpoint."""
 RETRY_AFTER = (15.0, 60.0, 300.0, 900.0)
 """Seconds until the next attempt, after one, two, three and more failures in a row."""
+HANGING, CRAWLING = 3600.0, 1 << 18
+"""Seconds after which an attempt is given up, and one second more for each so many bytes. Connections can hang."""
 LAST_RETRY_AFTER = 3.0
 """Seconds between the attempts at the end of a run."""
 LAST_ATTEMPTS = 2
@@ -59,6 +61,7 @@ class Upload:
         """The command that uploads the file by hand."""
         words = ["hf", "upload", self.repo_id, str(path), self.path_in_repo]
         words += ["--repo-type", self.repo_type] if self.repo_type != "model" else []
+        words += ["--private"] if self.private else []
         return shlex.join(words)
 
 
@@ -163,7 +166,7 @@ class Uploads:
                 )
                 if self._closed:
                     self._call.stop()
-                self._call.result()
+                self._call.result(HANGING + _size(path) / CRAWLING)
             except (HubError, OSError) as failure:
                 error = failure
             with self._changed:

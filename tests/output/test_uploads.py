@@ -90,7 +90,7 @@ def test_what_is_left_is_uploaded_by_the_next_run(hub: HubServer, tmp_path: Path
         content = write(tmp_path / "a b", 1)
         each.add(tmp_path / "a b")
     assert time.monotonic() - started < SECONDS
-    assert f"hf upload user/repo '{tmp_path / 'a b'}' 'x/a b'" in caplog.text
+    assert f"hf upload user/repo '{tmp_path / 'a b'}' 'x/a b' --private" in caplog.text
     assert [entry["name"] for entry in json.loads((tmp_path / "m-uploads.json").read_text())] == ["a b"]
     hub.status = None
     with open_uploads(uploads(tmp_path), None):
