@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_finetune.config.options import Config
-from sdxl_finetune.config.output_options import HubOptions
 
 REPO_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]{0,94}(?<![.-])(?<!\.git)", re.ASCII)
 """Names that the hub allows: `user/name`."""
@@ -59,15 +58,12 @@ def hub_problems(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def hub_remarks(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields what is allowed but may surprise the user."""
-    if config.resume_from_huggingface and config.resume in (None, AUTO):
-        reason = "resume is not set: set it to user/name/path" if config.resume is None else "resume = auto looks here"
-        yield "resume_from_huggingface", f"has no effect, because {reason}"
+    """Yields what is allowed but may surprise the user, besides options without effect, which the schema tells."""
+    if config.resume_from_huggingface and config.resume == AUTO:
+        yield "resume_from_huggingface", "has no effect with resume = auto, which looks in output_dir only"
+    if config.async_upload and not config.huggingface_repo_id:
+        yield "async_upload", "has no effect without huggingface_repo_id"
     if not config.huggingface_repo_id:
-        useful = ("resume_from_huggingface", "huggingface_token") if config.resume_from_huggingface else ()
-        for option in HubOptions.model_fields:
-            if getattr(config, option) and option not in useful:
-                yield option, "has no effect without huggingface_repo_id"
         return
     if config.save_state_to_huggingface and not (config.save_state or config.save_state_on_train_end):
         yield "save_state_to_huggingface", "uploads only the state of a stopped run: set save_state to save others"
