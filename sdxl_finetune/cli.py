@@ -17,6 +17,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
+from sdxl_finetune import OFFLINE_BY_DEFAULT
 from sdxl_finetune.errors import UserError, say_errors
 
 LOST_CONNECTION = (
@@ -51,7 +52,8 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
     The function takes the config of the command line, or the arguments themselves if the program has no config.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # keeps libraries from downloading anything
+    if "HF_HUB_OFFLINE" not in os.environ:  # keeps libraries from downloading anything; output/hub.py goes without it
+        os.environ |= {"HF_HUB_OFFLINE": "1", OFFLINE_BY_DEFAULT: "1"}
     # File names may hold bytes that are no text, and a terminal may lack letters: both are shown as \x.. or \u....
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -3,7 +3,7 @@
 import gzip
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from PIL import Image  # noqa: E402
 
 from scripts.toy.photos import write_photos  # noqa: E402
 from sdxl_finetune.commands.model import main as model_tool  # noqa: E402
+from tests.hub_server import HubServer  # noqa: E402
 
 torch.set_num_threads(1)  # a plugin may have imported torch before the variable was set
 
@@ -72,6 +73,18 @@ def base(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("base") / "base.safetensors"
     assert model_tool(["init", str(path), "--seed", "3"]) == 0
     return path
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch) -> Iterator[HubServer]:
+    """A hub on this machine that the client uses. The client knows no token but that of the test."""
+    with HubServer() as server:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        yield server
 
 
 @pytest.fixture

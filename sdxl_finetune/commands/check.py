@@ -33,6 +33,7 @@ from sdxl_finetune.optim.optimizer import trial_optimizer
 from sdxl_finetune.optim.parameters import Group
 from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
 from sdxl_finetune.output.console import console
+from sdxl_finetune.output.hub import check_token
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.runtime.processes import weight_dtype
 from sdxl_finetune.training.checks import Outline, index_images, read_inputs
@@ -83,6 +84,9 @@ def check(config: Config) -> int:
                 found.say("files", *_files(config, timeline, groups, state_bytes))
         if index:
             found.say("latents", *_latents(config, index))
+        if config.huggingface_repo_id:
+            found.say("uploads", *_uploads(config))
+            found.attempt(check_token, config)
         found.say("machine", *_machine(config))
     found.say("problems", *(map(str, found.found) if found.found else ["none found"]))
     for heading, line in found.lines:
@@ -214,6 +218,17 @@ def _files(config: Config, timeline: Timeline, groups: Sequence[Group], state_by
     yield f"free in {config.output_dir}: {_size(free)}" + (
         "" if free > needed else f", but the run needs {_size(needed)}: free space, or set save_last_n_epochs"
     )
+
+
+def _uploads(config: Config) -> Iterator[str]:
+    states = " and training states" if config.save_state_to_huggingface else ""
+    place = "/".join(
+        filter(None, [str(config.huggingface_repo_id), (config.huggingface_path_in_repo or "").strip("/")])
+    )
+    visibility = "public" if config.huggingface_repo_visibility == "public" else "private"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    yield f"checkpoints{states} to the {config.huggingface_repo_type or 'model'} repository {place} at {endpoint}"
+    yield f"a repository that does not exist is created ({visibility}); the token is tried when the run starts"
 
 
 def _memory(config: Config, index: Index, plan: Plan) -> Iterator[str]:

@@ -13,6 +13,7 @@ from sdxl_finetune.config.datasets import load_datasets
 from sdxl_finetune.config.load import FaultyConfig, load_config
 from sdxl_finetune.config.options import Config, to_toml
 from sdxl_finetune.config.output_options import (
+    HubOptions,
     LoggingOptions,
     MetadataOptions,
     PreviewOptions,
@@ -33,8 +34,8 @@ from sdxl_finetune.config.training_options import (
 
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "Config", "DataOptions", "Dataset", "EmaOptions",
-    "FaultyConfig", "HardwareOptions", "HoldOutOptions", "LatentOptions", "LengthOptions", "LoggingOptions",
-    "LossOptions", "LrOptions", "MetadataOptions", "ModelOptions", "NoiseOptions", "OptimizerOptions",
-    "PreviewOptions", "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions", "load_config",
-    "load_datasets", "to_toml",
+    "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "LatentOptions", "LengthOptions",
+    "LoggingOptions", "LossOptions", "LrOptions", "MetadataOptions", "ModelOptions", "NoiseOptions",
+    "OptimizerOptions", "PreviewOptions", "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions",
+    "load_config", "load_datasets", "to_toml",
 ]  # fmt: skip

@@ -59,6 +59,10 @@ BETTER = {
     "save_precision": "a weight that float16 cannot hold does not become infinite",
     "console_log_level": "DEBUG hides the messages of libraries",
     "wandb_api_key": "never printed or saved",
+    "huggingface_repo_id": "a failed upload is tried again, also by the next run; a refused token is told at the start",
+    "huggingface_token": "never printed or saved",
+    "async_upload": "on unless it is false; a save then waits two minutes at most",
+    "resume_from_huggingface": "downloads the named folder only, and not again what is there",
     "weighted_captions": "exclamation marks at the edge of a chunk keep their weight",
 }
 """Options of the reference that do more here, each with what is better."""

@@ -36,6 +36,7 @@ class Config(
     training_options.HardwareOptions,
     output_options.SavingOptions,
     output_options.ResumeOptions,
+    output_options.HubOptions,
     output_options.MetadataOptions,
     output_options.PreviewOptions,
     output_options.LoggingOptions,

@@ -11,6 +11,7 @@ Sampler = Literal[
     "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 ]  # fmt: skip
 PROMPTS = OnlyWith("sample_prompts")
+UPLOADS = OnlyWith("huggingface_repo_id")
 
 
 class SavingOptions(Options):
@@ -61,6 +62,27 @@ class ResumeOptions(Options):
     """Training state or checkpoint to continue from: a path, or `auto` for the newest of this `output_name`."""
     resume_at_next_epoch: Annotated[bool, OnlyWith("resume")] = False
     """Resume at the next epoch if images, captions or batches have changed. Off: refuse. Not in sd-scripts."""
+
+
+class HubOptions(Options):
+    """Hugging Face hub"""
+
+    huggingface_repo_id: str | None = None
+    """Repository to which every checkpoint is uploaded, as `user/name`. It is created if it does not exist."""
+    huggingface_repo_type: Annotated[str | None, UPLOADS] = None
+    """Type of the repository: `model`, `dataset` or `space`. Default: `model`."""
+    huggingface_path_in_repo: Annotated[str | None, UPLOADS] = None
+    """Folder in the repository. Default: its root."""
+    huggingface_token: Annotated[str | None, OnlyWith("huggingface_repo_id resume_from_huggingface")] = None
+    """Access token. It is never printed or saved. Default: `HF_TOKEN` of the environment, else the saved login."""
+    huggingface_repo_visibility: Annotated[str | None, UPLOADS] = None
+    """Visibility of a repository that the run creates: `public` or `private`. Default: `private`."""
+    save_state_to_huggingface: Annotated[bool, UPLOADS] = False
+    """Upload training states too."""
+    resume_from_huggingface: Annotated[bool, OnlyWith("resume")] = False
+    """Download the training state that `resume` names, as `user/name/path:revision:type`, and resume from it."""
+    async_upload: bool | None = None
+    """Train on during an upload. false: wait for each upload, at most 2 minutes. Default: true."""
 
 
 class MetadataOptions(Options):

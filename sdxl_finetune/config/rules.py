@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sdxl_finetune.config.dataset import Dataset, Subset, find_folders, is_text, no_such
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
+from sdxl_finetune.config.hub import hub_problems, hub_remarks
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.training_options import LrOptions
 
@@ -66,6 +67,7 @@ def find_problems(config: Config) -> Findings:
     yield from schedule_problems(config)
     yield from _buckets(config)
     yield from _output(config)
+    yield from hub_problems(config)
     yield from _files(config)
 
 
@@ -95,6 +97,7 @@ def find_remarks(config: Config) -> Findings:
     for option, direction in (("min_bucket_reso", "down"), ("max_bucket_reso", "up")):
         if config.enable_bucket and getattr(config, option) % config.bucket_reso_steps:
             yield option, f"is rounded {direction} to a multiple of bucket_reso_steps, {config.bucket_reso_steps}"
+    yield from hub_remarks(config)
 
 
 def _without_effect(config: Config) -> Findings:

@@ -16,7 +16,6 @@ _DEEPSPEED = (
     "DeepSpeed is not used. Gradients are averaged over all cards, and each card holds the optimizer states of all"
     " parameters: sdxl-check prints their memory. fused_backward_pass and Adafactor or an 8-bit optimizer save as much"
 )
-_UPLOAD = "it belongs to huggingface_repo_id, which is not supported"
 _LAUNCHER = "it belongs on the command line of accelerate launch"
 _GUI = "it belongs to a GUI"
 _IGNORED = "the reference's SDXL trainer ignores it too"
@@ -36,8 +35,6 @@ NO_EFFECT = {
     "deepspeed zero_stage zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients": _DEEPSPEED,
     "offload_optimizer_device offload_optimizer_nvme_path": _DEEPSPEED,
     "offload_param_device offload_param_nvme_path": _DEEPSPEED,
-    "huggingface_repo_type huggingface_path_in_repo huggingface_repo_visibility": _UPLOAD,
-    "huggingface_token async_upload": _UPLOAD,
     "config_file output_config": "it belongs on the command line",
 }
 NOT_SUPPORTED = {
@@ -46,9 +43,6 @@ NOT_SUPPORTED = {
     "masked_loss alpha_mask conditioning_data_dir": "not supported yet: train without masks",
     "face_crop_aug_range debug_dataset": "not supported yet: remove it",
     "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": "not supported yet: remove it",
-    "save_state_to_huggingface": "not supported yet: upload training states by other means",
-    "resume_from_huggingface": "not supported yet: download the training state and set resume to its path",
-    "huggingface_repo_id": "not supported yet: upload saved files by other means",
 }
 FOREIGN_NO_EFFECT = {
     "no_token_padding": "captions are always padded, as in the reference's SDXL trainer",

@@ -6,4 +6,5 @@ Modules:
     log, trackers           metrics.jsonl, TensorBoard, wandb; log_history cuts a log back for a resumed run
     previews, prompts, contact_sheet    preview images
     console                 messages on the terminal
+    uploads, hub, hub_process           Hugging Face hub: queue of uploads, one call, the process that makes it
 """

@@ -90,11 +90,9 @@ def existing_checkpoints(directory: Path, name: str, save_as: SaveAs) -> list[Pa
     return sorted((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime)
 
 
-def remove_replaced(save: Save, directory: Path, save_as: SaveAs) -> None:
-    """Removes the checkpoint that this one replaces."""
-    if save.replaces:
-        for path in existing_checkpoints(directory, save.replaces, save_as):
-            remove(path)
+def replaced(save: Save, directory: Path, save_as: SaveAs) -> list[Path]:
+    """Returns the checkpoints that this one replaces."""
+    return existing_checkpoints(directory, save.replaces, save_as) if save.replaces else []
 
 
 def write_checkpoint(
@@ -108,7 +106,7 @@ def write_checkpoint(
     epoch: int,
     step: int,
 ) -> Path:
-    """Writes a checkpoint into `output_dir`, then removes the one that it replaces; returns its path.
+    """Writes a checkpoint into `output_dir` and returns its path.
 
     A weight that is too large for float16 does not end the run. The file is then written in float32, FLOAT_SUFFIX is
     added to its name, and a warning names the tensors.
@@ -129,7 +127,6 @@ def write_checkpoint(
             temporary, model, vae, save_as=save_as, dtype=dtype, metadata=metadata, epoch=epoch, global_step=step
         )
     logger.info("saved %s", path)
-    remove_replaced(save, options.output_dir, save_as)
     return path
 
 

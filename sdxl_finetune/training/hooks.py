@@ -162,7 +162,7 @@ def _save_missing(run: Run, start: Start) -> None:
     _save(run, missing, missing_states, step=step)
     if run.accelerator.is_main_process:
         for save in weights:
-            checkpoints.remove_replaced(save, run.output_dir, run.save_as)
+            _remove_replaced(run, save)
         if start.is_state:
             _remove_old_states(run, states, step)
 
@@ -219,7 +219,7 @@ def _save_checkpoint(run: Run, save: Save, state: TrainingState) -> None:
         resume=state.to_metadata(holds_ema=ema and learner.ema is not None),
     )
     with published_weights(run, ema):
-        checkpoints.write_checkpoint(
+        path = checkpoints.write_checkpoint(
             save,
             run.config,
             learner.sdxl,
@@ -229,6 +229,13 @@ def _save_checkpoint(run: Run, save: Save, state: TrainingState) -> None:
             epoch=state.epoch,
             step=state.step,
         )
+    run.uploads.add(path)
+    _remove_replaced(run, save)
+
+
+def _remove_replaced(run: Run, save: Save) -> None:
+    for path in checkpoints.replaced(save, run.output_dir, run.save_as):
+        run.uploads.remove(path)
 
 
 def _save_state(run: Run, save: Save, state: TrainingState) -> None:
@@ -242,6 +249,8 @@ def _save_state(run: Run, save: Save, state: TrainingState) -> None:
     path = run.output_dir / save.name
     save_state(path, state, single_file_tensors(learner.sdxl, learner.vae, None, exact=True), optimizer)
     logger.info("saved %s", path)
+    if run.config.save_state_to_huggingface:
+        run.uploads.add(path)
 
 
 def _remove_old_states(run: Run, states: Sequence[Save], step: int) -> None:
@@ -251,6 +260,6 @@ def _remove_old_states(run: Run, states: Sequence[Save], step: int) -> None:
     """
     for save in states:
         if save.replaces:
-            checkpoints.remove(run.output_dir / save.replaces)
+            run.uploads.remove(run.output_dir / save.replaces)
     for path in interrupted_states(run.config, before=step):
-        checkpoints.remove(path)
+        run.uploads.remove(path)

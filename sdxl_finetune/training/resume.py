@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 
 from sdxl_finetune.config import Config, ResumeOptions, SavingOptions
+from sdxl_finetune.config.hub import AUTO
 from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.load import open_checkpoint
 from sdxl_finetune.output.checkpoints import saved_names
+from sdxl_finetune.output.hub import download_start
 from sdxl_finetune.output.metadata import PREFIX, shareable
 from sdxl_finetune.training.saves import STATE_SUFFIX
 from sdxl_finetune.training.state import OPTIMIZER, WEIGHTS, TrainingState, load_state, peek_state
 
 logger = logging.getLogger(__name__)
-
-AUTO = Path("auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,8 @@ def find_start(config: Config) -> Start | None:
     """
     if config.resume is None:
         return None
-    start = _load(config.resume) if config.resume != AUTO else next(_newest(config), None)
+    path = download_start(config) if config.resume_from_huggingface and config.resume != AUTO else config.resume
+    start = _load(path) if path != AUTO else next(_newest(config), None)
     if start is None:
         name = config.output_name or "this run"
         message = "resume = auto: %s has no training state and no checkpoint of %s; training starts anew"

@@ -36,10 +36,12 @@ from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.vae import pixels_per_latent
 from sdxl_finetune.optim.lr import build_lr
-from sdxl_finetune.output.checkpoints import format_to_save
+from sdxl_finetune.output.checkpoints import final_name, format_to_save, remove
 from sdxl_finetune.output.console import console
+from sdxl_finetune.output.hub import check_access
 from sdxl_finetune.output.log import Log, run_directory
 from sdxl_finetune.output.prompts import Prompt
+from sdxl_finetune.output.uploads import Uploads, open_uploads
 from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training import resume
@@ -80,6 +82,7 @@ class Run:
     validation: Validation | None
     """None if no images are held out."""
     log: Log
+    uploads: Uploads
 
     @property
     def output_dir(self) -> Path:
@@ -106,11 +109,14 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
     accelerator = build_accelerator(config)
     with console(config, accelerator.process_index):
         problems = Problems()
+        problems.attempt(_on_first_rank, accelerator, lambda: check_access(config))
         start = problems.attempt(_on_first_rank, accelerator, lambda: resume.find_start(config))
         if problems.found:
             _read_inputs(config, accelerator, None, problems)
         with _open_log(config, accelerator, start) as log:
-            yield _build(config, accelerator, start, log, stop)
+            run = _build(config, accelerator, start, log, stop)
+            with open_uploads(run.uploads, stop):
+                yield run
     accelerator.end_training()
 
 
@@ -159,6 +165,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         ranks=ranks,
     )
     _log_beginning(config, log, index, timeline, learner)
+    assert config.output_dir is not None
     return Run(
         config=config,
         seed=seed,
@@ -175,6 +182,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
         log=log,
+        uploads=Uploads(config, config.output_dir, final_name(config), remove, rank=accelerator.process_index),
     )
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sdxl_finetune.commands.check import check
 from sdxl_finetune.config import load_config
 from sdxl_finetune.training.loop import train
+from tests.hub_server import TOKEN, HubServer
 
 STYLE = Path(__file__).parents[2] / "configs" / "style.toml"
 
@@ -81,3 +82,14 @@ def test_frozen_parts_and_another_objective_are_shown(work, capsys) -> None:
     said = capsys.readouterr().out
     assert re.search(r"frozen +text_encoder1 3.3 million, VAE", said)
     assert re.search(r"remarks +v_parameterization = False: marked.safetensors says that it predicts velocity", said)
+
+
+def test_it_says_where_uploads_go_and_asks_for_a_token(work, hub: HubServer, monkeypatch, capsys) -> None:
+    asked = ["--huggingface_repo_id", "user/repo", "--huggingface_path_in_repo", "runs/1/"]
+    assert check(config("sdxl-check", *asked)) == 2
+    said = capsys.readouterr().out
+    assert f"checkpoints to the model repository user/repo/runs/1 at {hub.url}" in said and "(private)" in said
+    assert "there is no token" in said.partition("\nproblems")[2]
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert check(config("sdxl-check", *asked)) == 0
+    assert TOKEN not in capsys.readouterr().out and not hub.repositories

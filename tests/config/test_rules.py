@@ -38,7 +38,10 @@ def test_options_refused_by_the_reference_are_refused(golden, tmp_path, monkeypa
             continue
         arguments = [*base, *run["cli"]]
         yet = any(word.removeprefix("--") in NOT_YET for word in run["cli"])
-        knows_model = run["cli"] == ["--block_lr", "1e-4,1e-4"]  # compared with the model's blocks later, see test_parameters.py
+        knows_model = run["cli"] == [
+            "--block_lr",
+            "1e-4,1e-4",
+        ]  # compared with the model's blocks later, see test_parameters.py
         accepted = knows_model or run["cli"] in ACCEPTED
         if accepted or (run["reached_model_loading"] and run["cli"] not in OURS and not yet):
             assert load_config(arguments, program="sdxl-train") is not None, run["cli"]
@@ -197,7 +200,7 @@ mixed_precision full_bf16 full_fp16 fused_backward_pass fused_optimizer_groups g
 diffusers_xformers sdpa torch_compile ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph
 initial_step output_dir output_name save_model_as save_precision save_every_n_epochs save_every_n_steps save_n_epoch_ratio
 save_state save_state_on_train_end resume sample_prompts logging_dir log_with console_log_level
-console_log_file console_log_simple
+console_log_file console_log_simple huggingface_repo_id async_upload
 """
 """Options that have an effect whatever the other options are. Whoever adds an option decides where it belongs."""
 

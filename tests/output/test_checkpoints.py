@@ -16,6 +16,8 @@ from sdxl_finetune.output.checkpoints import (
     epoch_name,
     final_name,
     format_to_save,
+    remove,
+    replaced,
     step_name,
     write_checkpoint,
 )
@@ -31,7 +33,10 @@ def tiny():
 def save(tiny, due: Save, folder: Path, **options) -> Path:
     config = Config(output_dir=folder, **options)
     save_as = format_to_save(config, "safetensors")
-    return write_checkpoint(due, config, *tiny, save_as=save_as, metadata={"a": "b"}, epoch=1, step=2)
+    path = write_checkpoint(due, config, *tiny, save_as=save_as, metadata={"a": "b"}, epoch=1, step=2)
+    for old in replaced(due, folder, save_as):
+        remove(old)
+    return path
 
 
 def test_names_are_golden(golden) -> None:

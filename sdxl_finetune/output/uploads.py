@@ -1,0 +1,285 @@
+"""Uploads of saved checkpoints and training states to the Hugging Face hub, beside the training.
+
+One thread takes the waiting uploads in turn. A failed upload is tried again after a while and at the next save, and
+never stops the training. The waiting uploads are kept in a file, so that the next run goes on with them. A file that a
+run wants to delete before its upload is complete is deleted after it, unless the disk gets full.
+"""
+
+import json
+import logging
+import shlex
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdxl_finetune.config import HubOptions
+from sdxl_finetune.files import atomic_path
+from sdxl_finetune.output.hub import HubCall, HubError, target
+from sdxl_finetune.runtime.signals import Interrupt, StopRequest
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = "-uploads.json"
+"""Ending of the file of waiting uploads, after the name of the final checkpoint."""
+RETRY_AFTER = (15.0, 60.0, 300.0, 900.0)
+"""Seconds until the next attempt, after one, two, three and more failures in a row."""
+HANGING, CRAWLING = 3600.0, 1 << 18
+"""Seconds after which an attempt is given up, and one second more for each so many bytes. Connections can hang."""
+LAST_RETRY_AFTER = 3.0
+"""Seconds between the attempts at the end of a run."""
+LAST_ATTEMPTS = 2
+"""Attempts for each upload at the end of a run. A hub that does not answer then holds up the end for seconds only."""
+LAST_WAIT, SLOWEST = 600.0, 2 << 20
+"""Seconds that the end of a run waits for uploads, and one second more for each so many bytes."""
+STOPPED_WAIT = 20.0
+"""Seconds that a stopped run waits. A launcher kills its processes 30 seconds after a signal."""
+SAVE_WAIT = 120.0
+"""Seconds that a save waits with `async_upload = false`. Other ranks wait too, and give up after minutes."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Upload:
+    """A file or folder that waits for its upload."""
+
+    name: str
+    """Name in `output_dir`."""
+    repo_id: str
+    repo_type: str
+    private: bool
+    path_in_repo: str
+    remove: bool = False
+    """True if the run has replaced the file, so that it is deleted after the upload."""
+    failures: int = 0
+    """Failed attempts of this run."""
+
+    def command(self, path: Path) -> str:
+        """The command that uploads the file by hand."""
+        words = ["hf", "upload", self.repo_id, str(path), self.path_in_repo]
+        words += ["--repo-type", self.repo_type] if self.repo_type != "model" else []
+        words += ["--private"] if self.private else []
+        return shlex.join(words)
+
+
+class Uploads:
+    """The uploads of one run. Without `huggingface_repo_id` nothing is uploaded, and files are deleted at once."""
+
+    def __init__(
+        self, options: HubOptions, directory: Path, name: str, delete: Callable[[Path], None], *, rank: int = 0
+    ) -> None:
+        """`directory` is `output_dir`, `name` the name of the final checkpoint. `delete` deletes a file or folder.
+
+        Only the first rank uploads.
+        """
+        self._options, self._directory, self._delete = options, directory, delete
+        self._list = directory / f"{name}{SUFFIX}"
+        self._active = options.huggingface_repo_id is not None and rank == 0
+        self._changed = threading.Condition()
+        self._waiting: list[Upload] = self._load() if self._active else []
+        self._call: HubCall | None = None
+        self._current: Upload | None = None
+        self._retry_at = 0.0
+        self._failures = 0
+        self._warned = ""
+        self._ending = self._closed = False
+        self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
+
+    def start(self) -> None:
+        """Starts uploading, beginning with the uploads that an earlier run left."""
+        if self._active:
+            self._thread.start()
+
+    def add(self, path: Path) -> None:
+        """Uploads a file or folder of `output_dir` as soon as possible. Earlier failures are tried again."""
+        if not self._active:
+            return
+        folder = (self._options.huggingface_path_in_repo or "").strip("/")
+        upload = Upload(name=path.name, path_in_repo=f"{folder}/{path.name}".lstrip("/"), **target(self._options))
+        with self._changed:
+            self._waiting = [*(other for other in self._waiting if other.name != path.name), upload]
+            self._retry_at = 0.0
+            self._write()
+            self._changed.notify_all()
+            if self._options.async_upload is False:
+                self._changed.wait_for(lambda: upload not in self._waiting or upload.failures > 0, SAVE_WAIT)
+
+    def remove(self, path: Path) -> None:
+        """Deletes a file or folder, or if it waits for its upload, has it deleted after the upload."""
+        with self._changed:
+            if waiting := [upload for upload in self._waiting if upload.name == path.name]:
+                waiting[0].remove = True
+                self._write()
+                self._make_room(path)
+            else:
+                self._delete(path)
+
+    def finish(self, stop: StopRequest | None, *, complete: bool) -> None:
+        """Waits for the waiting uploads for a limited time, and says which ones are missing and how to upload them.
+
+        `complete` is False for a run that was stopped. A stop request ends the wait.
+        """
+        if not self._active:
+            return
+        with self._changed:
+            for upload in self._waiting:
+                upload.failures = 0
+            self._ending, self._retry_at = True, 0.0
+            self._changed.notify_all()
+            size = sum(_size(self._directory / upload.name) for upload in self._waiting)
+            seconds = LAST_WAIT + size / SLOWEST if complete else STOPPED_WAIT
+            if self._waiting:
+                message = "waiting at most %d seconds for %d uploads (%.1f GB); Ctrl-C ends the wait"
+                logger.info(message, seconds, len(self._waiting), size / 1e9)
+            before, deadline = stop.number if stop else None, time.monotonic() + seconds
+            while self._is_hopeful() and time.monotonic() < deadline and (stop.number if stop else None) == before:
+                self._changed.wait(0.2)
+
+    def close(self) -> None:
+        """Ends the current upload, and logs what is missing on the hub."""
+        if not self._active:
+            return
+        with self._changed:
+            self._closed = True
+            if self._call:
+                self._call.stop()
+            self._changed.notify_all()
+        self._thread.join(10)
+        if self._waiting:
+            commands = "\n".join(f"  {upload.command(self._directory / upload.name)}" for upload in self._waiting)
+            message = "not uploaded: %s. The next run with this config uploads them; by hand:\n%s"
+            logger.warning(message, ", ".join(upload.name for upload in self._waiting), commands)
+
+    def _is_hopeful(self) -> bool:
+        return any(upload.failures < LAST_ATTEMPTS for upload in self._waiting)
+
+    def _work(self) -> None:
+        while upload := self._next():
+            path = self._directory / upload.name
+            before, error = _identity(path), None
+            try:
+                self._call = HubCall(
+                    "upload", self._options.huggingface_token, path=str(path.absolute()), **_request(upload)
+                )
+                if self._closed:
+                    self._call.stop()
+                self._call.result(HANGING + _size(path) / CRAWLING)
+            except (HubError, OSError) as failure:
+                error = failure
+            with self._changed:
+                self._call = self._current = None
+                if upload in self._waiting and not self._closed:
+                    self._note(upload, error, is_unchanged=_identity(path) == before)
+                self._changed.notify_all()
+
+    def _next(self) -> Upload | None:
+        """Waits for the next upload that is due, and returns it; None when the uploads are closed."""
+        with self._changed:
+            while not self._closed:
+                for upload in [upload for upload in self._waiting if _identity(self._directory / upload.name) is None]:
+                    logger.warning("%s cannot be uploaded, because it does not exist any more", upload.name)
+                    self._waiting.remove(upload)
+                    self._write()
+                pause = self._retry_at - time.monotonic()
+                if self._waiting and pause <= 0 and (self._is_hopeful() or not self._ending):
+                    self._current = min(self._waiting, key=lambda upload: upload.failures)
+                    return self._current
+                self._changed.wait(pause if self._waiting and pause > 0 else None)
+            return None
+
+    def _note(self, upload: Upload, error: Exception | None, *, is_unchanged: bool) -> None:
+        """Notes the outcome of an attempt. A file that was saved again during its upload is uploaded again."""
+        if error is None:
+            self._failures, self._warned = 0, ""
+            if is_unchanged:
+                self._waiting.remove(upload)
+                self._write()
+                logger.info("uploaded %s to %s/%s", upload.name, upload.repo_id, upload.path_in_repo)
+                if upload.remove:
+                    self._delete(self._directory / upload.name)
+            return
+        upload.failures += 1
+        self._failures += 1
+        delay = RETRY_AFTER[min(self._failures, len(RETRY_AFTER)) - 1]
+        self._retry_at = time.monotonic() + (LAST_RETRY_AFTER if self._ending else delay)
+        kind = error.kind if isinstance(error, HubError) else str(error)
+        if kind != self._warned:
+            self._warned = kind
+            logger.warning("%s was not uploaded to %s: %s. It is tried again", upload.name, upload.repo_id, error)
+
+    def _make_room(self, path: Path) -> None:
+        """Gives up the oldest replaced uploads if the disk has no room for two more files of this size."""
+        needed = 2 * _size(path)
+        for upload in [upload for upload in self._waiting if upload.remove]:
+            if shutil.disk_usage(self._directory).free >= needed:
+                return
+            logger.warning("%s is deleted before its upload, because the disk is nearly full", upload.name)
+            self._waiting.remove(upload)
+            self._write()
+            if self._call and self._current is upload:
+                self._call.stop()
+            self._delete(self._directory / upload.name)
+
+    def _load(self) -> list[Upload]:
+        try:
+            return [Upload(**values) for values in json.loads(self._list.read_text(encoding="utf-8"))]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s cannot be read (%s): uploads that an earlier run left are not made", self._list, error)
+            return []
+
+    def _write(self) -> None:
+        try:
+            if self._waiting:
+                values = [asdict(replace(upload, failures=0)) for upload in self._waiting]
+                with atomic_path(self._list) as temporary:
+                    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            else:
+                self._list.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self._list, error.strerror)
+
+
+@contextmanager
+def open_uploads(uploads: Uploads, stop: StopRequest | None) -> Iterator[Uploads]:
+    """Within the context the uploads run. At its end the run waits for them, for a shorter time if it was stopped.
+
+    A run that failed does not wait. The next run goes on with its uploads.
+    """
+    uploads.start()
+    try:
+        yield uploads
+    except Interrupt:
+        uploads.finish(stop, complete=False)
+        raise
+    else:
+        uploads.finish(stop, complete=True)
+    finally:
+        uploads.close()
+
+
+def _request(upload: Upload) -> dict[str, Any]:
+    names = ("repo_id", "repo_type", "private", "path_in_repo")
+    return {name: getattr(upload, name) for name in names}
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder; 0 if it does not exist."""
+    return sum(file.stat().st_size for file in _files(path) if file.exists())
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Number and time of a file or folder, which change when it is saved again; None if it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
