@@ -24,6 +24,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import Problems, UserError
+from sdxl_finetune.latents.captions import Captions, count_keys
 from sdxl_finetune.model.declared import read_declared
 from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import inspect_checkpoint
@@ -36,7 +37,7 @@ from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_token
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.runtime.processes import weight_dtype
-from sdxl_finetune.training.checks import Outline, index_images, read_inputs
+from sdxl_finetune.training.checks import Outline, index_images, read_inputs, tokenizer_of
 from sdxl_finetune.training.every import Timeline, first_step, previews_every, saves_every
 from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
 from sdxl_finetune.training.setup import total_steps
@@ -84,6 +85,7 @@ def check(config: Config) -> int:
                 found.say("files", *_files(config, timeline, groups, state_bytes))
         if index:
             found.say("latents", *_latents(config, index))
+            found.attempt(_say_text_outputs, config, index, found)
         if config.huggingface_repo_id:
             found.say("uploads", *_uploads(config))
             found.attempt(check_token, config)
@@ -261,12 +263,31 @@ def _latents(config: Config, index: Index) -> Iterator[str]:
     areas = np.array([bucket.width * bucket.height for bucket in index.buckets], np.int64)
     used = index.used
     size = int((areas[index.bucket[used]] * (1 + index.flips[used])).sum()) * 4 * 2 // 64
-    if config.cache_latents_to_disk:
+    yield _place_of_cache(config, size, config.cache_latents_to_disk)
+
+
+def _say_text_outputs(config: Config, index: Index, found: Findings) -> None:
+    """Adds the size of the cached text encoder outputs. Raises UserError if the model cannot be read."""
+    if not config.cache_text_encoder_outputs:
+        return
+    assert config.pretrained_model_name_or_path is not None
+    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
+    if architecture is None:
+        return
+    tokenizer = tokenizer_of(config)
+    captions = Captions(index, config.text_encoder_outputs_variants, tokenizer.identity())
+    count = count_keys(captions.keys(), captions.used)
+    channels = tokenizer.positions * (architecture.te1.width + architecture.te2.width) + architecture.te2.projection
+    place = _place_of_cache(config, 2 * count * channels, config.cache_text_encoder_outputs_to_disk)
+    found.say("text outputs", f"{count} different captions: {place}")
+
+
+def _place_of_cache(config: Config, size: int, on_disk: bool) -> str:
+    if on_disk:
         free = shutil.disk_usage(_existing(config.cache_folder)).free
-        yield f"{_size(size)} in {config.cache_folder}, free there: {_size(free)}"
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        yield f"{_size(size)} in memory, of {_size(memory)}"
+        return f"{_size(size)} in {config.cache_folder}, free there: {_size(free)}"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{_size(size)} in memory, of {_size(memory)}"
 
 
 def _machine(config: Config) -> Iterator[str]:

@@ -9,7 +9,7 @@ the index lists all names later.
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,6 +154,17 @@ def _parts(name: str) -> tuple[int, str]:
 def is_text(name: str) -> bool:
     """False for a file name or an argument that is not UTF-8. Python holds its bytes as surrogates."""
     return not re.search("[\ud800-\udfff]", name)
+
+
+def caption_conflicts(options: CaptionOptions, variants: int) -> Iterator[tuple[str, str]]:
+    """Yields option and message of what text encoder outputs, cached in this number of variants, cannot follow."""
+    why = "cannot be used with cache_text_encoder_outputs"
+    for option in ("shuffle_caption", "caption_tag_dropout_rate"):
+        if variants == 1 and getattr(options, option):
+            remedy = "set text_encoder_outputs_variants = 8 to cache 8 variants of each caption, or remove one of them"
+            yield option, f"{why}, which encodes each caption once: {remedy}"
+    if options.token_warmup_step:
+        yield "token_warmup_step", f"{why}, because captions change with the step: keep one of them"
 
 
 def no_such(kind: str) -> str:

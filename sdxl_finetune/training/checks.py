@@ -22,6 +22,7 @@ from sdxl_finetune.config import (
     HoldOutOptions,
     LatentOptions,
     LrOptions,
+    ModelOptions,
     OptimizerOptions,
     load_datasets,
 )
@@ -107,20 +108,22 @@ def read_inputs(
         problems.attempt(check_optimizer, config, device, model.groups if model else ())
         problems.attempt(check_update, config, device)
     return Inputs(
-        tokenizer=problems.attempt(
-            build_tokenizer,
-            max_token_length=config.max_token_length,
-            weighted_captions=config.weighted_captions,
-            tokenizer_cache_dir=config.tokenizer_cache_dir,
-        )
-        if intact("tokenizer_cache_dir")
-        else None,
+        tokenizer=problems.attempt(tokenizer_of, config) if intact("tokenizer_cache_dir") else None,
         prompts=problems.attempt(load_prompts, config.sample_prompts)
         if config.sample_prompts and intact("sample_prompts")
         else (),
         thumbnail=problems.attempt(load_thumbnail, config.metadata_thumbnail) if intact("metadata_thumbnail") else None,
         model=model,
         index=_read_images(config, problems, share, faulty),
+    )
+
+
+def tokenizer_of(config: ModelOptions) -> Tokenizer:
+    """The tokenizer of a run. Raises UserError if a saved tokenizer is not CLIP's."""
+    return build_tokenizer(
+        max_token_length=config.max_token_length,
+        weighted_captions=config.weighted_captions,
+        tokenizer_cache_dir=config.tokenizer_cache_dir,
     )
 
 

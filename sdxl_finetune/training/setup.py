@@ -27,6 +27,7 @@ from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
 from sdxl_finetune.errors import Problems, UserError
+from sdxl_finetune.latents.captions import prepare_text
 from sdxl_finetune.latents.preparing import prepare
 from sdxl_finetune.latents.store import LatentStore
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
@@ -50,6 +51,7 @@ from sdxl_finetune.training.every import Timeline, first_step, saves_every
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
 from sdxl_finetune.training.resume import Start
+from sdxl_finetune.training.text_encoder import TextEncoders
 from sdxl_finetune.training.vae_encoder import VaeEncoder
 from sdxl_finetune.training.validation import Validation, build_validation
 
@@ -140,6 +142,10 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
     index, latents = _prepare_latents(config, index, loaded.vae, accelerator, stop)
+    text = None
+    if config.cache_text_encoder_outputs:
+        text = prepare_text(index, TextEncoders(loaded.model, tokenizer, accelerator.device), config, accelerator, stop)
+        loaded.model.detach_text_encoders()
     ranks = accelerator.num_processes
     plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
     order = resume.data_order(index, plan)
@@ -155,6 +161,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         index=index,
         read_latents=latents.read if latents else None,
         tokenize=tokenizer,
+        read_text=text.read if text else None,
         draw_noise=partial(draw_noise, config, seed),
         draw_timesteps=partial(draw_timesteps, config, seed),
         seed=seed,
