@@ -24,6 +24,7 @@ from sdxl_finetune.commands.memory_report import describe
 from sdxl_finetune.config import Config, load_datasets
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index, build_index
+from sdxl_finetune.data.masks import without_bad_masks
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.captions import Captions, count_keys
 from sdxl_finetune.model.keymap import VAE
@@ -122,6 +123,8 @@ def _check_data(config: Config, found: Findings) -> Index | None:
             index = build_index(datasets, config.cache_folder, "skip", skip_check=skip)
         except UserError:
             return None
+    if not skip:
+        found.attempt(without_bad_masks, index, config.on_bad_image)
     total, *buckets = index.describe().splitlines()
     found.say("images", total)
     texts = [bucket.removeprefix("bucket ") for bucket in buckets]

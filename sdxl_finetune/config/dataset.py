@@ -19,6 +19,7 @@ from sdxl_finetune.config.data_options import (
     CaptionOptions,
     HoldOutOptions,
     Interpolation,
+    MaskOptions,
 )
 from sdxl_finetune.config.fields import Resolution
 
@@ -28,7 +29,7 @@ OPTIONAL_SUFFIXES = (".avif", ".jxl")
 """Endings that are read if the installed Pillow can read them."""
 
 
-class Subset(CaptionOptions, AugmentationOptions, HoldOutOptions):
+class Subset(CaptionOptions, AugmentationOptions, MaskOptions, HoldOutOptions):
     """A folder of images with the options that may differ from folder to folder."""
 
     image_dir: Path = Path()
