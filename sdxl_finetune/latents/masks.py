@@ -142,7 +142,7 @@ def prepare_masks(
     places[files.rows] = files.places(library)
     complete = bool((places["file"][index.used & index.has_mask] >= 0).all())
     check_visible(library.files, complete=complete, scratch=scratch)
-    return index, MaskStore(index, write_table(places, scratch), library.files, pixels_per_latent)
+    return index, MaskStore(index, write_table(places[:, None], scratch), library.files, pixels_per_latent)
 
 
 def find_mask_files(index: Index) -> tuple[MaskFiles, dict[int, Problem]]:

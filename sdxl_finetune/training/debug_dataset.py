@@ -1,6 +1,6 @@
 """`debug_dataset`: draws the first batches of a run as they will be trained, on one picture, without loading the model.
 
-The picture shows each image in its bucket, cropped and mirrored, with its caption. What a mask hides is dark red. The
+The picture shows each image in its bucket, cropped and mirrored, with its caption. What a mask hides is striped. The
 squares of a mask are those of the latents. Images are drawn from their files, also if the run caches latents.
 """
 
@@ -38,8 +38,10 @@ COLUMNS, LINES = 4, 8
 """Images beside each other, and lines of text below each."""
 PIXELS_PER_LATENT = 8
 """Of SDXL's VAE."""
-HIDDEN = np.array((110, 0, 0), np.float32)
-"""Colour of what a mask hides."""
+STRIPES = np.array(((10, 0, 20), (100, 0, 90)), np.float32)
+"""Colours of the stripes over what a mask hides."""
+STRIPES_ACROSS = 24
+"""Stripes along the longer side of an image."""
 
 
 def draw_dataset(config: Config) -> int:
@@ -139,6 +141,12 @@ def _picture(view: View) -> Image.Image:
         return Image.new("RGB", (view.entry.bucket.width, view.entry.bucket.height), "grey")
     if mask is not None:
         weight = np.repeat(np.repeat(mask, PIXELS_PER_LATENT, 0), PIXELS_PER_LATENT, 1)[..., None]
-        hidden = 0.3 * pixels.astype(np.float32) + HIDDEN
+        hidden = 0.5 * pixels.mean(axis=2, keepdims=True) + _stripes(*pixels.shape[:2])
         pixels = (weight * pixels + (1 - weight) * hidden).clip(0, 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _stripes(height: int, width: int) -> np.ndarray:
+    """Diagonal stripes, height x width x 3."""
+    diagonal = np.add.outer(np.arange(height), np.arange(width))
+    return STRIPES[diagonal * 2 * STRIPES_ACROSS // max(height, width) % 2]

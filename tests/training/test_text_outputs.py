@@ -107,7 +107,9 @@ def test_saved_files_hold_the_encoders_and_previews_are_those_of_the_model(work)
     assert before.keys() == after.keys()
     encoders = [key for key in before if key.startswith("conditioner.")]
     assert len(encoders) > 50 and all(torch.equal(before[key].float(), after[key]) for key in encoders)
-    assert not torch.equal(before["model.diffusion_model.out.2.weight"].float(), after["model.diffusion_model.out.2.weight"])
+    assert not torch.equal(
+        before["model.diffusion_model.out.2.weight"].float(), after["model.diffusion_model.out.2.weight"]
+    )
 
 
 @pytest.mark.parametrize("where", [IN_MEMORY, ON_DISK], ids=["memory", "disk"])
