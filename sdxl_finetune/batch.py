@@ -53,7 +53,7 @@ class Tokens(NamedTuple):
 
 
 class TextOutputs(NamedTuple):
-    """What the U-Net gets of k captions: hidden states (t = 75 x chunks + 2 positions) and pooled output."""
+    """The input of the U-Net for k captions: hidden states (t = 75 x chunks + 2 positions) and pooled output."""
 
     hidden: Float[Tensor, "k t c"]
     pooled: Float[Tensor, "k p"]
@@ -96,7 +96,7 @@ class Batch:
 
     @property
     def text(self) -> Tokens | TextOutputs:
-        """What the model is given of the captions: cached outputs, or tokens to encode."""
+        """The captions as the model is given them: cached outputs, or tokens to encode."""
         if self.hidden is not None and self.pooled is not None:
             return TextOutputs(self.hidden, self.pooled)
         assert self.tokens1 is not None and self.tokens2 is not None

@@ -46,6 +46,8 @@ OUTPUTS_VERSION = "1"
 """Version of the way from a caption's text to a record. Another version gives other keys."""
 ROWS = 1 << 16
 """Rows of the index whose captions are in Python's memory at once."""
+LOOKED_AT = 100
+"""Images beside which the reference's cached outputs are looked for; a reference run writes one for each image."""
 ALWAYS_KEPT = {"caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0}
 """Options of captions to encode. A dropped caption is the empty one, which has an output of its own."""
 NEVER_DRAWN = random.Random(0)
@@ -151,6 +153,8 @@ def prepare_text(
     if team.folder is None:
         size = 2 * (math.prod(encoder.hidden_shape) + encoder.pooled_size)
         check_memory(count_keys(keys, used) * size, "the text encoders' outputs", "cache_text_encoder_outputs")
+    if accelerator.is_main_process:
+        _mention_npz(index)
     shards = open_together(team, accelerator)
     places = _find_places(keys, shards)
     missing = _first_of_each(keys, used[:, None] & (places["file"] < 0))
@@ -183,6 +187,15 @@ def prepare_text(
 def count_keys(keys: UInt8[np.ndarray, "rows v 16"], used: Bool[np.ndarray, " rows"]) -> int:
     """Number of different captions in use."""
     return len(np.unique(keys[used].reshape(-1, 16), axis=0))
+
+
+def _mention_npz(index: Index) -> None:
+    """Logs that the reference's cached outputs are not used, if there are any beside the first images."""
+    for row in np.flatnonzero(index.used)[:LOOKED_AT].tolist():
+        image = index[row].path
+        if (path := image.with_name(f"{image.stem}_te_outputs.npz")).is_file():
+            logger.info("%s and other files like it are not used: sd-scripts encodes the pooled output wrongly", path)
+            return
 
 
 def _find_places(keys: UInt8[np.ndarray, "rows v 16"], shards: Sequence[Shard]) -> Shaped[np.ndarray, "rows v"]:

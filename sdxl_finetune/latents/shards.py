@@ -46,7 +46,7 @@ PLACE = np.dtype([("file", "<i4"), ("crc", "<u4"), ("start", "<i8")])
 
 @dataclass(frozen=True)
 class Kind:
-    """What the records of shards are, and the encoder that made them. Shards of another kind are never read."""
+    """The meaning of the records in shards, and the encoder that made them. Shards of another kind are never read."""
 
     name: str
     """`latents` or `text_outputs`: the folder in `cache_dir`, the ending of the files and the name of their tensor."""
