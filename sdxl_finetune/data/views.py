@@ -23,7 +23,7 @@ class View:
     resized: tuple[int, int]
     """(width, height) before the crop."""
     left_top: tuple[int, int]
-    """What is cut off at the left and top of the resized image, before it is mirrored."""
+    """Pixels that are cut off at the left and top of the resized image, before it is mirrored."""
     crop_top_left: tuple[int, int]
     """Offset of the crop as the model is given it, in pixels of the resized image, mirrored if the image is."""
     place: tuple[int, int, int, int]

@@ -7,5 +7,6 @@
     store       reading latents by row of the index
     encoding    from image files to latents
     npz         latents that sd-scripts left beside the images
+    masks       the masks of images, at the size of latents
     preparing   all of this over all processes of a run
 """

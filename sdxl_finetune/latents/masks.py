@@ -1,7 +1,6 @@
 """The mask cache: masks at the size of latents, in shards as latents are (shards.py).
 
-A mask's key is the hash of the content of its file, XOR the hash of the size of its image, of the way into the bucket
-and of the channel. Latents and masks are separate records: a new mask leaves the latent valid. A mask is stored once,
+A mask's key is hash(content of its file) XOR hash(size of its image, way into the bucket, channel). Latents and masks are separate records: a new mask leaves the latent valid. A mask is stored once,
 because the mirrored mask is its mirror image.
 """
 

@@ -37,7 +37,7 @@ BATCHES, IMAGES = 8, 64
 COLUMNS, LINES = 4, 8
 """Images beside each other, and lines of text below each."""
 PIXELS_PER_LATENT = 8
-"""Of SDXL's VAE."""
+"""Pixels for one latent of SDXL's VAE, along one side."""
 STRIPES = np.array(((10, 0, 20), (100, 0, 90)), np.float32)
 """Colours of the stripes over what a mask hides."""
 STRIPES_ACROSS = 24
