@@ -1,7 +1,8 @@
 """The mask cache: masks at the size of latents, in shards as latents are (shards.py).
 
-A mask's key is hash(content of its file) XOR hash(size of its image, way into the bucket, channel). Latents and masks are separate records: a new mask leaves the latent valid. A mask is stored once,
-because the mirrored mask is its mirror image.
+A mask's key is hash(content of its file) XOR hash(size of its image, way into the bucket, channel). Latents and
+masks are separate records: a new mask leaves the latent valid. A mask is stored once, because the mirrored mask is its
+mirror image.
 """
 
 import os
