@@ -10,7 +10,7 @@ from sdxl_finetune.commands.memory_estimate import BatchShape, estimate
 from sdxl_finetune.commands.memory_report import GiB, fits
 from sdxl_finetune.config import Config
 from sdxl_finetune.model.architecture import FULL
-from sdxl_finetune.model.random_model import TINY
+from sdxl_finetune.model.random_model import TINY, build_random_model
 
 NEEDS = {"train_text_encoder": True, "cache_latents": True, "learning_rate": 1e-5}
 LEAST = {
@@ -55,6 +55,19 @@ def test_settings_save_what_they_promise() -> None:
     assert less.total < 0.7 * most.total
     kept = estimate(usual.model_copy(update={"gradient_checkpointing": True}), TINY, BatchShape(8, 256, 256), cuda=True)
     assert kept.total < estimate(usual, TINY, BatchShape(8, 256, 256), cuda=True).total
+
+
+def test_cached_text_encoder_outputs_take_the_encoders_off_a_gpu() -> None:
+    shape, plain = BatchShape(1, 64, 64), Config(cache_latents=True, learning_rate=1e-5)
+    cached = plain.model_copy(update={"cache_text_encoder_outputs": True})
+    model = build_random_model(TINY, seed=0)[0]
+    encoders = 4 * sum(parameter.numel() for part in (model.te1, model.te2) for parameter in part.parameters())
+    saved = {
+        cuda: estimate(plain, TINY, shape, cuda=cuda).parts["weights"]
+        - estimate(cached, TINY, shape, cuda=cuda).parts["weights"]
+        for cuda in (True, False)
+    }
+    assert saved[True] == pytest.approx(encoders, rel=0.01) and saved[False] == 0, "a CPU run keeps them in its memory"
 
 
 def test_a_card_that_is_too_small_is_told_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
