@@ -86,6 +86,8 @@ class Batch:
     original_size: Int64[Tensor, "k 2"]
     crop_top_left: Int64[Tensor, "k 2"]
     target_size: Int64[Tensor, "k 2"]
+    mask: Float32[Tensor, "k h w"] | None = None
+    """Factor of the loss at each place, 0 to 1. None if no image of the run has a mask."""
     weights: Float32[Tensor, " k"]
     """Share of each image's loss in the step. Over all ranks and all micro-batches of the step, the weights add up to
     the number of ranks, because data-parallel training averages gradients over ranks."""

@@ -6,8 +6,10 @@ import os
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import Problem, UserError, say_errors
 from sdxl_finetune.latents.captions import prepare_text
+from sdxl_finetune.latents.masks import prepare_masks
 from sdxl_finetune.latents.preparing import prepare
 from sdxl_finetune.model.load import load_text_encoders, load_vae
+from sdxl_finetune.model.vae import pixels_per_latent
 from sdxl_finetune.output.console import console
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory
 from sdxl_finetune.runtime.processes import build_accelerator, weight_dtype
@@ -35,6 +37,7 @@ def cache(config: Config) -> int:
             assert path is not None
             if config.cache_latents_to_disk:
                 vae = load_vae(path, config.vae)
+                index, _ = prepare_masks(index, config, accelerator, pixels_per_latent(vae), stop)
                 index, _ = prepare(index, VaeEncoder(vae, device), config, accelerator, stop)
             if config.cache_text_encoder_outputs_to_disk:
                 dtype, exact = weight_dtype(config), config.keeps_masters

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_finetune.config.fields import FilePath, OnlyWith, Options, Resolution, ZeroIsOne
+from sdxl_finetune.config.fields import FaceRange, FilePath, OnlyWith, Options, Resolution, ZeroIsOne
 
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"]
 TAGS = OnlyWith("shuffle_caption caption_tag_dropout_rate token_warmup_step")
@@ -37,6 +37,8 @@ class DataOptions(Options):
     """Older spelling of `caption_extension`. If both are set, this one wins."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """An image that cannot be read stops the run, or is skipped with a warning. Not in sd-scripts."""
+    debug_dataset: bool = False
+    """Draw the first batches as they are trained, with captions and masks, into `output_dir`; train nothing."""
 
 
 class CaptionOptions(Options):
@@ -83,6 +85,17 @@ class AugmentationOptions(Options):
     """Change the colours of each image slightly and at random. Not possible with `cache_latents`."""
     random_crop: bool = False
     """Crop at a random place instead of the centre. Not possible with `cache_latents`."""
+    face_crop_aug_range: Annotated[FaceRange | None, OnlyWith("cache_latents", unless=True)] = None
+    """Crop around the face that a file name gives, `name_x_y_w_h`: short side of the crop, in sizes of the face."""
+
+
+class MaskOptions(Options):
+    """Masks"""
+
+    conditioning_data_dir: Annotated[FilePath | None, OnlyWith("masked_loss")] = None
+    """Folder of masks for `masked_loss`, each with the name and size of its image. The red channel is the mask."""
+    alpha_mask: bool = False
+    """Multiply the loss by each image's alpha channel. Colours under transparent parts are kept."""
 
 
 class BucketOptions(Options):

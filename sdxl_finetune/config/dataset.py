@@ -21,6 +21,7 @@ from sdxl_finetune.config.data_options import (
     CaptionOptions,
     HoldOutOptions,
     Interpolation,
+    MaskOptions,
 )
 from sdxl_finetune.config.fields import Resolution
 
@@ -54,7 +55,7 @@ def unread_pictures(counts: Mapping[str, int]) -> str:
     )
 
 
-class Subset(CaptionOptions, AugmentationOptions, HoldOutOptions):
+class Subset(CaptionOptions, AugmentationOptions, MaskOptions, HoldOutOptions):
     """A folder of images with the options that may differ from folder to folder."""
 
     image_dir: Path = Path()

@@ -19,12 +19,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_finetune.config.data_options import LatentOptions
 from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, no_such
 from sdxl_finetune.config.fields import expected
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.reading import parse_toml
-from sdxl_finetune.config.unsupported import REFERENCE
 from sdxl_finetune.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
@@ -40,8 +38,6 @@ NO_EFFECT = {
     "network_multiplier": "it belongs to LoRA training",
     "custom_attributes": "SDXL training does not use them",
 }
-REFUSED = ("face_crop_aug_range", "alpha_mask", "conditioning_data_dir")
-"""Keys that are refused, for the reason in REFERENCE."""
 
 
 def load_datasets(config: Config) -> tuple[Dataset, ...]:
@@ -49,8 +45,25 @@ def load_datasets(config: Config) -> tuple[Dataset, ...]:
 
     Raises UserError if there is nothing to train on, with all mistakes of a `dataset_config` file.
     """
-    if config.dataset_config:
-        return _read_file(config.dataset_config, config)
+    datasets = _read_file(config.dataset_config, config) if config.dataset_config else _from_folders(config)
+    return tuple(
+        dataset.model_copy(update={"subsets": tuple(_settled(subset, config) for subset in dataset.subsets)})
+        for dataset in datasets
+    )
+
+
+def _settled(subset: Subset, config: Config) -> Subset:
+    """The subset without options that have no effect with this config.
+
+    Mask files count only with `masked_loss`, and then the alpha channel does not. Cached latents have one crop.
+    """
+    without = ["face_crop_aug_range"] if config.cache_latents else []
+    if subset.conditioning_data_dir:
+        without.append("alpha_mask" if config.masked_loss else "conditioning_data_dir")
+    return subset.model_copy(update={name: Subset.model_fields[name].default for name in without})
+
+
+def _from_folders(config: Config) -> tuple[Dataset, ...]:
     shared = {name: getattr(config, name) for name in Subset.model_fields if name in Config.model_fields}
     common = {name: getattr(config, name) for name in Dataset.model_fields if name in Config.model_fields}
     sources: list[dict[str, Any]] = []
@@ -66,8 +79,15 @@ def load_datasets(config: Config) -> tuple[Dataset, ...]:
     for source in sources:
         if source["num_repeats"] is None:
             source["num_repeats"] = config.dataset_repeats
-    subsets = tuple(Subset(**shared, **source) for source in sources)
+        source["conditioning_data_dir"] = None if source.get("is_reg") else _mask_folder(config, source["image_dir"])
+    subsets = tuple(Subset(**{**shared, **source}) for source in sources)
     return (Dataset(**common, batch_size=config.train_batch_size, subsets=subsets),)
+
+
+def _mask_folder(config: Config, images: Path) -> Path | None:
+    """The folder of the masks of a folder of images: one of the same name in conditioning_data_dir, or that itself."""
+    root = config.conditioning_data_dir
+    return root / images.name if root and (root / images.name).is_dir() else root
 
 
 def _folders(option: str, root: Path | None) -> list[tuple[Path, int | None, str | None]]:
@@ -99,9 +119,7 @@ class _Mistakes:
         for key, value in table.items():
             if key in NO_EFFECT:
                 logger.warning("%s: %s.%s has no effect: %s", self.path, place, key, NO_EFFECT[key])
-            elif key in REFUSED and value:
-                self.add(REFERENCE[key].remark, f"{place}.{key}", value)
-            elif key not in known and key not in REFUSED:
+            elif key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
                 self.add(f"unknown key; {hint}", f"{place}.{key}", value)
@@ -159,7 +177,7 @@ def _read_file(path: Path, config: Config) -> tuple[Dataset, ...]:
 
 
 def _subset(
-    mistakes: _Mistakes, table: object, place: str, inherited: Mapping[str, Any], cache: LatentOptions
+    mistakes: _Mistakes, table: object, place: str, inherited: Mapping[str, Any], config: Config
 ) -> Subset | None:
     keys = mistakes.known_keys(table, place, SUBSET_KEYS)
     if not keys.keys() & {"image_dir", "metadata_file"}:
@@ -172,20 +190,37 @@ def _subset(
         if isinstance(keys.get(key), str):
             keys[key] = Path(keys[key])
     values = {name: value for name, value in {**inherited, **keys}.items() if name in SUBSET_KEYS}
+    if keys.get("is_reg") and "conditioning_data_dir" not in keys:
+        values["conditioning_data_dir"] = None  # masks of the images that are learned, not of regularisation images
     subset = mistakes.build(Subset, {"num_repeats": 1, "class_tokens": None, **values}, place)
     if subset is None:
         return None
     for key in ("color_aug", "random_crop"):
-        if cache.cache_latents and getattr(subset, key):
+        if config.cache_latents and getattr(subset, key):
             mistakes.add("cannot be used with cache_latents: keep one of them", f"{place}.{key}", True)
-    if cache.cache_text_encoder_outputs:
-        for key, message in caption_conflicts(subset, cache.text_encoder_outputs_variants):
+    for key, message in _without_effect(subset, config):
+        logger.warning("%s: %s.%s has no effect %s", mistakes.path, place, key, message)
+    if config.cache_text_encoder_outputs:
+        for key, message in caption_conflicts(subset, config.text_encoder_outputs_variants):
             mistakes.add(message, f"{place}.{key}", getattr(subset, key))
     if subset.metadata_file is None and not subset.image_dir.is_dir():
         mistakes.add(no_such("folder"), f"{place}.image_dir", str(subset.image_dir))
     if subset.metadata_file is not None and not subset.metadata_file.is_file():
         mistakes.add(no_such("file"), f"{place}.metadata_file", str(subset.metadata_file))
+    masks = subset.conditioning_data_dir
+    if config.masked_loss and masks and not masks.is_dir():
+        mistakes.add(no_such("folder"), f"{place}.conditioning_data_dir", str(masks))
     return subset
+
+
+def _without_effect(subset: Subset, config: Config) -> Iterator[tuple[str, str]]:
+    """Yields keys of a subset that have no effect, and why."""
+    if subset.face_crop_aug_range and config.cache_latents:
+        yield "face_crop_aug_range", "with cache_latents"
+    if subset.conditioning_data_dir and not config.masked_loss:
+        yield "conditioning_data_dir", "without masked_loss"
+    elif subset.conditioning_data_dir and subset.alpha_mask:
+        yield "alpha_mask", "with conditioning_data_dir"
 
 
 def _used(path: Path, subsets: list[Subset]) -> Iterator[Subset]:

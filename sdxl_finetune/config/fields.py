@@ -124,6 +124,14 @@ def _steps_or_share(value: Any) -> Any:
     return value
 
 
+def _face_range(value: Any) -> Any:
+    """Returns (low, high) of two numbers, or of text of two numbers."""
+    low, high = (float(part) for part in (value.split(",") if isinstance(value, str) else value))
+    if not 0 < low <= high < math.inf:
+        raise ValueError
+    return low, high
+
+
 NEXT_ARGUMENT = re.compile(r"[\s,]+(?=[A-Za-z_]\w*\s*=)")
 """White space or commas before the next of several arguments in one text, as in `weight_decay=0.1,betas=0.9,0.99`."""
 
@@ -186,6 +194,9 @@ def _path(value: object) -> object:
 
 FilePath = Annotated[Path, BeforeValidator(_path), Shown("a path")]
 Resolution = Annotated[tuple[int, int], _parsed(_resolution), Shown('pixels, as 1024 or "1024,768"')]
+FaceRange = Annotated[
+    tuple[float, float], _parsed(_face_range), Shown('two numbers above 0, the smaller one first, as "2.0,4.0"')
+]
 StepsOrShare = Annotated[
     int | float, _parsed(_steps_or_share), Shown('a whole number of steps, or a share of all steps as 0.1 or "10%"')
 ]

@@ -24,6 +24,7 @@ class Config(
     data_options.DataOptions,
     data_options.CaptionOptions,
     data_options.AugmentationOptions,
+    data_options.MaskOptions,
     data_options.BucketOptions,
     data_options.LatentOptions,
     training_options.LengthOptions,

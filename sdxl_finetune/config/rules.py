@@ -85,6 +85,8 @@ def find_remarks(config: Config) -> Findings:
             message += ", and optimizer states in fp16 overflow or vanish, with which AdamW divides by zero"
         yield "exact_masters", f"{message}: true keeps the updates, for 2 bytes per weight"
     yield from _without_effect(config)
+    if config.alpha_mask and config.conditioning_data_dir and config.masked_loss and not config.dataset_config:
+        yield "alpha_mask", "has no effect with conditioning_data_dir, as in the reference"
     for option in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
         if getattr(config, option) and (config.is_fused or config.keeps_masters):
             yield option, "has no effect, because gradients are averaged tensor by tensor, without DDP"
@@ -282,6 +284,8 @@ def _files(config: Config) -> Findings:
         yield "metadata_thumbnail", f"neither a data URL nor a file; {no_such('file')}"
     if config.dataset_config:
         return
+    if config.masked_loss and config.conditioning_data_dir and not config.conditioning_data_dir.is_dir():
+        yield "conditioning_data_dir", no_such("folder")
     for option in ("reg_data_dir",) if config.in_json else ("train_data_dir", "reg_data_dir"):
         folder = getattr(config, option)
         if folder and (message := find_folders(folder).problem):

@@ -64,6 +64,8 @@ class NoiseOptions(Options):
 class LossOptions(Options):
     """Objective and loss"""
 
+    masked_loss: Annotated[bool, OnlyWith("conditioning_data_dir alpha_mask")] = False
+    """Multiply the loss by the masks in `conditioning_data_dir`. The average is over all pixels."""
     v_parameterization: bool = False
     """Train the model to predict velocity. Off: to predict noise."""
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = "l2"

@@ -40,8 +40,6 @@ NO_EFFECT = {
 NOT_SUPPORTED = {
     "v2": "this program trains SDXL only: start from an SDXL checkpoint",
     "dataset_class": "it would run code of your own: use dataset_config",
-    "masked_loss alpha_mask conditioning_data_dir": "not supported yet: train without masks",
-    "face_crop_aug_range debug_dataset": "not supported yet: remove it",
 }
 FOREIGN_NO_EFFECT = {
     "no_token_padding": "captions are always padded, as in the reference's SDXL trainer",

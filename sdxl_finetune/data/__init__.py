@@ -8,7 +8,9 @@ Modules:
     tables      writes and maps the Arrow files of scan and index
     buckets     chooses the aspect-ratio bucket, the resized size and the crop
     index       one row for each image, in columns that all processes share
+    remarks     warnings about captions and names of images
     batch_plan  which images form a batch, as a function of seed and epoch
     loader      makes the batches of one rank, in data-loader workers
-    captions, tokens, images    one caption, its tokens, one image file
+    views       how an image is seen at one place of the run: flip, size, crop
+    captions, tokens, images, masks, faces    one caption, its tokens, one image file, its mask, a crop around a face
 """

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.faces import FACE_NAME
 from sdxl_finetune.errors import Problem, UserError
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])+)\}(?!\})")
@@ -25,8 +26,6 @@ AS_WRITTEN = {
     "token_warmup_step": 0,
 }
 """Options of captions that are whole and in order. A wildcard {a|b} still becomes one of its options."""
-FACE_NAME = re.compile(r"(.+)(?:_\d+){4}")
-"""File name of a face cutout: the name of the original image and four numbers."""
 
 
 def caption(options: Subset, text: str, rng: random.Random, *, epoch: int, step: int, max_steps: int) -> str:

@@ -14,6 +14,7 @@ import io
 import random
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -72,9 +73,11 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def load_image(
-    path: Path, at_least: tuple[int, int] | None = None, data: bytes | None = None
+    path: Path, at_least: tuple[int, int] | None = None, data: bytes | None = None, *, hides: bool = True
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The RGB pixels of a file, or of its content `data` if that was read already. Raises ImageError.
+
+    Transparent parts become white, unless `hides` is False: then the colours below them show.
 
     With `at_least` (width, height) a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, if it stays at least so
     large. The cosine transform then does the averaging; the result is within one grey level of decoding it whole.
@@ -91,7 +94,7 @@ def load_image(
                 if profile and _transform(profile)[0]:
                     pixels = np.asarray(_in_srgb(Image.fromarray(pixels), profile, grey=grey))
             else:
-                flat = _flat(image)
+                flat = _flat(image, hides=hides)
                 converted = _in_srgb(flat, profile, grey=grey) if profile else flat
                 pixels = np.asarray(converted if converted.mode == "RGB" else converted.convert("RGB"))
         return _turned(pixels, orientation)
@@ -110,12 +113,13 @@ def load_crop(
     bucket: tuple[int, int],
     interpolation: str | None,
     data: bytes | None = None,
+    hides: bool = True,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The pixels of an image in its bucket.
 
     Raises ImageError, also if the image does not have the `size` that the scan or a metadata file gave it.
     """
-    pixels = load_image(path, at_least=None if interpolation else resized, data=data)
+    pixels = load_image(path, at_least=None if interpolation else resized, data=data, hides=hides)
     height, width = pixels.shape[:2]
     by = max(1, round(size[0] / width))
     if (-(-size[0] // by), -(-size[1] // by)) != (width, height):
@@ -125,13 +129,34 @@ def load_crop(
     return resize_and_crop(pixels, resized, left_top, bucket, interpolation)
 
 
+def load_channel(path: Path, channel: Literal["R", "A"], data: bytes | None = None) -> UInt8[np.ndarray, "H W"]:
+    """One channel of an image file: red, or alpha, which is 255 everywhere in an opaque image. Raises ImageError.
+
+    The channel is turned by EXIF orientation. Colour profiles do not change it.
+    """
+    try:
+        data = path.read_bytes() if data is None else data
+        with Image.open(io.BytesIO(data)) as image:
+            orientation = _orientation(image)
+            if channel == "A" and not image.has_transparency_data:
+                values = np.full(image.size[::-1], 255, np.uint8)
+            else:
+                eight_bits = _eight_bits(image) if image.mode.startswith("I") else image
+                values = np.asarray(eight_bits.convert("RGB" if channel == "R" else "RGBA").getchannel(channel))
+        return _turned(values, orientation)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError(str(path), _reason(error, path)) from error
+
+
 def resize_and_crop(
-    pixels: UInt8[np.ndarray, "_ _ 3"],
+    pixels: UInt8[np.ndarray, "_ _ *channels"],
     resized: tuple[int, int],
     left_top: tuple[int, int],
     bucket: tuple[int, int],
     interpolation: str | None = None,
-) -> UInt8[np.ndarray, "H W 3"]:
+) -> UInt8[np.ndarray, "H W *channels"]:
     """Resizes and crops pixels to the bucket.
 
     Without an `interpolation` (resize_interpolation), OpenCV's area averaging is used if neither side grows, else
@@ -180,10 +205,10 @@ def _orientation(image: Image.Image) -> int:
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 
 
-def _turned(pixels: UInt8[np.ndarray, "_ _ 3"], orientation: int) -> UInt8[np.ndarray, "H W 3"]:
+def _turned(pixels: UInt8[np.ndarray, "_ _ *channels"], orientation: int) -> UInt8[np.ndarray, "H W *channels"]:
     """Applies an EXIF orientation: 5 to 8 swap rows and columns, then some mirror horizontally or vertically."""
     if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
+        pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     if orientation in (3, 4, 7, 8):
@@ -206,11 +231,11 @@ def _decode_jpeg(data: bytes, reduction: int) -> UInt8[np.ndarray, "H W 3"]:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 
-def _flat(image: Image.Image) -> Image.Image:
+def _flat(image: Image.Image, *, hides: bool) -> Image.Image:
     """The image with 8 bits and without transparency, as RGB, or as CMYK if it is CMYK."""
     if image.mode.startswith("I"):
         image = _eight_bits(image)
-    if image.has_transparency_data:
+    if image.has_transparency_data and hides:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         ground.alpha_composite(image)

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Int, Int32, Int64, UInt8
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.data.buckets import fill_buckets, place_images
 from sdxl_finetune.data.images import load_crop
+from sdxl_finetune.data.remarks import remark_on_captions, remark_on_faces
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.tables import map_table, write_table
 from sdxl_finetune.errors import Problem, UserError
@@ -58,20 +59,28 @@ class Entry:
     bucket: Bucket
     interpolation: str | None
 
-    def load(self, left_top: tuple[int, int], data: bytes | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    def load(
+        self, left_top: tuple[int, int], data: bytes | None = None, *, resized: tuple[int, int] | None = None
+    ) -> UInt8[np.ndarray, "H W 3"]:
         """The image's pixels in its bucket. Raises ImageError.
 
         `left_top` is the position of the crop in the resized image. `data` is the file's content, if it was read.
+        `resized` replaces the size before the crop.
         """
         return load_crop(
             self.path,
             size=self.size,
-            resized=self.resized,
+            resized=resized or self.resized,
             left_top=left_top,
             bucket=(self.bucket.width, self.bucket.height),
             interpolation=self.interpolation,
             data=data,
+            hides=not self.subset.alpha_mask,
         )
+
+    @property
+    def has_mask(self) -> bool:
+        return self.subset.alpha_mask or self.subset.conditioning_data_dir is not None
 
 
 @dataclass(frozen=True)
@@ -141,11 +150,24 @@ class Index:
         """True for images that are also used mirrored."""
         return np.array([subset.flip_aug for subset in self.subsets])[self.subset]
 
+    @cached_property
+    def has_mask_file(self) -> Bool[np.ndarray, " n"]:
+        """True for images whose mask is a file of its own."""
+        return np.array([subset.conditioning_data_dir is not None for subset in self.subsets])[self.subset]
+
+    @cached_property
+    def has_mask(self) -> Bool[np.ndarray, " n"]:
+        """True for images with a mask."""
+        return np.array([subset.alpha_mask for subset in self.subsets])[self.subset] | self.has_mask_file
+
     @property
-    def interpolations(self) -> tuple[list[str | None], Int[np.ndarray, " n"]]:
-        """The values of resize_interpolation in use, and the position of each image's value among them."""
-        own: list[str | None] = [subset.resize_interpolation for subset in self.subsets]
-        ways = sorted(set(own), key=str)
+    def readings(self) -> tuple[list[str], Int[np.ndarray, " n"]]:
+        """The ways in which files are read, and the position of each image's way among them.
+
+        A way is the value of resize_interpolation, and whether colours under transparent parts are kept.
+        """
+        own = [f"{one.resize_interpolation}{' alpha' if one.alpha_mask else ''}" for one in self.subsets]
+        ways = sorted(set(own))
         return ways, np.array([ways.index(way) for way in own])[self.subset]
 
     @cached_property
@@ -231,7 +253,8 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
     table = _place(found, datasets, problems)
     report_bad_images(problems, on_bad_image)
     _check_some_left(table["repeats"].to_numpy(), table["held_out"].to_numpy())
-    _remark_on_captions(table, subsets)
+    remark_on_captions(table, subsets)
+    remark_on_faces(table, subsets)
     table = table.combine_chunks()
     buckets = str(table.schema.metadata[b"buckets"])
     name = hashlib.blake2b(f"{buckets} {digest_of(table)}".encode(), digest_size=12).hexdigest()
@@ -239,19 +262,6 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
     if not path.exists():
         write_table(path, table)
     return Index(path, tuple(datasets), bad_files=len(problems))
-
-
-def _remark_on_captions(table: pa.Table, subsets: Sequence[Subset]) -> None:
-    if uncaptioned := pa.compute.sum(pa.compute.equal(table["caption"], "")).as_py():
-        logger.warning("%d of %d images have no caption file, or an empty one", uncaptioned, table.num_rows)
-    # The column stays in its chunks and is not copied.
-    has_lines = pa.compute.match_substring(table["caption"], "\n").to_numpy()
-    uses_first = ~np.array([subset.enable_wildcard for subset in subsets])[table["subset"].to_numpy()]
-    if lines := int((has_lines & uses_first).sum()):
-        remedy = "enable_wildcard = true draws one of the lines each time"
-        logger.warning(
-            "%d of %d captions have several lines, and only the first is used: %s", lines, len(table), remedy
-        )
 
 
 def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:

@@ -25,10 +25,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from sdxl_finetune.batch import LATENT_CHANNELS, Batch, Position, TextOutputs, Tokens, to_images
 from sdxl_finetune.data.batch_plan import MicroBatch
-from sdxl_finetune.data.buckets import crop_left_top, mirrored_left
 from sdxl_finetune.data.captions import caption, is_dropped
-from sdxl_finetune.data.images import ImageError, jitter_color
-from sdxl_finetune.data.index import Entry, Index
+from sdxl_finetune.data.images import ImageError
+from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.views import View, draw_view
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.seeding import position_normal, position_random
 
@@ -55,18 +55,6 @@ class LoadedBatch:
         return replace(self, batch=self.batch and self.batch.pin_memory())
 
 
-@dataclass(frozen=True)
-class View:
-    """How one image is seen this time."""
-
-    entry: Entry
-    mirrored: bool
-    left_top: tuple[int, int]
-    """Pixels that are cut off at the left and top of the resized image, before it is mirrored."""
-    crop_top_left: tuple[int, int]
-    """Offset of the crop as the model is given it, in pixels of the resized image, mirrored if the image is."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingDataset(TorchDataset):
     """One rank's batches of the images of an index, by micro-batch."""
@@ -78,6 +66,8 @@ class TrainingDataset(TorchDataset):
     read_text: Callable[[Sequence[int | None], Sequence[float]], tuple[np.ndarray, np.ndarray]] | None = None
     """Reads cached hidden states and pooled outputs of captions by row, None for the empty caption, and by a random
     number from 0 to 1, which chooses a variant. If `read_text` is None, batches hold tokens."""
+    read_masks: Callable[[Sequence[int], Sequence[bool]], np.ndarray] | None = None
+    """Reads masks (k, h, w) of k rows of one bucket, mirrored or not. None: batches of images read their own masks."""
     draw_noise: DrawNoise
     draw_timesteps: Callable[[Position, int], Tensor]
     """Draws the timesteps of k images from position and k."""
@@ -99,22 +89,25 @@ class TrainingDataset(TorchDataset):
         # A rank without an image takes the first one at weight 0, because all ranks have to compute on one shape.
         slots = slots or [0]
         needed = slots if self.noise_latent_scale is None else range(len(rows))
-        views = {slot: self._view(position, slot, rows[slot]) for slot in needed}
+        views = {slot: draw_view(self.index[rows[slot]], self.seed, position, slot) for slot in needed}
         own_views = [views[slot] for slot in slots]
         scale, bucket = self.pixels_per_latent, own_views[0].entry.bucket
         shape = (len(rows), LATENT_CHANNELS, bucket.height // scale, bucket.width // scale)
-        latents = images = encoding_noise = None
+        latents = images = mask = encoding_noise = None
         problems: tuple[Problem, ...] = ()
         try:
             text = self._text(position, {slot: rows[slot] for slot in slots})
             if self.read_latents is not None:
                 flips = [view.mirrored for view in views.values()]
                 latents = torch.from_numpy(self.read_latents([rows[slot] for slot in needed], flips)).float()
+            if self.read_masks is not None:
+                own_flips = [view.mirrored for view in own_views]
+                mask = torch.from_numpy(self.read_masks([rows[slot] for slot in slots], own_flips)).float()
         except UserError as error:
             # Raised in a worker, it would arrive as another exception with the worker's traceback as its message.
             return LoadedBatch(None, error.problems)
         if self.read_latents is None:
-            images, readable, problems = self._read_images(position, slots, own_views)
+            images, mask, readable, problems = self._read_images(own_views)
             weights *= readable
             place = position.step, position.micro_batch
             normal = [position_normal(shape[1:], self.seed, "encoding", *place, slot) for slot in slots]
@@ -139,49 +132,54 @@ class TrainingDataset(TorchDataset):
             original_size=torch.tensor([view.entry.size[::-1] for view in own_views]),
             crop_top_left=torch.tensor([view.crop_top_left for view in own_views]),
             target_size=torch.tensor([(bucket.height, bucket.width)] * len(slots)),
+            mask=mask,
             weights=weights,
             images_in_step=len(rows),
         )
         return LoadedBatch(batch, problems)
 
-    def _view(self, position: Position, slot: int, row: int) -> View:
+    def caption_at(self, position: Position, slot: int, row: int) -> str:
+        """The caption of an image as the model is given it at this place."""
         entry = self.index[row]
-        rng = position_random(self.seed, "view", position.step, position.micro_batch, slot)
-        mirrored = rng.random() < 0.5 and entry.subset.flip_aug
-        bucket = (entry.bucket.width, entry.bucket.height)
-        left, top = crop_left_top(entry.resized, bucket, rng if entry.subset.random_crop else None)
-        seen_left = mirrored_left(left, entry.resized[0], bucket[0]) if mirrored else left
-        return View(entry, mirrored, (left, top), (top, seen_left))
+        rng = position_random(self.seed, "caption", position.step, position.micro_batch, slot)
+        where = {"epoch": position.epoch, "step": position.step, "max_steps": self.max_steps}
+        return caption(entry.subset, entry.caption, rng, **where)
+
+    def draw_variant(self, position: Position, slot: int, row: int) -> float | None:
+        """A number from 0 to 1 that chooses a cached variant of the caption; None if the caption is dropped."""
+        rng = position_random(self.seed, "caption", position.step, position.micro_batch, slot)
+        return None if is_dropped(self.index[row].subset, rng, epoch=position.epoch) else rng.random()
 
     def _text(self, position: Position, rows: Mapping[int, int]) -> Tokens | TextOutputs:
         """Tokens or cached outputs of the captions of these rows, which are given by slot."""
-        rngs = [position_random(self.seed, "caption", position.step, position.micro_batch, slot) for slot in rows]
-        own = list(zip(rows.values(), (self.index[row] for row in rows.values()), rngs, strict=True))
         if self.read_text is None:
-            where = {"epoch": position.epoch, "step": position.step, "max_steps": self.max_steps}
-            return self.tokenize([caption(entry.subset, entry.caption, rng, **where) for _, entry, rng in own])
-        kept = [None if is_dropped(entry.subset, rng, epoch=position.epoch) else row for row, entry, rng in own]
-        hidden, pooled = self.read_text(kept, [rng.random() for rng in rngs])
+            return self.tokenize([self.caption_at(position, slot, row) for slot, row in rows.items()])
+        draws = [self.draw_variant(position, slot, row) for slot, row in rows.items()]
+        kept = [None if draw is None else row for row, draw in zip(rows.values(), draws, strict=True)]
+        hidden, pooled = self.read_text(kept, [draw or 0.0 for draw in draws])
         return TextOutputs(torch.from_numpy(hidden), torch.from_numpy(pooled))
 
     def _read_images(
-        self, position: Position, slots: Sequence[int], views: Sequence[View]
-    ) -> tuple[Float32[Tensor, "k 3 H W"], Float32[Tensor, " k"], tuple[Problem, ...]]:
-        """Images in [-1, 1]; 1 for each readable image, 0 for an unreadable one, which is grey; and the problems."""
-        images, readable, problems = [], torch.ones(len(slots)), []
-        for number, (slot, view) in enumerate(zip(slots, views, strict=True)):
+        self, views: Sequence[View]
+    ) -> tuple[Float32[Tensor, "k 3 H W"], Float32[Tensor, "k h w"] | None, Float32[Tensor, " k"], tuple[Problem, ...]]:
+        """Images in [-1, 1]; masks, if the run has any; 1 or 0 for readable and unreadable images; and the problems.
+
+        An image is unreadable, and grey, if its mask is.
+        """
+        bucket, scale = views[0].entry.bucket, self.pixels_per_latent
+        images, problems = np.full((len(views), bucket.height, bucket.width, 3), 128, np.uint8), []
+        masks = np.ones((len(views), bucket.height // scale, bucket.width // scale), np.float32)
+        readable = torch.ones(len(views))
+        for number, view in enumerate(views):
             try:
-                pixels = view.entry.load(view.left_top)
-            except ImageError as error:
+                if (mask := view.load_mask(scale)) is not None:
+                    masks[number] = mask
+                images[number] = view.load_pixels()
+            except ImageError as error:  # noqa: PERF203 (all problems are reported together)
                 problems.append(Problem(error.reason, file=error.path))
-                pixels = np.full((view.entry.bucket.height, view.entry.bucket.width, 3), 128, np.uint8)
                 readable[number] = 0
-            if view.entry.subset.color_aug:
-                pixels = jitter_color(
-                    pixels, position_random(self.seed, "color", position.step, position.micro_batch, slot)
-                )
-            images.append(pixels[:, ::-1] if view.mirrored else pixels)
-        return to_images(torch.from_numpy(np.stack(images))), readable, tuple(problems)
+        own_masks = torch.from_numpy(masks) if self.index.has_mask.any() else None
+        return to_images(torch.from_numpy(images)), own_masks, readable, tuple(problems)
 
 
 def load_batches(

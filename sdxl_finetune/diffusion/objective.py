@@ -1,7 +1,9 @@
 """The training objective: denoising score matching as SDXL was trained (Podell et al., arXiv 2307.01952).
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e          (Ho et al., arXiv 2006.11239, equation 4)
-    loss_i = weight(t_i) mean (target_i - model(x_t, t_i, caption_i, sizes_i))^2
+    loss_i = weight(t_i) mean mask_i (target_i - model(x_t, t_i, caption_i, sizes_i))^2
+
+The mean is over all pixels, also over those that the mask hides, as in the reference (golden loss.json: masked_loss).
 
 The choices of target, loss and loss weight are the reference's. All random numbers are in the batch. The objective is
 therefore a plain function of weights and batch.
@@ -39,4 +41,6 @@ def image_losses(
     )
     threshold = huber_threshold(options, schedule, timesteps)
     losses = elementwise_loss(prediction, target, options.loss_type, threshold)
+    if batch.mask is not None:
+        losses = losses * batch.mask[:, None]
     return losses.mean(dim=(1, 2, 3)) * loss_weight(options, schedule, timesteps)

@@ -11,4 +11,5 @@ and a TextStore.
     together    encoding by all processes of a run
     preparing   all of this for latents
     captions    all of this for text encoder outputs
+    masks       all of this for masks
 """

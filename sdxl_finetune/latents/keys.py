@@ -1,8 +1,9 @@
 """Cache keys: 16-byte hashes that name a latent by all that it depends on besides the VAE.
 
-A latent depends on the content of the image file, on resized size, crop and interpolation, and on whether the image is
-mirrored. Its key is hash(content) XOR hash(geometry), so that numpy makes millions of keys in a moment. Name and place
-of the file are not part of the key: an image that was moved, renamed or touched is found again. All hashes are blake2b.
+A latent depends on the content of the image file, on resized size, crop, interpolation and alpha_mask, and on whether
+the image is mirrored. Its key is hash(content) XOR hash(geometry), so that numpy makes millions of keys in a
+moment. Name and place of the file are not part of the key: an image that was moved, renamed or touched is found again.
+All hashes are blake2b.
 """
 
 import hashlib
@@ -40,17 +41,15 @@ def row_keys(index: Index) -> RowKeys:
     """The RowKeys of an index, from what the scan found. No file is opened."""
     width, height = (index.numbers(f"resized_{side}").astype(np.int64) for side in ("width", "height"))
     sizes, size = np.unique(width << 32 | height, return_inverse=True)
-    interpolations, interpolation = index.interpolations
+    readings, reading = index.readings
     count = len(index.buckets)
-    geometries, geometry = np.unique(
-        (size * len(interpolations) + interpolation) * count + index.bucket, return_inverse=True
-    )
+    geometries, geometry = np.unique((size * len(readings) + reading) * count + index.bucket, return_inverse=True)
     hashes = bytearray()
     for number in geometries.tolist():
-        resized, bucket = int(sizes[number // count // len(interpolations)]), index.buckets[number % count]
+        resized, bucket = int(sizes[number // count // len(readings)]), index.buckets[number % count]
         text = f"{PIXELS_VERSION} {resized >> 32} {resized & 0xFFFFFFFF} {bucket.width} {bucket.height}"
         for mirrored in (0, 1):
-            hashes += hash16(f"{text} {interpolations[number // count % len(interpolations)]} {mirrored}".encode())
+            hashes += hash16(f"{text} {readings[number // count % len(readings)]} {mirrored}".encode())
     return RowKeys(
         stat_hashes=index.stat_hashes,
         geometry=geometry.astype(np.int64),

@@ -9,5 +9,6 @@ Modules:
     hooks       previews, validation and saves
     every, saves    when a hook is due, and under which name something is saved
     state, optimizer_state, resume    training states, and continuing from them
+    debug_dataset    draws the first batches instead of training
     validation, vae_encoder    the validation loss, and the VAE for the latent cache
 """

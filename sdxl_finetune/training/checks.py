@@ -27,6 +27,7 @@ from sdxl_finetune.config import (
     load_datasets,
 )
 from sdxl_finetune.data.index import Index, build_index, report_bad_images
+from sdxl_finetune.data.masks import without_bad_masks
 from sdxl_finetune.data.scan import scan
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.errors import Problem, Problems, UserError
@@ -154,9 +155,10 @@ def find_further_problems(config: Config, faulty: Set[str]) -> Sequence[Problem]
 
 
 def index_images(config: Config) -> Index:
-    """Builds the index of a run. Raises UserError."""
+    """Builds the index of a run, and looks for the masks of its images. Raises UserError."""
     skip = config.skip_cache_check
-    return build_index(load_datasets(config), config.cache_folder, config.on_bad_image, skip_check=skip)
+    index = build_index(load_datasets(config), config.cache_folder, config.on_bad_image, skip_check=skip)
+    return index if skip else without_bad_masks(index, config.on_bad_image)
 
 
 def _read_images(

@@ -27,6 +27,7 @@ from sdxl_finetune.output.log import NonFiniteLoss, Step
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory, name_the_batch
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
 from sdxl_finetune.training import hooks
+from sdxl_finetune.training.debug_dataset import draw_dataset
 from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.setup import Run, build_run
 
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config) -> int:
     """Trains as `config` says; returns the exit status. Raises UserError for the user's mistakes."""
+    if config.debug_dataset:
+        return draw_dataset(config)
     try:
         compiling = compiler_failures(config.dynamo_backend) if config.torch_compile else nullcontext()
         with stop_on_signals() as stop, build_run(config, stop) as run, compiling:

@@ -28,6 +28,7 @@ from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
 from sdxl_finetune.errors import Problems, UserError
 from sdxl_finetune.latents.captions import prepare_text
+from sdxl_finetune.latents.masks import MaskStore, prepare_masks
 from sdxl_finetune.latents.preparing import prepare
 from sdxl_finetune.latents.store import LatentStore
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
@@ -141,7 +142,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     index, tokenizer = inputs.index, inputs.tokenizer
     assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
-    index, latents = _prepare_latents(config, index, loaded.vae, accelerator, stop)
+    index, latents, masks = _prepare_latents(config, index, loaded.vae, accelerator, stop)
     text = None
     if config.cache_text_encoder_outputs:
         text = prepare_text(index, TextEncoders(loaded.model, tokenizer, accelerator.device), config, accelerator, stop)
@@ -161,6 +162,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         index=index,
         read_latents=latents.read if latents else None,
         tokenize=tokenizer,
+        read_masks=masks.read if masks else None,
         read_text=text.read if text else None,
         draw_noise=partial(draw_noise, config, seed),
         draw_timesteps=partial(draw_timesteps, config, seed),
@@ -249,12 +251,14 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
 
 def _prepare_latents(
     config: Config, index: Index, vae: AutoencoderKL, accelerator: Accelerator, stop: StopRequest | None
-) -> tuple[Index, LatentStore | None]:
-    """The latent cache, if the config asks for one. Without it, batches are encoded on the device as they come."""
+) -> tuple[Index, LatentStore | None, MaskStore | None]:
+    """The caches of latents and masks, if the config asks for them. Without them, batches hold images and masks."""
     if config.cache_latents:
-        return prepare(index, VaeEncoder(vae, accelerator.device), config, accelerator, stop)
+        index, masks = prepare_masks(index, config, accelerator, pixels_per_latent(vae), stop)
+        index, latents = prepare(index, VaeEncoder(vae, accelerator.device), config, accelerator, stop)
+        return index, latents, masks
     vae.to(accelerator.device)
-    return index, None
+    return index, None, None
 
 
 def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator) -> None:

@@ -38,7 +38,8 @@ UNWEIGHTED = {
     "v_pred_like_loss": None,
 }
 """Loss options of every validation, whatever the run trains with."""
-UNCHANGED = {**AS_WRITTEN, "flip_aug": False, "color_aug": False, "random_crop": False}
+NOT_AT_RANDOM = {"flip_aug": False, "color_aug": False, "random_crop": False, "face_crop_aug_range": None}
+UNCHANGED = {**AS_WRITTEN, **NOT_AT_RANDOM}
 """Options of every validation dataset: captions and images are not changed at random. A wildcard {a|b} still becomes
 one of its options, chosen by position."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import toml
 
-from sdxl_finetune.config import Config, Dataset, load_config, load_datasets
+from sdxl_finetune.config import Config, Dataset, Subset, load_config, load_datasets
 from sdxl_finetune.config.fields import plain
 from sdxl_finetune.errors import UserError
 
@@ -16,6 +16,7 @@ MORE_ACCEPTED = [
     {"resolution": [768], **FOLDER},
     {"resolution": "768", **FOLDER},
     {"network_multiplier": 1, **FOLDER},
+    {"face_crop_aug_range": [1, 2], **FOLDER},
     {"caption_extension": ".txt", "subsets": [{"metadata_file": "m.json"}]},
     {"subsets": [{"metadata_file": "m.json"}, {"image_dir": "d"}]},
 ]
@@ -23,7 +24,6 @@ MORE_ACCEPTED = [
 REFUSED = [
     {"num_repeats": True, **FOLDER},
     {"batch_size": 0, **FOLDER},
-    {"face_crop_aug_range": [1.0, 2.0], **FOLDER},
     {"subsets": []},
     {},
 ]
@@ -35,6 +35,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in "def":
         Path(name).mkdir()
+    Path("c").mkdir()
     Path("m.json").write_text("{}")
     return tmp_path
 
@@ -55,9 +56,9 @@ def test_golden_datasets_are_the_reference_s(folder, golden) -> None:
         content, options = case["config"], case["cli"]
         given = content.get("datasets", [])
         resolution = [] if "--resolution" in options else ["--resolution", "64", "--min_bucket_reso", "32"]
-        masked = "alpha_mask" in json.dumps(case["config"]) or "--alpha_mask" in options
-        refused = "raised" in case or masked or not given or any(one in REFUSED for one in given)
-        if refused and not any(one in MORE_ACCEPTED for one in given):
+        everywhere = case["config"].get("general") == {"alpha_mask": True}  # the reference takes it per subset only
+        refused = "raised" in case or not given or any(one in REFUSED for one in given)
+        if refused and not any(one in MORE_ACCEPTED for one in given) and not everywhere:
             with pytest.raises(UserError):
                 datasets(content, *resolution, *options)
             continue
@@ -73,10 +74,30 @@ def test_golden_datasets_are_the_reference_s(folder, golden) -> None:
                 for name in subset.model_fields_set | wanted.keys():
                     if name in ("image_dir", "metadata_file"):
                         assert str(getattr(subset, name) or "") in (wanted.get(name) or "."), case
-                    elif name in wanted:
+                    elif name in wanted and name in Subset.model_fields:
                         found_value = getattr(subset, name)
-                        assert ("" if found_value is None else found_value) == wanted[name], (case, name)
-    assert seen > 15
+                        value = tuple(wanted[name]) if isinstance(wanted[name], list) else wanted[name]
+                        assert ("" if found_value is None else found_value) == value, (case, name)
+    assert seen > 18
+
+
+def test_golden_datasets_with_masks_are_the_reference_s(folder, golden) -> None:
+    """Without masked_loss the reference refuses the key. Here it has no effect, and a warning says so."""
+    cases = golden("config.json")["dataset_config"]
+    options = ["--resolution", "64", "--min_bucket_reso", "32"]
+    found = 0
+    for case in cases["examples_with_masked_loss_sanitizer"]:
+        for expected in case["datasets"]:
+            for wanted in expected["subsets"]:
+                (dataset,) = datasets(case["config"], *options, "--masked_loss")
+                (subset,) = dataset.subsets
+                assert str(subset.conditioning_data_dir or "") == wanted.get("conditioning_data_dir", "")
+                found += subset.conditioning_data_dir is not None
+    assert found == 1
+    case = cases["example_conditioning_dir_without_masked_loss"]
+    assert case["raised"][0] == "MultipleInvalid"
+    (dataset,) = datasets(case["config"], *options)
+    assert dataset.subsets[0].conditioning_data_dir is None
 
 
 SCHEMA_VALUES = {
@@ -158,7 +179,7 @@ def test_all_mistakes_are_reported_with_file_and_key(folder) -> None:
                 "subsets": [
                     {"class_tokens": "cat"},
                     {"metadata_file": "none.json"},
-                    {"image_dir": "d", "alpha_mask": True},
+                    {"image_dir": "d", "face_crop_aug_range": [3.0, 2.0]},
                 ]
             },
         ],
@@ -176,7 +197,7 @@ def test_all_mistakes_are_reported_with_file_and_key(folder) -> None:
         "datasets[1].resolution",
         "datasets[1].subsets[0].image_dir",
         "datasets[1].subsets[1].metadata_file",
-        "datasets[1].subsets[2].alpha_mask",
+        "datasets[1].subsets[2].face_crop_aug_range",
     }
     assert messages["general.keep_token"] == "unknown key; did you mean keep_tokens?"
     assert messages["file.genral"] == "unknown key; did you mean general?"
@@ -219,6 +240,54 @@ def test_subsets_and_keys_without_effect_are_logged(folder, caplog) -> None:
     assert [(one.image_dir.name, one.num_repeats) for one in dataset.subsets] == [("d", 1)]
     for words in ("d is named again", "e is not used, because num_repeats is 0", "cache_info has no effect"):
         assert words in caplog.text
+
+
+def test_masks_have_one_source_for_each_subset(folder, caplog) -> None:
+    """The channel of a mask file wins over the alpha channel. Keys without effect are named."""
+    subsets = [
+        {"image_dir": "d", "alpha_mask": True, "conditioning_data_dir": "c"},
+        {"image_dir": "e", "alpha_mask": True, "face_crop_aug_range": [2.0, 4.0]},
+        {"image_dir": "f", "is_reg": True},
+        {"image_dir": "c", "is_reg": True, "conditioning_data_dir": "c"},
+    ]
+    content = {"datasets": [{"resolution": 64, "subsets": subsets}]}
+    options = ["--min_bucket_reso", "32", "--cache_latents"]
+
+    def sources(*more: str) -> list[tuple[str | None, bool]]:
+        (dataset,) = datasets(content, *options, *more)
+        assert not any(one.face_crop_aug_range for one in dataset.subsets), "cached latents have one crop"
+        return [
+            (one.conditioning_data_dir and one.conditioning_data_dir.name, one.alpha_mask) for one in dataset.subsets
+        ]
+
+    with caplog.at_level(logging.WARNING):
+        assert sources() == [(None, True), (None, True), (None, False), (None, False)]
+    for words in ("conditioning_data_dir has no effect without masked_loss", "subsets[1].face_crop_aug_range has no"):
+        assert words in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert sources("--masked_loss") == [("c", False), (None, True), (None, False), ("c", False)]
+    assert "subsets[0].alpha_mask has no effect with conditioning_data_dir" in caplog.text
+    content["datasets"][0]["conditioning_data_dir"] = "d"
+    assert [source for source, _ in sources("--masked_loss")] == ["c", "d", None, "c"], "not of regularisation images"
+    content["datasets"][0]["conditioning_data_dir"] = "nowhere"
+    with pytest.raises(UserError, match=r"subsets\[1\].conditioning_data_dir = 'nowhere': no such folder"):
+        sources("--masked_loss")
+
+
+def test_the_option_names_masks_for_all_folders(folder) -> None:
+    """A folder of masks with the name of the folder of images holds its masks. Regularisation images have none."""
+    for name in ("2_cat", "3_dog"):
+        (Path("d") / name).mkdir()
+        (Path("d") / name / "a.png").touch()
+    (Path("e") / "b.png").touch()
+    (Path("c") / "3_dog").mkdir()
+    options = {"train_data_dir": "d", "reg_data_dir": "e", "resolution": 64, "conditioning_data_dir": "c"}
+    (dataset,) = load_datasets(Config(**options, masked_loss=True))
+    found = [(one.image_dir.name, one.conditioning_data_dir) for one in dataset.subsets]
+    assert found == [("2_cat", Path("c")), ("3_dog", Path("c/3_dog")), ("e", None)]
+    (dataset,) = load_datasets(Config(**options))
+    assert not any(one.conditioning_data_dir for one in dataset.subsets)
 
 
 def test_in_json_and_regularisation_images_give_subsets(folder) -> None:

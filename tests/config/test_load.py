@@ -292,6 +292,7 @@ def _values() -> dict[str, st.SearchStrategy]:
     arguments = st.dictionaries(st.sampled_from("abc"), argument | st.tuples(argument, argument))
     strategies = {
         "resolution": st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
+        "face_crop_aug_range": st.tuples(st.floats(0.01, 2), st.floats(2, 9)),
         "lr_warmup_steps": st.integers(0, 10**6) | st.floats(0, 1),
         "lr_decay_steps": st.integers(0, 10**6) | st.floats(0, 1),
         "block_lr": st.lists(st.floats(0, 1), min_size=23, max_size=23),

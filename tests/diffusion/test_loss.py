@@ -1,14 +1,18 @@
 """Losses and Huber thresholds are the reference's."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from sdxl_finetune.batch import Batch, Position
 from sdxl_finetune.config import LossOptions
+from sdxl_finetune.data.masks import latent_mask
 from sdxl_finetune.diffusion.loss import elementwise_loss, huber_threshold
 from sdxl_finetune.diffusion.loss_weights import loss_weight
+from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.diffusion.schedule import build_schedule
 
 LOSS_TYPES = ("l2", "l1", "huber", "smooth_l1")
@@ -68,22 +72,73 @@ def test_elementwise_losses_are_the_reference_s(golden, inputs) -> None:
 
 
 def test_weighted_losses_are_the_reference_s(golden, inputs) -> None:
-    """The reference takes the loss of each element, the mean per image, all weightings, and the mean over images.
+    """The reference takes the loss of each element, times the mask, the mean per image, all weightings, and the mean
+    over images.
 
-    Cases with alpha masks in the batch are left out: masked_loss is not part of the package yet.
+    One case with masks is left out: without masked_loss and loss weights the reference does not apply them.
     """
-    entries = [entry for entry in golden("loss.json")["chain"] if not entry["alpha_masks_in_batch"]]
-    assert len(entries) == 12
+    cases = golden("loss.json")["chain"]
+    entries = [entry for entry in cases if entry["args"] or not entry["alpha_masks_in_batch"]]
+    assert (len(entries), len(cases), sum(entry["alpha_masks_in_batch"] for entry in entries)) == (15, 16, 3)
     schedule = build_schedule(zero_terminal_snr=False)
     for entry in entries:
         options = LossOptions.model_construct(**{**HUBER, **entry["args"]})
         timesteps = torch.tensor(entry["timesteps"])
         threshold = huber_threshold(options, schedule, timesteps)
         loss = elementwise_loss(inputs["pred"], inputs["target"], options.loss_type, threshold)
+        if entry["alpha_masks_in_batch"]:
+            loss = loss * masks_of_latents(inputs)[:, None]
         per_image = loss.mean(dim=(1, 2, 3)) * loss_weight(options, schedule, timesteps)
         assert per_image.mean().item() == pytest.approx(entry["loss"], rel=1e-5), entry["args"]
         if entry["per_sample"] is not None:
             torch.testing.assert_close(per_image, torch.tensor(entry["per_sample"]), rtol=1e-5, atol=1e-7)
+
+
+class Answer(torch.nn.Module):
+    """A model that always predicts the same."""
+
+    def __init__(self, prediction: torch.Tensor) -> None:
+        super().__init__()
+        self.prediction = prediction
+
+    def forward(self, *_inputs: object) -> torch.Tensor:
+        return self.prediction
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_masked_losses_are_averaged_over_all_pixels_as_the_reference_s(golden, inputs, number: int) -> None:
+    """Golden case 0 has masks, and case 3 has none."""
+    expected = golden("loss.json")["masked_loss"][number]
+    noise, sizes = inputs["target"], torch.full((4, 2), 48)
+    batch = Batch(
+        position=Position(epoch=0, step=0, micro_batch=0, micro_batches_in_step=1),
+        latents=torch.zeros_like(noise),
+        images=None,
+        encoding_noise=None,
+        noise=noise,
+        input_noise=None,
+        timesteps=torch.tensor([5, 250, 600, 990]),
+        tokens1=torch.zeros((4, 1, 77), dtype=torch.int64),
+        tokens2=torch.zeros((4, 1, 77), dtype=torch.int64),
+        original_size=sizes,
+        crop_top_left=sizes,
+        target_size=sizes,
+        mask=masks_of_latents(inputs) if number == 0 else None,
+        weights=torch.ones(4),
+    )
+    schedule = build_schedule(zero_terminal_snr=False)
+    losses = image_losses(Answer(inputs["pred"]), batch, torch.zeros_like(noise), schedule, LossOptions())
+    torch.testing.assert_close(losses, torch.tensor(expected["per_sample_mean"]), rtol=1e-5, atol=0)
+    assert (losses.sum() * 4 * 6 * 5).item() == pytest.approx(expected["sum"], rel=1e-5)
+
+
+def masks_of_latents(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The golden masks, averaged over the pixels of each latent. Masks of files have 8 bits, and these have 24."""
+    masks = (inputs["alpha_masks"] * 255).round().to(torch.uint8).numpy()
+    rounded = torch.from_numpy(np.stack([latent_mask(mask, 8) for mask in masks]))
+    exact = torch.nn.functional.interpolate(inputs["alpha_masks"][:, None], size=(6, 5), mode="area")[:, 0]
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=5e-4)
+    return exact
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -1,0 +1,79 @@
+"""Masks: how much each part of an image counts in the loss, from 0 to 1.
+
+A mask is an image file of the same name and size in `conditioning_data_dir`, of which the red channel counts, or the
+alpha channel of the image (`alpha_mask`). It is resized and cropped as its image, then averaged over the pixels of each
+latent, as in the reference (`apply_masked_loss` of library/custom_train_functions.py).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from tqdm import tqdm
+
+from sdxl_finetune.data.images import ImageError, image_extensions, image_size, load_channel, resize_and_crop
+from sdxl_finetune.data.index import Entry, Index, report_bad_images
+from sdxl_finetune.errors import Problem
+
+
+def find_mask(entry: Entry) -> Path:
+    """The file that holds the image's mask: the mask file, or the image itself for its alpha channel.
+
+    Raises ImageError if the mask file is missing.
+    """
+    folder = entry.subset.conditioning_data_dir
+    if folder is None:
+        return entry.path
+    for ending in image_extensions():
+        for spelling in (ending, ending.upper()):
+            path = folder / (entry.path.stem + spelling)
+            if path.is_file():
+                return path
+    raise ImageError(str(entry.path), f"its mask is missing: put {entry.path.stem}.png into {folder}")
+
+
+def load_mask(
+    entry: Entry, resized: tuple[int, int], left_top: tuple[int, int], data: bytes | None = None
+) -> UInt8[np.ndarray, "H W"]:
+    """The mask of an image's crop, 0 to 255. Raises ImageError if it is missing, unreadable or of another size.
+
+    `resized` and `left_top` are those of the image. `data` is the content of the file of `find_mask`, if it was read.
+    """
+    path = find_mask(entry)
+    mask = load_channel(path, "A" if path == entry.path else "R", data)
+    _check_size(path, mask.shape[::-1], entry)
+    return resize_and_crop(mask, resized, left_top, (entry.bucket.width, entry.bucket.height), entry.interpolation)
+
+
+def latent_mask(mask: UInt8[np.ndarray, "H W"], pixels_per_latent: int) -> Float32[np.ndarray, "h w"]:
+    """The mean of the mask, 0 to 1, over the pixels of each latent."""
+    height, width = (side // pixels_per_latent for side in mask.shape)
+    blocks = mask.reshape(height, pixels_per_latent, width, pixels_per_latent)
+    return blocks.mean(axis=(1, 3), dtype=np.float32) / np.float32(255)
+
+
+def without_bad_masks(index: Index, on_bad_image: str) -> Index:
+    """Looks for every mask file and reads its size. No mask is decoded.
+
+    Masks that are missing or of another size than their image raise one UserError with all their names, if
+    `on_bad_image` is "stop". If it is "skip", a warning names them, and the index leaves their images out.
+    """
+    rows = np.flatnonzero(index.used & index.has_mask_file).tolist()
+    bad: dict[int, Problem] = {}
+    for row in tqdm(rows, desc="reading sizes of masks", unit=" masks", disable=None if rows else True):
+        entry = index[row]
+        try:
+            path = find_mask(entry)
+            _check_size(path, image_size(path), entry)
+        except ImageError as error:
+            bad[row] = Problem(error.reason, file=error.path)
+    report_bad_images(list(bad.values()), on_bad_image)
+    return index.without(bad) if bad else index
+
+
+def _check_size(path: Path, size: Sequence[int], entry: Entry) -> None:
+    if tuple(size) != entry.size:
+        (width, height), (own_width, own_height) = size, entry.size
+        message = f"the mask has {width}x{height} pixels, but its image {own_width}x{own_height}: make them equal"
+        raise ImageError(str(path), message)
