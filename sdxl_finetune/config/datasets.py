@@ -37,6 +37,7 @@ NO_EFFECT = {
     "cache_info": "unchanged images are never read again",
     "network_multiplier": "it belongs to LoRA training",
     "custom_attributes": "SDXL training does not use them",
+    "latents_only": "latents are cached with cache_latents, and images are read without it",
 }
 
 

@@ -56,10 +56,11 @@ class Options(BaseModel):
     def _off(cls, value: object, info: ValidationInfo) -> object:
         """An empty text gives an option that is not text its default. 0 unsets a number that starts above 0.
 
-        The reference reads both as "off". GUIs write them for every option that the user has left alone.
+        `false` gives a number its default. The reference reads all three as "off". GUIs write them for every option
+        that the user has left alone.
         """
         field = cls.model_fields[info.field_name or ""]
-        if value == "" and kinds(field) != [str]:
+        if (value == "" and kinds(field) != [str]) or (value is False and kinds(field) in ([int], [float])):
             return field.get_default(call_default_factory=True)
         if field.default is None and (
             value == "" or (type(value) in (int, float) and value == 0 and _is_positive(field))
@@ -119,6 +120,8 @@ def _steps_or_share(value: Any) -> Any:
     """Returns an int, which counts steps, or a float from 0 to 1, which is a share of all steps."""
     if isinstance(value, str):
         value = float(value[:-1]) / 100 if value.endswith("%") else ast.literal_eval(value)
+    if isinstance(value, float) and value > 1 and value.is_integer():
+        value = int(value)
     if type(value) not in (int, float) or value < 0 or (isinstance(value, float) and not value <= 1):
         raise ValueError
     return value
@@ -207,9 +210,14 @@ BlockRates = Annotated[
 Scheduler = Annotated[
     str, _parsed(_schedule), Shown("one of " + ", ".join(LR_SCHEDULES) + ", adafactor, adafactor:RATE")
 ]
-ChunkTokens = BeforeValidator(lambda value: 75 if value in (None, "") else 225 if value == 255 else value)
-"""The reference reads 255 as 225 tokens, and an unset length as one chunk."""
-Backend = BeforeValidator(lambda value: "inductor" if value == "no" else value)
+ChunkTokens = BeforeValidator(
+    lambda value: 75 if value is None else value - value % 75 if type(value) is int and value > 75 else value
+)
+"""The reference reads whole chunks of 75 tokens, 255 as 225, and an unset length as one chunk."""
+FLOAT_NAMES = {"fp32": "float", "float32": "float", "no": None}
+"""Names of float32 that configs use in place of `float`. The reference reads `no` as an unset precision."""
+Precision = BeforeValidator(lambda value: FLOAT_NAMES.get(value, value) if isinstance(value, str) else value)
+Backend = BeforeValidator(lambda value: "inductor" if isinstance(value, str) and value.lower() == "no" else value)
 """GUIs write "no" for what they pass to a launcher. `torch_compile` alone decides if anything is compiled."""
 ZeroIsOne = BeforeValidator(lambda value: 1 if type(value) is int and value == 0 else value)
 """GUIs write 0 for a batch size that the user has left alone."""

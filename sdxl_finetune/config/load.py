@@ -5,6 +5,7 @@ reference, an unknown option, a wrong type, an impossible combination and a miss
 """
 
 import difflib
+import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from sdxl_finetune.config.fields import Shown, expected, kinds
 from sdxl_finetune.config.options import Config, to_toml
+from sdxl_finetune.config.output_options import Sampler
 from sdxl_finetune.config.reading import COMMAND_LINE, Given, config_path, problem, read_command_line, read_file
 from sdxl_finetune.config.rules import find_problems, find_remarks
 from sdxl_finetune.config.unsupported import FOREIGN, REFERENCE, is_off
@@ -45,6 +47,7 @@ def load_config(arguments: Sequence[str], *, program: str) -> Config | None:
     given |= typed
     options = {name: option for name, option in given.items() if name in Config.model_fields}
     _sort_out_others(given, options, problems, remarks)
+    _replace_unusable(options, remarks)
     values = {name: option.value for name, option in options.items()}
     refused = _refused(values)
     problems += [problem(_remedy(name, options[name]), name, options) for name in values if name in refused]
@@ -83,7 +86,10 @@ def _sort_out_others(
     """Adds to `problems`, `remarks` and `options` what becomes of the given options that the schema does not have."""
     for name in [name for name in given if name not in options]:
         foreign = (REFERENCE | FOREIGN).get(name)
-        if foreign is None:
+        if (whole := _whole_name(name)) and given[name].place == COMMAND_LINE:
+            options.setdefault(whole, given[name])
+            remarks.append(problem(f"is read as {whole}", name, given))
+        elif foreign is None:
             problems.append(problem(f"unknown option; {_nearest(name)}", name, given))
         elif is_off(name, given[name].value):
             continue
@@ -96,9 +102,38 @@ def _sort_out_others(
         else:
             options[foreign.remark] = given[name]
             remarks.append(problem(f"is read as {foreign.remark}", name, given))
-    if "max_token_length" in options and options["max_token_length"].value == 255:
-        message = "is read as 225, as in the reference: 3 chunks of 75 tokens are read, longer captions are cut"
+
+
+def _replace_unusable(options: dict[str, Given], remarks: list[Problem]) -> None:
+    """Replaces values that the reference accepts and that cannot be used as they are. Adds a remark on each."""
+    length = options.get("max_token_length")
+    if length and type(length.value) is int and length.value > 75 and length.value % 75:
+        whole = length.value - length.value % 75
+        message = f"is read as {whole}, as in the reference: chunks of 75 tokens are read, longer captions are cut"
         remarks.append(problem(message, "max_token_length", options))
+    sampler = options.get("sample_sampler")
+    if sampler and sampler.place != COMMAND_LINE and sampler.value not in ("", *get_args(Sampler)):
+        message = f"there is no such sampler, so previews use ddim, as in the reference: {', '.join(get_args(Sampler))}"
+        remarks.append(problem(message, "sample_sampler", options))
+        del options["sample_sampler"]
+    tracker = options.get("log_with")
+    if tracker and tracker.value in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
+        folder = options.get("logging_dir")
+        if folder is None and (output := options.get("output_dir")):
+            options["logging_dir"] = folder = Given(f"{output.value}/logs", tracker.place)
+        message = "the package wandb is not installed, so the run is logged to TensorBoard files"
+        where = f" in {folder.value}" if folder else ""
+        remarks.append(problem(f"{message}{where}: pip install wandb", "log_with", options))
+        options["log_with"] = Given("tensorboard", tracker.place)
+
+
+def _whole_name(name: str) -> str | None:
+    """Returns the only option of the reference that starts with `name`, or None. The reference's parser does so too."""
+    if name in Config.model_fields or name in REFERENCE or len(name) < 4:
+        return None
+    ours = {option for option, field in Config.model_fields.items() if "Not in sd-scripts" in str(field.description)}
+    names = [option for option in {*Config.model_fields, *REFERENCE} - ours if option.startswith(name)]
+    return names[0] if len(names) == 1 and names[0] in Config.model_fields else None
 
 
 def _merged(remarks: Sequence[Problem]) -> list[Problem]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_finetune.config.fields import FilePath, OnlyWith, Options, Period
+from sdxl_finetune.config.fields import FilePath, OnlyWith, Options, Period, Precision
 
 Sampler = Literal[
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++",
@@ -25,7 +25,7 @@ class SavingOptions(Options):
     """Format of checkpoints. Default: the format of the model that training starts from."""
     use_safetensors: Annotated[bool, OnlyWith("save_model_as", unless=True)] = False
     """Save checkpoints as safetensors if `save_model_as` is not set."""
-    save_precision: Literal["float", "fp16", "bf16"] | None = None
+    save_precision: Annotated[Literal["float", "fp16", "bf16"] | None, Precision] = None
     """Data type of the weights in checkpoints. Default: the type that they are trained in."""
     save_every_n_epochs: int | None = Field(None, ge=1)
     """Save a checkpoint every N epochs. The final checkpoint is always saved."""

@@ -4,12 +4,16 @@ Reading judges nothing but syntax. The schema judges which names there are and w
 """
 
 import argparse
+import contextlib
+import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+
+import toml
 
 from sdxl_finetune import __version__
 from sdxl_finetune.config.fields import expected, kinds, plain
@@ -21,6 +25,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+logger = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 COMMANDS = ("config_file", "print_config", "output_config")
@@ -91,6 +97,10 @@ def parse_toml(path: Path) -> tuple[dict[str, Any], str]:
         text = path.read_text(encoding="utf-8-sig")
         return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as error:
+        with contextlib.suppress(Exception):  # the reference's parser reads numbers as 1.e-5, which are not valid TOML
+            content = toml.loads(text)
+            logger.warning("%s: not valid TOML, but read as in the reference: %s", path, error)
+            return content, text
         message, _, place = str(error).partition(" (at ")
         numbers = "".join(f":{number}" for number in re.findall(r"\d+", place))
         line = text.split("\n")[int(numbers[1:].partition(":")[0]) - 1] if numbers else ""

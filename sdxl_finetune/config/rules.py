@@ -4,7 +4,6 @@ A finding names all options that it is about. It is left out if one of them has 
 Checks that need the device, the model or the class of the optimizer are where these are built.
 """
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +24,11 @@ REQUIRED = {
     "output_dir": "the folder for saved files",
 }
 NEEDS = {
-    "zero_terminal_snr": ("v_parameterization",),
     "scale_v_pred_loss_like_noise_pred": ("v_parameterization",),
     "adaptive_noise_scale": ("noise_offset", "cache_latents"),
 }
-"""Options that are wrong without others. With `zero_terminal_snr` the last timestep is pure noise, of which a noise
-prediction learns nothing. `adaptive_noise_scale` needs latents when the noise is drawn, before images are encoded."""
+"""Options that are wrong without others. `adaptive_noise_scale` needs latents when the noise is drawn. Images are encoded
+later."""
 EXCLUDES = {
     "v_pred_like_loss": ("v_parameterization",),
     "color_aug": ("cache_latents",),
@@ -93,6 +91,9 @@ def find_remarks(config: Config) -> Findings:
     if config.is_fused and config.max_grad_norm:
         message = "limits each tensor's gradient separately with fused_backward_pass, as in the reference"
         yield "max_grad_norm", f"{message}: 0 turns the limit off"
+    if config.zero_terminal_snr and not config.v_parameterization:
+        message = "ends in pure noise, of which a noise prediction learns nothing"
+        yield "zero_terminal_snr", f"{message}: set v_parameterization, or remove zero_terminal_snr"
     yield from _rate_remarks(config)
     for option in ("initial_step", "initial_epoch"):
         if config.resume and getattr(config, option):
@@ -155,6 +156,8 @@ def _rate_remarks(config: Config) -> Findings:
 def _training(config: Config) -> Findings:
     if not config.max_train_steps and not config.max_train_epochs:
         yield "max_train_steps max_train_epochs", "no step is left to train: set it, or max_train_epochs"
+    if config.loss_type in ("huber", "smooth_l1") and not config.huber_c:
+        yield "huber_c loss_type", f"must be above 0 for loss_type {config.loss_type}"
     if config.full_bf16 and config.mixed_precision != "bf16":
         yield "full_bf16 mixed_precision", 'needs mixed_precision = "bf16"'
     if config.full_fp16 and config.mixed_precision != "fp16":
@@ -257,8 +260,6 @@ def _buckets(config: Config) -> Findings:
 def _output(config: Config) -> Findings:
     if config.log_with in ("tensorboard", "all") and config.logging_dir is None:
         yield "log_with logging_dir", 'needs logging_dir, the folder for logs, as "logs"'
-    if config.log_with in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
-        yield "log_with", "needs the package wandb: pip install wandb"
     for option, value in config:
         if isinstance(value, str | Path) and not is_text(str(value)) and option not in ANY_BYTES:
             yield option, "is not UTF-8, which only folders of images may be: rename it, or choose another"

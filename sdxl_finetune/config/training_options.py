@@ -30,8 +30,8 @@ class ModelOptions(Options):
     """VAE that replaces the VAE of the checkpoint: a file or a diffusers folder."""
     tokenizer_cache_dir: FilePath | None = None
     """Folder with tokenizer files. Default: the CLIP vocabulary of this package."""
-    max_token_length: Annotated[Literal[75, 150, 225], ChunkTokens] = 75
-    """Caption tokens that are read, in chunks of 75. 255 is read as 225, as in sd-scripts."""
+    max_token_length: Annotated[int, ChunkTokens] = Field(75, ge=75)
+    """Caption tokens that are read: a multiple of 75. Other values are rounded down, as in sd-scripts."""
     weighted_captions: bool = False
     """Read `(tag:1.3)` and `[tag]` in captions as weights. Off: as plain text."""
 
@@ -40,7 +40,7 @@ class NoiseOptions(Options):
     """Noise and timesteps"""
 
     zero_terminal_snr: bool = False
-    """End the noise schedule in pure noise (Lin et al., arXiv 2305.08891). Needs `v_parameterization`."""
+    """End the noise schedule in pure noise (Lin et al., arXiv 2305.08891). Meant for `v_parameterization`."""
     noise_offset: float | None = Field(None, ge=0)
     """Strength of a random constant that is added to the noise of each latent channel. 0: off."""
     noise_offset_random_strength: Annotated[bool, OnlyWith("noise_offset")] = False
@@ -72,7 +72,7 @@ class LossOptions(Options):
     """Distance between prediction and target."""
     huber_schedule: Annotated[Literal["constant", "exponential", "snr"], HUBER] = "snr"
     """How the threshold of `huber` and `smooth_l1` depends on the timestep."""
-    huber_c: Annotated[float, HUBER] = Field(0.1, gt=0)
+    huber_c: Annotated[float, HUBER] = Field(0.1, ge=0)
     """Threshold of `huber` and `smooth_l1`."""
     huber_scale: Annotated[float, HUBER, OnlyWith("huber_schedule", ("snr",), unless=True)] = Field(1.0, gt=0)
     """Factor of that threshold. The `snr` schedule ignores it."""

@@ -219,6 +219,36 @@ def test_numbers_in_quotes_are_read_and_said_once(folder, caplog):
     ]
 
 
+def test_values_that_the_reference_does_not_check_in_a_file_are_read(folder, caplog):
+    (folder / "c.toml").write_text(
+        'sample_sampler = "dpmpp_2m_karras"\nsave_precision = "fp32"\ndynamo_backend = "NO"\nmax_token_length = 77\n'
+        "noise_offset = false\nlr_warmup_steps = 100.0\nlearning_rate = 1.e-5\n"
+        'lr_scheduler = "cosine"\n'
+    )
+    config = load("--config", "c")
+    assert (config.sample_sampler, config.save_precision, config.max_token_length) == ("ddim", "float", 75)
+    assert (config.noise_offset, config.lr_warmup_steps, config.learning_rate) == (None, 100, 1e-5)
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    for text in ("previews use ddim", "is read as 75", "not valid TOML, but read as in the reference"):
+        assert text in said
+    assert "sample_sampler" in problems("--sample_sampler", "dpmpp_2m_karras")[0]  # refused there too
+
+
+def test_without_the_package_wandb_a_run_is_logged_to_files(folder, caplog, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = load("--log_with", "wandb")
+    assert (config.log_with, config.logging_dir) == ("tensorboard", Path("out/logs"))
+    assert "pip install wandb" in caplog.text
+    assert load("--log_with", "all", "--logging_dir", "here").logging_dir == Path("here")
+
+
+def test_the_start_of_an_option_is_read_as_the_option_on_the_command_line(folder, caplog):
+    config = load("--max_train_epoch=120", "--lr_warm", "100", "--lr_scheduler", "cosine")
+    assert (config.max_train_epochs, config.lr_warmup_steps) == (120, 100)
+    assert "is read as max_train_epochs" in caplog.text
+    assert "unknown option" in problems("--save_every", "1")[0]  # several options start so
+
+
 def test_a_windows_path_in_double_quotes_is_explained(folder):
     for line in ('train_data_dir = "C:\\train"', 'train_data_dir = "C:\\images"'):
         (folder / "c.toml").write_text(line)
