@@ -27,8 +27,7 @@ NEEDS = {
     "scale_v_pred_loss_like_noise_pred": ("v_parameterization",),
     "adaptive_noise_scale": ("noise_offset", "cache_latents"),
 }
-"""Options that are wrong without others. `adaptive_noise_scale` needs latents when the noise is drawn. Images are encoded
-later."""
+"""Options that are wrong without others. `adaptive_noise_scale` needs cached latents when the noise is drawn."""
 EXCLUDES = {
     "v_pred_like_loss": ("v_parameterization",),
     "color_aug": ("cache_latents",),

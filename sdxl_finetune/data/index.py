@@ -174,6 +174,14 @@ class Index:
     def buckets(self) -> tuple[Bucket, ...]:
         return tuple(Bucket(*bucket) for bucket in json.loads(self._table.schema.metadata[b"buckets"]))
 
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Training resolution in pixels: of the first dataset, or the largest bucket if a metadata file gives sizes."""
+        if resolution := self.datasets[0].resolution:
+            return resolution
+        largest = max(self.buckets, key=lambda bucket: bucket.width * bucket.height)
+        return largest.width, largest.height
+
     def facts(self) -> dict[str, str | int]:
         """Numbers and digests that are equal if the same images come in the same order, wherever their files are.
 

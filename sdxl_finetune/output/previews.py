@@ -152,6 +152,7 @@ def draw_latents(
     of 1 or less turns guidance off. As in the previews of sd-scripts, (words:1.3) are weighted.
     """
     device, shared = model.device, prompts[0]
+    assert shared.width and shared.height, "the caller gives each prompt a size"
     guided = shared.scale > 1
     texts = [prompt.negative_prompt or "" for prompt in prompts] * guided + [prompt.prompt for prompt in prompts]
     tokens = dataclasses.replace(model.tokenizer, weighted=True)(texts)

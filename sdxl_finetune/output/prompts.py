@@ -10,8 +10,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -50,14 +50,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Prompt and options of one preview image. The defaults are those of sd-scripts."""
+    """Prompt and options of one preview image. The defaults are those of sd-scripts, except for the size."""
 
     prompt: str
     negative_prompt: str | None = None
-    width: int = 512
-    """Pixels. A multiple of 8, at least 64."""
-    height: int = 512
-    """Pixels. A multiple of 8, at least 64."""
+    width: int | None = None
+    """Pixels. A multiple of 8, at least 64. None: the training resolution."""
+    height: int | None = None
+    """Pixels. A multiple of 8, at least 64. None: the training resolution."""
     steps: int = 30
     scale: float = 7.5
     """Strength of classifier-free guidance. Values up to 1 turn guidance off."""
@@ -119,6 +119,17 @@ def load_prompts(path: Path, default: Prompt | None = None) -> tuple[Prompt, ...
             logger.warning("%s: %s has no effect on previews", place, key)
         reported |= values.keys()
     return prompts
+
+
+def with_size(prompts: Sequence[Prompt], resolution: tuple[int, int]) -> tuple[Prompt, ...]:
+    """Returns the prompts, each with a width and a height: its own, or those of the training resolution."""
+    width, height = map(_side, resolution)
+    return tuple(replace(prompt, width=prompt.width or width, height=prompt.height or height) for prompt in prompts)
+
+
+def _side(pixels: int) -> int:
+    """Returns the side of a preview: a multiple of 8, of at least 64 pixels."""
+    return max(64, pixels - pixels % 8)
 
 
 def line_values(line: str) -> dict[str, str]:
@@ -188,8 +199,8 @@ def _read_prompt(place: str, values: Mapping[str, Any], default: Prompt, problem
     return Prompt(
         prompt=text("prompt", "") or "",
         negative_prompt=text("negative_prompt", default.negative_prompt),
-        width=max(64, width - width % 8),
-        height=max(64, height - height % 8),
+        width=None if width is None else _side(width),
+        height=None if height is None else _side(height),
         steps=min(max(1, number("sample_steps", default.steps, 0, 10**6)), MAX_STEPS),
         scale=number("scale", default.scale, 0, 1000, float),
         seed=None if seed is None or seed < 0 else seed,

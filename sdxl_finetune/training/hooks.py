@@ -21,7 +21,7 @@ from sdxl_finetune.output import checkpoints
 from sdxl_finetune.output.checkpoints import Save
 from sdxl_finetune.output.metadata import build_metadata, shareable
 from sdxl_finetune.output.previews import PreviewModel, draw_previews
-from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts
+from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts, with_size
 from sdxl_finetune.training.every import Moment, previews_every, validation_every
 from sdxl_finetune.training.optimizer_state import collect_optimizer_state
 from sdxl_finetune.training.resume import Start
@@ -140,7 +140,7 @@ def _current_prompts(run: Run) -> Sequence[Prompt]:
     if not run.accelerator.is_main_process:
         return ()
     try:
-        return load_prompts(run.config.sample_prompts)
+        return with_size(load_prompts(run.config.sample_prompts), run.dataset.index.resolution)
     except UserError as error:
         logger.warning("%s; the prompts from the start of the run are used instead", error)
         return run.prompts

@@ -42,7 +42,7 @@ from sdxl_finetune.output.checkpoints import final_name, format_to_save, remove
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_access
 from sdxl_finetune.output.log import Log, run_directory
-from sdxl_finetune.output.prompts import Prompt
+from sdxl_finetune.output.prompts import Prompt, with_size
 from sdxl_finetune.output.uploads import Uploads, open_uploads
 from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
@@ -173,7 +173,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         rank=accelerator.process_index,
         ranks=ranks,
     )
-    _log_beginning(config, log, index, timeline, learner)
+    _log_beginning(config, log, index, timeline, learner, inputs.prompts or ())
     assert config.output_dir is not None
     return Run(
         config=config,
@@ -185,7 +185,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         dataset=dataset,
         learner=learner,
         tokenizer=tokenizer,
-        prompts=inputs.prompts or (),
+        prompts=with_size(inputs.prompts or (), index.resolution),
         thumbnail=inputs.thumbnail,
         checkpoint_format=loaded.format,
         save_as=format_to_save(config, loaded.format),
@@ -287,12 +287,17 @@ def _restore(start: Start, learner: Learner) -> None:
         logger.info("the EMA of %d parameters starts with their values, for example %s", len(unknown), unknown[0])
 
 
-def _log_beginning(config: Config, log: Log, index: Index, timeline: Timeline, learner: Learner) -> None:
+def _log_beginning(
+    config: Config, log: Log, index: Index, timeline: Timeline, learner: Learner, prompts: Sequence[Prompt]
+) -> None:
     plan, steps = timeline.plan, timeline.steps
     logger.info("%s", index.describe())
     logger.info(
         "%d batches and %d steps an epoch, %d steps in all", plan.batches_per_epoch, plan.steps_per_epoch, steps
     )
+    if unsized := sum(prompt.width is None or prompt.height is None for prompt in prompts):
+        size = "x".join(map(str, index.resolution))
+        logger.info("%d preview prompts name no size, and are drawn at the training resolution, %s", unsized, size)
     for group in learner.parameters.groups:
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
     log.begin(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.output.prompts import PreviewFiles, Prompt, line_values, load_prompts
+from sdxl_finetune.output.prompts import PreviewFiles, Prompt, line_values, load_prompts, with_size
 
 DIFFERENT = {
     # An option follows white space and begins with a letter.
@@ -92,7 +92,9 @@ def test_prompt_files_are_golden(golden, tmp_path) -> None:
 
 
 def test_defaults_of_prompts_are_golden(golden) -> None:
+    """differences.md: Previews without a size."""
     defaults = golden("sample_prompts.json")["defaults_when_not_given"]
+    assert (defaults.pop("width"), defaults.pop("height")) == (512, 512)
     assert Prompt(prompt="") == expected(defaults | {"prompt": "", "negative_prompt": "", "sample_sampler": None})
 
 
@@ -134,6 +136,11 @@ def test_each_option_without_effect_is_reported_once(tmp_path, caplog) -> None:
     assert [prompt.prompt for prompt in prompts] == ["a", "b"]
     reported = [record.getMessage().rpartition("/")[2] for record in caplog.records]
     assert reported == ["p.txt:1: --g has no effect on previews", "p.txt:2: --cn has no effect on previews"]
+
+
+def test_a_prompt_without_a_size_is_drawn_at_the_training_resolution(tmp_path) -> None:
+    prompts = with_size(read(tmp_path, "p.txt", "a\nb --w 64 --h 96\nc --w 128\n"), (1028, 772))
+    assert [(prompt.width, prompt.height) for prompt in prompts] == [(1024, 768), (64, 96), (128, 768)]
 
 
 def test_an_option_may_have_an_equals_sign_or_lack_its_value(tmp_path, caplog) -> None:
