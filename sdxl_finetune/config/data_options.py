@@ -1,12 +1,15 @@
 """Options of images, captions, aspect-ratio buckets and latents."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_finetune.config.fields import FilePath, Options, Resolution
+from sdxl_finetune.config.fields import FilePath, OnlyWith, Options, Resolution, ZeroIsOne
 
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"]
+TAGS = OnlyWith("shuffle_caption caption_tag_dropout_rate token_warmup_step")
+"""Options of tags matter if something moves or drops tags."""
+HELD_OUT = OnlyWith("validation_split")
 
 
 class DataOptions(Options):
@@ -41,13 +44,15 @@ class CaptionOptions(Options):
 
     caption_extension: str = ".caption"
     """Ending of the caption file beside each image."""
-    caption_separator: str = Field(",", min_length=1)
+    caption_separator: Annotated[
+        str, OnlyWith("shuffle_caption caption_tag_dropout_rate token_warmup_step secondary_separator")
+    ] = Field(",", min_length=1)
     """Text between two tags of a caption."""
     shuffle_caption: bool = False
     """Shuffle the tags each time an image is used."""
-    keep_tokens: int = Field(0, ge=0)
+    keep_tokens: Annotated[int, TAGS, OnlyWith("keep_tokens_separator", unless=True)] = Field(0, ge=0)
     """Number of tags at the start of a caption that are never shuffled or dropped."""
-    keep_tokens_separator: str = ""
+    keep_tokens_separator: Annotated[str, TAGS] = ""
     """Text that ends the fixed start of a caption; a second one begins a fixed end. Replaces `keep_tokens`."""
     secondary_separator: str | None = None
     """Text between parts of one tag, which move and drop together. Read as `caption_separator` afterwards."""
@@ -63,7 +68,7 @@ class CaptionOptions(Options):
     """Use empty captions in every Nth epoch. 0: never."""
     caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1)
     """Probability that a tag is dropped, 0 to 1. Tags kept by `keep_tokens` stay."""
-    token_warmup_min: int = Field(1, ge=0)
+    token_warmup_min: Annotated[int, OnlyWith("token_warmup_step")] = Field(1, ge=0)
     """Number of tags in use at the start of tag warm-up."""
     token_warmup_step: float = Field(0.0, ge=0)
     """Optimizer steps until all tags are in use. Below 1: a share of all steps. 0: no tag warm-up."""
@@ -85,13 +90,17 @@ class BucketOptions(Options):
 
     enable_bucket: bool = False
     """Train each image in the bucket nearest to its aspect ratio. Off: one size for all images."""
-    min_bucket_reso: int = Field(256, ge=1)
+    min_bucket_reso: Annotated[int, OnlyWith("enable_bucket"), OnlyWith("bucket_no_upscale", unless=True)] = Field(
+        256, ge=0
+    )
     """Shortest side of a bucket in pixels, rounded down to a multiple of `bucket_reso_steps`."""
-    max_bucket_reso: int = Field(1024, ge=1)
+    max_bucket_reso: Annotated[int, OnlyWith("enable_bucket"), OnlyWith("bucket_no_upscale", unless=True)] = Field(
+        1024, ge=0
+    )
     """Longest side of a bucket in pixels, rounded up to a multiple of `bucket_reso_steps`."""
-    bucket_reso_steps: int = Field(64, ge=1)
+    bucket_reso_steps: Annotated[int, OnlyWith("enable_bucket")] = Field(64, ge=0)
     """Pixels between two bucket sizes. With `enable_bucket`: a multiple of 32."""
-    bucket_no_upscale: bool = False
+    bucket_no_upscale: Annotated[bool, OnlyWith("enable_bucket")] = False
     """Never enlarge an image: buckets follow the sizes of images. `min_bucket_reso`, `max_bucket_reso`: no effect."""
 
 
@@ -100,7 +109,7 @@ class HoldOutOptions(Options):
 
     validation_split: float = Field(0.0, ge=0, le=1)
     """Share of the images, 0 to 1, held out for validation. 1: the whole dataset. 0: no validation."""
-    validation_seed: int = Field(0, ge=0)
+    validation_seed: Annotated[int, HELD_OUT] = Field(0, ge=0)
     """Seed of the choice of held-out images and of their noise. Independent of `seed`, to compare runs."""
 
 
@@ -111,7 +120,7 @@ class LatentOptions(Options):
     """Encode every image once before training and keep the latents in memory."""
     cache_latents_to_disk: bool = False
     """Keep the latents in `cache_dir` for later runs. Turns on `cache_latents`."""
-    vae_batch_size: int = Field(1, ge=1)
+    vae_batch_size: Annotated[int, ZeroIsOne, OnlyWith("cache_latents")] = Field(1, ge=1)
     """Images that the VAE encodes at once for the latent cache."""
     skip_cache_check: bool = False
     """Do not look for changed images and captions since the last run. Saves time with millions of files."""

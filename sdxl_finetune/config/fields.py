@@ -7,6 +7,7 @@ values into typed ones, and `plain` turns typed values back. `plain` of a value 
 
 import ast
 import math
+import re
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,9 +53,49 @@ class Options(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _unset_by_empty_text(cls, value: object, info: ValidationInfo) -> object:
-        """An empty text unsets an option whose default is unset, in a file and on the command line."""
-        return None if value == "" and cls.model_fields[info.field_name or ""].default is None else value
+    def _off(cls, value: object, info: ValidationInfo) -> object:
+        """An empty text gives an option that is not text its default. 0 unsets a number that starts above 0.
+
+        The reference reads both as "off". GUIs write them for every option that the user has left alone.
+        """
+        field = cls.model_fields[info.field_name or ""]
+        if value == "" and kinds(field) != [str]:
+            return field.get_default(call_default_factory=True)
+        if field.default is None and (
+            value == "" or (type(value) in (int, float) and value == 0 and _is_positive(field))
+        ):
+            return None
+        return value
+
+
+def _is_positive(field: FieldInfo) -> bool:
+    return any(getattr(note, "ge", None) == 1 for note in field.metadata)
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """Marks an option that has an effect only if one of other options is on."""
+
+    options: str
+    """Names of the other options, separated by spaces."""
+    values: tuple[object, ...] = ()
+    """Values of the other options that count as on. Default: all but false, 0, the empty text and unset."""
+    unless: bool = False
+    """True turns the condition round: the option has an effect only if none of the others is on."""
+
+    def holds(self, config: Any) -> bool:
+        """True if the option has an effect with these values of the other options."""
+        given = [getattr(config, name) for name in self.options.split()]
+        given = [value.partition(":")[0] if isinstance(value, str) else value for value in given]
+        is_on = any(value in self.values if self.values else bool(value) for value in given)
+        return is_on != self.unless
+
+    def remark(self) -> str:
+        """Says why an option without effect has none."""
+        names = " or ".join(self.options.split())
+        if self.values:
+            return f"has no effect {'if' if self.unless else 'unless'} {names} is {' or '.join(map(str, self.values))}"
+        return f"has no effect {'with' if self.unless else 'without'} {names}"
 
 
 @dataclass(frozen=True)
@@ -83,14 +124,23 @@ def _steps_or_share(value: Any) -> Any:
     return value
 
 
+NEXT_ARGUMENT = re.compile(r"[\s,]+(?=[A-Za-z_]\w*\s*=)")
+"""White space or commas before the next of several arguments in one text, as in `weight_decay=0.1,betas=0.9,0.99`."""
+
+
 def _arguments(value: object) -> object:
-    """Returns a dictionary of texts `name=value`. Each value is a Python literal, as in the reference."""
+    """Returns a dictionary of texts `name=value`. Each value is a Python literal, as in the reference.
+
+    One text may hold several arguments, separated by spaces or commas. The reference fails on such a text.
+    """
     if isinstance(value, dict):
         return value
-    if not isinstance(value, list):
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list):
         raise ValueError
     arguments = {}
-    for name, _, text in (item.partition("=") for item in value):
+    items = [item for text in texts for item in NEXT_ARGUMENT.split(text.strip(" ,")) if item]
+    for name, _, text in (item.partition("=") for item in items):
         if not name.strip():
             raise ValueError
         arguments[name.strip()] = ast.literal_eval(text.strip())
@@ -128,9 +178,13 @@ def _parsed(parse: Callable[[Any], Any]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-FilePath = Annotated[
-    Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value), Shown("a path")
-]
+def _path(value: object) -> object:
+    if isinstance(value, str) and any(ord(letter) < 32 for letter in value):
+        raise ValueError  # a Windows path in double quotes: "C:\train" holds a tab
+    return Path(value) if isinstance(value, str) else value
+
+
+FilePath = Annotated[Path, BeforeValidator(_path), Shown("a path")]
 Resolution = Annotated[tuple[int, int], _parsed(_resolution), Shown('pixels, as 1024 or "1024,768"')]
 StepsOrShare = Annotated[
     int | float, _parsed(_steps_or_share), Shown('a whole number of steps, or a share of all steps as 0.1 or "10%"')
@@ -146,6 +200,8 @@ ChunkTokens = BeforeValidator(lambda value: 75 if value in (None, "") else 225 i
 """The reference reads 255 as 225 tokens, and an unset length as one chunk."""
 Backend = BeforeValidator(lambda value: "inductor" if value == "no" else value)
 """GUIs write "no" for what they pass to a launcher. `torch_compile` alone decides if anything is compiled."""
+ZeroIsOne = BeforeValidator(lambda value: 1 if type(value) is int and value == 0 else value)
+"""GUIs write 0 for a batch size that the user has left alone."""
 Period = BeforeValidator(lambda value: None if type(value) is int and value <= 0 else value)
 """The reference reads a preview period of 0 or less as "never"."""
 

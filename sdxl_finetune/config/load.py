@@ -49,7 +49,8 @@ def load_config(arguments: Sequence[str], *, program: str) -> Config | None:
                 problems.append(problem(message, names.split()[0], options, file))
     if problems:
         raise UserError(problems)
-    for remark in [*remarks, *(problem(message, name, options, file) for name, message in find_remarks(config))]:
+    remarks += [problem(message, name, options, file) for name, message in find_remarks(config)]
+    for remark in _merged(remarks):
         logger.warning("%s", remark)
     if command.output_config and path:
         with atomic_path(path) as temporary:
@@ -85,6 +86,17 @@ def _sort_out_others(
         remarks.append(problem(message, "max_token_length", options))
 
 
+def _merged(remarks: Sequence[Problem]) -> list[Problem]:
+    """Joins remarks that say the same into one, which names all their options."""
+    by_message: dict[str, list[Problem]] = {}
+    for remark in remarks:
+        by_message.setdefault(remark.message, []).append(remark)
+    return [
+        same[0] if len(same) == 1 else Problem(message, ", ".join(str(remark.key) for remark in same))
+        for message, same in by_message.items()
+    ]
+
+
 def _nearest(name: str) -> str:
     if name.endswith(".toml"):
         return f"did you mean --config {name}?"
@@ -104,9 +116,14 @@ def _refused(values: Mapping[str, Any]) -> set[str]:
 def _remedy(name: str, given: Given) -> str:
     field = Config.model_fields[name]
     (kind,) = kinds(field)
+    typed = given.place == COMMAND_LINE
+    if kind == Shown("a path") and isinstance(given.value, str):
+        return "must be a path. In double quotes a backslash begins an escape: use single quotes, or /"
+    if field.annotation == dict[str, Any] and typed:
+        return "must be arguments separated by spaces, as betas=0.9,0.99 eps=1e-8"
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     text = kind is str or kind == Shown("a path") or any(isinstance(choice, str) for choice in choices)
     hint = ""
-    if given.place != COMMAND_LINE and (not isinstance(kind, Shown) or text):
+    if not typed and (not isinstance(kind, Shown) or text):
         hint = ", in quotes" if text else ", without quotes"
     return f"must be {expected(field)}" + (hint if isinstance(given.value, str) != text else "")

@@ -4,12 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_finetune.config.fields import FilePath, Options, Period
+from sdxl_finetune.config.fields import FilePath, OnlyWith, Options, Period
 
 Sampler = Literal[
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++",
     "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 ]  # fmt: skip
+PROMPTS = OnlyWith("sample_prompts")
 
 
 class SavingOptions(Options):
@@ -21,7 +22,7 @@ class SavingOptions(Options):
     """Name of saved files, without ending. Default: names `epoch`, `at` and `last`."""
     save_model_as: Literal["ckpt", "safetensors", "diffusers", "diffusers_safetensors"] | None = None
     """Format of checkpoints. Default: the format of the model that training starts from."""
-    use_safetensors: bool = False
+    use_safetensors: Annotated[bool, OnlyWith("save_model_as", unless=True)] = False
     """Save checkpoints as safetensors if `save_model_as` is not set."""
     save_precision: Literal["float", "fp16", "bf16"] | None = None
     """Data type of the weights in checkpoints. Default: the type that they are trained in."""
@@ -31,9 +32,9 @@ class SavingOptions(Options):
     """Save a checkpoint every N optimizer steps. The final checkpoint is always saved."""
     save_n_epoch_ratio: int | None = Field(None, ge=1)
     """Save about N checkpoints over the run, at ends of epochs. Sets `save_every_n_epochs`."""
-    save_last_n_epochs: int | None = Field(None, ge=1)
+    save_last_n_epochs: Annotated[int | None, OnlyWith("save_every_n_epochs save_n_epoch_ratio")] = Field(None, ge=1)
     """Keep only the newest N checkpoints that were saved by epoch."""
-    save_last_n_steps: int | None = Field(None, ge=1)
+    save_last_n_steps: Annotated[int | None, OnlyWith("save_every_n_steps")] = Field(None, ge=1)
     """Keep only checkpoints saved by step within the last N optimizer steps."""
 
 
@@ -41,21 +42,25 @@ class ResumeOptions(Options):
     """Training states and resume"""
 
     initial_step: int | None = Field(None, ge=0)
-    """Count a new run from this step: file names, learning rate, batches. No effect on a resumed run."""
+    """Count a new run from this step: names, learning rate, batches. Not on resume. Not in sd-scripts' SDXL trainer."""
     initial_epoch: int | None = Field(None, ge=1)
-    """Count a new run from the start of this epoch. 1: the first. `initial_step` wins over it."""
+    """Count a new run from the start of this epoch. `initial_step` wins. Not in sd-scripts' SDXL trainer."""
 
     save_state: bool = False
     """Save a training state with every checkpoint."""
     save_state_on_train_end: bool = False
     """Save a training state at the end of training."""
-    save_last_n_epochs_state: int | None = Field(None, ge=1)
+    save_last_n_epochs_state: Annotated[
+        int | None, OnlyWith("save_every_n_epochs save_n_epoch_ratio"), OnlyWith("save_state")
+    ] = Field(None, ge=1)
     """Keep only the newest N states saved by epoch. Default: `save_last_n_epochs`."""
-    save_last_n_steps_state: int | None = Field(None, ge=1)
+    save_last_n_steps_state: Annotated[int | None, OnlyWith("save_every_n_steps"), OnlyWith("save_state")] = Field(
+        None, ge=1
+    )
     """Keep only states saved by step within the last N steps. Default: `save_last_n_steps`."""
     resume: FilePath | None = None
     """Training state or checkpoint to continue from: a path, or `auto` for the newest of this `output_name`."""
-    resume_at_next_epoch: bool = False
+    resume_at_next_epoch: Annotated[bool, OnlyWith("resume")] = False
     """Resume at the next epoch if images, captions or batches have changed. Off: refuse. Not in sd-scripts."""
 
 
@@ -91,13 +96,13 @@ class PreviewOptions(Options):
 
     sample_prompts: FilePath | None = None
     """File of preview prompts, .txt, .toml or .json. Default: no previews."""
-    sample_every_n_epochs: Annotated[int | None, Period] = None
+    sample_every_n_epochs: Annotated[int | None, Period, PROMPTS] = None
     """Draw previews every N epochs. If both are set, epochs win over `sample_every_n_steps`. 0: never."""
-    sample_every_n_steps: Annotated[int | None, Period] = None
+    sample_every_n_steps: Annotated[int | None, Period, PROMPTS, OnlyWith("sample_every_n_epochs", unless=True)] = None
     """Draw previews every N optimizer steps. 0: never."""
-    sample_at_first: bool = False
+    sample_at_first: Annotated[bool, PROMPTS] = False
     """Draw previews before the first step."""
-    sample_sampler: Sampler = "ddim"
+    sample_sampler: Annotated[Sampler, PROMPTS] = "ddim"
     """Sampler of the previews."""
 
 
@@ -108,17 +113,17 @@ class LoggingOptions(Options):
     """Folder for logs; each run gets a folder in it. Default: no log files."""
     log_with: Literal["tensorboard", "wandb", "all"] | None = None
     """Tracker of scalars and previews. Default: tensorboard if `logging_dir` is set."""
-    log_prefix: str | None = None
+    log_prefix: Annotated[str | None, OnlyWith("logging_dir")] = None
     """Text before the time in the name of the log folder."""
-    log_tracker_name: str | None = None
+    log_tracker_name: Annotated[str | None, OnlyWith("log_with")] = None
     """Project name in the tracker. Default: `finetuning`."""
-    log_tracker_config: FilePath | None = None
+    log_tracker_config: Annotated[FilePath | None, OnlyWith("log_with")] = None
     """TOML file with settings of the trackers."""
-    log_config: bool = False
+    log_config: Annotated[bool, OnlyWith("log_with")] = False
     """Send all options to the tracker."""
-    wandb_run_name: str | None = None
+    wandb_run_name: Annotated[str | None, OnlyWith("log_with", ("wandb", "all"))] = None
     """Name of the run at Weights & Biases."""
-    wandb_api_key: str | None = None
+    wandb_api_key: Annotated[str | None, OnlyWith("log_with", ("wandb", "all"))] = None
     """API key for Weights & Biases. It is never printed or saved."""
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = None
     """Least severe level of messages to show. Default: INFO."""

@@ -46,7 +46,13 @@ def problem(message: str, name: str, given: Mapping[str, Given], file: str | Non
 
 
 def config_path(name: str) -> Path:
-    """Returns the path of a config file. Its ending `.toml` may be left out."""
+    """Returns the path of a config file. Its ending `.toml` may be left out.
+
+    Raises UserError for a .json file, in which GUIs keep their settings under names of their own.
+    """
+    if name.lower().endswith(".json"):
+        message = "a config file is TOML. A GUI's .json file holds the GUI's own settings: use the .toml file"
+        raise UserError(Problem(f"{message} that the GUI writes when it trains or prints the command", file=name))
     return Path(name if name.lower().endswith(".toml") else f"{name}.toml")
 
 
@@ -71,7 +77,9 @@ def read_file(name: str) -> tuple[dict[str, Given], list[Problem], list[Problem]
             problems.append(Problem(message, key, file=place))
             continue
         earlier = given.get(key)
-        given[key] = Given(value, place)
+        given[key] = Given(_typed(key, value), place)
+        if isinstance(value, str) and not isinstance(given[key].value, str):
+            remarks.append(problem("the quotes around the value are ignored", key, given))
         if earlier and earlier.value != value:
             remarks.append(problem(f"given twice; this value is used, not the one at {earlier.place}", key, given))
     return given, problems, remarks
@@ -85,6 +93,9 @@ def parse_toml(path: Path) -> tuple[dict[str, Any], str]:
     except tomllib.TOMLDecodeError as error:
         message, _, place = str(error).partition(" (at ")
         numbers = "".join(f":{number}" for number in re.findall(r"\d+", place))
+        line = text.split("\n")[int(numbers[1:].partition(":")[0]) - 1] if numbers else ""
+        if re.search(r'"[^"]*\\', line):
+            message += ". In double quotes a backslash begins an escape: put a Windows path into single quotes"
         raise UserError(Problem(f"not valid TOML: {message}", file=f"{path}{numbers}")) from None
     except UnicodeDecodeError:
         raise UserError(Problem("not a UTF-8 text file: save it as UTF-8", file=str(path))) from None
@@ -155,12 +166,28 @@ def build_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """Returns text as a number if the option takes numbers. Other text is kept for the schema to refuse."""
+    """Returns the value in the type that the option takes, if value and type agree. Otherwise the schema refuses it.
+
+    Text may hold a number or a boolean. A number may stand for text, a whole float for an int, 0 or 1 for a boolean.
+    """
     kind: Any = int
     if name in Config.model_fields:
         (kind,) = kinds(Config.model_fields[name])
         kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind
-    try:
-        return kind(value) if kind in (int, float) and isinstance(value, str) else value
-    except ValueError:
-        return value
+    match value:
+        case str() if kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                return value
+        case str() if kind is bool and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        case bool():
+            return value
+        case int() | float() if kind is str and name in Config.model_fields:
+            return str(value)
+        case int() if kind is bool and value in (0, 1):
+            return bool(value)
+        case float() if kind is int and value.is_integer():
+            return int(value)
+    return value

@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdxl_finetune.config.dataset import find_folders, no_such
-from sdxl_finetune.config.fields import LR_SCHEDULES
+from sdxl_finetune.config.dataset import Dataset, Subset, find_folders, no_such
+from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
 from sdxl_finetune.config.options import Config
+from sdxl_finetune.config.training_options import LrOptions
 
 Findings = Iterator[tuple[str, str]]
 """Pairs: names of options, separated by spaces; what is wrong with the first option, and what to do."""
@@ -38,7 +39,6 @@ EXCLUDES = {
     "full_fp16": ("full_bf16",),
     "ema_decay": ("ema_half_life",),
 }
-WITHOUT_WARMUP = ("constant", "piecewise_constant", "adafactor")
 SHAPES = ("linear", "cosine", "1-sqrt")
 """Shapes of rise and fall of the schedule warmup_stable_decay."""
 LR_END = 1e-7
@@ -80,6 +80,7 @@ def find_remarks(config: Config) -> Findings:
         if config.full_fp16:
             message += ", and optimizer states in fp16 overflow or vanish, with which AdamW divides by zero"
         yield "exact_masters", f"{message}: true keeps the updates, for 2 bytes per weight"
+    yield from _without_effect(config)
     for option in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
         if getattr(config, option) and (config.is_fused or config.keeps_masters):
             yield option, "has no effect, because gradients are averaged tensor by tensor, without DDP"
@@ -87,28 +88,9 @@ def find_remarks(config: Config) -> Findings:
         message = "limits each tensor's gradient separately with fused_backward_pass, as in the reference"
         yield "max_grad_norm", f"{message}: 0 turns the limit off"
     yield from _rate_remarks(config)
-    if config.is_schedule_free and config.lr_warmup_steps:
-        message = f"has no effect, because {config.optimizer_name} has no schedule"
-        yield "lr_warmup_steps", f'{message}: use optimizer_args = ["warmup_steps=100"]'
-    if config.max_train_epochs and config.max_train_steps != Config.model_fields["max_train_steps"].default:
-        yield "max_train_steps", "has no effect, because max_train_epochs is set"
     for option in ("initial_step", "initial_epoch"):
         if config.resume and getattr(config, option):
             yield option, "has no effect if resume finds something, because it says its own step"
-    for kind in ("sample", "validate"):
-        if getattr(config, f"{kind}_every_n_epochs") and getattr(config, f"{kind}_every_n_steps"):
-            yield f"{kind}_every_n_steps", f"has no effect, because {kind}_every_n_epochs is set"
-    for option in ("sample_every_n_epochs", "sample_every_n_steps", "sample_at_first"):
-        if getattr(config, option) and not config.sample_prompts:
-            yield option, "no previews are drawn: set sample_prompts"
-            break
-    for option in ("validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps"):
-        if getattr(config, option) and not (config.validation_split or config.dataset_config):
-            yield option, "no validation takes place: set validation_split to hold images out"
-            break
-    for option in ("learning_rate_te1", "learning_rate_te2"):
-        if getattr(config, option) and not config.train_text_encoder:
-            yield option, "has no effect without train_text_encoder"
     for option, direction in (("min_bucket_reso", "down"), ("max_bucket_reso", "up")):
         if config.enable_bucket and getattr(config, option) % config.bucket_reso_steps:
             yield option, f"is rounded {direction} to a multiple of bucket_reso_steps, {config.bucket_reso_steps}"
@@ -130,7 +112,41 @@ def _rate_remarks(config: Config) -> Findings:
         yield "learning_rate", f"{message}, but is {far[0]:g}: set 1, and watch lr/d*lr in the log"
 
 
+def _without_effect(config: Config) -> Findings:
+    """Yields each changed option that has no effect, because another option is off or on. The schema names the pairs.
+
+    A `dataset_config` file may switch on what an option of the config needs. Its options are therefore left out.
+    """
+    in_file = {*Dataset.model_fields, *Subset.model_fields} if config.dataset_config else set()
+    for name, field in Config.model_fields.items():
+        if getattr(config, name) == field.get_default(call_default_factory=True) or name in in_file:
+            continue
+        conditions = [note for note in field.metadata if isinstance(note, OnlyWith)]
+        reasons = [
+            condition.remark()
+            for condition in conditions
+            if not condition.holds(config) and in_file.isdisjoint(condition.options.split())
+        ]
+        if name in LrOptions.model_fields and config.is_relative_step:
+            reasons = []  # one remark says that no rate and schedule has an effect
+        elif name in LrOptions.model_fields and config.is_schedule_free:
+            reasons = [f"has no effect, because {config.optimizer_name} has no schedule"]
+        elif name in LrOptions.model_fields and config.lr_scheduler_type:
+            replaced = name not in ("lr_scheduler_type", "lr_scheduler_args")
+            reasons = ["has no effect with lr_scheduler_type"] if replaced else []
+        if reasons:
+            yield name, reasons[0] + (_warmup_remedy(config) if name == "lr_warmup_steps" else "")
+
+
+def _warmup_remedy(config: Config) -> str:
+    if config.is_schedule_free:
+        return ': use optimizer_args = ["warmup_steps=100"]'
+    return ": for a warm-up set lr_scheduler to constant_with_warmup"
+
+
 def _training(config: Config) -> Findings:
+    if not config.max_train_steps and not config.max_train_epochs:
+        yield "max_train_steps max_train_epochs", "no step is left to train: set it, or max_train_epochs"
     if config.full_bf16 and config.mixed_precision != "bf16":
         yield "full_bf16 mixed_precision", 'needs mixed_precision = "bf16"'
     if config.full_fp16 and config.mixed_precision != "fp16":
@@ -155,9 +171,6 @@ def schedule_problems(config: Config) -> Findings:
         return
     name, arguments = config.lr_scheduler.partition(":")[0], config.lr_scheduler_args
     options = "lr_scheduler lr_scheduler_type"
-    if config.lr_warmup_steps and (config.lr_scheduler_type or name in WITHOUT_WARMUP):
-        message = f"{config.lr_scheduler_type or name} has no warm-up: set lr_warmup_steps to 0"
-        yield f"lr_warmup_steps {options}", f"{message}, or use lr_scheduler constant_with_warmup"
     if config.lr_scheduler_type:
         return
     if name == "adafactor":
@@ -209,7 +222,7 @@ def _buckets(config: Config) -> Findings:
     if not config.enable_bucket:
         return
     shortest, longest = sorted(config.resolution or (config.min_bucket_reso, config.max_bucket_reso))
-    if config.bucket_reso_steps % 32:
+    if config.bucket_reso_steps % 32 or not config.bucket_reso_steps:
         yield "bucket_reso_steps enable_bucket", "must be a multiple of 32 with enable_bucket, as 32 or 64"
     if config.min_bucket_reso > shortest:
         yield "min_bucket_reso resolution enable_bucket", f"must be at most {shortest}, resolution's shorter side"

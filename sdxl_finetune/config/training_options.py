@@ -4,17 +4,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_finetune.config.data_options import HoldOutOptions
+from sdxl_finetune.config.data_options import HELD_OUT, HoldOutOptions
 from sdxl_finetune.config.fields import (
     Arguments,
     Backend,
     BlockRates,
     ChunkTokens,
     FilePath,
+    OnlyWith,
     Options,
     Scheduler,
     StepsOrShare,
 )
+
+HUBER = OnlyWith("loss_type", ("huber", "smooth_l1"))
+EMA = OnlyWith("ema_decay ema_half_life")
 
 
 class ModelOptions(Options):
@@ -39,17 +43,17 @@ class NoiseOptions(Options):
     """End the noise schedule in pure noise (Lin et al., arXiv 2305.08891). Needs `v_parameterization`."""
     noise_offset: float | None = Field(None, ge=0)
     """Strength of a random constant that is added to the noise of each latent channel. 0: off."""
-    noise_offset_random_strength: bool = False
+    noise_offset_random_strength: Annotated[bool, OnlyWith("noise_offset")] = False
     """Draw the strength between 0 and `noise_offset` for each micro-batch."""
     adaptive_noise_scale: float | None = None
     """Adds this times the absolute mean of each latent channel to `noise_offset`. Needs `cache_latents`."""
     multires_noise_iterations: int | None = Field(None, ge=0)
     """Layers of coarser noise added to the noise. Usual: 6 to 10. 0: off."""
-    multires_noise_discount: float = Field(0.3, ge=0, le=1)
+    multires_noise_discount: Annotated[float, OnlyWith("multires_noise_iterations")] = Field(0.3, ge=0, le=1)
     """Strength of each layer of multires noise, relative to the next finer layer."""
     ip_noise_gamma: float | None = Field(None, ge=0)
     """Strength of extra noise in the model's input only (Ning et al., arXiv 2301.11706). 0: off."""
-    ip_noise_gamma_random_strength: bool = False
+    ip_noise_gamma_random_strength: Annotated[bool, OnlyWith("ip_noise_gamma")] = False
     """Draw the strength between 0 and `ip_noise_gamma` for each micro-batch."""
     min_timestep: int | None = Field(None, ge=0, le=999)
     """First timestep that is trained. Default: 0."""
@@ -64,11 +68,11 @@ class LossOptions(Options):
     """Train the model to predict velocity. Off: to predict noise."""
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = "l2"
     """Distance between prediction and target."""
-    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    huber_schedule: Annotated[Literal["constant", "exponential", "snr"], HUBER] = "snr"
     """How the threshold of `huber` and `smooth_l1` depends on the timestep."""
-    huber_c: float = Field(0.1, gt=0)
+    huber_c: Annotated[float, HUBER] = Field(0.1, gt=0)
     """Threshold of `huber` and `smooth_l1`."""
-    huber_scale: float = Field(1.0, gt=0)
+    huber_scale: Annotated[float, HUBER, OnlyWith("huber_schedule", ("snr",), unless=True)] = Field(1.0, gt=0)
     """Factor of that threshold. The `snr` schedule ignores it."""
     min_snr_gamma: float | None = Field(None, ge=0)
     """Limit of the signal-to-noise ratio in the loss weight (Hang et al., arXiv 2303.09556). Usual: 5. 0: off."""
@@ -95,9 +99,9 @@ class OptimizerOptions(Options):
     """Learning rate of the U-Net, and of a text encoder without a rate of its own. 0: do not train the U-Net."""
     train_text_encoder: bool = False
     """Train both text encoders as well."""
-    learning_rate_te1: float | None = Field(None, ge=0)
+    learning_rate_te1: Annotated[float | None, OnlyWith("train_text_encoder")] = Field(None, ge=0)
     """Learning rate of text encoder 1 (CLIP ViT-L). Default: `learning_rate`. 0: do not train it."""
-    learning_rate_te2: float | None = Field(None, ge=0)
+    learning_rate_te2: Annotated[float | None, OnlyWith("train_text_encoder")] = Field(None, ge=0)
     """Learning rate of text encoder 2 (OpenCLIP ViT-bigG). Default: `learning_rate`. 0: do not train it."""
     block_lr: BlockRates | None = None
     """Learning rates of the U-Net's blocks: embeddings, 9 input, 3 middle, 9 output blocks, last layer: 23 for SDXL."""
@@ -140,19 +144,28 @@ class LrOptions(Options):
     """Class of torch.optim.lr_scheduler, or a class path. Replaces `lr_scheduler`."""
     lr_scheduler_args: Arguments = Field(default_factory=dict)
     """Arguments of that class or of the schedule, as `T_max=100`."""
-    lr_warmup_steps: StepsOrShare = 0
+    lr_warmup_steps: Annotated[
+        StepsOrShare, OnlyWith("lr_scheduler", ("constant", "piecewise_constant", "adafactor"), unless=True)
+    ] = 0
     """Optimizer steps in which the learning rate rises from 0. 0.1 or "10%": that share of all steps."""
-    lr_decay_steps: StepsOrShare = 0
+    lr_decay_steps: Annotated[StepsOrShare, OnlyWith("lr_scheduler", ("warmup_stable_decay",))] = 0
     """Optimizer steps of the final fall of warmup_stable_decay. 0.1 or "10%": that share of all steps."""
-    lr_scheduler_num_cycles: int = Field(1, ge=1)
+    lr_scheduler_num_cycles: Annotated[
+        int, OnlyWith("lr_scheduler", ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"))
+    ] = Field(1, ge=0)
     """Cycles of the cosine schedules."""
-    lr_scheduler_power: float = Field(1.0, ge=0)
+    lr_scheduler_power: Annotated[float, OnlyWith("lr_scheduler", ("polynomial",))] = Field(1.0, ge=0)
     """Power of the polynomial schedule."""
-    lr_scheduler_timescale: int | None = Field(None, ge=1)
+    lr_scheduler_timescale: Annotated[int | None, OnlyWith("lr_scheduler", ("inverse_sqrt",))] = Field(None, ge=1)
     """Timescale of inverse_sqrt in optimizer steps. Default: the warm-up steps, or 10,000 without."""
-    lr_scheduler_min_lr_ratio: float | None = Field(None, ge=0, le=1)
+    lr_scheduler_min_lr_ratio: Annotated[
+        float | None,
+        OnlyWith("lr_scheduler", ("cosine_with_min_lr", "cosine_with_restarts", "warmup_stable_decay")),
+    ] = Field(None, ge=0, le=1)
     """Lowest rate of cosine_with_min_lr, cosine_with_restarts and warmup_stable_decay, as a share of the highest."""
-    lr_scheduler_cycle_decay: float = Field(1.0, gt=0, le=1)
+    lr_scheduler_cycle_decay: Annotated[float, OnlyWith("lr_scheduler", ("cosine_with_restarts",))] = Field(
+        1.0, gt=0, le=1
+    )
     """Highest rate of each cycle of cosine_with_restarts, as a share of the cycle before. Not in sd-scripts."""
 
 
@@ -163,26 +176,28 @@ class EmaOptions(Options):
     """Share of the EMA that stays at each step, as 0.999. Default: no EMA. Not in sd-scripts."""
     ema_half_life: float | None = Field(None, ge=1)
     """Decay of the EMA as a half-life in images; excludes `ema_decay`. Default: no EMA. Not in sd-scripts."""
-    ema_previews: bool = True
+    ema_previews: Annotated[bool, EMA] = True
     """Draw previews with the EMA, if there is one. Not in sd-scripts."""
-    ema_validation: bool = True
+    ema_validation: Annotated[bool, EMA] = True
     """Validate the EMA, if there is one. Not in sd-scripts."""
-    ema_save: bool = True
+    ema_save: Annotated[bool, EMA] = True
     """Save the EMA in checkpoints, if there is one. Training states hold both. Not in sd-scripts."""
-    ema_on_cpu: bool = False
+    ema_on_cpu: Annotated[bool, EMA] = False
     """Keep the EMA in host memory. Slower, but saves 4 bytes of GPU memory per parameter. Not in sd-scripts."""
 
 
 class ValidationOptions(HoldOutOptions):
     """Validation"""
 
-    validate_every_n_steps: int | None = Field(None, ge=0)
+    validate_every_n_steps: Annotated[int | None, HELD_OUT, OnlyWith("validate_every_n_epochs", unless=True)] = Field(
+        None, ge=0
+    )
     """Validate every N optimizer steps. 0: only before and after training."""
-    validate_every_n_epochs: int | None = Field(None, ge=0)
+    validate_every_n_epochs: Annotated[int | None, HELD_OUT] = Field(None, ge=0)
     """Validate every N epochs. Default: 1 if `validate_every_n_steps` is not set. If both are set, epochs win."""
-    max_validation_steps: int | None = Field(None, ge=1)
+    max_validation_steps: Annotated[int | None, HELD_OUT] = Field(None, ge=1)
     """Largest number of batches in a validation. Default: all."""
-    validation_timesteps: int = Field(4, ge=1, le=1000)
+    validation_timesteps: Annotated[int, HELD_OUT] = Field(4, ge=1, le=1000)
     """Evenly spread timesteps at which each held-out image is validated. Not in sd-scripts."""
 
 
@@ -191,8 +206,8 @@ class LengthOptions(Options):
 
     max_train_epochs: int | None = Field(None, ge=1)
     """Epochs of the whole run. Wins over `max_train_steps`."""
-    max_train_steps: int = Field(1600, ge=1)
-    """Optimizer steps of the whole run."""
+    max_train_steps: Annotated[int, OnlyWith("max_train_epochs", unless=True)] = Field(1600, ge=0)
+    """Optimizer steps of the whole run. 0: `max_train_epochs` says how long the run is."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
     seed: int | None = Field(None, ge=0)
@@ -208,7 +223,7 @@ class HardwareOptions(Options):
     """Keep weights and gradients in bf16. Needs `mixed_precision` bf16."""
     full_fp16: bool = False
     """Keep weights and gradients in fp16. Needs `mixed_precision` fp16. For GPUs without bf16."""
-    exact_masters: bool = True
+    exact_masters: Annotated[bool, OnlyWith("full_bf16 full_fp16")] = True
     """With `full_bf16` or `full_fp16`: train float32 master weights, 2 bytes more per weight. Not in sd-scripts."""
     fused_backward_pass: bool = False
     """Step each parameter inside the backward pass, as soon as it has a gradient, and free the gradient."""
@@ -240,6 +255,7 @@ class HardwareOptions(Options):
             "tvm",
         ],
         Backend,
+        OnlyWith("torch_compile"),
     ] = "inductor"
     """Backend of `torch_compile`. `no`, which GUIs write, means the default. Current torch has the first three."""
     ddp_timeout: int | None = Field(None, ge=1)

@@ -12,11 +12,17 @@ Otherwise an option has one of three outcomes:
 from dataclasses import dataclass
 from typing import Literal
 
-_DEEPSPEED = "it belongs to deepspeed, which is not supported"
+_DEEPSPEED = (
+    "DeepSpeed is not used. Gradients are averaged over all cards, and each card holds the optimizer states of all"
+    " parameters: sdxl-check prints their memory. fused_backward_pass and Adafactor or an 8-bit optimizer save as much"
+)
 _UPLOAD = "it belongs to huggingface_repo_id, which is not supported"
 _LAUNCHER = "it belongs on the command line of accelerate launch"
+_GUI = "it belongs to a GUI"
+_IGNORED = "the reference's SDXL trainer ignores it too"
 _LORA = "it belongs to LoRA training, but this program trains the whole model"
-_OTHER_MODELS = "it belongs to models other than SDXL: remove it"
+_OTHER_MODELS = "it belongs to models other than SDXL"
+_FORK = "it belongs to a fork of sd-scripts and changes what is trained, but this program does not have it: remove it"
 
 NO_EFFECT = {
     "lowram highvram": "models are always loaded to the device that uses them",
@@ -25,7 +31,9 @@ NO_EFFECT = {
     "mem_eff_attn": "xformers and torch's attention save as much memory",
     "cache_info": "captions and image sizes are always kept in cache_dir",
     "disable_mmap_load_safetensors": "weights are always read once, tensor by tensor",
-    "zero_stage zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients": _DEEPSPEED,
+    "clip_skip": "SDXL always uses the last but one layer of its text encoders, as in the reference",
+    "fp8_base": "the reference's SDXL trainer ignores it too. full_bf16 and fused_backward_pass save memory",
+    "deepspeed zero_stage zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients": _DEEPSPEED,
     "offload_optimizer_device offload_optimizer_nvme_path": _DEEPSPEED,
     "offload_param_device offload_param_nvme_path": _DEEPSPEED,
     "huggingface_repo_type huggingface_path_in_repo huggingface_repo_visibility": _UPLOAD,
@@ -34,15 +42,13 @@ NO_EFFECT = {
 }
 NOT_SUPPORTED = {
     "v2": "this program trains SDXL only: start from an SDXL checkpoint",
-    "clip_skip": "SDXL always uses the last but one layer of its text encoders: remove it",
     "dataset_class": "it would run code of your own: use dataset_config",
     "masked_loss alpha_mask conditioning_data_dir": "not supported yet: train without masks",
-    "face_crop_aug_range debug_dataset deepspeed": "not supported yet: remove it",
+    "face_crop_aug_range debug_dataset": "not supported yet: remove it",
     "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": "not supported yet: remove it",
     "save_state_to_huggingface": "not supported yet: upload training states by other means",
     "resume_from_huggingface": "not supported yet: download the training state and set resume to its path",
     "huggingface_repo_id": "not supported yet: upload saved files by other means",
-    "fp8_base": "not supported yet: use full_bf16",
 }
 FOREIGN_NO_EFFECT = {
     "no_token_padding": "captions are always padded, as in the reference's SDXL trainer",
@@ -50,38 +56,69 @@ FOREIGN_NO_EFFECT = {
     "skip_until_initial_step": "a run always starts with the batches of its first step, and loads no others",
     "epoch": "max_train_epochs is the number of epochs; the reference ignores this option too",
     "noise_offset_type": "noise_offset and multires_noise_iterations choose the kind of noise",
-    "prior_loss_weight": "the reference's SDXL trainer ignores it too",
+    "prior_loss_weight": f"{_IGNORED}. Repeats set the share of regularisation images",
+    "unet_lr": f"{_IGNORED}. learning_rate is the learning rate of the U-Net",
+    "text_encoder_lr learning_rate_te": f"{_IGNORED}. Use learning_rate_te1 and learning_rate_te2",
+    "network_train_unet_only": f"{_IGNORED}. Without train_text_encoder, only the U-Net is trained",
+    "network_train_text_encoder_only": f"{_IGNORED}. train_text_encoder with learning_rate = 0 does this",
+    "stop_text_encoder_training": f"{_IGNORED}. Text encoders train to the end, or not at all",
+    "lr_warmup": f"{_IGNORED}. lr_warmup_steps takes steps, or a share as 0.1",
+    "use_wandb": f'{_IGNORED}. Use log_with = "wandb"',
+    "batch_size": f"{_IGNORED}. Use train_batch_size",
+    "num_repeats class_tokens image_dir metadata_file is_reg": f"{_IGNORED}. It belongs in a dataset_config file",
+    "train_inpainting": f"{_IGNORED}. Masks and inpainting inputs are not used",
+    "fp8_base_unet": f"{_IGNORED}. full_bf16 and fused_backward_pass save memory",
+    "learning_rate_te3 train_t5xxl": "SDXL has two text encoders",
     "network_dim network_alpha network_args network_dropout network_weights dim_from_weights": _LORA,
-    "conv_dim conv_alpha scale_weight_norms LoRA_type": _LORA,
+    "conv_dim conv_alpha scale_weight_norms LoRA_type base_weights base_weights_multiplier": _LORA,
+    "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio": _LORA,
     "no_metadata": "saved files always contain their metadata",
     "training_comment": "use metadata_description for a comment",
     "sample_dir sample_batch_size": "previews are saved in the folder sample of output_dir",
+    "pin_memory pin_data_loader_memory": "batches for a GPU always lie in pinned memory",
+    "prefetch_factor": "data-loader workers always prepare the next batches",
+    "skip_existing": "existing latents are always used if they are valid",
+    "full_path recursive": "it belongs to the reference's scripts that write metadata files",
+    "latents_only": "latents are cached with cache_latents, and images are read without it",
     "num_processes num_machines num_cpu_threads_per_process multi_gpu": _LAUNCHER,
     "gpu_ids main_process_port extra_accelerate_launch_args": _LAUNCHER,
     "dynamo_mode dynamo_use_dynamic dynamo_use_fullgraph": _LAUNCHER,
-    "model_list save_as_bool headless": "it belongs to a GUI",
-}
-HONOURED = {"optimizer": "optimizer_type", "max_resolution": "resolution"}
-FOREIGN_REFUSED = {
-    "network_module": "this is a LoRA config, but this program trains the whole model: use a config without it",
-    "network_train_unet_only": "remove it and train_text_encoder, to train the U-Net only",
-    "network_train_text_encoder_only": "set train_text_encoder = true and learning_rate = 0 instead",
-    "unet_lr": "set learning_rate, the learning rate of the U-Net, instead",
-    "text_encoder_lr learning_rate_te": "set learning_rate_te1 and learning_rate_te2 instead",
-    "learning_rate_te3 train_t5xxl": "SDXL has two text encoders: remove it",
-    "stop_text_encoder_training": "text encoders train to the end, or not at all without train_text_encoder: remove it",
-    "lr_warmup": "set lr_warmup_steps instead, to a number of steps or to a share as 0.1",
-    "use_wandb": 'set log_with = "wandb" instead',
-    "num_repeats class_tokens image_dir metadata_file is_reg": "it belongs in a dataset_config file: move it there",
-    "batch_size": "set train_batch_size instead",
-    "additional_parameters": "write each of these options as a key of its own",
-    "perlin_noise optimizer_schedulefree_wrapper": "it does not belong to SDXL training: remove it",
+    "model_list save_as_bool headless template": _GUI,
+    "image_folder caption_metadata_filename latent_metadata_filename train_dir": _GUI,
+    "create_buckets create_caption use_latent_files generate_caption_database generate_image_buckets": _GUI,
+    "sdxl_no_half_vae": "the VAE always runs in float32",
     "ae clip_l clip_g t5xxl gemma2 qwen3 discrete_flow_shift guidance_scale": _OTHER_MODELS,
     "timestep_sampling weighting_scheme logit_mean logit_std mode_scale": _OTHER_MODELS,
-    "sigmoid_scale model_prediction_type blocks_to_swap": _OTHER_MODELS,
-    "token_string init_word num_vectors_per_token": "this is a config for textual inversion: remove it",
+    "sigmoid_scale model_prediction_type blocks_to_swap train_blocks split_mode attn_mode split_attn": _OTHER_MODELS,
+    "save_clip save_t5xxl t5xxl_device t5xxl_dtype t5xxl_max_token_length apply_t5_attn_mask": _OTHER_MODELS,
+    "apply_lg_attn_mask clip_l_dropout_rate clip_g_dropout_rate t5_dropout_rate training_shift": _OTHER_MODELS,
+    "blockwise_fused_optimizers cpu_offload_checkpointing single_blocks_to_swap": _OTHER_MODELS,
+    "double_blocks_to_swap mem_eff_save show_timesteps show_timesteps_resolution vae_chunk_size": _OTHER_MODELS,
+    "enable_scaled_pos_embed pos_emb_random_crop_rate model_type llm_adapter_path": _OTHER_MODELS,
+    "use_flash_attn use_sage_attn unsloth_offload_checkpointing system_prompt": _OTHER_MODELS,
 }
-OFF: dict[str, tuple[object, ...]] = {"zero_stage": (2,), "clip_skip": (1, 2)}
+HONOURED = {
+    "optimizer": "optimizer_type",
+    "max_resolution": "resolution",
+    "skip_latents_validity_check": "skip_cache_check",
+    "validation_every_n_step": "validate_every_n_steps",
+}
+FOREIGN_REFUSED = {
+    "network_module": "this is a LoRA config, but this program trains the whole model: use a config without it",
+    "additional_parameters": "write each of these options as a key of its own",
+    "token_string init_word num_vectors_per_token": "this is a config for textual inversion: remove it",
+    "perlin_noise optimizer_schedulefree_wrapper": _FORK,
+    "flow_model flow_use_ot flow_timestep_distribution flow_logit_mean flow_logit_std": _FORK,
+    "flow_uniform_shift flow_uniform_static_ratio flow_uniform_base_pixels": _FORK,
+    "contrastive_flow_matching cfm_lambda vae_custom_scale vae_custom_shift": _FORK,
+    "vae_reflection_padding use_zero_cond freeze_unet_blocks": _FORK,
+    "edm2_loss_weighting immiscible_noise immiscible_diffusion soft_min_snr_gamma": _FORK,
+    "laplace_timestep_sampling_mu laplace_timestep_sampling_b min_snr_gamma_mix_debiased": _FORK,
+    "loss_multiplier loss_multipler loss_scale multires_noise_scaling stochastic_accumulation": _FORK,
+    "ip_noise_gamma_scaling sangoi_loss_modifier fourier_loss use_log_norm_timesteps": _FORK,
+    "knn_noise_k cwmi_lambda masked_min reg_min_timestep reg_max_timestep": _FORK,
+}
+OFF: dict[str, tuple[object, ...]] = {"clip_skip": (1, 2), "zero_stage": (2,)}
 """Values that switch an option off, besides false, 0 and the empty text."""
 
 

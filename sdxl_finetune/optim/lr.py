@@ -81,13 +81,13 @@ def used_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> 
 def lr_factor(config: Config, step: int, total: int) -> float:
     """Returns the factor of the base rate in `step` of `total` optimizer steps.
 
-    The warm-up is a straight line from 0, except for warmup_stable_decay, which has its own.
+    The warm-up is a straight line from 0. constant and piecewise_constant have none, warmup_stable_decay has its own.
     """
     name, arguments = cast(ScheduleName, config.lr_scheduler), config.lr_scheduler_args
     warmup, decay = steps_of(config.lr_warmup_steps, total), steps_of(config.lr_decay_steps, total)
     cycles = config.lr_scheduler_num_cycles
     floor = config.lr_scheduler_min_lr_ratio or 0.0
-    if step < warmup and name != "warmup_stable_decay":
+    if step < warmup and name not in ("constant", "piecewise_constant", "warmup_stable_decay"):
         return step / warmup
     progress = (step - warmup) / max(1, total - warmup)
     match name:

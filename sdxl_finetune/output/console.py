@@ -37,13 +37,15 @@ def console(options: LoggingOptions, rank: int) -> Iterator[None]:
     layout = "%(message)s" if options.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s"
     handler.setFormatter(logging.Formatter(where + layout, datefmt="%Y-%m-%d %H:%M:%S"))
     handler.setLevel(max(level, logging.WARNING) if rank else level)
-    root = logging.getLogger()
-    previous = root.level
-    root.setLevel(level)
+    root, ours = logging.getLogger(), logging.getLogger("sdxl_finetune")
+    previous = root.level, ours.level
+    root.setLevel(max(level, logging.INFO))  # DEBUG shows our messages, and not those of Pillow and other libraries
+    ours.setLevel(level)
     root.addHandler(handler)
     try:
         yield
     finally:
         root.removeHandler(handler)
-        root.setLevel(previous)
+        root.setLevel(previous[0])
+        ours.setLevel(previous[1])
         handler.close()

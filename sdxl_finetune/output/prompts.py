@@ -36,6 +36,7 @@ LINE_OPTIONS = {
 """Short names of options on a line of a text file, and their long names."""
 KNOWN_OPTIONS = {"prompt", *LINE_OPTIONS.values()}
 OPTION_START = re.compile(r"(?:^|\s)--(?=[a-z])", re.IGNORECASE)
+NAME_AND_VALUE = re.compile(r"([^\s=]*)\s*=?(.*)", re.DOTALL)
 SAMPLERS = get_args(Sampler)
 MAX_SIDE = 8192
 """Pixels. Larger values are typing errors."""
@@ -123,15 +124,14 @@ def load_prompts(path: Path, default: Prompt | None = None) -> tuple[Prompt, ...
 def line_values(line: str) -> dict[str, str]:
     """Splits one line into the prompt and its options, under their long names.
 
-    An option stands after white space or at the start of the line. The last of several equal options wins, and an
-    option without a value is ignored. Unknown options keep their name, as `--name`.
+    An option stands after white space or at the start of the line, as `--w 64` or `--w=64`. The last of several equal
+    options wins. Unknown options, and options without a value, keep their name, as `--name`.
     """
     first, *options = OPTION_START.split(line)
     values = {"prompt": first.strip()}
     for option in options:
-        name, *value = option.split(maxsplit=1)
-        if value:
-            values[LINE_OPTIONS.get(name.lower(), f"--{name}")] = value[0].strip()
+        name, value = (part.strip() for part in NAME_AND_VALUE.findall(option)[0])
+        values[LINE_OPTIONS.get(name.lower(), f"--{name}") if value else f"--{name}"] = value
     return values
 
 

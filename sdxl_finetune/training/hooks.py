@@ -79,7 +79,7 @@ def preview_if_due(run: Run, moment: Moment) -> None:
     files = PreviewFiles(
         folder=run.output_dir / "sample",
         output_name=run.config.output_name,
-        epoch=moment.epoch if every.epochs else None,
+        epoch=moment.epoch if every.epochs or not moment.step else None,
         step=moment.step,
         time=now,
     )

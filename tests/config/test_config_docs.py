@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_finetune.config import Config
-from sdxl_finetune.config.docs import options_markdown, template
+from sdxl_finetune.config.docs import FROM_REFERENCE, options_markdown, template, with_table
 from sdxl_finetune.config.reading import read_file, tomllib
 from sdxl_finetune.config.unsupported import FOREIGN, REFERENCE
 
@@ -21,6 +21,11 @@ RELEASE = "ec03f23df84aa925a71184ba0cc7d43a5de7953c87c8b342ee61cade86f2a670"
 def test_generated_files_match_the_schema(path, generate):
     message = f"{path} is stale: see sdxl_finetune/config/docs.py for how to make it"
     assert (ROOT / path).read_text(encoding="utf-8") == generate(), message
+
+
+def test_the_table_of_the_reference_s_options_matches_the_schema():
+    text = (ROOT / FROM_REFERENCE).read_text(encoding="utf-8")
+    assert with_table(text) == text, "run python -m sdxl_finetune.config.docs reference"
 
 
 def test_the_template_uncommented_is_the_default_config():

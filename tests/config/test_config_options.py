@@ -124,9 +124,25 @@ def test_optimizer_args_are_python_values(golden):
         if case.get("raised") and case["raised"][0] == "ValueError" and case["optimizer_args"]
     ]
     assert len(refused) == 3
-    for arguments in [*refused, "weight_decay=0.1", ["=1"], 3]:
+    together = {"weight_decay": 0.1, "betas": (0.9, 0.99), "fused": True}
+    for text in ("weight_decay=0.1 betas=0.9,0.99 fused=True", "weight_decay=0.1,betas=(0.9, 0.99),fused=True"):
+        assert Config(optimizer_args=text).optimizer_args == Config(optimizer_args=[text]).optimizer_args == together
+    for arguments in [*refused, ["=1"], 3]:
         with pytest.raises(ValidationError):
             Config(optimizer_args=arguments)
+
+
+def test_zero_and_empty_text_switch_an_option_off():
+    """GUIs write 0 or an empty text for options that their users have left alone."""
+    zero = "save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps"
+    zero += " save_last_n_epochs_state save_last_n_steps_state max_train_epochs ddp_timeout lr_scheduler_timescale"
+    for name in zero.split():
+        assert getattr(Config(**{name: 0}), name) is None
+    assert Config(vae_batch_size=0).vae_batch_size == 1
+    assert Config(lr_scheduler_num_cycles=0).lr_scheduler_num_cycles == 0
+    for name, field in Config.model_fields.items():
+        if kinds(field) != [str]:
+            assert getattr(Config(**{name: ""}), name) == field.get_default(call_default_factory=True), name
 
 
 def test_options_set_the_options_that_they_imply():
@@ -159,7 +175,8 @@ def test_options_set_the_options_that_they_imply():
         {"block_lr": ",".join(["1e-4"] * 22 + ["a"])},
         {"block_lr": [-1.0] * 23},
         {"vae": 3},
-        {"save_every_n_epochs": 0},
+        {"save_every_n_epochs": -1},
+        {"output_dir": "C:\train"},
         {"unknown": 1},
     ],
 )

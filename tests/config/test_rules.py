@@ -1,10 +1,13 @@
 """Checks over several options refuse what the reference refuses and accept what it accepts."""
 
 import importlib.util
+from typing import Literal, get_args, get_origin
 
 import pytest
+from pydantic import ValidationError
 
 from sdxl_finetune.config import Config, load_config
+from sdxl_finetune.config.fields import OnlyWith, kinds
 from sdxl_finetune.config.rules import find_problems, find_remarks
 from sdxl_finetune.errors import UserError
 
@@ -14,6 +17,8 @@ NOT_YET = (
     "cache_text_encoder_outputs_to_disk",
     "masked_loss",
 )
+ACCEPTED = (["--deepspeed"],)
+"""Refused by the reference where the package deepspeed is missing, which this program does not use."""
 OURS = (["--zero_terminal_snr"], ["--adaptive_noise_scale", "0.1", "--noise_offset", "0.05"])
 
 
@@ -33,8 +38,9 @@ def test_options_refused_by_the_reference_are_refused(golden, tmp_path, monkeypa
             continue
         arguments = [*base, *run["cli"]]
         yet = any(word.removeprefix("--") in NOT_YET for word in run["cli"])
-        knows_model = run["cli"][0] == "--block_lr"  # compared with the model's blocks later, see test_parameters.py
-        if (knows_model or run["reached_model_loading"]) and run["cli"] not in OURS and not yet:
+        knows_model = run["cli"] == ["--block_lr", "1e-4,1e-4"]  # compared with the blocks in test_parameters.py
+        accepted = run["cli"] in ACCEPTED or knows_model
+        if accepted or (run["reached_model_loading"] and run["cli"] not in OURS and not yet):
             assert load_config(arguments, program="sdxl-train") is not None, run["cli"]
         else:
             with pytest.raises(UserError) as caught:
@@ -66,9 +72,12 @@ def test_needed_options_are_named():
         ({"use_8bit_adam": True, "use_lion_optimizer": True}, "use_8bit_adam"),
         ({"use_8bit_adam": True, "optimizer_type": "AdamW"}, "use_8bit_adam"),
         ({"use_lion_optimizer": True, "optimizer_type": "AdamW"}, "use_lion_optimizer"),
-        ({"lr_warmup_steps": 10}, "lr_warmup_steps"),
+        ({"lr_warmup_steps": 10}, None),
         ({"lr_warmup_steps": 0.1, "lr_scheduler": "constant_with_warmup"}, None),
-        ({"lr_warmup_steps": 0.1, "lr_scheduler": "cosine", "lr_scheduler_type": "StepLR"}, "lr_warmup_steps"),
+        ({"max_train_steps": 0}, "max_train_steps"),
+        ({"max_train_steps": 0, "max_train_epochs": 1}, None),
+        ({"enable_bucket": True, "bucket_reso_steps": 0}, "bucket_reso_steps"),
+        ({"bucket_reso_steps": 0, "min_bucket_reso": 0, "max_bucket_reso": 0}, None),
         ({"lr_scheduler": "cosine_with_min_lr"}, "lr_scheduler"),
         ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.0}, None),
         ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler"),
@@ -141,8 +150,93 @@ def test_missing_files_and_unusable_folders_are_refused(tmp_path):
         ({"full_fp16": True, "exact_masters": False}, "exact_masters"),
         ({"initial_step": 5, "resume": "auto"}, "initial_step"),
         ({"initial_step": 5}, None),
+        ({"lr_warmup_steps": 10}, "lr_warmup_steps"),
+        ({"lr_warmup_steps": 10, "lr_scheduler": "adafactor:1e-5"}, "lr_warmup_steps"),
+        ({"lr_warmup_steps": 10, "lr_scheduler": "cosine"}, None),
+        (
+            {"lr_warmup_steps": 10, "lr_scheduler": "cosine", "lr_scheduler_type": "StepLR"},
+            "lr_scheduler lr_warmup_steps",
+        ),
+        ({"lr_decay_steps": 10, "lr_scheduler": "cosine"}, "lr_decay_steps"),
+        ({"optimizer_type": "AdamWScheduleFree", "lr_scheduler_power": 2.0}, "lr_scheduler_power"),
+        ({"huber_c": 0.2}, "huber_c"),
+        ({"loss_type": "huber", "huber_c": 0.2}, None),
+        ({"loss_type": "huber", "huber_scale": 2.0}, "huber_scale"),
+        ({"loss_type": "huber", "huber_scale": 2.0, "huber_schedule": "constant"}, None),
+        ({"multires_noise_discount": 0.1}, "multires_noise_discount"),
+        ({"multires_noise_discount": 0.1, "multires_noise_iterations": 6}, None),
+        ({"keep_tokens": 1}, "keep_tokens"),
+        ({"keep_tokens": 1, "dataset_config": "d.toml"}, None),
+        ({"validation_seed": 1}, "validation_seed"),
+        ({"validation_seed": 1, "dataset_config": "d.toml"}, None),
+        ({"save_last_n_steps": 100}, "save_last_n_steps"),
+        ({"save_last_n_steps": 100, "save_every_n_steps": 10}, None),
+        ({"wandb_run_name": "x", "log_with": "tensorboard"}, "wandb_run_name"),
+        ({"ema_previews": False}, "ema_previews"),
         ({}, None),
     ],
 )
 def test_surprising_options_are_remarked(values, option):
-    assert [name for name, _ in find_remarks(Config(**values))] == ([option] if option else [])
+    assert [name for name, _ in find_remarks(Config(**values))] == (option.split() if option else [])
+
+
+STANDALONE = """
+pretrained_model_name_or_path vae tokenizer_cache_dir max_token_length weighted_captions
+train_data_dir reg_data_dir in_json dataset_config dataset_repeats resolution train_batch_size
+resize_interpolation max_data_loader_n_workers caption_extention on_bad_image caption_extension shuffle_caption
+secondary_separator enable_wildcard caption_prefix caption_suffix caption_dropout_rate
+caption_dropout_every_n_epochs caption_tag_dropout_rate token_warmup_step flip_aug color_aug random_crop
+enable_bucket validation_split cache_latents cache_latents_to_disk skip_cache_check cache_dir
+max_train_epochs gradient_accumulation_steps seed optimizer_type use_8bit_adam use_lion_optimizer optimizer_args
+learning_rate train_text_encoder block_lr max_grad_norm lr_scheduler lr_scheduler_type lr_scheduler_args
+ema_decay ema_half_life
+noise_offset multires_noise_iterations ip_noise_gamma min_timestep max_timestep v_parameterization loss_type
+min_snr_gamma v_pred_like_loss debiased_estimation_loss
+zero_terminal_snr scale_v_pred_loss_like_noise_pred adaptive_noise_scale
+initial_step initial_epoch full_fp16
+mixed_precision full_bf16 fused_backward_pass fused_optimizer_groups gradient_checkpointing xformers
+diffusers_xformers sdpa torch_compile ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph
+output_dir output_name save_model_as save_precision save_every_n_epochs save_every_n_steps save_n_epoch_ratio
+save_state save_state_on_train_end resume sample_prompts logging_dir log_with console_log_level
+console_log_file console_log_simple
+"""
+"""Options that have an effect whatever the other options are. Whoever adds an option decides where it belongs."""
+
+
+def test_each_option_stands_alone_or_names_the_options_that_it_needs():
+    with_condition = {
+        name
+        for name, field in Config.model_fields.items()
+        if any(isinstance(note, OnlyWith) for note in field.metadata)
+    }
+    metadata = {name for name in Config.model_fields if name.startswith("metadata_")}
+    assert with_condition | {*STANDALONE.split()} | metadata == set(Config.model_fields)
+    assert with_condition.isdisjoint(STANDALONE.split())
+    for name in with_condition:
+        for note in Config.model_fields[name].metadata:
+            if isinstance(note, OnlyWith):
+                others = note.options.split()
+                assert set(others) <= set(Config.model_fields) - {name}
+                for value in note.values:  # a condition on a value that no option takes would never hold
+                    assert value == "adafactor" or Config(**dict.fromkeys(others, value))
+
+
+def test_an_option_without_effect_is_remarked_once_its_condition_is_missing():
+    """Switches each option with a condition on, alone, and expects exactly one remark on it."""
+    for name, field in Config.model_fields.items():
+        notes = [note for note in field.metadata if isinstance(note, OnlyWith)]
+        if not notes:
+            continue
+        (kind,) = kinds(field)
+        default = field.get_default(call_default_factory=True)
+        values = [*(get_args(kind) if get_origin(kind) is Literal else ()), True, False, 7, 0.25, "x"]
+        for value in values:
+            try:
+                config = Config(**{name: value})
+            except ValidationError:
+                continue
+            if getattr(config, name) != default:
+                break
+        expected = [note for note in notes if not note.holds(config)]
+        said = [message for option, message in find_remarks(config) if option == name]
+        assert said[:1] == [note.remark() for note in expected[:1]] or name == "lr_warmup_steps", name

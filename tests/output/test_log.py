@@ -216,6 +216,16 @@ def test_the_console_shows_messages_above_the_progress(tmp_path: Path, capsys) -
     assert logging.getLogger().handlers == handlers
 
 
+def test_debug_messages_of_libraries_are_hidden(capsys) -> None:
+    """Pillow alone writes a dozen of them for each image."""
+    with console(Config(console_log_level="DEBUG"), rank=0):
+        logging.getLogger("sdxl_finetune.somewhere").debug("ours")
+        logging.getLogger("PIL.Image").debug("theirs")
+        logging.getLogger("PIL.Image").warning("their warning")
+    shown = capsys.readouterr().err
+    assert "ours" in shown and "their warning" in shown and "theirs" not in shown
+
+
 def test_the_console_may_be_a_file(tmp_path: Path, capsys) -> None:
     config = Config(console_log_file=tmp_path / "logs" / "console.txt", console_log_simple=True)
     with console(config, rank=0):

@@ -136,6 +136,12 @@ def test_each_option_without_effect_is_reported_once(tmp_path, caplog) -> None:
     assert reported == ["p.txt:1: --g has no effect on previews", "p.txt:2: --cn has no effect on previews"]
 
 
+def test_an_option_may_have_an_equals_sign_or_lack_its_value(tmp_path, caplog) -> None:
+    (prompt,) = read(tmp_path, "p.txt", "a cat = a pet --w=64 --h= 96 --n=b=c --d")
+    assert prompt == Prompt(prompt="a cat = a pet", width=64, height=96, negative_prompt="b=c")
+    assert caplog.messages[-1].endswith("p.txt:1: --d has no effect on previews")
+
+
 def test_a_negative_seed_means_a_new_seed_for_each_preview(tmp_path) -> None:
     """differences.md: Negative seeds of previews."""
     prompts = read(tmp_path, "p.json", '[{"prompt": "a", "seed": -1}, "a --d -1"]')
