@@ -63,6 +63,8 @@ BETTER = {
     "max_token_length": "75 is accepted too; 255 is read as 225, and said",
     "optimizer_args": "one text may hold several arguments",
     "save_precision": "a weight that float16 cannot hold does not become infinite",
+    "full_fp16": "float32 master weights keep what rounding to fp16 loses, and fp16 runs on a CPU too",
+    "block_lr": "fits models with other numbers of blocks",
     "console_log_level": "DEBUG hides the messages of libraries",
     "wandb_api_key": "never printed or saved",
     "huggingface_repo_id": "a failed upload is tried again, also by the next run; a refused token is told at the start",

@@ -43,9 +43,9 @@ class ResumeOptions(Options):
     """Training states and resume"""
 
     initial_step: int | None = Field(None, ge=0)
-    """Count a new run from this step: file names, learning rate, batches. No effect on a resumed run."""
+    """Count a new run from this step: names, learning rate, batches. Not on resume. Not in sd-scripts' SDXL trainer."""
     initial_epoch: Annotated[int | None, OnlyWith("initial_step", unless=True)] = Field(None, ge=1)
-    """Count a new run from the start of this epoch. 1: the first. `initial_step` wins over it."""
+    """Count a new run from the start of this epoch. `initial_step` wins. Not in sd-scripts' SDXL trainer."""
     save_state: bool = False
     """Save a training state with every checkpoint."""
     save_state_on_train_end: bool = False

@@ -121,7 +121,9 @@ def _without_effect(config: Config) -> Findings:
             for condition in conditions
             if not condition.holds(config) and in_file.isdisjoint(condition.options.split())
         ]
-        if name in LrOptions.model_fields and config.is_schedule_free:
+        if name in LrOptions.model_fields and config.is_relative_step:
+            reasons = []  # one remark says that no rate and schedule has an effect
+        elif name in LrOptions.model_fields and config.is_schedule_free:
             reasons = [f"has no effect, because {config.optimizer_name} has no schedule"]
         elif name in LrOptions.model_fields and config.lr_scheduler_type:
             replaced = name not in ("lr_scheduler_type", "lr_scheduler_args")

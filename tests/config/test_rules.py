@@ -38,10 +38,7 @@ def test_options_refused_by_the_reference_are_refused(golden, tmp_path, monkeypa
     for run in runs:
         arguments = [*base, *run["cli"]]
         yet = any(word.removeprefix("--") in NOT_YET for word in run["cli"])
-        knows_model = run["cli"] == [
-            "--block_lr",
-            "1e-4,1e-4",
-        ]  # compared with the model's blocks later, see test_parameters.py
+        knows_model = run["cli"] == ["--block_lr", "1e-4,1e-4"]  # compared with the blocks in test_parameters.py
         accepted = knows_model or run["cli"] in ACCEPTED
         if accepted or (run["reached_model_loading"] and run["cli"] not in OURS and not yet):
             assert load_config(arguments, program="sdxl-train") is not None, run["cli"]

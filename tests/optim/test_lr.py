@@ -13,7 +13,7 @@ from transformers.optimization import get_wsd_schedule
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.config.fields import LR_SCHEDULES, expected
-from sdxl_finetune.config.rules import schedule_problems
+from sdxl_finetune.config.rules import find_remarks, schedule_problems
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.optim.lr import build_lr, steps_of, used_rates
 from sdxl_finetune.optim.optimizer import build_optimizer
@@ -23,13 +23,12 @@ CASES = 92
 BASE = 3e-5
 ADAFACTOR, ADAFACTOR_WITH_ANOTHER_OPTIMIZER = 82, 83
 INTEGER_WARMUP_ON_TWO_PROCESSES = (63, 65, 67, 68)
+WITHOUT_WARMUP = "does not require `num_warmup_steps`"
 SCHEMA = "must be one of constant, .*adafactor:RATE"
 REMEDIES = {
-    "constant": "has no warm-up",
     "cosine_with_min_lr": "lr_scheduler_min_lr_ratio",
     "piecewise_constant": "1:100",
     "cosine_with_restarts": "remove num_cycles; cycles, power and lowest rate are options of their own",
-    "cosine": "has no warm-up",
     "reduce_lr_on_plateau": SCHEMA,
     "nonsense": SCHEMA,
     "adafactor": 'optimizer_type = "Adafactor"',
@@ -77,6 +76,12 @@ def test_golden_learning_rates_are_the_reference_s(golden, number: int) -> None:
     assert second_base == third_base
     options, total, processes = golden_config(case, number), case["max_train_steps"], case["num_processes"]
     messages = refusals(options)
+    if "raised" in case and options.lr_warmup_steps and WITHOUT_WARMUP in case["raised"][1]:
+        # docs/differences.md: a remark says that the warm-up has no effect.
+        assert not messages and "lr_warmup_steps" in [name for name, _ in find_remarks(options)]
+        lr = build_lr(options, total)
+        assert options.lr_scheduler_type or [lr(step, BASE) for step in range(total)] == [BASE] * total
+        return
     if "raised" in case:
         assert re.search(REMEDIES[case["lr_scheduler"]], "\n".join(messages))
         return
@@ -168,14 +173,6 @@ def test_the_lowest_learning_rate_may_be_given_as_an_argument() -> None:
         ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": "1:ten,0.1"}}, "1:100"),
         ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": "1:10,0.5:20"}}, "1:100"),
         ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": 0.1}}, "1:100"),
-        (
-            {
-                "lr_scheduler": "piecewise_constant",
-                "lr_scheduler_args": {"step_rules": "1:10,0.1"},
-                "lr_warmup_steps": 5,
-            },
-            "piecewise_constant has no warm-up",
-        ),
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "must be higher"),
         ({"lr_scheduler": "polynomial", "lr_scheduler_args": {"lr_end": "low"}}, "must be numbers"),
         ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": {"min_lr": 1.0}}, "must be higher"),
@@ -196,10 +193,6 @@ def test_the_lowest_learning_rate_may_be_given_as_an_argument() -> None:
 )
 def test_options_that_contradict_the_schedule_are_refused(options, message) -> None:
     assert re.search(message, "\n".join(refusals(config(**options))))
-
-
-def test_all_problems_of_a_schedule_are_reported_at_once() -> None:
-    assert len(refusals(config(lr_scheduler="adafactor:1e-5", lr_warmup_steps=5))) == 2
 
 
 def test_a_schedule_free_optimizer_has_a_constant_rate_and_accepts_any_schedule() -> None:
