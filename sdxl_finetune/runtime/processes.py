@@ -58,9 +58,6 @@ def build_accelerator(config: Config) -> Accelerator:
 
 def check_precision(options: HardwareOptions, device: torch.device) -> None:
     """Raises UserError for a precision that the device does not have."""
-    if options.mixed_precision == "fp16" and device.type == "cpu":
-        message = "a CPU cannot train in float16, because it has no gradient scaler: use bf16 or no"
-        raise UserError(Problem(message, key="mixed_precision", value="fp16"))
     is_old = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if options.mixed_precision == "bf16" and is_old:
         message = f"{torch.cuda.get_device_name()} has no bfloat16: use fp16"
