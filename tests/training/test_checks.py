@@ -18,8 +18,8 @@ OPTIONS = ["--pretrained_model_name_or_path", "base.safetensors", "--train_data_
 OPTIONS += ["--resolution", "64", "--max_train_steps", "1", "--caption_extension", ".txt", "--cache_latents"]
 OPTIONS += ["--max_data_loader_n_workers", "0", "--seed", "1"]
 WRONG = ["--optimizer_type", "AdamX", "--lr_scheduler_type", "StepLR", "--sample_prompts", "prompts.json"]
-WRONG += ["--mixed_precision", "fp16", "--pretrained_model_name_or_path", "other.safetensors"]
-WRONG_WORDS = ("AdamX", "StepLR", "prompts.json", "fp16", "other.safetensors", "broken.png")
+WRONG += ["--pretrained_model_name_or_path", "other.safetensors"]
+WRONG_WORDS = ("AdamX", "StepLR", "prompts.json", "other.safetensors", "broken.png")
 """A word of the problem of each wrong option and image."""
 
 
