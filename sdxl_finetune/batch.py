@@ -6,9 +6,10 @@ weights and batch.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 TIMESTEPS = 1000
@@ -34,6 +35,30 @@ class Position:
         return self.micro_batch + 1 == self.micro_batches_in_step
 
 
+class Tokens(NamedTuple):
+    """The input of both text encoders for k captions, and the weight of each token, if captions are weighted."""
+
+    ids1: Int64[Tensor, "k chunks 77"]
+    ids2: Int64[Tensor, "k chunks 77"]
+    weights: Float32[Tensor, "k chunks 77"] | None = None
+
+    def to(self, device: torch.device) -> "Tokens":
+        """Copies the tokens to `device`. A copy from the CPU to a GPU starts from pinned memory."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+            return pinned.to(device, non_blocking=True)
+
+        return Tokens(copy(self.ids1), copy(self.ids2), None if self.weights is None else copy(self.weights))
+
+
+class TextOutputs(NamedTuple):
+    """The input of the U-Net for k captions: hidden states (t = 75 x chunks + 2 positions) and pooled output."""
+
+    hidden: Float[Tensor, "k t c"]
+    pooled: Float[Tensor, "k p"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """k images of one bucket, for one rank. Image sizes are (height, width) in pixels; h and w are latent sizes."""
@@ -49,10 +74,15 @@ class Batch:
     input_noise: Float32[Tensor, "k 4 h w"] | None
     """Noise that is added to `noise` for the model's input only (`ip_noise_gamma`)."""
     timesteps: Int64[Tensor, " k"]
-    tokens1: Int64[Tensor, "k chunks 77"]
-    tokens2: Int64[Tensor, "k chunks 77"]
-    token_weights: Float32[Tensor, "k chunks 77"] | None
+    tokens1: Int64[Tensor, "k chunks 77"] | None = None
+    """Tokens for text encoder 1. None if there are cached outputs."""
+    tokens2: Int64[Tensor, "k chunks 77"] | None = None
+    token_weights: Float32[Tensor, "k chunks 77"] | None = None
     """Weight of each token of `weighted_captions`, the same for both text encoders."""
+    hidden: Float16[Tensor, "k t c"] | None = None
+    """Cached hidden states of both text encoders. None if there are tokens."""
+    pooled: Float16[Tensor, "k p"] | None = None
+    """Cached pooled output of text encoder 2."""
     original_size: Int64[Tensor, "k 2"]
     crop_top_left: Int64[Tensor, "k 2"]
     target_size: Int64[Tensor, "k 2"]
@@ -61,6 +91,14 @@ class Batch:
     the number of ranks, because data-parallel training averages gradients over ranks."""
     images_in_step: int = 0
     """Images of this micro-batch over all ranks."""
+
+    @property
+    def text(self) -> Tokens | TextOutputs:
+        """The captions as the model is given them: cached outputs, or tokens to encode."""
+        if self.hidden is not None and self.pooled is not None:
+            return TextOutputs(self.hidden, self.pooled)
+        assert self.tokens1 is not None and self.tokens2 is not None
+        return Tokens(self.tokens1, self.tokens2, self.token_weights)
 
     def to(self, device: torch.device) -> "Batch":
         """Copies the batch to `device`. A copy from pinned memory runs while the host continues."""

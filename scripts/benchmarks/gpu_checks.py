@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scripts.benchmarks import precision
+from sdxl_finetune.batch import Tokens
 from sdxl_finetune.config import Config, load_config, to_toml
 from sdxl_finetune.low_bits import MasterWeights, split
 from sdxl_finetune.model.attention import use_attention
@@ -224,8 +225,10 @@ def predict(bench: Bench, dtype: torch.dtype, change: Callable[[SDXL], bool]) ->
     ids = torch.randint(0, 49406, (2, 1, 77), generator=generator)
     ids[:, :, 0], ids[:, :, 20:] = 49406, 49407
     sizes = torch.full((2, 2), 8 * side)
-    inputs = latents, torch.tensor([100, 700]), ids, ids, sizes, torch.zeros_like(sizes), sizes
-    prediction = model(*(tensor.to(bench.device) for tensor in inputs))
+    noisy, timesteps, tokens, size, corner = (
+        tensor.to(bench.device) for tensor in (latents, torch.tensor([100, 700]), ids, sizes, torch.zeros_like(sizes))
+    )
+    prediction = model(noisy, timesteps, Tokens(tokens, tokens), size, corner, size)
     prediction.square().mean().backward()
     gradients = [parameter.grad.float().flatten() for parameter in model.parameters() if parameter.grad is not None]
     return prediction.detach().float(), torch.cat(gradients)

@@ -97,8 +97,7 @@ def bare_step(learner: Learner, batch, latents: torch.Tensor) -> None:
     prediction = learner.model(
         latents,
         batch.timesteps,
-        batch.tokens1,
-        batch.tokens2,
+        batch.text,
         batch.original_size,
         batch.crop_top_left,
         batch.target_size,

@@ -24,8 +24,8 @@ from sdxl_finetune.commands.memory_report import describe
 from sdxl_finetune.config import Config, load_datasets
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index, build_index
-from sdxl_finetune.data.tokens import build_tokenizer
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.latents.captions import Captions, count_keys
 from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import Inspected, inspect_checkpoint
 from sdxl_finetune.model.sdxl import SDXL
@@ -41,7 +41,7 @@ from sdxl_finetune.output.prompts import load_prompts
 from sdxl_finetune.runtime.processes import weight_dtype
 from sdxl_finetune.training.every import Timeline, previews_every, saves_every
 from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
-from sdxl_finetune.training.setup import total_steps
+from sdxl_finetune.training.setup import tokenizer_of, total_steps
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def check(config: Config) -> int:
                 found.say("files", *_files(config, timeline, groups, state_bytes))
         if index:
             found.say("latents", *_latents(config, index))
+            found.attempt(_say_text_outputs, config, index, found)
         for function, argument in ((load_thumbnail, config.metadata_thumbnail), (load_prompts, config.sample_prompts)):
             if argument:
                 found.attempt(function, argument)
@@ -109,12 +110,7 @@ def processes() -> int:
 
 
 def _check_data(config: Config, found: Findings) -> Index | None:
-    found.attempt(
-        build_tokenizer,
-        max_token_length=config.max_token_length,
-        weighted_captions=config.weighted_captions,
-        tokenizer_cache_dir=config.tokenizer_cache_dir,
-    )
+    found.attempt(tokenizer_of, config)
     datasets = found.attempt(load_datasets, config)
     if datasets is None:
         return None
@@ -276,12 +272,31 @@ def _latents(config: Config, index: Index) -> Iterator[str]:
     areas = np.array([bucket.width * bucket.height for bucket in index.buckets], np.int64)
     used = index.used
     size = int((areas[index.bucket[used]] * (1 + index.flips[used])).sum()) * 4 * 2 // 64
-    if config.cache_latents_to_disk:
+    yield _place_of_cache(config, size, config.cache_latents_to_disk)
+
+
+def _say_text_outputs(config: Config, index: Index, found: Findings) -> None:
+    """Adds the size of the cached text encoder outputs. Raises UserError if the model cannot be read."""
+    if not config.cache_text_encoder_outputs:
+        return
+    assert config.pretrained_model_name_or_path is not None
+    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
+    if architecture is None:
+        return
+    tokenizer = tokenizer_of(config)
+    captions = Captions(index, config.text_encoder_outputs_variants, tokenizer.identity())
+    count = count_keys(captions.keys(), captions.used)
+    channels = tokenizer.positions * (architecture.te1.width + architecture.te2.width) + architecture.te2.projection
+    place = _place_of_cache(config, 2 * count * channels, config.cache_text_encoder_outputs_to_disk)
+    found.say("text outputs", f"{count} different captions: {place}")
+
+
+def _place_of_cache(config: Config, size: int, on_disk: bool) -> str:
+    if on_disk:
         free = shutil.disk_usage(_existing(config.cache_folder)).free
-        yield f"{_size(size)} in {config.cache_folder}, free there: {_size(free)}"
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        yield f"{_size(size)} in memory, of {_size(memory)}"
+        return f"{_size(size)} in {config.cache_folder}, free there: {_size(free)}"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{_size(size)} in memory, of {_size(memory)}"
 
 
 def _machine(config: Config) -> Iterator[str]:

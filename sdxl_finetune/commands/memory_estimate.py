@@ -96,8 +96,13 @@ def _build_fake_learner(config: Config, architecture: Architecture, allocations:
     """A learner of fake tensors whose owners are noted."""
     with torch.device("meta"):
         sdxl, vae = SDXL(architecture), AutoencoderKL(**vae_config(architecture))
-    _allocate(sdxl, weight_dtype(config))
-    allocations.set_owner("weights", [*sdxl.parameters(), *sdxl.buffers()])
+    modules = [sdxl]
+    if config.cache_text_encoder_outputs:
+        sdxl.detach_text_encoders()
+        modules += [] if cuda else [sdxl.te1, sdxl.te2]  # a GPU does not hold encoders whose outputs are cached
+    for module in modules:
+        _allocate(module, weight_dtype(config))
+        allocations.set_owner("weights", [*module.parameters(), *module.buffers()])
     vae = vae.eval().requires_grad_(False)
     if not (cuda and config.cache_latents):  # with cached latents the VAE is back in host memory
         _allocate(vae, torch.float32)
@@ -174,26 +179,30 @@ def _batches(learner: Learner, shape: BatchShape, ranks: int) -> Iterator[Batch]
         micros = max(2, micros)
     micros = min(micros, MOST_MICRO_BATCHES)
     for micro in range(micros):
-        yield _batch(learner.config, shape, Position(0, 0, micro, micros))
+        yield _batch(learner.config, learner.sdxl.architecture, shape, Position(0, 0, micro, micros))
 
 
-def _batch(config: Config, shape: BatchShape, position: Position) -> Batch:
+def _batch(config: Config, architecture: Architecture, shape: BatchShape, position: Position) -> Batch:
     """A batch of this shape; its values have no meaning."""
     chunks = -(-(config.max_token_length or 75) // 75)
     latents = torch.zeros(shape.images, LATENT_CHANNELS, shape.height // 8, shape.width // 8)
     tokens = torch.zeros(shape.images, chunks, 77, dtype=torch.int64)
     sizes = torch.zeros(shape.images, 2, dtype=torch.int64)
+    text: dict[str, Any] = {"tokens1": tokens, "tokens2": tokens}
+    text["token_weights"] = tokens.float() if config.weighted_captions else None
+    if config.cache_text_encoder_outputs:
+        shape_of_hidden = shape.images, 75 * chunks + 2, architecture.te1.width + architecture.te2.width
+        text = {"hidden": torch.zeros(shape_of_hidden, dtype=torch.float16)}
+        text["pooled"] = torch.zeros(shape.images, architecture.te2.projection, dtype=torch.float16)
     return Batch(
         position=position,
+        **text,
         latents=latents if config.cache_latents else None,
         images=None if config.cache_latents else torch.zeros(shape.images, 3, shape.height, shape.width),
         encoding_noise=None if config.cache_latents else latents,
         noise=latents,
         input_noise=latents if config.ip_noise_gamma else None,
         timesteps=torch.zeros(shape.images, dtype=torch.int64),
-        tokens1=tokens,
-        tokens2=tokens,
-        token_weights=tokens.float() if config.weighted_captions else None,
         original_size=sizes,
         crop_top_left=sizes,
         target_size=sizes,

@@ -1,4 +1,4 @@
-"""Options of images, captions, aspect-ratio buckets and latents."""
+"""Options of images, captions, aspect-ratio buckets and caches."""
 
 from typing import Annotated, Literal
 
@@ -114,7 +114,7 @@ class HoldOutOptions(Options):
 
 
 class LatentOptions(Options):
-    """Latents"""
+    """Latents and text encoder outputs"""
 
     cache_latents: bool = False
     """Encode every image once before training and keep the latents in memory."""
@@ -122,7 +122,15 @@ class LatentOptions(Options):
     """Keep the latents in `cache_dir` for later runs. Turns on `cache_latents`."""
     vae_batch_size: Annotated[int, ZeroIsOne, OnlyWith("cache_latents")] = Field(1, ge=1)
     """Images that the VAE encodes at once for the latent cache."""
+    cache_text_encoder_outputs: bool = False
+    """Encode every caption once before training. The text encoders then take no GPU memory and are not trained."""
+    cache_text_encoder_outputs_to_disk: bool = False
+    """Keep these outputs in `cache_dir` for later runs. Turns on `cache_text_encoder_outputs`."""
+    text_encoder_outputs_variants: Annotated[int, OnlyWith("cache_text_encoder_outputs")] = Field(1, ge=1)
+    """Variants to cache of each caption with shuffled or dropped tags, or wildcards. Not in sd-scripts."""
+    text_encoder_batch_size: Annotated[int, ZeroIsOne, OnlyWith("cache_text_encoder_outputs")] = Field(16, ge=1)
+    """Captions that the text encoders encode at once for that cache. Not in sd-scripts' SDXL trainer."""
     skip_cache_check: bool = False
     """Do not look for changed images and captions since the last run. Saves time with millions of files."""
     cache_dir: FilePath | None = None
-    """Folder of the dataset index and the latent cache. Default: `cache` in `output_dir`. Not in sd-scripts."""
+    """Folder of the dataset index and of what is cached. Default: `cache` in `output_dir`. Not in sd-scripts."""

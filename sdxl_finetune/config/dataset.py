@@ -7,6 +7,7 @@ the index lists all names later.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,6 +106,17 @@ def holds_images(folder: Path) -> bool:
         return any(
             entry.name.lower().endswith(IMAGE_SUFFIXES + OPTIONAL_SUFFIXES) and entry.is_file() for entry in entries
         )
+
+
+def caption_conflicts(options: CaptionOptions, variants: int) -> Iterator[tuple[str, str]]:
+    """Yields option and message of what text encoder outputs, cached in this number of variants, cannot follow."""
+    why = "cannot be used with cache_text_encoder_outputs"
+    for option in ("shuffle_caption", "caption_tag_dropout_rate"):
+        if variants == 1 and getattr(options, option):
+            remedy = "set text_encoder_outputs_variants = 8 to cache 8 variants of each caption, or remove one of them"
+            yield option, f"{why}, which encodes each caption once: {remedy}"
+    if options.token_warmup_step:
+        yield "token_warmup_step", f"{why}, because captions change with the step: keep one of them"
 
 
 def no_such(kind: str) -> str:

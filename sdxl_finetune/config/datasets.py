@@ -19,7 +19,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_finetune.config.dataset import Dataset, Subset, find_folders, no_such
+from sdxl_finetune.config.data_options import LatentOptions
+from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, no_such
 from sdxl_finetune.config.fields import expected
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.reading import parse_toml
@@ -136,7 +137,7 @@ def _read_file(path: Path, config: Config) -> tuple[Dataset, ...]:
         subset_tables = keys.pop("subsets", [])
         values = {**from_config, **general, **keys}
         subsets = [
-            _subset(mistakes, subset_table, subset_place, values, config.cache_latents)
+            _subset(mistakes, subset_table, subset_place, values, config)
             for subset_place, subset_table in mistakes.tables(subset_tables, f"{place}.subsets")
         ]
         if not subset_tables:
@@ -157,7 +158,7 @@ def _read_file(path: Path, config: Config) -> tuple[Dataset, ...]:
 
 
 def _subset(
-    mistakes: _Mistakes, table: object, place: str, inherited: Mapping[str, Any], cache_latents: bool
+    mistakes: _Mistakes, table: object, place: str, inherited: Mapping[str, Any], cache: LatentOptions
 ) -> Subset | None:
     keys = mistakes.known_keys(table, place, SUBSET_KEYS)
     if not keys.keys() & {"image_dir", "metadata_file"}:
@@ -174,8 +175,11 @@ def _subset(
     if subset is None:
         return None
     for key in ("color_aug", "random_crop"):
-        if cache_latents and getattr(subset, key):
+        if cache.cache_latents and getattr(subset, key):
             mistakes.add("cannot be used with cache_latents: keep one of them", f"{place}.{key}", True)
+    if cache.cache_text_encoder_outputs:
+        for key, message in caption_conflicts(subset, cache.text_encoder_outputs_variants):
+            mistakes.add(message, f"{place}.{key}", getattr(subset, key))
     if subset.metadata_file is None and not subset.image_dir.is_dir():
         mistakes.add(no_such("folder"), f"{place}.image_dir", str(subset.image_dir))
     if subset.metadata_file is not None and not subset.metadata_file.is_file():

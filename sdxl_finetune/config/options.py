@@ -51,13 +51,15 @@ class Config(
             values["caption_extension"] = values["caption_extention"]
         if values.get("cache_latents_to_disk") is True:
             values["cache_latents"] = True
+        if values.get("cache_text_encoder_outputs_to_disk") is True:
+            values["cache_text_encoder_outputs"] = True
         if values.get("logging_dir") and not values.get("log_with"):
             values["log_with"] = "tensorboard"
         return values
 
     @property
     def cache_folder(self) -> Path:
-        """Folder of the dataset index and the latent cache: `cache_dir`, or `cache` in `output_dir`."""
+        """Folder of the dataset index and of what is cached: `cache_dir`, or `cache` in `output_dir`."""
         assert self.output_dir is not None
         return self.cache_dir or self.output_dir / "cache"
 

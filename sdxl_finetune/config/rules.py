@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdxl_finetune.config.dataset import Dataset, Subset, find_folders, no_such
+from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, no_such
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.training_options import LrOptions
@@ -61,6 +61,7 @@ def find_problems(config: Config) -> Findings:
             if getattr(config, option) and getattr(config, other):
                 yield f"{option} {other}", f"cannot be used with {other}: keep one of them"
     yield from _training(config)
+    yield from _text_outputs(config)
     yield from schedule_problems(config)
     yield from _buckets(config)
     yield from _output(config)
@@ -84,6 +85,9 @@ def find_remarks(config: Config) -> Findings:
     if config.is_fused and config.max_grad_norm:
         message = "limits each tensor's gradient separately with fused_backward_pass, as in the reference"
         yield "max_grad_norm", f"{message}: 0 turns the limit off"
+    if config.enable_wildcard and config.cache_text_encoder_outputs and config.text_encoder_outputs_variants == 1:
+        message = "draws once for each caption, because cache_text_encoder_outputs encodes a caption once"
+        yield "enable_wildcard", f"{message}: text_encoder_outputs_variants = 8 draws 8 times"
     for option, direction in (("min_bucket_reso", "down"), ("max_bucket_reso", "up")):
         if config.enable_bucket and getattr(config, option) % config.bucket_reso_steps:
             yield option, f"is rounded {direction} to a multiple of bucket_reso_steps, {config.bucket_reso_steps}"
@@ -133,6 +137,19 @@ def _training(config: Config) -> Findings:
     if first >= end:
         options = "max_timestep min_timestep" if config.min_timestep is None else "min_timestep max_timestep"
         yield options, f"no timestep is left: min_timestep, now {first}, must be below max_timestep, now {end}"
+
+
+def _text_outputs(config: Config) -> Findings:
+    """Yields what cannot be done with cached text encoder outputs. A `dataset_config` file is checked by subset."""
+    if not config.cache_text_encoder_outputs:
+        return
+    rates = (config.learning_rate_te1, config.learning_rate_te2)
+    if config.train_text_encoder and any(config.learning_rate if rate is None else rate for rate in rates):
+        message = "cannot be used with cache_text_encoder_outputs, because outputs change as the encoders are trained"
+        yield "train_text_encoder cache_text_encoder_outputs", f"{message}: keep one of them"
+    if not config.dataset_config:
+        for option, message in caption_conflicts(config, config.text_encoder_outputs_variants):
+            yield f"{option} cache_text_encoder_outputs text_encoder_outputs_variants", message
 
 
 def schedule_problems(config: Config) -> Findings:

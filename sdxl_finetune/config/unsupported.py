@@ -45,7 +45,6 @@ NOT_SUPPORTED = {
     "dataset_class": "it would run code of your own: use dataset_config",
     "masked_loss alpha_mask conditioning_data_dir": "not supported yet: train without masks",
     "face_crop_aug_range debug_dataset": "not supported yet: remove it",
-    "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": "not supported yet: remove it",
     "save_state_to_huggingface": "not supported yet: upload training states by other means",
     "resume_from_huggingface": "not supported yet: download the training state and set resume to its path",
     "huggingface_repo_id": "not supported yet: upload saved files by other means",

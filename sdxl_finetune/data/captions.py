@@ -17,6 +17,14 @@ from sdxl_finetune.errors import Problem, UserError
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])+)\}(?!\})")
 """A doubled brace, or {options}. A doubled closing brace within the options is text."""
+AS_WRITTEN = {
+    "shuffle_caption": False,
+    "caption_dropout_rate": 0.0,
+    "caption_dropout_every_n_epochs": 0,
+    "caption_tag_dropout_rate": 0.0,
+    "token_warmup_step": 0,
+}
+"""Options of captions that are whole and in order. A wildcard {a|b} still becomes one of its options."""
 FACE_NAME = re.compile(r"(.+)(?:_\d+){4}")
 """File name of a face cutout: the name of the original image and four numbers."""
 
@@ -30,9 +38,7 @@ def caption(options: Subset, text: str, rng: random.Random, *, epoch: int, step:
     The reference's function is process_caption. We differ for captions of several lines: prefix and suffix are added
     to the line that is chosen, and not to the first and the last line.
     """
-    if options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate:
-        return ""
-    if options.caption_dropout_every_n_epochs > 0 and (epoch + 1) % options.caption_dropout_every_n_epochs == 0:
+    if is_dropped(options, rng, epoch=epoch):
         return ""
     if "\n" in text:
         lines = text.split("\n")
@@ -54,6 +60,14 @@ def caption(options: Subset, text: str, rng: random.Random, *, epoch: int, step:
     if options.secondary_separator:
         text = text.replace(options.secondary_separator, options.caption_separator)
     return text
+
+
+def is_dropped(options: Subset, rng: random.Random, *, epoch: int) -> bool:
+    """True if the caption is dropped: at random, or because all captions of this epoch are. The first epoch is 0."""
+    if options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate:
+        return True
+    every = options.caption_dropout_every_n_epochs
+    return every > 0 and (epoch + 1) % every == 0
 
 
 def draw_wildcards(text: str, rng: random.Random) -> str:

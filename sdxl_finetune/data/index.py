@@ -91,7 +91,7 @@ class Index:
         return self._table.num_rows
 
     def __getitem__(self, row: int) -> Entry:
-        subset, bucket = self._subsets[self.subset[row]], self.buckets[self.bucket[row]]
+        subset, bucket = self.subsets[self.subset[row]], self.buckets[self.bucket[row]]
         return Entry(
             path=subset.image_dir / os.fsdecode(self._table["name"][row].as_py()),
             caption=self._table["caption"][row].as_py(),
@@ -137,12 +137,12 @@ class Index:
     @cached_property
     def flips(self) -> Bool[np.ndarray, " n"]:
         """True for images that are also used mirrored."""
-        return np.array([subset.flip_aug for subset in self._subsets])[self.subset]
+        return np.array([subset.flip_aug for subset in self.subsets])[self.subset]
 
     @property
     def interpolations(self) -> tuple[list[str | None], Int[np.ndarray, " n"]]:
         """The values of resize_interpolation in use, and the position of each image's value among them."""
-        own: list[str | None] = [subset.resize_interpolation for subset in self._subsets]
+        own: list[str | None] = [subset.resize_interpolation for subset in self.subsets]
         ways = sorted(set(own), key=str)
         return ways, np.array([ways.index(way) for way in own])[self.subset]
 
@@ -196,8 +196,14 @@ class Index:
     def _table(self) -> pa.Table:
         return pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
 
+    def captions(self, start: int, end: int) -> list[str]:
+        """The whole texts of the caption files of the rows from `start` to `end`."""
+        texts: list[str] = self._table["caption"].slice(start, end - start).to_pylist()
+        return texts
+
     @cached_property
-    def _subsets(self) -> tuple[Subset, ...]:
+    def subsets(self) -> tuple[Subset, ...]:
+        """The subsets of all datasets."""
         return tuple(chain.from_iterable(dataset.subsets for dataset in self.datasets))
 
     @property

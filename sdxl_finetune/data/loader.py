@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 
@@ -23,13 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from sdxl_finetune.batch import LATENT_CHANNELS, Batch, Position, to_images
+from sdxl_finetune.batch import LATENT_CHANNELS, Batch, Position, TextOutputs, Tokens, to_images
 from sdxl_finetune.data.batch_plan import MicroBatch
 from sdxl_finetune.data.buckets import crop_left_top, mirrored_left
-from sdxl_finetune.data.captions import caption
+from sdxl_finetune.data.captions import caption, is_dropped
 from sdxl_finetune.data.images import ImageError, jitter_color
 from sdxl_finetune.data.index import Entry, Index
-from sdxl_finetune.data.tokens import Tokens
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.seeding import position_normal, position_random
 
@@ -76,6 +75,9 @@ class TrainingDataset(TorchDataset):
     read_latents: Callable[[Sequence[int], Sequence[bool]], np.ndarray] | None
     """Reads unscaled latents (k, 4, h, w) of k rows of one bucket, mirrored or not. None: batches hold images."""
     tokenize: Callable[[Sequence[str]], Tokens]
+    read_text: Callable[[Sequence[int | None], Sequence[float]], tuple[np.ndarray, np.ndarray]] | None = None
+    """Reads cached hidden states and pooled outputs of captions by row, None for the empty caption, and by a random
+    number from 0 to 1, which chooses a variant. If `read_text` is None, batches hold tokens."""
     draw_noise: DrawNoise
     draw_timesteps: Callable[[Position, int], Tensor]
     """Draws the timesteps of k images from position and k."""
@@ -103,23 +105,23 @@ class TrainingDataset(TorchDataset):
         shape = (len(rows), LATENT_CHANNELS, bucket.height // scale, bucket.width // scale)
         latents = images = encoding_noise = None
         problems: tuple[Problem, ...] = ()
+        try:
+            text = self._text(position, {slot: rows[slot] for slot in slots})
+            if self.read_latents is not None:
+                flips = [view.mirrored for view in views.values()]
+                latents = torch.from_numpy(self.read_latents([rows[slot] for slot in needed], flips)).float()
+        except UserError as error:
+            # Raised in a worker, it would arrive as another exception with the worker's traceback as its message.
+            return LoadedBatch(None, error.problems)
         if self.read_latents is None:
             images, readable, problems = self._read_images(position, slots, own_views)
             weights *= readable
             place = position.step, position.micro_batch
             normal = [position_normal(shape[1:], self.seed, "encoding", *place, slot) for slot in slots]
             encoding_noise = torch.from_numpy(np.stack(normal))
-        else:
-            try:
-                cached = self.read_latents([rows[slot] for slot in needed], [view.mirrored for view in views.values()])
-            except UserError as error:
-                # Raised in a worker, it would arrive as another exception with the worker's traceback as its message.
-                return LoadedBatch(None, error.problems)
-            latents = torch.from_numpy(cached).float()
         noise, input_noise = self.draw_noise(position, shape, latents if self.noise_needs_latents else None)
         if latents is not None and self.noise_needs_latents:
             latents = latents[slots]
-        tokens = self.tokenize([self._caption(position, slot, views[slot].entry) for slot in slots])
         batch = Batch(
             position=position,
             latents=latents,
@@ -128,9 +130,11 @@ class TrainingDataset(TorchDataset):
             noise=noise[slots],
             input_noise=None if input_noise is None else input_noise[slots],
             timesteps=self.draw_timesteps(position, len(rows))[slots],
-            tokens1=tokens.ids1,
-            tokens2=tokens.ids2,
-            token_weights=tokens.weights,
+            tokens1=text.ids1 if isinstance(text, Tokens) else None,
+            tokens2=text.ids2 if isinstance(text, Tokens) else None,
+            token_weights=text.weights if isinstance(text, Tokens) else None,
+            hidden=text.hidden if isinstance(text, TextOutputs) else None,
+            pooled=text.pooled if isinstance(text, TextOutputs) else None,
             original_size=torch.tensor([view.entry.size[::-1] for view in own_views]),
             crop_top_left=torch.tensor([view.crop_top_left for view in own_views]),
             target_size=torch.tensor([(bucket.height, bucket.width)] * len(slots)),
@@ -148,10 +152,16 @@ class TrainingDataset(TorchDataset):
         seen_left = mirrored_left(left, entry.resized[0], bucket[0]) if mirrored else left
         return View(entry, mirrored, (left, top), (top, seen_left))
 
-    def _caption(self, position: Position, slot: int, entry: Entry) -> str:
-        rng = position_random(self.seed, "caption", position.step, position.micro_batch, slot)
-        where = {"epoch": position.epoch, "step": position.step, "max_steps": self.max_steps}
-        return caption(entry.subset, entry.caption, rng, **where)
+    def _text(self, position: Position, rows: Mapping[int, int]) -> Tokens | TextOutputs:
+        """Tokens or cached outputs of the captions of these rows, which are given by slot."""
+        rngs = [position_random(self.seed, "caption", position.step, position.micro_batch, slot) for slot in rows]
+        own = list(zip(rows.values(), (self.index[row] for row in rows.values()), rngs, strict=True))
+        if self.read_text is None:
+            where = {"epoch": position.epoch, "step": position.step, "max_steps": self.max_steps}
+            return self.tokenize([caption(entry.subset, entry.caption, rng, **where) for _, entry, rng in own])
+        kept = [None if is_dropped(entry.subset, rng, epoch=position.epoch) else row for row, entry, rng in own]
+        hidden, pooled = self.read_text(kept, [rng.random() for rng in rngs])
+        return TextOutputs(torch.from_numpy(hidden), torch.from_numpy(pooled))
 
     def _read_images(
         self, position: Position, slots: Sequence[int], views: Sequence[View]

@@ -7,19 +7,19 @@ ftfy, which sd-scripts uses; docs/differences.md names the exceptions.
 """
 
 import functools
+import hashlib
 import itertools
 import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import ftfy
 import torch
-from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from sdxl_finetune.batch import Tokens
 from sdxl_finetune.clip_vocabulary import END_TOKEN, START_TOKEN, WORD_END, load_merges, load_vocabulary
 from sdxl_finetune.errors import Problem, UserError
 
@@ -48,14 +48,6 @@ Encode = Callable[[str], list[int]]
 """Returns the ids of clean lower-case text, without start and end token."""
 
 logger = logging.getLogger(__name__)
-
-
-class Tokens(NamedTuple):
-    """The input of both text encoders for k captions, and the weight of each token, if captions are weighted."""
-
-    ids1: Int64[Tensor, "k chunks 77"]
-    ids2: Int64[Tensor, "k chunks 77"]
-    weights: Float32[Tensor, "k chunks 77"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +79,16 @@ class Tokenizer:
             ids2=self._tensor([chunks(ids, self._chunks, START, END, FILL_2) for ids, _ in second], torch.int64),
             weights=weights,
         )
+
+    @property
+    def positions(self) -> int:
+        """Positions of the joined hidden states of a caption."""
+        return self._chunks * CHUNK + 2
+
+    def identity(self) -> str:
+        """A text that is equal for tokenizers that give the same tokens of every caption."""
+        contents = [_hash_of_files(folder) if folder else "" for folder in self.folders]
+        return f"{self._chunks} {self.weighted} {contents}"
 
     def length(self, caption: str) -> int:
         """Returns the number of tokens of a whole caption for encoder 1, also those beyond `max_token_length`."""
@@ -128,6 +130,13 @@ def build_tokenizer(
     if problems:
         raise UserError(problems)
     return Tokenizer(max_token_length=max_token_length, weighted=weighted_captions, folders=(folders[0], folders[1]))
+
+
+def _hash_of_files(folder: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _is_clip(folder: Path) -> bool:

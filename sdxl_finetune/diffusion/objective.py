@@ -32,12 +32,10 @@ def image_losses(
     prediction = model(
         noisy,
         timesteps,
-        batch.tokens1,
-        batch.tokens2,
+        batch.text,
         batch.original_size,
         batch.crop_top_left,
         batch.target_size,
-        batch.token_weights,
     )
     threshold = huber_threshold(options, schedule, timesteps)
     losses = elementwise_loss(prediction, target, options.loss_type, threshold)

@@ -223,9 +223,10 @@ def _store(job: Encoding, writer: ShardWriter, images: Sequence[Image]) -> int:
     """Gives finite latents to the writer and notes the others as bad; returns the number of images."""
     for image in images:
         if all(np.isfinite(latent).all() for latent in image.latents.values()):
-            latents = [(image.keys[mirrored], image.latents[mirrored]) for mirrored in image.keys]
-            writer.add(job.keys.stat_hashes[image.row].tobytes(), image.content.tobytes(), latents)
-            source = "taken from .npz files" if latents else "found again"
+            for mirrored, key in image.keys.items():
+                writer.add(key, image.latents[mirrored])
+            writer.add_file(job.keys.stat_hashes[image.row].tobytes(), image.content.tobytes())
+            source = "taken from .npz files" if image.keys else "found again"
             job.report.counts["encoded" if image.pixels is not None else source] += 1
         else:
             message = "its latent is infinite or NaN: use another VAE, or remove the image"

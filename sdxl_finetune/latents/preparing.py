@@ -1,39 +1,38 @@
-"""Preparing the latents of a run over all its processes.
-
-Latents on the disk lie in `cache_dir`, in one folder for each VAE, and all processes encode them together. Latents in
-memory are encoded by the processes of each machine for that machine. While they encode, the processes meet every
-minute, so that none waits long for another, and all stop when one is asked to stop.
-"""
+"""Preparing the latents of a run over all its processes (together.py)."""
 
 import logging
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index, report_bad_images
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.errors import Problem
 from sdxl_finetune.latents.encoding import Encoder, Encoding, Report, encode_images, find_foreign_npz
 from sdxl_finetune.latents.keys import RowKeys, latent_shape, row_keys
 from sdxl_finetune.latents.npz import find_npz
-from sdxl_finetune.latents.shards import Library, Shard, ShardWriter, open_shards, remember_checked
+from sdxl_finetune.latents.shards import Kind, Library, Shard, ShardWriter, remember_checked
 from sdxl_finetune.latents.store import LatentStore, build_store, find_places, missing_rows
-from sdxl_finetune.runtime.signals import Interrupt, StopRequest
+from sdxl_finetune.latents.together import (
+    Team,
+    check_memory,
+    check_visible,
+    encode_in_rounds,
+    find_team,
+    open_together,
+    readable_shards,
+)
+from sdxl_finetune.runtime.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
-ROUND = 60
-"""Seconds after which the processes meet and write their latents. A kill loses at most this time."""
 READERS = 16
 """Threads at most that read and decode images for the VAE; more would only compete."""
 SAMPLED, SAMPLES = 1000, 100
@@ -49,21 +48,19 @@ def prepare(
     Raises UserError, OutOfMemory, and Interrupt once `stop` was requested.
     """
     scale, scratch = encoder.pixels_per_latent, config.cache_folder
-    folder, identity, shards = None, "", []
-    if config.cache_latents_to_disk:
-        identity = encoder.identity()
-        folder = scratch / "latents" / identity
-        with accelerator.main_process_first():
-            shards = open_shards(folder, identity, check=accelerator.is_main_process)
-    else:
+    kind = Kind("latents", encoder.identity() if config.cache_latents_to_disk else "")
+    folder = kind.folder(scratch) if config.cache_latents_to_disk else None
+    if folder is None:
         _check_memory(index, scale)
+    team = find_team(accelerator, kind, folder)
+    shards = open_together(team, accelerator)
     keys = row_keys(index)
     library = Library(shards)
     places = find_places(index, keys, library)
     rows = missing_rows(index, places)
     reports: list[Report] = []
     if sum(gather_object([len(rows)])):
-        made, reports = _encode_missing(index, keys, rows, encoder, config, accelerator, stop, shards)
+        made, reports = _encode_missing(index, keys, rows, encoder, config, team, stop, library)
         shards = sorted([*shards, *made], key=lambda shard: shard.path.name)
         library = Library(shards)
         places = find_places(index, keys, library)
@@ -75,9 +72,7 @@ def prepare(
         report_bad_images(list(bad.values()), config.on_bad_image)
     index = index.without(bad)
     store = build_store(index, places, library.files, pixels_per_latent=scale, scratch=scratch)
-    if len(missing_rows(index, places)) or not all(path.exists() for path in store.files):
-        message = "a process does not see latents that another process wrote: use one folder that all machines share"
-        raise UserError(Problem(message, key="cache_dir", value=str(scratch)))
+    check_visible(store.files, complete=not len(missing_rows(index, places)), scratch=scratch)
     return index, store
 
 
@@ -87,63 +82,25 @@ def _encode_missing(
     rows: np.ndarray,
     encoder: Encoder,
     config: Config,
-    accelerator: Accelerator,
+    team: Team,
     stop: StopRequest | None,
-    shards: Sequence[Shard],
+    known: Library,
 ) -> tuple[list[Shard], list[Report]]:
     """Encodes this process's share of `rows`; returns the new shards that this process can read, and all reports."""
-    folder = config.cache_folder / "latents" / encoder.identity() if config.cache_latents_to_disk else None
-    first_rank = accelerator.process_index - accelerator.local_process_index  # of this machine
-    ranks_here = gather_object([first_rank]).count(first_rank)
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    share = share if folder else slice(accelerator.local_process_index, None, ranks_here)
-    identity = folder.name if folder else ""
-    with (
-        encoder.on_device() as encode,
-        ShardWriter(folder, identity, accelerator.process_index, config.cache_folder) as writer,
-    ):
+    rows = rows[team.share]
+    with encoder.on_device() as encode, ShardWriter(team.folder, team.kind, team.rank, config.cache_folder) as writer:
         job = Encoding(
             index=index,
             keys=keys,
-            known=Library(shards),
+            known=known,
             encode=encode,
             pixels_per_latent=encoder.pixels_per_latent,
             batch_size=config.vae_batch_size,
-            threads=max(1, min(READERS, (os.cpu_count() or 1) // ranks_here)),
-            use_npz=folder is not None,
+            threads=max(1, min(READERS, (os.cpu_count() or 1) // team.ranks_here)),
         )
-        _encode_in_rounds(job, rows[share], writer, accelerator.process_index, stop)
-    made = gather_object([(first_rank, writer.shards, job.report)])
-    readable = [shard for machine, own, _ in made if folder or machine == first_rank for shard in own]
-    return readable, [report for _, _, report in made]
-
-
-def _encode_in_rounds(
-    job: Encoding, rows: np.ndarray, writer: ShardWriter, rank: int, stop: StopRequest | None
-) -> None:
-    """Encodes these rows. Raises Interrupt on all processes once one was asked to stop."""
-    job = replace(job, use_npz=job.use_npz and _trusts_npz(job, rows))
-    total, active = sum(gather_object([len(rows)])), True
-    with (
-        closing(encode_images(job, rows, writer)) as images,
-        tqdm(total=total, desc="encoding", unit=" images", disable=True if rank else None) as progress,
-    ):
-        while active:
-            started, finished, has_more = time.monotonic(), 0, False
-            for count in images:
-                finished += count
-                progress.update(count)
-                has_more = stop is None or stop.number is None
-                if not has_more or time.monotonic() > started + ROUND:
-                    break
-            else:
-                has_more = False
-            writer.flush()
-            all_ranks = gather_object([(has_more, finished, stop and stop.number)])
-            progress.update(sum(count for _, count, _ in all_ranks) - finished)
-            if numbers := [number for _, _, number in all_ranks if number is not None]:
-                raise Interrupt(numbers[0])
-            active = any(has_more for has_more, _, _ in all_ranks)
+        job = replace(job, use_npz=team.folder is not None and _trusts_npz(job, rows))
+        encode_in_rounds(encode_images(job, rows, writer), len(rows), writer, team, stop, "images")
+    return readable_shards(team, writer.shards), gather_object([job.report])
 
 
 def _trusts_npz(job: Encoding, rows: np.ndarray) -> bool:
@@ -159,11 +116,7 @@ def _trusts_npz(job: Encoding, rows: np.ndarray) -> bool:
 
 def _check_memory(index: Index, pixels_per_latent: int) -> None:
     sizes = np.array([2 * math.prod(latent_shape(bucket, pixels_per_latent)) for bucket in index.buckets])
-    size = int((sizes[index.bucket] * (1 + index.flips))[index.used].sum())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory:
-        message = f"the latents take {size / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory"
-        raise UserError(Problem(f"{message}: set cache_latents_to_disk", key="cache_latents", value=True))
+    check_memory(int((sizes[index.bucket] * (1 + index.flips))[index.used].sum()), "the latents", "cache_latents")
 
 
 def _bad_images(index: Index, reports: Sequence[Report]) -> dict[int, Problem]:

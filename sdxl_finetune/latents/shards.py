@@ -1,9 +1,10 @@
-"""Shards: files of many latents of one shape, written once and never changed, in which latents are found by key.
+"""Shards: files of many records of one shape, written once and never changed, in which records are found by key.
 
-All keys and hashes have 16 bytes. A latent's cache key stands for all that it depends on besides the VAE (keys.py). A
-shard also has the hash of the content of each image file, by the hash of the file's `stat`. Therefore known files need
-not be read again. A shard on the disk is a .safetensors file whose name starts with the time. If several shards have
-the same key, the oldest shard counts, on every process. Damaged and foreign files are named and set aside.
+A record is what an encoder made: a latent, or the text encoders' outputs for a caption. All keys and hashes have 16
+bytes. A record's cache key stands for all that it depends on besides the encoder (keys.py, captions.py). A shard of
+latents also has the hash of the content of each image file, by the hash of the file's `stat`. Therefore known files
+need not be read again. A shard on the disk is a .safetensors file whose name starts with the time. If several shards
+have the same key, the oldest shard counts, on every process. Damaged and foreign files are named and set aside.
 """
 
 import atexit
@@ -31,29 +32,49 @@ from sdxl_finetune.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "sdxl_finetune latents 1"
-ENDING = ".latents"
 TABLES = ("keys", "crcs", "stamps", "digests")
 """Names of the tables in a file: keys, checksums, `stat` hashes and content hashes."""
 MAX_BYTES = 128 << 20
-"""Largest size of the latents in one shard: 128 MiB, which one process writes in seconds."""
+"""Largest size of the records in one shard: 128 MiB, which one process writes in seconds."""
 LEFT_OVER = 86400
 """Seconds after which an unfinished file is taken for that of a killed process: one day."""
 THREADS = 8
 """Threads that read shards at the start; reading is limited by the disk."""
 PLACE = np.dtype([("file", "<i4"), ("crc", "<u4"), ("start", "<i8")])
-"""Place of a latent: number of the file (-1 for none), CRC-32 of its bytes, position of the first byte."""
+"""Place of a record: number of the file (-1 for none), CRC-32 of its bytes, position of the first byte."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The meaning of the records in shards, and the encoder that made them. Shards of another kind are never read."""
+
+    name: str
+    """`latents` or `text_outputs`: the folder in `cache_dir`, the ending of the files and the name of their tensor."""
+    encoder: str
+    """Identity of the encoder: a hash of its weights. Empty for records in memory."""
+
+    def folder(self, cache_dir: Path) -> Path:
+        """The folder of the shards of this kind."""
+        return cache_dir / self.name / self.encoder
+
+    @property
+    def ending(self) -> str:
+        return f".{self.name}"
+
+    @property
+    def format(self) -> str:
+        return f"sdxl_finetune {self.name} 1"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The tables of one shard. Its latents stay in the file."""
+    """The tables of one shard. Its records stay in the file."""
 
     path: Path
     start: int
-    """Position of the first latent in the file, in bytes."""
+    """Position of the first record in the file, in bytes."""
     size: int
-    """Size of one latent in bytes."""
+    """Size of one record in bytes."""
     keys: UInt8[np.ndarray, "n 16"]
     crcs: UInt32[np.ndarray, " n"]
     stat_hashes: UInt8[np.ndarray, "m 16"]
@@ -87,7 +108,7 @@ class Lookup:
 
 
 class Library:
-    """Many shards as one: latents by key, and content hashes by `stat` hash. Of equal keys the first shard counts."""
+    """Many shards as one: records by key, and content hashes by `stat` hash. Of equal keys the first shard counts."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.files = tuple(shard.path for shard in shards)
@@ -104,7 +125,7 @@ class Library:
         self._contents = np.concatenate([nothing, *(shard.contents for shard in shards)])
 
     def places(self, keys: UInt8[np.ndarray, "k 16"]) -> Shaped[np.ndarray, " k"]:
-        """The PLACE of the latent of each key."""
+        """The PLACE of the record of each key."""
         rows = self._keys.find(keys)
         found = np.full(len(keys), np.array((-1, 0, 0), PLACE))
         found[rows >= 0] = self._places[rows[rows >= 0]]
@@ -119,26 +140,25 @@ class Library:
         return known, self._contents[rows[known]]
 
 
-def open_shards(folder: Path, vae: str, *, check: bool) -> list[Shard]:
-    """The sound shards in `folder` that hold latents of the VAE with this identity, oldest first.
+def open_shards(folder: Path, kind: Kind, *, check: bool) -> list[Shard]:
+    """The sound shards of this kind in `folder`, oldest first.
 
     With `check`, files that have changed since they were last checked are read and compared with their checksums.
     Damaged files are renamed to `.damaged`, with a warning. Only one process at a time may use `check`.
     """
-    paths = sorted(folder.glob(f"*{ENDING}"))
+    paths = sorted(folder.glob(f"*{kind.ending}"))
     checked = _load_checked(folder) if check else None
     with ThreadPoolExecutor(THREADS) as pool:
-        opened = list(pool.map(partial(_open_shard, vae=vae, checked=checked), paths))
+        opened = list(pool.map(partial(_open_shard, kind=kind, checked=checked), paths))
     for path, shard in zip(paths, opened, strict=True):
         if isinstance(shard, str) and check:
             aside = set_aside(path)
-            logger.warning(
-                "%s: %s; the file is renamed to %s, and its images are encoded again", path, shard, aside.name
-            )
+            message = "%s: %s; the file is renamed to %s, and what it held is encoded again"
+            logger.warning(message, path, shard, aside.name)
     shards = [shard for shard in opened if isinstance(shard, Shard)]
     if check and folder.is_dir():
         remember_checked(folder, shards)
-        for unfinished in folder.glob(f".*{ENDING}.*.tmp"):
+        for unfinished in folder.glob(f".*{kind.ending}.*.tmp"):
             with contextlib.suppress(OSError):
                 if time.time() - unfinished.stat().st_mtime > LEFT_OVER:
                     unfinished.unlink()
@@ -159,36 +179,37 @@ def remember_checked(folder: Path, shards: Sequence[Shard]) -> None:
         temporary.write_text(json.dumps({shard.path.name: _state(shard.path) for shard in shards}))
 
 
-def read_shard(path: Path, vae: str) -> Shard:
+def read_shard(path: Path, kind: Kind) -> Shard:
     """Reads the tables of a shard. Raises ValueError, SafetensorError or OSError for any other or damaged file."""
     with safe_open(path, "numpy") as file:
         about = file.metadata() or {}
-        if about.get("format") != FORMAT or about.get("vae") != vae:
-            raise ValueError("it holds no latents of this VAE")
+        # Shards of latents that were written before there were other kinds name their encoder "vae".
+        if about.get("format") != kind.format or about.get("encoder", about.get("vae")) != kind.encoder:
+            raise ValueError(f"it holds no {kind.name.replace('_', ' ')} of this encoder")
         tables = [file.get_tensor(name) for name in TABLES]
     if about.get("tables") != _crc_of(tables):
         raise ValueError("its tables are damaged")
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
-        latents = json.loads(raw.read(length))["latents"]
-    size = int(np.prod(latents["shape"][1:])) * 2
-    return Shard(path, 8 + length + latents["data_offsets"][0], size, *tables)
+        records = json.loads(raw.read(length))[kind.name]
+    size = int(np.prod(records["shape"][1:])) * 2
+    return Shard(path, 8 + length + records["data_offsets"][0], size, *tables)
 
 
 class ShardWriter:
-    """Packs latents into shards: files in `folder`, or without a folder, memory that is freed with the process.
+    """Packs records into shards: files in `folder`, or without a folder, memory that is freed with the process.
 
     A thread writes a shard while the next one is filled. Leaving the context writes what is left.
     """
 
-    def __init__(self, folder: Path | None, vae: str, rank: int, scratch: Path) -> None:
+    def __init__(self, folder: Path | None, kind: Kind, rank: int, scratch: Path) -> None:
         self.shards: list[Shard] = []
         """The shards that were written."""
-        self._folder, self._vae, self._rank = folder, vae, rank
+        self._folder, self._kind, self._rank = folder, kind, rank
         self._memory = None if folder else nameless_file(scratch)
         self._pool, self._writing = ThreadPoolExecutor(1), Future[None]()
         self._writing.set_result(None)
-        self._latents: list[tuple[bytes, Float16[np.ndarray, "4 h w"]]] = []
+        self._records: list[tuple[bytes, Float16[np.ndarray, "*shape"]]] = []
         self._files: list[tuple[bytes, bytes]] = []
 
     def __enter__(self) -> "ShardWriter":
@@ -199,28 +220,28 @@ class ShardWriter:
         self._writing.result()
         self._pool.shutdown()
 
-    def add(
-        self, stat_hash: bytes, content: bytes, latents: Sequence[tuple[bytes, Float16[np.ndarray, "4 h w"]]]
-    ) -> None:
-        """Adds an image file, by the hashes of its `stat` and its content, with its latents by key."""
-        for key, latent in latents:
-            first = self._latents[0][1] if self._latents else latent
-            if first.shape != latent.shape or (len(self._latents) + 1) * latent.nbytes > MAX_BYTES:
-                self.flush()
-            self._latents.append((key, latent))
+    def add(self, key: bytes, record: Float16[np.ndarray, "*shape"]) -> None:
+        """Adds a record with its cache key."""
+        first = self._records[0][1] if self._records else record
+        if first.shape != record.shape or (len(self._records) + 1) * record.nbytes > MAX_BYTES:
+            self.flush()
+        self._records.append((key, record))
+
+    def add_file(self, stat_hash: bytes, content: bytes) -> None:
+        """Adds an image file, by the hashes of its `stat` and its content. Its records are added before."""
         self._files.append((stat_hash, content))
 
     def flush(self) -> None:
-        """Writes all added latents as a shard."""
-        if self._latents or self._files:
+        """Writes all that was added as a shard."""
+        if self._records or self._files:
             self._writing.result()
-            self._writing = self._pool.submit(self._write, self._latents, self._files)
-            self._latents, self._files = [], []
+            self._writing = self._pool.submit(self._write, self._records, self._files)
+            self._records, self._files = [], []
 
-    def _write(self, latents: list[tuple[bytes, np.ndarray]], files: list[tuple[bytes, bytes]]) -> None:
-        values = np.ascontiguousarray([latent for _, latent in latents] or np.zeros((0, 4, 0, 0)), np.float16)
-        crcs = np.array([zlib.crc32(latent.data) for latent in values], np.uint32)
-        tables = [_hashes([key for key, _ in latents]), crcs, *(_hashes([pair[i] for pair in files]) for i in (0, 1))]
+    def _write(self, records: list[tuple[bytes, np.ndarray]], files: list[tuple[bytes, bytes]]) -> None:
+        values = np.ascontiguousarray([record for _, record in records] or np.zeros((0, 0)), np.float16)
+        crcs = np.array([zlib.crc32(record.data) for record in values], np.uint32)
+        tables = [_hashes([key for key, _ in records]), crcs, *(_hashes([pair[i] for pair in files]) for i in (0, 1))]
         if self._folder is None:
             assert self._memory is not None
             start = self._memory.stat().st_size
@@ -228,18 +249,17 @@ class ShardWriter:
                 memory.write(values.data)
             self.shards.append(Shard(self._memory, start, values[:1].nbytes, *tables))
             return
-        name = f"{time.time_ns():020d}-{self._rank:05d}-{secrets.token_hex(4)}{ENDING}"
-        about = {"format": FORMAT, "vae": self._vae, "tables": _crc_of(tables)}
+        kind = self._kind
+        name = f"{time.time_ns():020d}-{self._rank:05d}-{secrets.token_hex(4)}{kind.ending}"
+        about = {"format": kind.format, "encoder": kind.encoder, "tables": _crc_of(tables)}
         try:
             with atomic_path(self._folder / name) as temporary:
-                temporary.write_bytes(save({"latents": values, **dict(zip(TABLES, tables, strict=True))}, about))
+                temporary.write_bytes(save({kind.name: values, **dict(zip(TABLES, tables, strict=True))}, about))
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                Problem(
-                    f"latents cannot be written ({error}): free space, or set another cache_dir", file=str(self._folder)
-                )
-            ) from None
-        self.shards.append(read_shard(self._folder / name, self._vae))
+            what = kind.name.replace("_", " ")
+            message = f"{what} cannot be written ({error}): free space, or set another cache_dir"
+            raise UserError(Problem(message, file=str(self._folder))) from None
+        self.shards.append(read_shard(self._folder / name, kind))
 
 
 def nameless_file(scratch: Path) -> Path:
@@ -256,15 +276,15 @@ def nameless_file(scratch: Path) -> Path:
     return Path(name)
 
 
-def _open_shard(path: Path, vae: str, checked: dict[str, list[int]] | None) -> Shard | str:
-    """The shard, or a text that says what is wrong. Latents are verified if the file has changed since `checked`."""
+def _open_shard(path: Path, kind: Kind, checked: dict[str, list[int]] | None) -> Shard | str:
+    """The shard, or a text that says what is wrong. Records are verified if the file has changed since `checked`."""
     try:
-        shard = read_shard(path, vae)
+        shard = read_shard(path, kind)
         if checked is not None and checked.get(path.name) != _state(path):
             with path.open("rb") as file:
                 file.seek(shard.start)
                 if any(zlib.crc32(file.read(shard.size)) != crc for crc in shard.crcs.tolist()):
-                    return "its latents are damaged"
+                    return "its records are damaged"
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         return f"not readable as a shard ({error})"
     return shard

@@ -67,15 +67,10 @@ def load_checkpoint(
             model = SDXL(read_architecture(named, named_vae))
         parts = {"unet": model.unet, "te1": model.te1, "te2": model.te2}
         _check_tensors(parts, named, model.unused_names())
-        for part, module in parts.items():
-            low = _fill(part, module, named, dtype or exact_dtype(file.tensors), exact=exact)
-            for name, bits in low.items():
-                model.masters.add(module.get_parameter(name), bits)
+        _fill_parts(model, parts, named, dtype or exact_dtype(file.tensors), exact=exact)
         model.unused = {name: named.read(name).clone() for name in model.unused_names() if name in named}
         vae = _build_vae(named_vae, vae_path or path)
         _warn_of_unknown_tensors(named, {**parts, "vae": vae}, model.unused)
-    refill_positions(model.te1)
-    refill_positions(model.te2)
     return Loaded(
         model=model,
         vae=vae,
@@ -84,6 +79,21 @@ def load_checkpoint(
         epoch=file.epoch,
         global_step=file.global_step,
     )
+
+
+def load_text_encoders(path: Path, *, dtype: torch.dtype, vae_path: Path | None = None, exact: bool = False) -> SDXL:
+    """Loads only the text encoders that `load_checkpoint` would load. The U-Net has shapes, but no values.
+
+    Raises UserError as `load_checkpoint` does.
+    """
+    with _problems_in(path):
+        named = NamedTensors(open_base_model(path, needs_vae=vae_path is None)[0].tensors)
+        with torch.device("meta"):
+            model = SDXL(read_architecture(named, named if vae_path is None else _open_named_vae(vae_path)))
+        parts = {"te1": model.te1, "te2": model.te2}
+        _check_tensors(parts, named, ())
+        _fill_parts(model, parts, named, dtype, exact=exact)
+    return model
 
 
 def load_vae(path: Path, vae_path: Path | None = None) -> AutoencoderKL:
@@ -198,6 +208,17 @@ def _check_tensors(parts: Mapping[str, nn.Module], named: NamedTensors, unused: 
 def _first_four(items: list[str]) -> str:
     shown = ", ".join(items[:4])
     return shown if len(items) <= 4 else f"{shown} and {len(items) - 4} more"
+
+
+def _fill_parts(
+    model: SDXL, parts: Mapping[str, nn.Module], named: NamedTensors, dtype: torch.dtype, *, exact: bool
+) -> None:
+    """Gives parts of a model on the meta device their weights, and the model's master weights their low bits."""
+    for part, module in parts.items():
+        for name, bits in _fill(part, module, named, dtype, exact=exact).items():
+            model.masters.add(module.get_parameter(name), bits)
+        if part != "unet":
+            refill_positions(module)
 
 
 def _fill(

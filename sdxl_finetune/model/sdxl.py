@@ -1,7 +1,8 @@
 """SDXL (Podell et al., arXiv 2307.01952) as one module: U-Net and both text encoders. Its forward is the prediction.
 
-It is one module because FSDP2 and DeepSpeed accept only one. Every forward uses every parameter. Tensors that a
-checkpoint holds but SDXL never uses are kept in `unused`, and are saved unchanged.
+It is one module because FSDP2 and DeepSpeed accept only one. Every forward uses every parameter. Text encoders whose
+outputs are cached therefore leave the module. Tensors that a checkpoint holds but SDXL never uses are kept in `unused`,
+and are saved unchanged.
 """
 
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from sdxl_finetune.batch import TextOutputs, Tokens
 from sdxl_finetune.low_bits import MasterWeights
 from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, unet_config
 from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap
-from sdxl_finetune.model.text import build_te1, build_te2, join_chunks, text_model
+from sdxl_finetune.model.text import build_te1, build_te2, encode_tokens, refill_positions, text_model
 
 
 class SDXL(nn.Module):
@@ -52,43 +54,53 @@ class SDXL(nn.Module):
             "text_encoder2": dict(self.te2.named_parameters()),
         }
 
-    def encode_text(
-        self,
-        tokens1: Int64[Tensor, "k chunks 77"],
-        tokens2: Int64[Tensor, "k chunks 77"],
-        token_weights: Float[Tensor, "k chunks 77"] | None = None,
-    ) -> tuple[Float[Tensor, "k t c"], Float[Tensor, "k p"]]:
-        """Joins the penultimate hidden states of both encoders (t = 75 x chunks + 2, c = width 1 + width 2).
+    def detach_text_encoders(self) -> None:
+        """Takes both text encoders out of the module, because the outputs for all captions are cached.
 
-        Also returns the pooled output of the first chunk. `token_weights` multiply the hidden states, as in the
-        reference's weighted captions, and not the pooled output.
+        `te1` and `te2` stay attributes, in host memory: checkpoints hold them, and previews use them. `to()`,
+        data-parallel training and `parameters()` no longer reach them.
         """
-        size = tokens1.shape[:2]
-        output1 = self.te1(tokens1.flatten(0, 1))
-        output2 = self.te2(tokens2.flatten(0, 1), output_hidden_states=True)
-        states = torch.cat([output1.last_hidden_state, output2.hidden_states[-2]], dim=-1)
-        hidden = join_chunks(states.unflatten(0, size))
-        if token_weights is not None:
-            hidden = hidden * join_chunks(token_weights).unsqueeze(-1).to(hidden.dtype)
-        return hidden, output2.text_embeds.unflatten(0, size)[:, 0]
+        for name in ("te1", "te2"):
+            encoder = self._modules.pop(name)
+            assert encoder is not None
+            self.__dict__[name] = encoder.eval().requires_grad_(False)
+
+    def float32_text_encoders(self, device: torch.device) -> tuple[nn.Module, nn.Module]:
+        """Copies of both text encoders on `device`, with their exact values in float32, in evaluation mode."""
+        copies = []
+        for encoder, build, config in (
+            (self.te1, build_te1, te1_config(self.architecture)),
+            (self.te2, build_te2, te2_config(self.architecture)),
+        ):
+            with torch.device("meta"):
+                copy = build(config)
+            values = {
+                name: self.masters.value(parameter).float().to(device) for name, parameter in encoder.named_parameters()
+            }
+            copy.load_state_dict(values, assign=True)
+            refill_positions(copy)
+            copies.append(copy.to(device).eval().requires_grad_(False))
+        return copies[0], copies[1]
+
+    def encode_text(self, tokens: Tokens) -> TextOutputs:
+        """Encodes captions (text.encode_tokens) on the device of the text encoders."""
+        return encode_tokens(self.te1, self.te2, tokens.to(self.te1.device))
 
     def forward(
         self,
         noisy_latents: Float[Tensor, "k 4 h w"],
         timesteps: Int64[Tensor, " k"],
-        tokens1: Int64[Tensor, "k chunks 77"],
-        tokens2: Int64[Tensor, "k chunks 77"],
+        text: Tokens | TextOutputs,
         original_size: Int64[Tensor, "k 2"],
         crop_top_left: Int64[Tensor, "k 2"],
         target_size: Int64[Tensor, "k 2"],
-        token_weights: Float[Tensor, "k chunks 77"] | None = None,
     ) -> Float[Tensor, "k 4 h w"]:
-        """The U-Net's prediction in float32. Sizes are (height, width) in pixels.
+        """The U-Net's prediction in float32 for captions, as tokens or encoded. Sizes are (height, width) in pixels.
 
         Timesteps and sizes stay integers: the U-Net embeds them in float32 and casts the embedding. In bfloat16 1001
         would become 1000.
         """
-        hidden, pooled = self.encode_text(tokens1, tokens2, token_weights)
+        hidden, pooled = self.encode_text(text) if isinstance(text, Tokens) else text
         # The six numbers of the size conditioning (arXiv 2307.01952, section 2.2), in the order of its embedding.
         sizes = torch.cat([original_size, crop_top_left, target_size], dim=1)
         return self.predict(noisy_latents, timesteps, hidden, pooled, sizes)

@@ -1,4 +1,4 @@
-"""CLIP's text encoders as SDXL uses them: how they are built, and how the chunks of a caption are joined.
+"""CLIP's text encoders as SDXL uses them: how they are built, and what they give for a caption.
 
 SDXL uses the penultimate hidden state of both encoders, before the final norm (Podell et al., arXiv 2307.01952,
 section 2.1). Text encoder 1 is therefore built without its last layer and final norm. Text encoder 2 also gives the
@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from sdxl_finetune.batch import TextOutputs, Tokens
 
 
 def build_te1(config: Mapping[str, Any]) -> CLIPTextModel:
@@ -38,6 +40,21 @@ def refill_positions(encoder: nn.Module) -> None:
     embeddings = text_model(encoder).embeddings
     length = embeddings.position_embedding.weight.shape[0]
     embeddings.position_ids = torch.arange(length).expand(1, -1)
+
+
+def encode_tokens(te1: nn.Module, te2: nn.Module, tokens: Tokens) -> TextOutputs:
+    """The penultimate hidden states of both encoders, side by side, and the pooled output of the first chunk.
+
+    Weights of tokens multiply the hidden states, as in the reference's weighted captions, and not the pooled output.
+    """
+    size = tokens.ids1.shape[:2]
+    output1 = te1(tokens.ids1.flatten(0, 1))
+    output2 = te2(tokens.ids2.flatten(0, 1), output_hidden_states=True)
+    states = torch.cat([output1.last_hidden_state, output2.hidden_states[-2]], dim=-1)
+    hidden = join_chunks(states.unflatten(0, size))
+    if tokens.weights is not None:
+        hidden = hidden * join_chunks(tokens.weights).unsqueeze(-1).to(hidden.dtype)
+    return TextOutputs(hidden, output2.text_embeds.unflatten(0, size)[:, 0])
 
 
 def join_chunks(chunks: Float[Tensor, "k chunks 77 *w"]) -> Float[Tensor, "k t *w"]:

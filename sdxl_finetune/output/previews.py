@@ -155,7 +155,7 @@ def draw_latents(
     guided = shared.scale > 1
     texts = [prompt.negative_prompt or "" for prompt in prompts] * guided + [prompt.prompt for prompt in prompts]
     tokens = dataclasses.replace(model.tokenizer, weighted=True)(texts)
-    hidden, pooled = model.sdxl.encode_text(*(part.to(device) for part in tokens if part is not None))
+    hidden, pooled = (part.to(device) for part in model.sdxl.encode_text(tokens))
     size = [shared.height, shared.width]
     sizes = torch.tensor([[*size, 0, 0, *size]], device=device).expand(len(texts), -1)
 

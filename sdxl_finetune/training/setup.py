@@ -19,13 +19,14 @@ from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 
 from sdxl_finetune.batch import Batch
-from sdxl_finetune.config import Config, HardwareOptions, LengthOptions, load_datasets
+from sdxl_finetune.config import Config, HardwareOptions, LengthOptions, ModelOptions, load_datasets
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
+from sdxl_finetune.latents.captions import prepare_text
 from sdxl_finetune.latents.preparing import prepare
 from sdxl_finetune.latents.store import LatentStore
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
@@ -49,6 +50,7 @@ from sdxl_finetune.training.every import Timeline, saves_every
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
 from sdxl_finetune.training.resume import Start
+from sdxl_finetune.training.text_encoder import TextEncoders
 from sdxl_finetune.training.vae_encoder import VaeEncoder
 from sdxl_finetune.training.validation import Validation, build_validation
 
@@ -120,16 +122,16 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     check_optimization(config, accelerator.device)
     if start and start.is_state:
         resume.check_options(start, config)
-    tokenizer = build_tokenizer(
-        max_token_length=config.max_token_length,
-        weighted_captions=config.weighted_captions,
-        tokenizer_cache_dir=config.tokenizer_cache_dir,
-    )
+    tokenizer = tokenizer_of(config)
     prompts = load_prompts(config.sample_prompts) if config.sample_prompts else ()
     thumbnail = load_thumbnail(config.metadata_thumbnail)
     index = shared_index(config, accelerator)
     loaded = _load_model(config, start)
     index, latents = _prepare_latents(config, index, loaded.vae, accelerator, stop)
+    text = None
+    if config.cache_text_encoder_outputs:
+        text = prepare_text(index, TextEncoders(loaded.model, tokenizer, accelerator.device), config, accelerator, stop)
+        loaded.model.detach_text_encoders()
     ranks = accelerator.num_processes
     plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
     order = resume.data_order(index, plan)
@@ -144,6 +146,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         index=index,
         read_latents=latents.read if latents else None,
         tokenize=tokenizer,
+        read_text=text.read if text else None,
         draw_noise=partial(draw_noise, config, seed),
         draw_timesteps=partial(draw_timesteps, config, seed),
         seed=seed,
@@ -190,6 +193,15 @@ def shared_index(config: Config, accelerator: Accelerator) -> Index:
         return build_index(load_datasets(config), config.cache_folder, config.on_bad_image, skip_check=skip)
 
     return _on_first_rank(accelerator, build)
+
+
+def tokenizer_of(config: ModelOptions) -> Tokenizer:
+    """The tokenizer of a run. Raises UserError if a saved tokenizer is not CLIP's."""
+    return build_tokenizer(
+        max_token_length=config.max_token_length,
+        weighted_captions=config.weighted_captions,
+        tokenizer_cache_dir=config.tokenizer_cache_dir,
+    )
 
 
 def total_steps(options: LengthOptions, plan: Plan) -> int:

@@ -47,12 +47,17 @@ class VaeEncoder:
             remedy = "lower vae_batch_size" if count > 1 else "use a lower max_bucket_reso or resolution"
             batch = f"{count} image{'s' * (count > 1)} of {width}x{height}"
             raise OutOfMemory(f"out of memory encoding {batch}: {remedy}") from error
-        arrived = latents.to("cpu", non_blocking=True)  # on a GPU, into pinned memory
-        event = torch.cuda.current_stream(self._device).record_event() if is_gpu else None
+        return start_copy(latents)
 
-        def wait() -> Tensor:
-            if event is not None:
-                event.synchronize()
-            return arrived
 
-        return wait
+def start_copy(tensor: Tensor) -> Callable[[], Tensor]:
+    """Starts to copy a tensor to host memory. Returns a function that waits for the copy."""
+    arrived = tensor.to("cpu", non_blocking=True)  # on a GPU, into pinned memory
+    event = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def wait() -> Tensor:
+        if event is not None:
+            event.synchronize()
+        return arrived
+
+    return wait

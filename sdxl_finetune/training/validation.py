@@ -21,6 +21,7 @@ from torch import Tensor
 from sdxl_finetune.batch import TIMESTEPS, Batch, Position
 from sdxl_finetune.config import Config, Dataset
 from sdxl_finetune.data.batch_plan import MicroBatch
+from sdxl_finetune.data.captions import AS_WRITTEN
 from sdxl_finetune.data.index import Entry, Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.diffusion.objective import image_losses
@@ -37,16 +38,7 @@ UNWEIGHTED = {
     "v_pred_like_loss": None,
 }
 """Loss options of every validation, whatever the run trains with."""
-AS_WRITTEN = {
-    "shuffle_caption": False,
-    "caption_dropout_rate": 0.0,
-    "caption_dropout_every_n_epochs": 0,
-    "caption_tag_dropout_rate": 0.0,
-    "token_warmup_step": 0,
-    "flip_aug": False,
-    "color_aug": False,
-    "random_crop": False,
-}
+UNCHANGED = {**AS_WRITTEN, "flip_aug": False, "color_aug": False, "random_crop": False}
 """Options of every validation dataset: captions and images are not changed at random. A wildcard {a|b} still becomes
 one of its options, chosen by position."""
 
@@ -141,7 +133,7 @@ def build_validation(config: Config, training: TrainingDataset) -> Validation | 
     numbers = {index.buckets[index.bucket[rows[0]]].dataset for rows in batches}
     count = config.validation_timesteps
     timesteps = [int((number + 0.5) * TIMESTEPS / count) for number in range(count)]
-    datasets = tuple(_as_written(dataset) for dataset in index.datasets)
+    datasets = tuple(_unchanged(dataset) for dataset in index.datasets)
     batches_of_rank = batches[training.rank :: training.ranks]
     image_ids = [[_image_id(index[row]) for row in rows.tolist()] for rows in batches_of_rank]
     dataset = replace(
@@ -176,8 +168,8 @@ def _held_out_batches(index: Index) -> list[Int32[np.ndarray, " k"]]:
     return batches
 
 
-def _as_written(dataset: Dataset) -> Dataset:
-    subsets = tuple(subset.model_copy(update=AS_WRITTEN) for subset in dataset.subsets)
+def _unchanged(dataset: Dataset) -> Dataset:
+    subsets = tuple(subset.model_copy(update=UNCHANGED) for subset in dataset.subsets)
     return dataset.model_copy(update={"subsets": subsets})
 
 

@@ -187,9 +187,9 @@ def test_without_a_place_to_keep_them_there_is_nothing_to_do(work) -> None:
 
 LAUNCHED = """
 from sdxl_finetune import cli
-from sdxl_finetune.latents import preparing
+from sdxl_finetune.latents import together
 
-preparing.ROUND = 0.5
+together.ROUND = 0.5
 cli.cache()
 """
 """Processes meet and write twice a second."""

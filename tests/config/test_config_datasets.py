@@ -162,6 +162,21 @@ def test_cached_latents_exclude_augmentation_by_colour(folder) -> None:
         datasets(content, "--min_bucket_reso", "32", "--cache_latents")
 
 
+def test_cached_text_encoder_outputs_exclude_shuffling_in_the_subsets_that_shuffle(folder) -> None:
+    """A subset may turn off what the config turns on, as in the reference, which checks each dataset."""
+    subsets = [{"image_dir": "d", "shuffle_caption": False}, {"image_dir": "e"}]
+    content = {"datasets": [{"resolution": 64, "subsets": subsets}]}
+    options = ["--min_bucket_reso", "32", "--cache_text_encoder_outputs", "--shuffle_caption"]
+    with pytest.raises(UserError) as caught:
+        datasets(content, *options)
+    (problem,) = caught.value.problems
+    assert problem.key == "datasets[0].subsets[1].shuffle_caption"
+    assert "set text_encoder_outputs_variants = 8" in problem.message
+    assert len(datasets(content, *options, "--text_encoder_outputs_variants", "2")[0].subsets) == 2
+    content["datasets"][0]["subsets"] = subsets[:1]
+    assert len(datasets(content, *options)[0].subsets) == 1
+
+
 def test_subsets_and_keys_without_effect_are_logged(folder, caplog) -> None:
     subsets = [{"image_dir": "d"}, {"image_dir": "d", "num_repeats": 4}, {"image_dir": "e", "num_repeats": 0}]
     with caplog.at_level(logging.WARNING):

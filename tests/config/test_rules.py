@@ -13,13 +13,16 @@ from sdxl_finetune.errors import UserError
 
 # Accepted by the reference and refused here: not supported yet, or a mistake that the reference does not notice.
 NOT_YET = (
-    "cache_text_encoder_outputs",
-    "cache_text_encoder_outputs_to_disk",
     "full_fp16",
     "masked_loss",
 )
-ACCEPTED = (["--deepspeed"],)
-"""Refused by the reference where the package deepspeed is missing, which this program does not use."""
+ACCEPTED = (
+    ["--deepspeed"],
+    ["--weighted_captions", "--cache_text_encoder_outputs"],
+    ["--cache_text_encoder_outputs", "--caption_dropout_rate", "0.1"],
+)
+"""Refused by the reference. This program does not use deepspeed, and caches the outputs of weighted and of empty
+captions."""
 OURS = (["--zero_terminal_snr"], ["--adaptive_noise_scale", "0.1", "--noise_offset", "0.05"])
 
 
@@ -52,6 +55,7 @@ def refused(**values) -> list[str]:
     return [names.split()[0] for names, _ in find_problems(Config(**values))]
 
 
+TEXT = {"cache_text_encoder_outputs_to_disk": True}
 NEEDED = ["pretrained_model_name_or_path", "train_data_dir", "resolution", "output_dir"]
 
 
@@ -87,6 +91,16 @@ def test_needed_options_are_named():
         ({"output_name": "a\\b"}, "output_name"),
         ({"cache_latents_to_disk": True, "random_crop": True}, "random_crop"),
         ({"adaptive_noise_scale": 0.0}, None),
+        ({**TEXT, "shuffle_caption": True}, "shuffle_caption"),
+        ({**TEXT, "shuffle_caption": True, "text_encoder_outputs_variants": 4}, None),
+        ({**TEXT, "caption_tag_dropout_rate": 0.1}, "caption_tag_dropout_rate"),
+        ({**TEXT, "caption_tag_dropout_rate": 0.1, "text_encoder_outputs_variants": 4}, None),
+        ({**TEXT, "token_warmup_step": 10, "text_encoder_outputs_variants": 4}, "token_warmup_step"),
+        ({**TEXT, "caption_dropout_rate": 0.1, "caption_dropout_every_n_epochs": 2, "enable_wildcard": True}, None),
+        ({**TEXT, "train_text_encoder": True}, "train_text_encoder"),
+        ({**TEXT, "train_text_encoder": True, "learning_rate_te1": 0.0}, "train_text_encoder"),
+        ({**TEXT, "train_text_encoder": True, "learning_rate_te1": 0, "learning_rate_te2": 0}, None),
+        ({**TEXT, "learning_rate_te1": 1e-5}, None),
         ({"adaptive_noise_scale": 0.1, "noise_offset": 0.1, "cache_latents": True}, None),
         ({"log_with": "all", "logging_dir": ""}, "log_with"),
     ],
@@ -152,6 +166,9 @@ def test_missing_files_and_unusable_folders_are_refused(tmp_path):
         ({"save_last_n_steps": 100, "save_every_n_steps": 10}, None),
         ({"wandb_run_name": "x", "log_with": "tensorboard"}, "wandb_run_name"),
         ({"ema_previews": False}, "ema_previews"),
+        ({"text_encoder_outputs_variants": 4}, "text_encoder_outputs_variants"),
+        ({**TEXT, "enable_wildcard": True}, "enable_wildcard"),
+        ({**TEXT, "enable_wildcard": True, "text_encoder_outputs_variants": 4}, None),
         ({}, None),
     ],
 )
@@ -165,7 +182,8 @@ train_data_dir reg_data_dir in_json dataset_config dataset_repeats resolution tr
 resize_interpolation max_data_loader_n_workers caption_extention on_bad_image caption_extension shuffle_caption
 secondary_separator enable_wildcard caption_prefix caption_suffix caption_dropout_rate
 caption_dropout_every_n_epochs caption_tag_dropout_rate token_warmup_step flip_aug color_aug random_crop
-enable_bucket validation_split cache_latents cache_latents_to_disk skip_cache_check cache_dir
+enable_bucket validation_split cache_latents cache_latents_to_disk
+cache_text_encoder_outputs cache_text_encoder_outputs_to_disk skip_cache_check cache_dir
 max_train_epochs gradient_accumulation_steps seed optimizer_type use_8bit_adam use_lion_optimizer optimizer_args
 learning_rate train_text_encoder block_lr max_grad_norm lr_scheduler lr_scheduler_type lr_scheduler_args
 ema_decay ema_half_life

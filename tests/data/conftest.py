@@ -8,7 +8,7 @@ import pytest
 from sdxl_finetune.config import Dataset, Subset
 from sdxl_finetune.latents.encoding import Encoding, Report, encode_images
 from sdxl_finetune.latents.keys import row_keys
-from sdxl_finetune.latents.shards import Library, Shard, ShardWriter, open_shards
+from sdxl_finetune.latents.shards import Kind, Library, Shard, ShardWriter, open_shards
 from sdxl_finetune.latents.store import LatentStore, build_store, find_places, missing_rows
 
 
@@ -41,13 +41,14 @@ def cache_latents(tmp_path: Path) -> Callable[..., tuple[LatentStore, Report, li
     """cache_latents(index, encode, folder=None, parts=1, **job): what `prepare` does, on one process."""
 
     def cache(index, encode, *, folder=None, parts=1, **options):
-        shards = open_shards(folder, "vae", check=True) if folder else []
+        kind = Kind("latents", "vae")
+        shards = open_shards(folder, kind, check=True) if folder else []
         keys, library = row_keys(index), Library(shards)
         rows = missing_rows(index, find_places(index, keys, library))
         settings = {"pixels_per_latent": 8, "batch_size": 2, "threads": 2, **options}
         job = Encoding(index=index, keys=keys, known=library, encode=encode, **settings)
         for part in range(parts):
-            with ShardWriter(folder, "vae", part, tmp_path) as writer:
+            with ShardWriter(folder, kind, part, tmp_path) as writer:
                 assert sum(encode_images(job, rows[part::parts], writer)) == len(rows[part::parts])
             shards += writer.shards
         library = Library(sorted(shards, key=lambda shard: shard.path.name))

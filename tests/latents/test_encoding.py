@@ -188,14 +188,14 @@ def test_a_flip_or_another_geometry_is_encoded_and_the_rest_kept(
 def test_an_interrupted_run_keeps_what_it_finished(index: Index, tmp_path: Path, cache_latents) -> None:
     from sdxl_finetune.latents.encoding import Encoding, encode_images
     from sdxl_finetune.latents.keys import row_keys
-    from sdxl_finetune.latents.shards import Library, ShardWriter
+    from sdxl_finetune.latents.shards import Kind, Library, ShardWriter
     from sdxl_finetune.latents.store import find_places, missing_rows
 
     folder, keys, library = tmp_path / "disk", row_keys(index), Library([])
     rows = missing_rows(index, find_places(index, keys, library))
     settings = {"pixels_per_latent": 8, "batch_size": 1, "threads": 1}
     job = Encoding(index=index, keys=keys, known=library, encode=encode, **settings)
-    with ShardWriter(folder, "vae", 0, tmp_path) as writer:
+    with ShardWriter(folder, Kind("latents", "vae"), 0, tmp_path) as writer:
         images = encode_images(job, rows, writer)
         assert [next(images) for _ in range(3)] == [1, 1, 1]
         images.close()

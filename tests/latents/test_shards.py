@@ -11,7 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.latents import shards as shards_module
-from sdxl_finetune.latents.shards import Library, Lookup, Shard, ShardWriter, nameless_file, open_shards
+from sdxl_finetune.latents.shards import Kind, Library, Lookup, Shard, ShardWriter, nameless_file, open_shards
+
+VAE = Kind("latents", "vae")
 
 
 def hashes(count: int, seed: int = 0) -> np.ndarray:
@@ -25,10 +27,11 @@ def latents(count: int, shape: tuple[int, ...] = (4, 8, 8), seed: int = 0) -> np
 def write(folder: Path | None, count: int, seed: int = 0, shape: tuple[int, ...] = (4, 8, 8)) -> list[Shard]:
     # In the order of memory in which convolutions may leave them.
     values = np.ascontiguousarray(latents(count, shape, seed).transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-    with ShardWriter(folder, "vae", 0, Path("/nowhere")) as writer:
+    with ShardWriter(folder, VAE, 0, Path("/nowhere")) as writer:
         keys, files = hashes(count, seed), hashes(count, seed + 1000)
         for key, file, latent in zip(keys, files, values, strict=True):
-            writer.add(file.tobytes(), key[::-1].tobytes(), [(key.tobytes(), latent)])
+            writer.add(key.tobytes(), latent)
+            writer.add_file(file.tobytes(), key[::-1].tobytes())
     return writer.shards
 
 
@@ -53,7 +56,7 @@ def test_every_latent_and_file_is_found(tmp_path: Path, monkeypatch, disk: bool)
     assert known.tolist() == list(range(12)) and np.array_equal(digests, hashes(12)[:, ::-1])
     assert library.places(hashes(2, 98))["file"].tolist() == [-1, -1]
     if disk:
-        again = open_shards(tmp_path, "vae", check=True)
+        again = open_shards(tmp_path, VAE, check=True)
         assert [shard.path for shard in again] == [shard.path for shard in written]
         assert all(np.array_equal(a.keys, b.keys) and a.start == b.start for a, b in zip(again, written, strict=True))
 
@@ -61,7 +64,7 @@ def test_every_latent_and_file_is_found(tmp_path: Path, monkeypatch, disk: bool)
 def test_the_oldest_of_equal_keys_counts(tmp_path: Path) -> None:
     first, second = write(tmp_path, 4), write(tmp_path, 4)
     assert first[0].path.name < second[0].path.name
-    places = Library(open_shards(tmp_path, "vae", check=False)).places(hashes(4))
+    places = Library(open_shards(tmp_path, VAE, check=False)).places(hashes(4))
     assert places["file"].tolist() == [0] * 4
 
 
@@ -93,7 +96,7 @@ def no_shard(path: Path) -> None:
 def of_another_vae(path: Path) -> None:
     tensors, start = load_file(path), path.read_bytes()
     header = json.loads(start[8 : 8 + int.from_bytes(start[:8], "little")])
-    save_file(tensors, path, {**header["__metadata__"], "vae": "another"})
+    save_file(tensors, path, {**header["__metadata__"], "encoder": "another"})
 
 
 def other_keys(path: Path) -> None:
@@ -116,11 +119,11 @@ DAMAGES = [cut_short, cut_in_the_header, empty, no_shard, of_another_vae, other_
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named_and_set_aside(tmp_path: Path, caplog, damage) -> None:
     (sound,), (hurt,) = write(tmp_path, 6, seed=5), write(tmp_path, 6)
-    assert len(open_shards(tmp_path, "vae", check=True)) == 2
+    assert len(open_shards(tmp_path, VAE, check=True)) == 2
     damage(hurt.path)
     os.utime(hurt.path, (1, 1))
     with caplog.at_level(logging.WARNING):
-        opened = open_shards(tmp_path, "vae", check=True)
+        opened = open_shards(tmp_path, VAE, check=True)
     assert [shard.path for shard in opened] == [sound.path]
     assert caplog.text.count(str(hurt.path)) == 1 and "encoded again" in caplog.text
     assert not hurt.path.exists() and hurt.path.with_suffix(".damaged").exists()
@@ -128,15 +131,15 @@ def test_damage_is_named_and_set_aside(tmp_path: Path, caplog, damage) -> None:
 
 def test_latents_are_read_through_only_when_the_file_is_another_than_before(tmp_path: Path, monkeypatch) -> None:
     (shard,) = write(tmp_path, 6)
-    assert len(open_shards(tmp_path, "vae", check=True)) == 1
+    assert len(open_shards(tmp_path, VAE, check=True)) == 1
     state = shard.path.stat()
     one_bit(shard.path)
     os.utime(shard.path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert len(open_shards(tmp_path, "vae", check=True)) == 1, "as the file system tells, nothing happened"
+    assert len(open_shards(tmp_path, VAE, check=True)) == 1, "as the file system tells, nothing happened"
     os.utime(shard.path, (1, 1))
-    assert len(open_shards(tmp_path, "vae", check=False)) == 1, "a reader leaves it to the first process"
+    assert len(open_shards(tmp_path, VAE, check=False)) == 1, "a reader leaves it to the first process"
     (tmp_path / "checked.json").write_text("{half")
-    assert open_shards(tmp_path, "vae", check=True) == []
+    assert open_shards(tmp_path, VAE, check=True) == []
 
 
 def test_unfinished_files_of_killed_processes_go(tmp_path: Path) -> None:
@@ -145,7 +148,7 @@ def test_unfinished_files_of_killed_processes_go(tmp_path: Path) -> None:
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (1, 1))
-    open_shards(tmp_path, "vae", check=True)
+    open_shards(tmp_path, VAE, check=True)
     assert young.exists() and not old.exists()
 
 

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 
+from sdxl_finetune.batch import Tokens
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.model.sdxl import SDXL
@@ -39,7 +40,7 @@ def test_gradient_checkpointing_computes_layers_twice(model: SDXL) -> None:
     for block in (model.unet.up_blocks[0].resnets[0], model.unet.down_blocks[0].resnets[0]):
         block.conv1.register_forward_pre_hook(count)
     sizes = torch.zeros(1, 2, dtype=torch.int64)
-    prediction = model(torch.randn(1, 4, 8, 8), torch.tensor([5]), tokens(), tokens(), sizes, sizes, sizes)
+    prediction = model(torch.randn(1, 4, 8, 8), torch.tensor([5]), Tokens(tokens(), tokens()), sizes, sizes, sizes)
     once = len(layers) + 2
     assert calls == once
     prediction.mean().backward()
@@ -50,7 +51,7 @@ def test_gradient_checkpointing_does_not_differentiate_frozen_encoders(model: SD
     enable_gradient_checkpointing(model)
     model.te1.requires_grad_(False)
     model.te2.requires_grad_(False)
-    hidden, pooled = model.encode_text(tokens(), tokens())
+    hidden, pooled = model.encode_text(Tokens(tokens(), tokens()))
     assert not hidden.requires_grad
     assert not pooled.requires_grad
 

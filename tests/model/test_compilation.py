@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sdxl_finetune.batch import Tokens
 from sdxl_finetune.config import load_config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.attention import enable_gradient_checkpointing
@@ -55,7 +56,7 @@ def learn(model: SDXL, shape: tuple[int, int, int], *, seed: int = 0) -> tuple[T
     timesteps = torch.randint(0, 1000, (images,), generator=generator)
     sizes = torch.zeros(images, 2, dtype=torch.int64)
     model.zero_grad()
-    prediction = model(latents, timesteps, tokens(images), tokens(images), sizes, sizes, sizes)
+    prediction = model(latents, timesteps, Tokens(tokens(images), tokens(images)), sizes, sizes, sizes)
     prediction.square().mean().backward()
     gradients = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
     return prediction.detach(), torch.cat(gradients)

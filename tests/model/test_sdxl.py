@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdxl_finetune.batch import Tokens
 from sdxl_finetune.model.architecture import Architecture
 from sdxl_finetune.model.attention import enable_gradient_checkpointing
 from sdxl_finetune.model.load import Loaded
@@ -29,7 +30,7 @@ def sizes_of(golden) -> tuple[Tensor, Tensor, Tensor]:
 
 def predict(model: SDXL, golden, tensors: dict[str, Tensor]) -> Tensor:
     timesteps = torch.tensor(golden("forward.json")["inputs"]["timesteps"])
-    return model(tensors["noisy_latents"], timesteps, tensors["ids1"], tensors["ids2"], *sizes_of(golden))
+    return model(tensors["noisy_latents"], timesteps, Tokens(tensors["ids1"], tensors["ids2"]), *sizes_of(golden))
 
 
 def min_snr_weights(timesteps: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def min_snr_weights(timesteps: Tensor) -> Tensor:
 
 
 def test_text_encoders_are_the_reference_s(golden_model: Loaded, golden_tensors: dict[str, Tensor]) -> None:
-    hidden, pooled = golden_model.model.encode_text(golden_tensors["ids1"], golden_tensors["ids2"])
+    hidden, pooled = golden_model.model.encode_text(Tokens(golden_tensors["ids1"], golden_tensors["ids2"]))
     width = golden_tensors["hidden_states1"].shape[-1]
     assert relative_error(hidden[..., :width], golden_tensors["hidden_states1"]) < TOLERANCE
     assert relative_error(hidden[..., width:], golden_tensors["hidden_states2"]) < TOLERANCE
@@ -52,7 +53,7 @@ def test_differs_from_reference_text_projection_is_transposed(
     golden_model: Loaded, golden_tensors: dict[str, Tensor]
 ) -> None:
     """Entry "Text encoder 2's projection" of docs/differences.md."""
-    _, pooled = golden_model.model.encode_text(golden_tensors["ids1"], golden_tensors["ids2"])
+    _, pooled = golden_model.model.encode_text(Tokens(golden_tensors["ids1"], golden_tensors["ids2"]))
     assert relative_error(pooled, golden_tensors["pool2_as_the_reference_computes_it"]) > 0.5
 
 
@@ -110,9 +111,9 @@ def tokens_of(k: int, chunks: int) -> Tensor:
 @pytest.mark.parametrize(("chunks", "length"), [(1, 77), (2, 152), (3, 227)])
 def test_chunks_are_joined_to_one_sequence(tiny: SDXL, chunks: int, length: int) -> None:
     tokens = tokens_of(2, chunks)
-    hidden, pooled = tiny.encode_text(tokens, tokens)
+    hidden, pooled = tiny.encode_text(Tokens(tokens, tokens))
     assert hidden.shape == (2, length, 192)
-    alone = [tiny.encode_text(tokens[:, c : c + 1], tokens[:, c : c + 1]) for c in range(chunks)]
+    alone = [tiny.encode_text(Tokens(tokens[:, c : c + 1], tokens[:, c : c + 1])) for c in range(chunks)]
     for c, (states, _) in enumerate(alone):
         torch.testing.assert_close(hidden[:, 1 + 75 * c : 76 + 75 * c], states[:, 1:-1])
     torch.testing.assert_close(hidden[:, 0], alone[0][0][:, 0])
@@ -124,8 +125,8 @@ def test_token_weights_multiply_hidden_states_and_not_the_pooled_output(tiny: SD
     tokens = tokens_of(2, 2)
     weights = torch.ones(2, 2, 77)
     weights[0, 1, 5] = 1.5
-    plain, pooled = tiny.encode_text(tokens, tokens)
-    weighted, weighted_pooled = tiny.encode_text(tokens, tokens, weights)
+    plain, pooled = tiny.encode_text(Tokens(tokens, tokens))
+    weighted, weighted_pooled = tiny.encode_text(Tokens(tokens, tokens, weights))
     expected = plain.clone()
     expected[0, 75 + 5] *= 1.5
     torch.testing.assert_close(weighted, expected)
@@ -137,7 +138,7 @@ def test_pooled_output_is_that_of_the_first_end_of_text(tiny: SDXL) -> None:
     tokens = tokens_of(1, 1)
     padded = tokens.clone()
     padded[:, :, 21:] = 0
-    torch.testing.assert_close(tiny.encode_text(tokens, tokens)[1], tiny.encode_text(tokens, padded)[1])
+    torch.testing.assert_close(tiny.encode_text(Tokens(tokens, tokens))[1], tiny.encode_text(Tokens(tokens, padded))[1])
 
 
 def test_half_precision_distinguishes_neighbouring_timesteps_and_sizes(tiny: SDXL) -> None:
@@ -146,9 +147,9 @@ def test_half_precision_distinguishes_neighbouring_timesteps_and_sizes(tiny: SDX
     tokens, latents = tokens_of(1, 1), torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     size, corner = torch.tensor([[1000, 1001]]), torch.zeros(1, 2, dtype=torch.int64)
     with torch.no_grad():
-        first = model(latents, torch.tensor([500]), tokens, tokens, size, corner, size)
-        second = model(latents, torch.tensor([501]), tokens, tokens, size, corner, size)
-        third = model(latents, torch.tensor([500]), tokens, tokens, size.flip(1), corner, size)
+        first = model(latents, torch.tensor([500]), Tokens(tokens, tokens), size, corner, size)
+        second = model(latents, torch.tensor([501]), Tokens(tokens, tokens), size, corner, size)
+        third = model(latents, torch.tensor([500]), Tokens(tokens, tokens), size.flip(1), corner, size)
     assert first.dtype == torch.float32
     assert not torch.equal(first, second)
     assert not torch.equal(first, third)
@@ -166,5 +167,7 @@ def test_random_models_are_equal_for_equal_seeds_and_have_usual_scales() -> None
     assert not torch.equal(names[weight], dict(other.named_parameters())[weight])
     tokens, size = tokens_of(2, 1), torch.full((2, 2), 256)
     with torch.no_grad():
-        prediction = model(torch.randn(2, 4, 32, 32), torch.tensor([1, 999]), tokens, tokens, size, size * 0, size)
+        prediction = model(
+            torch.randn(2, 4, 32, 32), torch.tensor([1, 999]), Tokens(tokens, tokens), size, size * 0, size
+        )
     assert 0.05 < float(prediction.std()) < 5

@@ -129,7 +129,7 @@ def test_previews_equal_the_images_of_diffusers_pipeline(tiny: PreviewModel, nam
     )
     pipeline.set_progress_bar_config(disable=True)
     tokens = TOKENIZER(["a dog", "a cat"])
-    hidden, pooled = model.encode_text(tokens.ids1, tokens.ids2)
+    hidden, pooled = model.encode_text(tokens)
     theirs = pipeline(
         prompt_embeds=hidden[1:],
         negative_prompt_embeds=hidden[:1],

@@ -1,0 +1,246 @@
+"""Cached outputs of the text encoders: variants of captions, their keys, and encoding those that are missing.
+
+A caption is encoded as it is trained: with prefix and suffix, one of its lines, and its wildcards drawn. With
+`text_encoder_outputs_variants` = N there are N such draws of each caption, which also differ by shuffled and dropped
+tags. Variant number i is a function of text and options of the caption, so that equal captions are encoded and stored
+once. A key is the hash of the variant's text and of the tokenizer. Outputs are computed in float32 and kept in float16.
+"""
+
+import logging
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from jaxtyping import Bool, Float16, Int32, Int64, Shaped, UInt8
+from torch import Tensor
+
+from sdxl_finetune.config import Config, Subset
+from sdxl_finetune.data.captions import AS_WRITTEN, caption
+from sdxl_finetune.data.index import Index
+from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.latents.keys import hash16
+from sdxl_finetune.latents.shards import Kind, Library, Shard, ShardWriter, remember_checked
+from sdxl_finetune.latents.store import TextStore, write_table
+from sdxl_finetune.latents.together import (
+    check_memory,
+    check_visible,
+    encode_in_rounds,
+    find_team,
+    open_together,
+    readable_shards,
+)
+from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.seeding import position_random
+
+logger = logging.getLogger(__name__)
+
+OUTPUTS_VERSION = "1"
+"""Version of the way from a caption's text to a record. Another version gives other keys."""
+ROWS = 1 << 16
+"""Rows of the index whose captions are in Python's memory at once."""
+LOOKED_AT = 100
+"""Images beside which the reference's cached outputs are looked for; a reference run writes one for each image."""
+ALWAYS_KEPT = {"caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0}
+"""Options of captions to encode. A dropped caption is the empty one, which has an output of its own."""
+NEVER_DRAWN = random.Random(0)
+"""Generator for captions in which nothing is random."""
+TOO_LARGE = "remove it, because 16-bit numbers cannot hold the text encoders' outputs for the caption"
+
+EncodeText = Callable[[Sequence[str]], Callable[[], Float16[Tensor, "k n"]]]
+"""Starts to encode captions. Returns a function that waits for their records: hidden states and pooled output."""
+
+
+@runtime_checkable  # jaxtyping checks annotations in the tests
+class TextEncoder(Protocol):
+    """Both text encoders and their tokenizer, as far as the cache knows them."""
+
+    hidden_shape: tuple[int, int]
+    """Positions and channels of the hidden states."""
+    pooled_size: int
+    """Channels of the pooled output."""
+    tokenizer_identity: str
+    """A text that is equal for tokenizers that give the same tokens."""
+
+    def identity(self) -> str:
+        """A name that depends on the weights of both encoders alone."""
+        ...
+
+    def on_device(self) -> AbstractContextManager[EncodeText]:
+        """A context in which the encoders are on the training device and encode."""
+        ...
+
+
+@dataclass(frozen=True)
+class Captions:
+    """All captions of an index, each in `variants` variants. The row after the last image is the empty caption."""
+
+    index: Index
+    variants: int
+    tokenizer: str
+    """Identity of the tokenizer."""
+
+    @property
+    def used(self) -> Bool[np.ndarray, " rows"]:
+        """True for captions that are trained on or validated, and for the empty caption."""
+        return np.append(self.index.used, True)
+
+    def text(self, row: int, number: int) -> str:
+        """The caption of this row in the variant of this number."""
+        return "" if row == len(self.index) else self._variant(row, self.index.captions(row, row + 1)[0], number)
+
+    def keys(self) -> UInt8[np.ndarray, "rows v 16"]:
+        """The keys of all captions in use, in all variants; 0 for captions that are not in use."""
+        keys = np.zeros((len(self.index) + 1, self.variants, 16), np.uint8)
+        used = self.index.used
+        for start in range(0, len(self.index), ROWS):
+            for row, text in enumerate(self.index.captions(start, start + ROWS), start):
+                variants = self.variants if self._is_drawn(row) else 1
+                if used[row]:
+                    own = b"".join(self._key(self._variant(row, text, number)) for number in range(variants))
+                    keys[row] = np.frombuffer(own, np.uint8).reshape(variants, 16)
+        keys[-1] = np.frombuffer(self._key(""), np.uint8)
+        return keys
+
+    def _variant(self, row: int, text: str, number: int) -> str:
+        options = self._options[self._subset[row]][int(self.index.held_out[row])]
+        rng = NEVER_DRAWN
+        if options.enable_wildcard or self._is_drawn(row):
+            entropy = np.frombuffer(hash16(text.encode()), np.uint32).tolist()
+            rng = position_random(0, "caption variant", number, *entropy)
+        return caption(options, text, rng, epoch=0, step=0, max_steps=1)
+
+    def _is_drawn(self, row: int) -> bool:
+        """True if the variants of this caption differ. A held-out caption has one variant, whole and in order."""
+        options = self._options[self._subset[row]][0]
+        drawn = options.enable_wildcard or options.shuffle_caption or options.caption_tag_dropout_rate > 0
+        return drawn and not self.index.held_out[row]
+
+    def _key(self, text: str) -> bytes:
+        return hash16(f"{OUTPUTS_VERSION} {self.tokenizer}\n{text}".encode())
+
+    @cached_property
+    def _subset(self) -> Int32[np.ndarray, " n"]:
+        return self.index.subset
+
+    @cached_property
+    def _options(self) -> list[tuple[Subset, Subset]]:
+        """The options of each subset, for images to train on and for held-out images."""
+        subsets = self.index.subsets
+        return [(one.model_copy(update=ALWAYS_KEPT), one.model_copy(update=AS_WRITTEN)) for one in subsets]
+
+
+def prepare_text(
+    index: Index, encoder: TextEncoder, config: Config, accelerator: Accelerator, stop: StopRequest | None = None
+) -> TextStore:
+    """Returns the text encoders' outputs for all captions in use.
+
+    Outputs that exist are found again; the missing ones are encoded. What was encoded is kept if this is interrupted.
+    Raises UserError, OutOfMemory, and Interrupt once `stop` was requested.
+    """
+    scratch, on_disk = config.cache_folder, config.cache_text_encoder_outputs_to_disk
+    kind = Kind("text_outputs", encoder.identity() if on_disk else "")
+    team = find_team(accelerator, kind, kind.folder(scratch) if on_disk else None)
+    captions = Captions(index, config.text_encoder_outputs_variants, encoder.tokenizer_identity)
+    keys, used = captions.keys(), captions.used
+    if team.folder is None:
+        size = 2 * (math.prod(encoder.hidden_shape) + encoder.pooled_size)
+        check_memory(count_keys(keys, used) * size, "the text encoders' outputs", "cache_text_encoder_outputs")
+    if accelerator.is_main_process:
+        _mention_npz(index)
+    shards = open_together(team, accelerator)
+    places = _find_places(keys, shards)
+    missing = _first_of_each(keys, used[:, None] & (places["file"] < 0))
+    too_large: list[str] = []
+    if sum(gather_object([len(missing)])):
+        own = missing[team.share]
+        with encoder.on_device() as encode, ShardWriter(team.folder, kind, team.rank, scratch) as writer:
+            job = _encode_captions(captions, keys, own, encode, config.text_encoder_batch_size, writer, too_large)
+            encode_in_rounds(job, len(own), writer, team, stop, "captions")
+        if too_large := gather_object(too_large):
+            raise UserError(Problem(f"{TOO_LARGE} {too_large[0]!r}", key="cache_text_encoder_outputs", value=True))
+        shards = sorted([*shards, *readable_shards(team, writer.shards)], key=lambda shard: shard.path.name)
+        places = _find_places(keys, shards)
+        if team.folder and accelerator.is_main_process:
+            remember_checked(team.folder, shards)
+    logger.info(
+        "text encoder outputs in %s: %d encoded, %d there already",
+        scratch if team.folder else "memory",
+        len(missing),
+        count_keys(keys, used) - len(missing),
+    )
+    is_complete = bool((places["file"] >= 0)[used].all())
+    files = tuple(shard.path for shard in shards)
+    check_visible(files, complete=is_complete, scratch=scratch)
+    return TextStore(
+        index, write_table(places, scratch), files, captions.variants, encoder.hidden_shape, encoder.pooled_size
+    )
+
+
+def count_keys(keys: UInt8[np.ndarray, "rows v 16"], used: Bool[np.ndarray, " rows"]) -> int:
+    """Number of different captions in use."""
+    return len(np.unique(keys[used].reshape(-1, 16), axis=0))
+
+
+def _mention_npz(index: Index) -> None:
+    """Logs that the reference's cached outputs are not used, if there are any beside the first images."""
+    for row in np.flatnonzero(index.used)[:LOOKED_AT].tolist():
+        image = index[row].path
+        if (path := image.with_name(f"{image.stem}_te_outputs.npz")).is_file():
+            logger.info("%s and other files like it are not used: sd-scripts encodes the pooled output wrongly", path)
+            return
+
+
+def _find_places(keys: UInt8[np.ndarray, "rows v 16"], shards: Sequence[Shard]) -> Shaped[np.ndarray, "rows v"]:
+    return Library(shards).places(keys.reshape(-1, 16)).reshape(keys.shape[:2])
+
+
+def _first_of_each(
+    keys: UInt8[np.ndarray, "rows v 16"], wanted: Bool[np.ndarray, "rows v"]
+) -> Int64[np.ndarray, "k 2"]:
+    """Row and variant of the first caption of each wanted key, in the order of the keys on every process."""
+    places = np.argwhere(wanted)
+    _, first = np.unique(keys[wanted], axis=0, return_index=True)
+    return places[first]
+
+
+def _encode_captions(
+    captions: Captions,
+    keys: UInt8[np.ndarray, "rows v 16"],
+    places: Int64[np.ndarray, "k 2"],
+    encode: EncodeText,
+    batch_size: int,
+    writer: ShardWriter,
+    too_large: list[str],
+) -> Generator[int, None, None]:
+    """Encodes the captions of these rows and variants, and yields how many were finished since the last yield.
+
+    The device is one batch behind the host, which makes the tokens of the next batch. Captions with an output that
+    float16 cannot hold are added to `too_large`.
+    """
+    running: deque[tuple[np.ndarray, Callable[[], Tensor]]] = deque()
+
+    def store(part: Int64[np.ndarray, "k 2"], wait: Callable[[], Tensor]) -> int:
+        for (row, number), record in zip(part.tolist(), wait().numpy(), strict=True):
+            if np.isfinite(record).all():
+                writer.add(keys[row, number].tobytes(), record)
+            else:
+                too_large.append(captions.text(row, number))
+        return len(part)
+
+    try:
+        for start in range(0, len(places), batch_size):
+            part = places[start : start + batch_size]
+            running.append((part, encode([captions.text(row, number) for row, number in part.tolist()])))
+            if len(running) > 1:
+                yield store(*running.popleft())
+    finally:
+        finished = [store(*started) for started in running]
+    yield from finished
