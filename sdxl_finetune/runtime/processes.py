@@ -49,15 +49,21 @@ def build_accelerator(config: Config) -> Accelerator:
     )
     if torch.distributed.is_initialized():
         atexit.register(_free_process_group, [torch.distributed.group.WORLD])
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        message = "a CPU cannot train in float16, because it has no gradient scaler: use bf16 or no"
-        raise UserError(Problem(message, key="mixed_precision", value="fp16"))
+    check_precision(config, accelerator.device)
     if config.mixed_precision == "bf16" and accelerator.device.type == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            message = f"{torch.cuda.get_device_name()} has no bfloat16: use fp16"
-            raise UserError(Problem(message, key="mixed_precision", value="bf16"))
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def check_precision(options: HardwareOptions, device: torch.device) -> None:
+    """Raises UserError for a precision that the device does not have."""
+    if options.mixed_precision == "fp16" and device.type == "cpu":
+        message = "a CPU cannot train in float16, because it has no gradient scaler: use bf16 or no"
+        raise UserError(Problem(message, key="mixed_precision", value="fp16"))
+    needs_bf16 = options.mixed_precision == "bf16" and device.type == "cuda"
+    if needs_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        message = f"{torch.cuda.get_device_name()} has no bfloat16: use fp16"
+        raise UserError(Problem(message, key="mixed_precision", value="bf16"))
 
 
 def _free_process_group(references: list[object]) -> None:
