@@ -2,7 +2,7 @@
 
 Modules:
 
-    check       sdxl-check, with memory_report, memory_estimate and allocations
+    check       sdxl-check, with storage_report, memory_report, memory_estimate, fake_learner and allocations
     cache       sdxl-cache
     model       sdxl-model, with generate
 """

@@ -18,28 +18,32 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from sdxl_finetune.commands.memory_estimate import largest_batch
-from sdxl_finetune.commands.memory_report import describe
+from sdxl_finetune.commands.memory_estimate import BatchShape, largest_batch
+from sdxl_finetune.commands.memory_report import Workload, describe
+from sdxl_finetune.commands.storage_report import (
+    Findings,
+    file_lines,
+    latent_lines,
+    optimizer_lines,
+    say_text_outputs,
+    size_text,
+)
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import Plan, build_plan
-from sdxl_finetune.data.index import Index
-from sdxl_finetune.errors import Problems, UserError
-from sdxl_finetune.latents.captions import Captions, count_keys
+from sdxl_finetune.data.index import Bucket, Index, build_index
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.declared import read_declared
-from sdxl_finetune.model.keymap import VAE
 from sdxl_finetune.model.load import inspect_checkpoint
-from sdxl_finetune.optim.ema import uses_ema
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import trial_optimizer
 from sdxl_finetune.optim.parameters import Group
-from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_token
 from sdxl_finetune.output.metadata import versions
+from sdxl_finetune.output.prompts import Prompt, load_prompts, with_size
 from sdxl_finetune.runtime.processes import weight_dtype
-from sdxl_finetune.training.checks import Outline, index_images, read_inputs, tokenizer_of
-from sdxl_finetune.training.every import Timeline, first_step, previews_every, saves_every
-from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
+from sdxl_finetune.training.checks import Outline, index_images, read_inputs
+from sdxl_finetune.training.every import Timeline, first_step, previews_every
 from sdxl_finetune.training.setup import total_steps
 
 logger = logging.getLogger(__name__)
@@ -50,17 +54,6 @@ MOST_SAMPLES = 4000
 WIDTH = 100
 """Columns of the output."""
 MiB, GiB = 1 << 20, 1 << 30
-
-
-class Findings(Problems):
-    """Lines of the report with their headings, and the problems that were found."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[str, str]] = []
-
-    def say(self, heading: str, *lines: str) -> None:
-        self.lines += [(heading if not number else "", line) for number, line in enumerate(lines)]
 
 
 def check(config: Config) -> int:
@@ -81,11 +74,13 @@ def check(config: Config) -> int:
             if lr and groups:
                 found.say("learning rate", *_rates(lr, groups, timeline))
             if groups and state_bytes is not None:
-                found.say("memory", *_memory(config, index, plan))
-                found.say("files", *_files(config, timeline, groups, state_bytes))
+                found.say("optimizer", *optimizer_lines(config, groups, state_bytes))
+                if not config.no_memory:
+                    found.say("memory", *_memory(config, index, timeline))
+                found.say("files", *file_lines(config, timeline, groups, state_bytes, found))
         if index:
-            found.say("latents", *_latents(config, index))
-            found.attempt(_say_text_outputs, config, index, found)
+            found.say("latents", *latent_lines(config, index, found))
+            found.attempt(say_text_outputs, config, index, found)
         if config.huggingface_repo_id:
             found.say("uploads", *_uploads(config))
             found.attempt(check_token, config)
@@ -104,12 +99,17 @@ def processes() -> int:
 
 def _describe_data(config: Config, index: Index | None, found: Findings) -> Index | None:
     if index is None:
-        # The rest of the report describes the images that can be read.
+        # The rest of the report describes the images that can be read. The others are among the problems.
         try:
+            logging.getLogger(build_index.__module__).setLevel(logging.ERROR)
             index = index_images(config.model_copy(update={"on_bad_image": "skip"}))
         except UserError:
             return None
+        finally:
+            logging.getLogger(build_index.__module__).setLevel(logging.NOTSET)
     total, *buckets = index.describe().splitlines()
+    if config.on_bad_image == "stop" and index.bad_files:
+        total = total.replace("skipped", "not usable, so training would stop (see the problems below)")
     found.say("images", total)
     texts = [bucket.removeprefix("bucket ") for bucket in buckets]
     width = max(map(len, texts)) + 2
@@ -192,36 +192,6 @@ def _sign(difference: float) -> int:
     return 0 if math.isclose(difference, 0, abs_tol=1e-15) else 1 if difference > 0 else -1
 
 
-def _files(config: Config, timeline: Timeline, groups: Sequence[Group], state_bytes: float) -> Iterator[str]:
-    assert config.pretrained_model_name_or_path is not None and config.output_dir is not None
-    file = inspect_checkpoint(config.pretrained_model_name_or_path).file
-    dtype = PRECISIONS[config.save_precision] or weight_dtype(config)
-    parameters = sum(math.prod(source.shape) for source in file.tensors.values())
-    vae = sum(math.prod(source.shape) for key, source in file.tensors.items() if key.startswith((VAE, "vae.")))
-    trained = sum(group.size for group in groups)
-    size = 4 if config.keeps_masters else weight_dtype(config).itemsize
-    state = (parameters - vae) * size + vae * 4 + trained * state_bytes
-    state += 4 * trained * uses_ema(config)
-    moments = list(saves_every(config, timeline.epochs).moments(timeline))
-    weights_saves = [save for moment in moments for save in checkpoints_due(config, moment, timeline.epochs)]
-    state_saves = [save for moment in moments for save in states_due(config, moment, timeline.epochs)]
-    yield from _kind("weights", weights_saves, final_name(config), parameters * dtype.itemsize)
-    last = final_state(config)
-    if config.save_state or last:
-        yield from _kind("states", state_saves, last.name if last else None, state)
-    else:
-        yield f"a training state, saved when the run is stopped by a signal, takes {_size(state)}"
-    previews = len(list(previews_every(config).moments(timeline))) if config.sample_prompts else 0
-    if previews:
-        yield f"{previews} rounds of previews"
-    # One more of each kind for the end of the run, and one more while it is being written.
-    needed = (_kept(weights_saves) + 2) * parameters * dtype.itemsize + (_kept(state_saves) + 2) * state
-    free = shutil.disk_usage(_existing(config.output_dir)).free
-    yield f"free in {config.output_dir}: {_size(free)}" + (
-        "" if free > needed else f", but the run needs {_size(needed)}: free space, or set save_last_n_epochs"
-    )
-
-
 def _uploads(config: Config) -> Iterator[str]:
     states = " and training states" if config.save_state_to_huggingface else ""
     place = "/".join(
@@ -233,61 +203,36 @@ def _uploads(config: Config) -> Iterator[str]:
     yield f"a repository that does not exist is created ({visibility}); the token is tried when the run starts"
 
 
-def _memory(config: Config, index: Index, plan: Plan) -> Iterator[str]:
+def _memory(config: Config, index: Index, timeline: Timeline) -> Iterator[str]:
     assert config.pretrained_model_name_or_path is not None
     architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
     assert architecture is not None
+    largest = max((index.buckets[number] for number in np.unique(index.bucket[index.used])), key=_pixels)
+    workload = Workload(
+        batch=largest_batch(index, timeline.plan),
+        bucket=BatchShape(config.vae_batch_size, largest.height, largest.width),
+        preview=_largest_preview(config, index, timeline),
+        ranks=processes(),
+    )
     try:
-        yield from describe(config, architecture, largest_batch(index, plan), processes())
+        yield from describe(config, architecture, workload)
     except RuntimeError as error:  # a user's own optimizer may read numbers, which fake tensors do not have
         yield f"no memory estimate for {config.optimizer_name}: {str(error).splitlines()[0]}"
 
 
-def _kind(kind: str, saves: Sequence[Save], final: str | None, size: float) -> Iterator[str]:
-    kept, names = _kept(saves) + (final is not None), [save.name for save in saves]
-    shown = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
-    end = f" and {final} at the end" if final else ""
-    yield f"{len(names)} numbered {kind} ({shown or 'none'}){end}"
-    yield f"{_size(size)} each; {kept} stay, and one more while saving: {_size((kept + 1) * size)}"
+def _pixels(image: Bucket | Prompt) -> int:
+    return (image.width or 0) * (image.height or 0)
 
 
-def _kept(saves: Sequence[Save]) -> int:
-    """Number of saves that no later one replaces."""
-    return len({save.name for save in saves} - {save.replaces for save in saves})
-
-
-def _latents(config: Config, index: Index) -> Iterator[str]:
-    if not config.cache_latents:
-        yield "encoded again at each use, because cache_latents is off"
-        return
-    areas = np.array([bucket.width * bucket.height for bucket in index.buckets], np.int64)
-    used = index.used
-    size = int((areas[index.bucket[used]] * (1 + index.flips[used])).sum()) * 4 * 2 // 64
-    yield _place_of_cache(config, size, config.cache_latents_to_disk)
-
-
-def _say_text_outputs(config: Config, index: Index, found: Findings) -> None:
-    """Adds the size of the cached text encoder outputs. Raises UserError if the model cannot be read."""
-    if not config.cache_text_encoder_outputs:
-        return
-    assert config.pretrained_model_name_or_path is not None
-    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
-    if architecture is None:
-        return
-    tokenizer = tokenizer_of(config)
-    captions = Captions(index, config.text_encoder_outputs_variants, tokenizer.identity())
-    count = count_keys(captions.keys(), captions.used)
-    channels = tokenizer.positions * (architecture.te1.width + architecture.te2.width) + architecture.te2.projection
-    place = _place_of_cache(config, 2 * count * channels, config.cache_text_encoder_outputs_to_disk)
-    found.say("text outputs", f"{count} different captions: {place}")
-
-
-def _place_of_cache(config: Config, size: int, on_disk: bool) -> str:
-    if on_disk:
-        free = shutil.disk_usage(_existing(config.cache_folder)).free
-        return f"{_size(size)} in {config.cache_folder}, free there: {_size(free)}"
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{_size(size)} in memory, of {_size(memory)}"
+def _largest_preview(config: Config, index: Index, timeline: Timeline) -> tuple[int, int] | None:
+    """Width and height of the largest preview; None if no previews are due, or if the prompts cannot be read."""
+    if not config.sample_prompts or not any(True for _ in previews_every(config).moments(timeline)):
+        return None
+    try:
+        prompt = max(with_size(load_prompts(config.sample_prompts), index.resolution), key=_pixels)
+    except (UserError, ValueError):  # the problems say so
+        return None
+    return prompt.width or 0, prompt.height or 0
 
 
 def _machine(config: Config) -> Iterator[str]:
@@ -302,19 +247,9 @@ def _machine(config: Config) -> Iterator[str]:
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
             bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
-            yield f"GPU {number}: {properties.name}, {_size(properties.total_memory)}, {bf16}"
+            yield f"GPU {number}: {properties.name}, {size_text(properties.total_memory)}, {bf16}"
     else:
         yield f"no GPU: training runs on {os.cpu_count()} CPU cores, bf16 slowly"
-    yield f"optimizer {config.optimizer_name}"
     shared = Path("/dev/shm")
     if shared.is_dir():
-        yield f"/dev/shm: {_size(shutil.disk_usage(shared).free)} free (workers pass batches through it)"
-
-
-def _existing(folder: Path) -> Path:
-    """The folder itself if it exists, else the nearest existing folder above it."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def _size(count: float) -> str:
-    return f"{count / GiB:.1f} GiB" if count >= GiB else f"{count / MiB:.1f} MiB"
+        yield f"/dev/shm: {size_text(shutil.disk_usage(shared).free)} free (workers pass batches through it)"

@@ -1,45 +1,63 @@
-"""The memory estimate: how much memory a training step takes, known before any of it is allocated.
+"""The memory estimate: how much memory a run takes on a device, known before any of it is allocated.
 
-The training loop makes a step on fake tensors (torch's FakeTensorMode), which have shapes and storages but no memory,
-and every storage is recorded from its allocation to its end. There are no formulas for models, gradient checkpointing
-or optimizers here: their allocations are observed. Fake tensors of a GPU need a CUDA build of torch, so fake CPU
-tensors are used, and the places in which CUDA differs are stated below (`_cast_norms_as_cuda`,
-`_step_on_all_tensors_at_once`).
+Two things are observed on fake tensors, which have shapes and storages but no memory. First the training loop makes a
+forward and a backward pass, in which gradients are dropped and only their moments are recorded. Then the run's own
+update receives gradients at these moments and steps. There are no formulas for models, gradient checkpointing or
+optimizers here: their allocations are recorded. Configs that differ only in the optimizer share the recorded pass.
+
+A run has phases that are never on the device together: the encoding of images and captions for the caches, the training
+steps, and the previews between steps. Checkpoints are saved tensor by tensor, and validation makes a forward pass, so
+neither takes more than a step. Weights are loaded in host memory, so loading takes none of a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import Parameter
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import Tensor
 
-from sdxl_finetune.batch import LATENT_CHANNELS, Batch, Position
-from sdxl_finetune.commands.allocations import OPTIMIZER_STATES, Allocations
+from sdxl_finetune.batch import Batch, Position, Tokens
+from sdxl_finetune.commands.allocations import OPTIMIZER_STATES, Allocations, Recording
+from sdxl_finetune.commands.fake_learner import (
+    OPTIMIZER_STEP,
+    allocate,
+    build_fake_learner,
+    optimizer_states,
+    unallocated,
+)
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.data.index import Index
-from sdxl_finetune.model.architecture import Architecture, vae_config
-from sdxl_finetune.model.attention import enable_gradient_checkpointing
-from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.latents.keys import latent_shape
+from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, vae_config
+from sdxl_finetune.model.text import build_te1, build_te2, encode_tokens
+from sdxl_finetune.model.vae import decode, encode
 from sdxl_finetune.optim.step_unit import StepUnit
-from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, PlainUpdate
-from sdxl_finetune.runtime.processes import weight_dtype
+from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, Norms, PlainUpdate, Slice
 from sdxl_finetune.runtime.signals import StopRequest
-from sdxl_finetune.training.learner import Learner, build_learner
+from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.loop import training_steps
 
-FORWARD, BACKWARD, OPTIMIZER_STEP = "forward pass", "backward pass", "optimizer step"
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Data type of the arithmetic for each value of `mixed_precision`."""
+GRADIENTS = "gradients"
+KEPT = ("weights", "masters", OPTIMIZER_STATES, "EMA", "VAE")
+"""Parts that stay on the device between two steps."""
 MOST_MICRO_BATCHES = 3
 """Micro-batches of an estimated step at most, because later ones take the same memory as the third."""
+PASS_ONLY: dict[str, Any] = {
+    "optimizer_type": "SGD",
+    "optimizer_args": {},
+    "use_8bit_adam": False,
+    "use_lion_optimizer": False,
+    "fused_backward_pass": False,
+    "fused_optimizer_groups": None,
+    "exact_masters": False,
+    "ema_decay": None,
+    "ema_half_life": None,
+}
+"""Options that do not change the forward and backward pass, each with the value that is cheapest to observe."""
 
 
 @dataclass(frozen=True)
@@ -54,34 +72,96 @@ class BatchShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes of tensors at the peak of a step."""
+    """Bytes of tensors at the peak of a phase of the run."""
 
     parts: dict[str, int]
     """Bytes by purpose; their sum is the peak."""
     phase: str
-    """The part of the step in which the peak is."""
-    step_unit: StepUnit | None
+    """The part of the run, or of a step, in which the peak is."""
+    step_unit: StepUnit | None = None
     """How the optimizer steps, if the update asks for it."""
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def kept(self) -> dict[str, int]:
+        """The parts that stay on the device between two steps."""
+        return {part: size for part, size in self.parts.items() if part in KEPT}
 
-def estimate(config: Config, architecture: Architecture, shape: BatchShape, *, cuda: bool, ranks: int = 1) -> Estimate:
+
+Passes = dict[tuple[str, BatchShape, bool], Recording]
+"""Recorded forward and backward passes, by options, shape, and whether they are those of a GPU."""
+
+
+def estimate(
+    config: Config,
+    architecture: Architecture,
+    shape: BatchShape,
+    *,
+    cuda: bool,
+    ranks: int = 1,
+    passes: Passes | None = None,
+) -> Estimate:
     """Estimates a step on batches of this shape, on one of `ranks` processes, on a GPU (`cuda`) or a CPU.
 
-    Raises UserError for an optimizer or for learning rates that cannot be used.
+    `passes` keeps passes for later calls with the same architecture. Raises UserError for an optimizer or for learning
+    rates that cannot be used.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), Allocations(count_scratch=not cuda) as allocations:
-        learner = _build_fake_learner(config, architecture, allocations, cuda=cuda)
-        next(training_steps(learner, _batches(learner, shape, ranks), StopRequest()))
-        allocations.set_owner(OPTIMIZER_STATES, _optimizer_states(learner))
+    passes = {} if passes is None else passes
+    key = config.model_copy(update=PASS_ONLY).model_dump_json(), shape, cuda
+    if key not in passes:
+        passes[key] = _record_pass(config.model_copy(update=PASS_ONLY), architecture, shape, cuda=cuda)
+    with Allocations(count_scratch=not cuda) as allocations:
+        learner = build_fake_learner(config, architecture, allocations, cuda=cuda)
+        _make_step(learner, passes[key], allocations, ranks)
+        allocations.set_owner(OPTIMIZER_STATES, optimizer_states(learner))
         parts, phase = _parts_of_peak(allocations)
     if extra := _bytes_between_processes(learner, ranks):
-        parts["gradients"] = parts.get("gradients", 0) + extra
+        parts[GRADIENTS] = parts.get(GRADIENTS, 0) + extra
     step_unit = learner.update.step_unit if isinstance(learner.update, ExactUpdate) else None
     return Estimate(parts=parts, phase=phase, step_unit=step_unit)
+
+
+def estimate_caches(config: Config, architecture: Architecture, largest: BatchShape) -> list[Estimate]:
+    """Estimates the encoding of images and captions for the caches that the config asks for, on a GPU.
+
+    The model is still in host memory then. `largest` is the largest bucket, whose images are encoded in batches of
+    `vae_batch_size`.
+    """
+    found = []
+    if config.cache_latents:
+        shape = replace(largest, images=config.vae_batch_size)
+        with Allocations(count_scratch=False) as allocations, torch.no_grad():
+            vae = _build_fake_vae(architecture, allocations)
+            noise = torch.zeros(shape.images, *latent_shape(shape, architecture.pixels_per_latent))
+            encode(vae, torch.zeros(shape.images, 3, shape.height, shape.width), noise)
+            found.append(Estimate(parts=_parts_of_peak(allocations)[0], phase="encoding of images"))
+    if config.cache_text_encoder_outputs:
+        with Allocations(count_scratch=False) as allocations, torch.no_grad():
+            encoders = []
+            for build, settings in ((build_te1, te1_config(architecture)), (build_te2, te2_config(architecture))):
+                with unallocated():
+                    encoders.append(build(settings).eval())
+                allocate(encoders[-1], torch.float32)
+                allocations.set_owner("weights", [*encoders[-1].parameters(), *encoders[-1].buffers()])
+            tokens = torch.zeros(config.text_encoder_batch_size, _chunks(config), 77, dtype=torch.int64)
+            encode_tokens(encoders[0], encoders[1], Tokens(tokens, tokens))
+            found.append(Estimate(parts=_parts_of_peak(allocations)[0], phase="encoding of captions"))
+    return found
+
+
+def estimate_previews(architecture: Architecture, step: Estimate, width: int, height: int) -> Estimate:
+    """Estimates the previews of so many pixels on a GPU, between two steps of this estimate.
+
+    Their peak is in the VAE, which decodes one picture at a time in float32.
+    """
+    with Allocations(count_scratch=False) as allocations, torch.no_grad():
+        vae = _build_fake_vae(architecture, allocations)
+        decode(vae, torch.zeros(1, *latent_shape(BatchShape(1, height, width), architecture.pixels_per_latent)))
+        parts, _ = _parts_of_peak(allocations)
+    return Estimate(parts=step.kept | parts, phase="previews")
 
 
 def largest_batch(index: Index, plan: Plan) -> BatchShape:
@@ -92,69 +172,115 @@ def largest_batch(index: Index, plan: Plan) -> BatchShape:
     return BatchShape(images, bucket.height, bucket.width)
 
 
-def _build_fake_learner(config: Config, architecture: Architecture, allocations: Allocations, *, cuda: bool) -> Learner:
-    """A learner of fake tensors whose owners are noted."""
-    with torch.device("meta"):
-        sdxl, vae = SDXL(architecture), AutoencoderKL(**vae_config(architecture))
-    modules = [sdxl]
-    if config.cache_text_encoder_outputs:
-        sdxl.detach_text_encoders()
-        modules += [] if cuda else [sdxl.te1, sdxl.te2]  # a GPU does not hold encoders whose outputs are cached
-    for module in modules:
-        _allocate(module, weight_dtype(config))
-        allocations.set_owner("weights", [*module.parameters(), *module.buffers()])
-    vae = vae.eval().requires_grad_(False)
-    if not (cuda and config.cache_latents):  # with cached latents the VAE is back in host memory
-        _allocate(vae, torch.float32)
-        allocations.set_owner("VAE", vae.parameters())
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(sdxl)
-    sdxl.train()
-    if cuda and config.ema_on_cpu:
-        config = config.model_copy(update={"ema_decay": None, "ema_half_life": None})
-    _note_gradients(sdxl, allocations)
-    accelerator = _FakeAccelerator(allocations, DTYPES[config.mixed_precision])
-    learner = build_learner(config, sdxl, vae, accelerator, lambda step, rate: rate, _disable_current_modes)
-    if learner.update.loss_scale:  # fake gradients have no values that could overflow
-        learner.update.loss_scale.accepts = lambda norm: True  # type: ignore[method-assign]
-    # Noted before and after the update's own hooks, because these may replace a gradient by a sum in float32.
-    _note_gradients(sdxl, allocations, learner)
-    allocations.set_owner(OPTIMIZER_STATES, _optimizer_states(learner))
-    if config.keeps_masters and not cuda:  # on a GPU the low bits of frozen parameters stay in host memory
-        for parameter in sdxl.parameters():
-            if not parameter.requires_grad:
-                sdxl.masters.prepare(parameter, whole=False)
-    allocations.set_owner("masters", sdxl.masters.tensors())
-    allocations.set_owner("EMA", learner.ema.averages.values() if learner.ema else ())
-    if cuda and config.mixed_precision != "no":
-        _cast_norms_as_cuda(sdxl)
-    if cuda:
-        _step_on_all_tensors_at_once(learner.update.optimizer)
-    return learner
+def _build_fake_vae(architecture: Architecture, allocations: Allocations) -> AutoencoderKL:
+    with unallocated():
+        vae = AutoencoderKL(**vae_config(architecture))
+    allocate(vae, torch.float32)
+    allocations.set_owner("VAE", vae.parameters())
+    return vae.eval().requires_grad_(False)
 
 
-def _note_gradients(sdxl: SDXL, allocations: Allocations, learner: Learner | None = None) -> None:
-    """Notes each gradient as soon as it is complete."""
+def _record_pass(config: Config, architecture: Architecture, shape: BatchShape, *, cuda: bool) -> Recording:
+    """Records the forward and backward pass of a micro-batch, with a mark where a gradient is complete."""
+    with Allocations(count_scratch=not cuda) as allocations:
+        learner = build_fake_learner(config, architecture, allocations, cuda=cuda)
+        names = {parameter: name for name, parameter in learner.parameters.named()}
 
-    def note(parameter: Parameter) -> None:
-        sums = learner.update.sums if learner and isinstance(learner.update, ExactUpdate) else {}
-        gradients = parameter.grad, sums.get(parameter)
-        allocations.set_owner("gradients", (gradient for gradient in gradients if gradient is not None))
+        def drop_gradient(parameter: Tensor) -> None:
+            assert isinstance(parameter, torch.nn.Parameter) and parameter.grad is not None
+            allocations.set_owner(GRADIENTS, [parameter.grad])
+            allocations.mark(names[parameter])
+            parameter.grad = None
 
-    for parameter in sdxl.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(note)
+        for parameter in names:
+            parameter.register_post_accumulate_grad_hook(drop_gradient)
+        learner = replace(learner, update=_NoUpdate(learner))
+        since, position = allocations.now(), Position(0, 0, 0, 1)
+        batches = (_batch(config, architecture, shape, position) for _ in range(1))
+        for _ in training_steps(learner, batches, StopRequest()):
+            pass
+        return allocations.record(since, without=GRADIENTS)
 
 
-def _optimizer_states(learner: Learner) -> list[Tensor]:
-    states = learner.update.optimizer.state.values()
-    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+class _NoUpdate:
+    """Stands for an update while a pass is recorded: it makes no step."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.optimizer, self.optimizer_groups = learner.update.optimizer, learner.update.optimizer_groups
+        self.loss_scale = learner.update.loss_scale
+
+    def accumulate(self, *, last: bool, only: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def step(self) -> Norms:
+        return {group.name: torch.zeros(()) for group in self.optimizer_groups}
+
+    def weights_for_use(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def _make_step(learner: Learner, recorded: Recording, allocations: Allocations, ranks: int) -> None:
+    """Makes an optimizer step whose forward and backward passes are the recorded one."""
+    update, parameters = learner.update, dict(learner.parameters.named())
+    micros = _micro_batches(learner, ranks)
+    is_fused = isinstance(update, ExactUpdate) and learner.config.is_fused and micros == 1
+
+    def receive(name: str) -> None:
+        parameter = parameters[name]
+
+        @torch.no_grad()
+        def complete_gradient() -> None:
+            gradient = torch.empty_like(parameter)
+            allocations.set_owner(GRADIENTS, [gradient])
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                hook(parameter)
+            if isinstance(update, ExactUpdate) and parameter in update.sums:
+                allocations.set_owner(GRADIENTS, [update.sums[parameter]])
+
+        if is_fused:  # the step on one tensor is that on any other tensor of its shape
+            allocations.repeat((parameter.shape, parameter.dtype), complete_gradient, remains=OPTIMIZER_STATES)
+        else:
+            complete_gradient()
+
+    if isinstance(update, ExactUpdate):
+        _repeat_steps(update, allocations)
+    for micro in range(micros):
+        with update.accumulate(last=micro + 1 == micros, only=micros == 1):
+            allocations.replay(recorded, receive)
+    allocations.phase = OPTIMIZER_STEP
+    update.step()
+    if learner.ema:
+        learner.ema.update(0, 1)
+
+
+def _repeat_steps(update: ExactUpdate, allocations: Allocations) -> None:
+    """Makes the update step only on the first slices of given shapes. Later ones are counted as those."""
+    step_on = update.step_on
+
+    def repeated(slices: Sequence[Slice], factor: Tensor | None) -> None:
+        shapes = tuple((part.buffer.shape, part.parameter.dtype) for part in slices)
+        allocations.repeat(shapes, lambda: step_on(slices, factor), remains=OPTIMIZER_STATES)
+
+    setattr(update, "step_on", repeated)  # noqa: B010
+
+
+def _micro_batches(learner: Learner, ranks: int) -> int:
+    """Micro-batches of a step. Exact gradients of several processes add up as those of several micro-batches."""
+    micros = learner.config.gradient_accumulation_steps
+    if ranks > 1 and isinstance(learner.update, ExactUpdate) and not learner.config.is_fused:
+        micros = max(2, micros)
+    return min(micros, MOST_MICRO_BATCHES)
+
+
+def _chunks(config: Config) -> int:
+    return -(-(config.max_token_length or 75) // 75)
 
 
 def _parts_of_peak(allocations: Allocations) -> tuple[dict[str, int], str]:
     """Bytes at the peak by purpose, and the phase of the peak."""
     alive, phase = allocations.peak()
-    order = ("weights", "masters", "gradients", OPTIMIZER_STATES, "EMA", "VAE")
+    order = ("weights", "masters", GRADIENTS, OPTIMIZER_STATES, "EMA", "VAE")
     rest = "temporary" if phase == OPTIMIZER_STEP else "activations"
     parts = dict.fromkeys((*order, rest), 0)
     for number, size in alive.items():
@@ -174,20 +300,10 @@ def _bytes_between_processes(learner: Learner, ranks: int) -> int:
     return 4 * IN_FLIGHT * max(parameter.numel() for parameter in trained) if learner.config.is_fused else 0
 
 
-def _batches(learner: Learner, shape: BatchShape, ranks: int) -> Iterator[Batch]:
-    """The micro-batches of a step. Exact gradients of several processes add up as those of several micro-batches."""
-    micros = learner.config.gradient_accumulation_steps
-    if ranks > 1 and isinstance(learner.update, ExactUpdate) and not learner.config.is_fused:
-        micros = max(2, micros)
-    micros = min(micros, MOST_MICRO_BATCHES)
-    for micro in range(micros):
-        yield _batch(learner.config, learner.sdxl.architecture, shape, Position(0, 0, micro, micros))
-
-
 def _batch(config: Config, architecture: Architecture, shape: BatchShape, position: Position) -> Batch:
     """A batch of this shape; its values have no meaning."""
-    chunks = -(-(config.max_token_length or 75) // 75)
-    latents = torch.zeros(shape.images, LATENT_CHANNELS, shape.height // 8, shape.width // 8)
+    chunks = _chunks(config)
+    latents = torch.zeros(shape.images, *latent_shape(shape, architecture.pixels_per_latent))
     tokens = torch.zeros(shape.images, chunks, 77, dtype=torch.int64)
     sizes = torch.zeros(shape.images, 2, dtype=torch.int64)
     text: dict[str, Any] = {"tokens1": tokens, "tokens2": tokens}
@@ -210,80 +326,3 @@ def _batch(config: Config, architecture: Architecture, shape: BatchShape, positi
         target_size=sizes,
         weights=torch.ones(shape.images),
     )
-
-
-class _FakeAccelerator(Accelerator):
-    """The parts of accelerate that a learner and the training loop use, for one process that sets nothing up."""
-
-    num_processes = 1
-    device = torch.device("cpu")
-
-    def __init__(self, allocations: Allocations, dtype: torch.dtype) -> None:
-        self._allocations, self._dtype = allocations, dtype
-
-    def prepare(self, model: SDXL, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, "_PreparedOptimizer"]:
-        return self.prepare_model(model), _PreparedOptimizer(optimizer)
-
-    def prepare_model(self, model: SDXL, **_settings: Any) -> nn.Module:
-        return _PreparedModel(model, self._allocations, self._dtype)
-
-    def backward(self, loss: Tensor) -> None:
-        self._allocations.phase = BACKWARD
-        loss.backward()
-        self._allocations.phase = OPTIMIZER_STEP
-
-    def reduce(self, tensor: Tensor, reduction: str = "sum", scale: float = 1.0) -> Tensor:
-        return tensor
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def unscale_gradients(self, optimizer: Any = None) -> None:
-        pass
-
-
-class _PreparedModel(nn.Module):
-    """A model as accelerate prepares it: its forward pass runs in the precision of `mixed_precision`."""
-
-    def __init__(self, sdxl: SDXL, allocations: Allocations, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.sdxl, self._allocations, self._dtype = sdxl, allocations, dtype
-
-    def forward(self, *inputs: Any) -> Tensor:
-        self._allocations.phase = FORWARD
-        with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
-            return self.sdxl(*inputs)
-
-
-class _PreparedOptimizer:
-    """An optimizer as accelerate prepares it."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer, self.step, self.zero_grad = optimizer, optimizer.step, optimizer.zero_grad
-
-
-def _allocate(module: nn.Module, dtype: torch.dtype) -> None:
-    """Gives a module on the meta device fake tensors; parameters are of `dtype`."""
-    for child in module.modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            fake = torch.empty(parameter.shape, dtype=dtype)
-            setattr(child, name, Parameter(fake, requires_grad=parameter.requires_grad))
-        for name, buffer in child.named_buffers(recurse=False):
-            setattr(child, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-
-
-def _cast_norms_as_cuda(sdxl: SDXL) -> None:
-    """Makes normalisation layers keep a float32 copy of their input, as they do under CUDA's autocast.
-
-    A CPU's autocast leaves them alone (torch.amp's documentation, "CUDA Ops that can autocast to float32").
-    """
-    for module in sdxl.modules():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-
-
-def _step_on_all_tensors_at_once(optimizer: torch.optim.Optimizer) -> None:
-    """Turns on `foreach`, CUDA's default in torch's optimizers: one call, with temporary copies of all tensors."""
-    for group in optimizer.param_groups:
-        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
-            group["foreach"] = True

@@ -1,17 +1,26 @@
-"""The memory lines of sdxl-check: memory of a step, cards that it fits, and options that make it fit others."""
+"""The memory lines of sdxl-check: memory of each phase, cards that the run fits, options that make it fit others."""
 
 import logging
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from sdxl_finetune.commands.memory_estimate import BatchShape, Estimate, estimate
+from sdxl_finetune.commands.memory_estimate import (
+    BatchShape,
+    Estimate,
+    Passes,
+    estimate,
+    estimate_caches,
+    estimate_previews,
+)
 from sdxl_finetune.config import Config
+from sdxl_finetune.config.rules import find_problems
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.architecture import Architecture
 from sdxl_finetune.optim.step_unit import StepUnit
-from sdxl_finetune.runtime.out_of_memory import remedies
+from sdxl_finetune.runtime.host import memory_bytes
+from sdxl_finetune.runtime.out_of_memory import Remedy, remedies
 
 logger = logging.getLogger(__name__)
 
@@ -19,57 +28,134 @@ GiB = 1 << 30
 ALLOWANCE = 1 * GiB, 0.05
 """Memory that CUDA takes beside tensors, not measured: bytes for its context and the workspaces of cuBLAS and cuDNN,
 and unused memory between tensors, as a share of the tensors."""
-CARDS = (24, 48, 80)
+CARDS = (8, 12, 16, 24, 32, 48, 80)
 """Usual sizes of cards in GB. A GB is counted as 10^9 bytes, which each such card has at least."""
+WORTH_SAYING = 0.98
+"""A remedy helps if it leaves at most this share of the memory."""
 
 
-def on_cuda(found: Estimate) -> int:
-    """Bytes on a GPU: the estimate with the allowance."""
-    return found.total + ALLOWANCE[0] + int(found.total * ALLOWANCE[1])
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The sizes on which the memory of one process of a run depends."""
+
+    batch: BatchShape
+    """The largest batch of a step."""
+    bucket: BatchShape
+    """The largest bucket, whose images the VAE encodes."""
+    preview: tuple[int, int] | None = None
+    """Width and height of the largest preview in pixels; None if there are no previews."""
+    ranks: int = 1
 
 
-def fits(config: Config, architecture: Architecture, shape: BatchShape, found: Estimate, ranks: int) -> Iterator[str]:
-    """Lines that say which CARDS the step fits, and which options would make it fit the other cards."""
-    missing = [card for card in sorted(CARDS, reverse=True) if on_cuda(found) > card * 10**9]
+@dataclass
+class Estimator:
+    """Estimates a workload under several configs, and keeps what they have in common."""
+
+    architecture: Architecture
+    workload: Workload
+    passes: Passes = field(default_factory=dict)
+
+    def phases(self, config: Config) -> list[Estimate]:
+        """The step, and the other phases of a run on a GPU. Raises UserError for an optimizer that cannot be used."""
+        work = self.workload
+        images = min(work.batch.images, config.train_batch_size)
+        step = estimate(
+            config,
+            self.architecture,
+            replace(work.batch, images=images),
+            cuda=True,
+            ranks=work.ranks,
+            passes=self.passes,
+        )
+        found = [step, *estimate_caches(config, self.architecture, work.bucket)]
+        if work.preview:
+            found.append(estimate_previews(self.architecture, step, *work.preview))
+        return found
+
+
+def on_cuda(found: Sequence[Estimate]) -> int:
+    """Bytes on a GPU: the largest phase, with the allowance."""
+    most = max(phase.total for phase in found)
+    return most + ALLOWANCE[0] + int(most * ALLOWANCE[1])
+
+
+def fits(config: Config, estimator: Estimator, found: Sequence[Estimate]) -> Iterator[str]:
+    """Lines that say which CARDS the run fits, and which options would make it fit the other cards.
+
+    Remedies are added one after the other. One that does not lower the memory is left out.
+    """
+    needed = on_cuda(found)
+    missing = [card for card in sorted(CARDS, reverse=True) if needed > card * 10**9]
     fitting = [card for card in CARDS if card not in missing]
     if fitting:
         yield f"fits a card of {' / '.join(map(str, fitting))} GB"
-    used: list[str] = []
-    tried = ((name, changes, shape) for name, changes in remedies(config))
-    for name, changes, smaller in (*tried, ("train_batch_size = 1", {}, replace(shape, images=1))):
-        if not missing or (not changes and shape.images == 1):
+    used: list[Remedy] = []
+    for remedy in remedies(config):
+        if not missing:
             break
-        config = config.model_copy(update=changes)
-        used.append(name)
-        try:
-            now = estimate(config, architecture, smaller, cuda=True, ranks=ranks)
-        except UserError:  # an optimizer that cannot be fused
-            used.pop()
+        changed = config.model_copy(update=remedy.changes)
+        if set(find_problems(changed)) - set(find_problems(config)):
             continue
-        while missing and on_cuda(now) <= missing[0] * 10**9:
-            yield f"does not fit {missing.pop(0)} GB; would with {', '.join(used)}: {on_cuda(now) / GiB:.1f} GiB"
-    for card in missing:
-        yield f"does not fit {card} GB" + (f", nor with {', '.join(used)}" if used else "")
+        logger.info("estimating the memory with %s", remedy.text)
+        try:
+            now = on_cuda(estimator.phases(changed))
+        except UserError:  # an optimizer that cannot be fused
+            continue
+        if now > WORTH_SAYING * needed:
+            continue
+        config, needed = changed, now
+        # A later optimizer_type replaces an earlier one.
+        used = [each for each in used if not each.changes.keys() & remedy.changes.keys()] + [remedy]
+        fits_now = [card for card in missing if needed <= card * 10**9]
+        if fits_now:
+            missing = [card for card in missing if card not in fits_now]
+            cards = " / ".join(map(str, sorted(fits_now)))
+            yield f"does not fit {cards} GB; would with {_listed(used)}: {needed / GiB:.1f} GiB"
+    if missing:
+        cards = " / ".join(map(str, sorted(missing)))
+        yield f"does not fit {cards} GB" + (f", nor with {_listed(used)}: {needed / GiB:.1f} GiB" if used else "")
+    yield from (f"{remedy.text}: {remedy.cost}" for remedy in used if remedy.cost)
 
 
-def describe(config: Config, architecture: Architecture, shape: BatchShape, ranks: int) -> Iterator[str]:
+def _listed(used: Sequence[Remedy]) -> str:
+    return ", ".join(remedy.text for remedy in used)
+
+
+def describe(config: Config, architecture: Architecture, workload: Workload) -> Iterator[str]:
     """The lines on memory for sdxl-check."""
-    logger.info("estimating the memory of a step, on tensors without memory")
-    found = estimate(config, architecture, shape, cuda=True, ranks=ranks)
+    estimator, shape = Estimator(architecture, workload), workload.batch
+    logger.info("estimating the memory of a step, on tensors without memory (--no_memory leaves it out)")
+    found = estimator.phases(config)
+    step, *others = found
     images = f"{shape.images} image{'s' * (shape.images > 1)} of {shape.width}x{shape.height}"
     yield f"{images}, {config.max_token_length} tokens, on a GPU:"
-    yield ", ".join(f"{part} {_size(size)}" for part, size in found.parts.items())
-    yield f"together {_size(found.total)} at the peak, in the {found.phase}"
-    extra = on_cuda(found) - found.total
-    yield f"and an allowance of {_size(extra)} for CUDA's context, workspaces and fragmentation (not measured)"
-    yield from fits(config, architecture, shape, found, ranks)
-    if found.step_unit == StepUnit.ALL and config.keeps_masters:
-        plain, low = found.parts["masters"], found.parts["masters"] // 2
+    yield ", ".join(f"{part} {_size(size)}" for part, size in step.parts.items())
+    yield f"together {_size(step.total)} at the peak, in the {step.phase}"
+    if others:
+        yield "before and between steps: " + ", ".join(f"{phase.phase} {_size(phase.total)}" for phase in others)
+    most = max(phase.total for phase in found)
+    extra = on_cuda(found) - most
+    yield (
+        f"{_size(on_cuda(found))} with an allowance of {_size(extra)} for CUDA's context, workspaces and fragmentation"
+        " (not measured)"
+    )
+    yield from fits(config, estimator, found)
+    if step.step_unit == StepUnit.ALL and config.keeps_masters:
+        plain, low = step.parts["masters"], step.parts["masters"] // 2
         name = config.optimizer_name
         yield f"{name} needs all tensors at once: float32 masters take {_size(plain)}, for others {_size(low)}"
     if not torch.cuda.is_available():
-        here = estimate(config, architecture, shape, cuda=False, ranks=ranks)
-        yield f"on this CPU {_size(here.total)} of tensors, most in the {here.phase}"
+        yield _on_cpu(config, estimator, step)
+
+
+def _on_cpu(config: Config, estimator: Estimator, step: Estimate) -> str:
+    """The line on training without a GPU. Its estimate takes time, so it is made only if the step could fit."""
+    memory = memory_bytes()
+    if step.total > memory:
+        return f"this machine has no GPU, and its {_size(memory)} of memory are too little to train on its CPU"
+    work = estimator.workload
+    here = estimate(config, estimator.architecture, work.batch, cuda=False, ranks=work.ranks)
+    return f"on this CPU {_size(here.total)} of tensors, most in the {here.phase}"
 
 
 def _size(size: float) -> str:

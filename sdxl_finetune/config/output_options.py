@@ -130,6 +130,9 @@ class PreviewOptions(Options):
 class LoggingOptions(Options):
     """Logs"""
 
+    no_memory: bool = False
+    """sdxl-check alone: leave out the memory estimate, which takes most of its time. Not in sd-scripts."""
+
     logging_dir: FilePath | None = None
     """Folder for logs; each run gets a folder in it. Default: no log files."""
     log_with: Literal["tensorboard", "wandb", "all"] | None = None

@@ -51,7 +51,7 @@ def prepare(
     kind = Kind("latents", encoder.identity() if config.cache_latents_to_disk else "")
     folder = kind.folder(scratch) if config.cache_latents_to_disk else None
     if folder is None:
-        _check_memory(index, scale)
+        check_memory(latent_bytes(index, scale), "the latents", "cache_latents")
     team = find_team(accelerator, kind, folder)
     shards = open_together(team, accelerator)
     keys = row_keys(index)
@@ -114,9 +114,10 @@ def _trusts_npz(job: Encoding, rows: np.ndarray) -> bool:
     return bool(len(beside)) and not foreign
 
 
-def _check_memory(index: Index, pixels_per_latent: int) -> None:
+def latent_bytes(index: Index, pixels_per_latent: int) -> int:
+    """Bytes of the latents of all images in use, mirrored ones included."""
     sizes = np.array([2 * math.prod(latent_shape(bucket, pixels_per_latent)) for bucket in index.buckets])
-    check_memory(int((sizes[index.bucket] * (1 + index.flips))[index.used].sum()), "the latents", "cache_latents")
+    return int((sizes[index.bucket] * (1 + index.flips))[index.used].sum())
 
 
 def _bad_images(index: Index, reports: Sequence[Report]) -> dict[int, Problem]:

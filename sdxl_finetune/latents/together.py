@@ -5,7 +5,6 @@ machine for that machine. While they encode, the processes meet every minute, so
 all stop when one is asked to stop.
 """
 
-import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter, open_shards
+from sdxl_finetune.runtime.host import memory_bytes
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
 
 ROUND = 60
@@ -100,7 +100,7 @@ def readable_shards(team: Team, written: Sequence[Shard]) -> list[Shard]:
 
 def check_memory(size: int, what: str, option: str) -> None:
     """Raises UserError if `size` bytes are more than the memory of this machine. `option` keeps them in memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = memory_bytes()
     if size > memory:
         message = f"{what} take {size / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory"
         raise UserError(Problem(f"{message}: set {option}_to_disk", key=option, value=True))

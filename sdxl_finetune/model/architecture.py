@@ -49,6 +49,11 @@ class Architecture:
     vae_layers: int
 
     @property
+    def pixels_per_latent(self) -> int:
+        """Pixels of an image for one latent, along one side: 8 for the four levels of SDXL's VAE."""
+        return int(2 ** (len(self.vae_widths) - 1))
+
+    @property
     def layout(self) -> Layout:
         """The numbers that the names of the tensors depend on."""
         return Layout(

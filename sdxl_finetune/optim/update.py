@@ -189,7 +189,7 @@ class ExactUpdate:
         factor = gradient_factor(total_norm(norms), self._max_norm, self.loss_scale)
         if self.loss_scale is None or self.loss_scale.accepts(total_norm(norms)):
             for call in self._calls:
-                self._step_on(call, factor)
+                self.step_on(call, factor)
         for parameter in self._slices:
             parameter.grad = None
         self.sums.clear()
@@ -247,14 +247,14 @@ class ExactUpdate:
         self._squared_norms[number] = self._squared_norms.get(number, 0) + norm.square()
         factor = gradient_factor(norm, self._max_norm)
         for part in self._slices[parameter]:
-            self._step_on([part], factor)
+            self.step_on([part], factor)
         parameter.grad = None
         self.sums.pop(parameter, None)
 
     def _gradient(self, parameter: Parameter) -> Tensor | None:
         return self.sums.get(parameter, parameter.grad)
 
-    def _step_on(self, slices: Sequence[Slice], factor: Tensor | None) -> None:
+    def step_on(self, slices: Sequence[Slice], factor: Tensor | None) -> None:
         """Calls the optimizer for those of these slices that have a gradient, which is multiplied by `factor`."""
         stepped = [(part, gradient) for part in slices if (gradient := self._gradient(part.parameter)) is not None]
         buffers: list[list[Parameter]] = [[] for _ in self._groups]

@@ -9,7 +9,6 @@ step that is still being computed.
 import json
 import logging
 import math
-import resource
 import sys
 import time
 from collections import deque
@@ -34,6 +33,7 @@ from sdxl_finetune.output.delayed_scalars import DelayedScalars
 from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
+from sdxl_finetune.runtime import host
 
 logger = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory in use since the start: of the GPU, or of this process if the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return host.peak_memory_bytes()
 
 
 def _without_infinities(row: dict[str, object]) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_finetune.commands.check import check
 from sdxl_finetune.config import load_config
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.latents.shards import Kind, read_shard
 from sdxl_finetune.training.loop import train
 from tests.hub_server import TOKEN, HubServer
@@ -68,6 +70,39 @@ def test_all_problems_at_once(work, capsys) -> None:
     said = capsys.readouterr().out.partition("\nproblems")[2]
     for word in ("broken.png", "other.safetensors", "prompts.json", "StepLR", "AdamX"):
         assert word in said, said
+
+
+def test_an_image_that_would_stop_training_is_not_called_skipped(work, capsys, caplog) -> None:
+    Path("images/broken.png").write_bytes(b"not a picture")
+    assert check(config("sdxl-check", "--learning_rate_te1", "0", "--no_memory")) == 2
+    said = capsys.readouterr().out
+    assert "1 not usable, so training would stop" in said and "skipped" not in said + caplog.text
+    assert "broken.png" in said.partition("\nproblems")[2]
+
+
+def test_what_training_refuses_of_the_machine_is_a_problem(work, capsys) -> None:
+    asked = config("sdxl-check", "--mixed_precision", "fp16", "--no_memory")
+    try:
+        train(asked.model_copy(update={"max_train_epochs": 1}))
+        refused = False
+    except UserError:
+        refused = True
+    assert (check(asked) == 2) == refused
+
+
+def test_a_disk_that_is_too_small_is_a_problem(work, capsys, monkeypatch) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 10))
+    assert check(config("sdxl-check", "--no_memory", "--cache_latents_to_disk")) == 2
+    problems = capsys.readouterr().out.partition("\nproblems")[2]
+    assert "output_dir" in problems and "save_last_n_epochs" in problems and "cache_dir" in problems
+
+
+def test_no_memory_leaves_out_the_estimate(work, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sdxl_finetune.commands.check.describe", lambda *_: pytest.fail("it was estimated"))
+    assert check(config("sdxl-check", "--no_memory")) == 0
+    said = capsys.readouterr().out
+    assert "\nmemory" not in said and re.search(r"optimizer +AdamW, [\d.]+ MiB of states on each GPU", said)
 
 
 def test_skipped_images_are_named(work, caplog, capsys) -> None:

@@ -1,0 +1,147 @@
+"""The lines of sdxl-check on disk and memory that a run fills: checkpoints, training states, caches."""
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sdxl_finetune.config import Config
+from sdxl_finetune.data.index import Index
+from sdxl_finetune.errors import Problem, Problems
+from sdxl_finetune.latents.captions import Captions, count_keys
+from sdxl_finetune.latents.preparing import latent_bytes
+from sdxl_finetune.latents.together import check_memory
+from sdxl_finetune.model.architecture import FULL
+from sdxl_finetune.model.keymap import VAE
+from sdxl_finetune.model.load import inspect_checkpoint
+from sdxl_finetune.optim.ema import uses_ema
+from sdxl_finetune.optim.parameters import Group
+from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
+from sdxl_finetune.runtime.host import memory_bytes
+from sdxl_finetune.runtime.processes import weight_dtype
+from sdxl_finetune.training.checks import tokenizer_of
+from sdxl_finetune.training.every import Timeline, previews_every, saves_every
+from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
+
+MiB, GiB = 1 << 20, 1 << 30
+
+
+class Findings(Problems):
+    """Lines of the report with their headings, and the problems that were found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, str]] = []
+
+    def say(self, heading: str, *lines: str) -> None:
+        self.lines += [(heading if not number else "", line) for number, line in enumerate(lines)]
+
+
+def optimizer_lines(config: Config, groups: Sequence[Group], state_bytes: float) -> Iterator[str]:
+    size = optimizer_state_bytes(groups, state_bytes)
+    yield f"{config.optimizer_name}, {size_text(size)} of states on each GPU"
+
+
+def optimizer_state_bytes(groups: Sequence[Group], state_bytes: float) -> float:
+    """Bytes of optimizer states that each process keeps, given the bytes for each trained element."""
+    return sum(group.size for group in groups) * state_bytes
+
+
+def file_lines(
+    config: Config, timeline: Timeline, groups: Sequence[Group], state_bytes: float, found: Findings
+) -> Iterator[str]:
+    assert config.pretrained_model_name_or_path is not None and config.output_dir is not None
+    file = inspect_checkpoint(config.pretrained_model_name_or_path).file
+    dtype = PRECISIONS[config.save_precision] or weight_dtype(config)
+    parameters = sum(math.prod(source.shape) for source in file.tensors.values())
+    vae = sum(math.prod(source.shape) for key, source in file.tensors.items() if key.startswith((VAE, "vae.")))
+    trained = sum(group.size for group in groups)
+    size = 4 if config.keeps_masters else weight_dtype(config).itemsize
+    state = (parameters - vae) * size + vae * 4 + optimizer_state_bytes(groups, state_bytes)
+    state += 4 * trained * uses_ema(config)
+    moments = list(saves_every(config, timeline.epochs).moments(timeline))
+    weights_saves = [save for moment in moments for save in checkpoints_due(config, moment, timeline.epochs)]
+    state_saves = [save for moment in moments for save in states_due(config, moment, timeline.epochs)]
+    yield from _kind("weights", weights_saves, final_name(config), parameters * dtype.itemsize)
+    last = final_state(config)
+    if config.save_state or last:
+        yield from _kind("states", state_saves, last.name if last else None, state)
+    else:
+        yield f"a training state, saved when the run is stopped by a signal, takes {size_text(state)}"
+    previews = len(list(previews_every(config).moments(timeline))) if config.sample_prompts else 0
+    if previews:
+        yield f"{previews} rounds of previews"
+    # One more of each kind for the end of the run, and one more while it is being written.
+    needed = (_kept(weights_saves) + 2) * parameters * dtype.itemsize + (_kept(state_saves) + 2) * state
+    free = shutil.disk_usage(existing(config.output_dir)).free
+    yield f"free in {config.output_dir}: {size_text(free)}"
+    if free < needed:
+        message = f"the disk has {size_text(free)} free, and the run needs {size_text(needed)}"
+        message += ": free space, or keep fewer checkpoints with save_last_n_epochs or save_last_n_steps"
+        found.found.append(Problem(message, key="output_dir", value=str(config.output_dir)))
+
+
+def _kind(kind: str, saves: Sequence[Save], final: str | None, size: float) -> Iterator[str]:
+    kept, names = _kept(saves) + (final is not None), [save.name for save in saves]
+    shown = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
+    end = f" and {final} at the end" if final else ""
+    yield f"{len(names)} numbered {kind} ({shown or 'none'}){end}"
+    yield f"{size_text(size)} each; {kept} stay, and one more while saving: {size_text((kept + 1) * size)}"
+
+
+def _kept(saves: Sequence[Save]) -> int:
+    """Number of saves that no later one replaces."""
+    return len({save.name for save in saves} - {save.replaces for save in saves})
+
+
+def latent_lines(config: Config, index: Index, found: Findings) -> Iterator[str]:
+    if not config.cache_latents:
+        yield "encoded again at each use, because cache_latents is off"
+        return
+    scale = FULL.pixels_per_latent
+    if config.pretrained_model_name_or_path and config.pretrained_model_name_or_path.exists():
+        inspected = found.attempt(inspect_checkpoint, config.pretrained_model_name_or_path)
+        if inspected and inspected.architecture:
+            scale = inspected.architecture.pixels_per_latent
+    yield _place_of_cache(config, latent_bytes(index, scale), "cache_latents", found)
+
+
+def say_text_outputs(config: Config, index: Index, found: Findings) -> None:
+    """Adds the size of the cached text encoder outputs. Raises UserError if the model cannot be read."""
+    if not config.cache_text_encoder_outputs:
+        return
+    assert config.pretrained_model_name_or_path is not None
+    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
+    if architecture is None:
+        return
+    tokenizer = tokenizer_of(config)
+    captions = Captions(index, config.text_encoder_outputs_variants, tokenizer.identity())
+    count = count_keys(captions.keys(), captions.used)
+    channels = tokenizer.positions * (architecture.te1.width + architecture.te2.width) + architecture.te2.projection
+    place = _place_of_cache(config, 2 * count * channels, "cache_text_encoder_outputs", found)
+    found.say("text outputs", f"{count} different captions: {place}")
+
+
+def _place_of_cache(config: Config, size: int, option: str, found: Findings) -> str:
+    """Where the cache of an option is kept. Notes a problem if that place is too small for it."""
+    if getattr(config, f"{option}_to_disk"):
+        folder = config.cache_folder
+        free = shutil.disk_usage(existing(folder)).free
+        cached = sum(path.stat().st_size for path in folder.rglob("*.latents")) if folder.exists() else 0
+        if size - cached > free:
+            message = f"the cache takes {size_text(size)}, and the disk has {size_text(free)} free"
+            message += ": free space, or set another cache_dir"
+            found.found.append(Problem(message, key=f"{option}_to_disk", value=True))
+        return f"{size_text(size)} in {folder}, free there: {size_text(free)}"
+    memory = memory_bytes()
+    found.attempt(check_memory, size, f"the {option.removeprefix('cache_').replace('_', ' ')}", option)
+    return f"{size_text(size)} in memory, of {size_text(memory)}"
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself if it exists, else the nearest existing folder above it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def size_text(count: float) -> str:
+    return f"{count / GiB:.1f} GiB" if count >= GiB else f"{count / MiB:.1f} MiB"
