@@ -21,7 +21,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
-from sdxl_finetune.output.log import Log, NonFiniteLoss, Step, run_directory
+from sdxl_finetune.output.log import SMALLEST_LOSS_SCALE, Log, NonFiniteLoss, Step, run_directory
 
 LOSSES = [4.0, 2.0, 3.0, 1.0, 0.5, 0.25]
 
@@ -142,14 +142,20 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(tmp_path: Path
         assert "NonFiniteLoss" in json.loads((tmp_path / "ended.json").read_text())["reason"]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_gradient_that_is_no_number_ends_the_run_unless_it_is_scaled(tmp_path: Path, precision: str) -> None:
-    """Its step spoils the weights before any loss shows it; a scaler leaves that step out."""
-    with Log(Config(mixed_precision=precision), tmp_path, rank=0) as log:
+@pytest.mark.parametrize(
+    ("scale", "ends"), [(None, True), (2.0**15, False), (SMALLEST_LOSS_SCALE, False), (SMALLEST_LOSS_SCALE / 2, True)]
+)
+def test_a_gradient_that_is_no_number_ends_the_run_unless_its_step_was_skipped(
+    tmp_path: Path, caplog, scale: float | None, ends: bool
+) -> None:
+    """Its step spoils the weights before any loss shows it. With a loss scale the step is skipped."""
+    measured = {} if scale is None else {"loss_scale": torch.tensor(scale)}
+    with caplog.at_level("INFO"), Log(Config(), tmp_path, rank=0) as log:
         log.begin(steps=1, steps_per_epoch=1)
-        expected = nullcontext() if precision == "fp16" else pytest.raises(NonFiniteLoss, match="norm of step 1 is inf")
+        expected = pytest.raises(NonFiniteLoss, match="norm of step 1 is inf") if ends else nullcontext()
         with expected:
-            log.record(step(loss=torch.ones(()), grad_norm=torch.tensor(math.inf)))
+            log.record(step(loss=torch.ones(()), grad_norm=torch.tensor(math.inf), measured=measured))
+    assert ("step 1 was skipped" in caplog.text) != ends
 
 
 def test_pauses_are_no_part_of_a_step(tmp_path: Path) -> None:
