@@ -10,6 +10,7 @@ the config are answered at once.
 """
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -49,6 +50,9 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
 
     The function takes the config of the command line, or the arguments themselves if the program has no config.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console or file of Windows may have no letter for each of ours
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # keeps libraries from downloading anything
     # bitsandbytes warns about a missing CPU kernel that this program does not use.
