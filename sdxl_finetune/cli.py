@@ -51,6 +51,9 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
 
     The function takes the config of the command line, or the arguments themselves if the program has no config.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console or file of Windows may have no letter for each of ours
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "HF_HUB_OFFLINE" not in os.environ:  # keeps libraries from downloading anything; output/hub.py goes without it
         os.environ |= {"HF_HUB_OFFLINE": "1", OFFLINE_BY_DEFAULT: "1"}

@@ -1,6 +1,7 @@
 """The memory lines of sdxl-check: memory of each phase, cards that the run fits, options that make it fit others."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -82,7 +83,8 @@ def on_cuda(found: Sequence[Estimate]) -> int:
 def fits(config: Config, estimator: Estimator, found: Sequence[Estimate]) -> Iterator[str]:
     """Lines that say which CARDS the run fits, and which options would make it fit the other cards.
 
-    Remedies are added one after the other. One that does not lower the memory is left out.
+    Remedies are added one after the other. One that does not lower the memory is tried again after the others, because
+    the peak may have moved, and is then left out.
     """
     needed = on_cuda(found)
     missing = [card for card in sorted(CARDS, reverse=True) if needed > card * 10**9]
@@ -90,20 +92,15 @@ def fits(config: Config, estimator: Estimator, found: Sequence[Estimate]) -> Ite
     if fitting:
         yield f"fits a card of {' / '.join(map(str, fitting))} GB"
     used: list[Remedy] = []
-    for remedy in remedies(config):
-        if not missing:
-            break
-        changed = config.model_copy(update=remedy.changes)
-        if set(find_problems(changed)) - set(find_problems(config)):
+    waiting = deque((remedy, 2) for remedy in remedies(config))
+    while missing and waiting:
+        remedy, trials = waiting.popleft()
+        now = _with_remedy(config, remedy, estimator)
+        if now is None or now > WORTH_SAYING * needed:
+            if trials > 1:
+                waiting.append((remedy, trials - 1))
             continue
-        logger.info("estimating the memory with %s", remedy.text)
-        try:
-            now = on_cuda(estimator.phases(changed))
-        except UserError:  # an optimizer that cannot be fused
-            continue
-        if now > WORTH_SAYING * needed:
-            continue
-        config, needed = changed, now
+        config, needed = config.model_copy(update=remedy.changes), now
         # A later optimizer_type replaces an earlier one.
         used = [each for each in used if not each.changes.keys() & remedy.changes.keys()] + [remedy]
         fits_now = [card for card in missing if needed <= card * 10**9]
@@ -115,6 +112,18 @@ def fits(config: Config, estimator: Estimator, found: Sequence[Estimate]) -> Ite
         cards = " / ".join(map(str, sorted(missing)))
         yield f"does not fit {cards} GB" + (f", nor with {_listed(used)}: {needed / GiB:.1f} GiB" if used else "")
     yield from (f"{remedy.text}: {remedy.cost}" for remedy in used if remedy.cost)
+
+
+def _with_remedy(config: Config, remedy: Remedy, estimator: Estimator) -> int | None:
+    """Bytes on a GPU with this remedy; None if it cannot be used together with the config."""
+    changed = config.model_copy(update=remedy.changes)
+    if set(find_problems(changed)) - set(find_problems(config)):
+        return None
+    logger.info("estimating the memory with %s", remedy.text)
+    try:
+        return on_cuda(estimator.phases(changed))
+    except UserError:  # an optimizer that cannot be fused
+        return None
 
 
 def _listed(used: Sequence[Remedy]) -> str:

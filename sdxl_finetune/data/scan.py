@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 512
 """Images of one task: enough work to outweigh the cost of sending the task to another process."""
+MOST_PROCESSES = 61
+"""Processes at most that scan; Windows refuses more in one pool."""
 IN_PROCESS = 4096
 """New images up to which no processes are started: about one second of work. Threads would not help, because Python
 parses the headers."""
@@ -158,7 +160,8 @@ def _load(path: Path) -> pa.Table | None:
     if not path.exists():
         return None
     try:
-        table = map_table(path).combine_chunks()
+        # Windows does not replace a file that is mapped, and this one is replaced after the scan.
+        table = map_table(path, mapped=os.name != "nt").combine_chunks()
         if table.schema == SCANNED and (table.schema.metadata or {}).get(b"digest") == digest_of(table).encode():
             return table.replace_schema_metadata()
     except (OSError, pa.ArrowException):
@@ -212,7 +215,7 @@ def _inspect_all(
             warnings.simplefilter("ignore")
             yield from ((task, rows, _inspect(task)) for task, rows in tasks)
         return
-    processes = min(os.cpu_count() or 1, -(-total // CHUNK))
+    processes = min(os.cpu_count() or 1, -(-total // CHUNK), MOST_PROCESSES)
     pending: deque[tuple[Task, pa.RecordBatch | None, Future[Inspected]]] = deque()
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker) as pool:
         for task, rows in tasks:

@@ -22,6 +22,6 @@ def write_table(path: Path, table: pa.Table) -> None:
         writer.write_table(table)
 
 
-def map_table(path: Path) -> pa.Table:
-    """Returns the table of a file, memory-mapped. Raises OSError or ArrowException for a damaged file."""
-    return pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
+def map_table(path: Path, *, mapped: bool = True) -> pa.Table:
+    """Returns the table of a file, memory-mapped or read into memory. Raises OSError or ArrowException if damaged."""
+    return pa.ipc.open_file(pa.memory_map(os.fsencode(path)) if mapped else path.read_bytes()).read_all()

@@ -268,13 +268,22 @@ def nameless_file(scratch: Path) -> Path:
 
     On systems without such files it is a temporary file in `scratch`.
     """
-    if hasattr(os, "memfd_create"):
+    if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir():
         return Path(f"/proc/{os.getpid()}/fd/{os.memfd_create('latents')}")
     scratch.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(".tmp", ".latents.", scratch)
     os.close(descriptor)
-    atexit.register(Path(name).unlink, missing_ok=True)
+    atexit.register(_unlink, Path(name))
+    for path in scratch.glob(".latents.*.tmp"):  # of killed processes, and of those that could not remove them
+        if time.time() - path.stat().st_mtime > LEFT_OVER:
+            _unlink(path)
     return Path(name)
+
+
+def _unlink(path: Path) -> None:
+    """Removes a file, unless it is mapped on Windows, which removes no mapped file."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _open_shard(path: Path, kind: Kind, checked: dict[str, list[int]] | None) -> Shard | str:

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
+"""Signals that ask for a stop. Windows sends SIGBREAK for Ctrl-Break; its SIGTERM comes from this process alone."""
 SAME_SIGNAL = 1.0
 """Seconds after the first signal in which further signals are ignored. A launcher passes on a signal that the terminal
 has already sent to all processes."""
@@ -55,7 +58,7 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Within the context, SIGINT and SIGTERM request a stop between two steps; a second signal raises Interrupt."""
     request = StopRequest()
-    previous = {number: signal.signal(number, request._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, request._receive) for number in STOP_SIGNALS}
     try:
         yield request
     finally:
