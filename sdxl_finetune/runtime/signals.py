@@ -10,7 +10,7 @@ from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]  # type: ignore[attr-defined,unused-ignore]
 """Signals that ask for a stop. Windows sends SIGBREAK for Ctrl-Break; its SIGTERM comes from this process alone."""
 SAME_SIGNAL = 1.0
 """Seconds after the first signal in which further signals are ignored. A launcher passes on a signal that the terminal
