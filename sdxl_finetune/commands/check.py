@@ -35,13 +35,13 @@ from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.declared import read_declared
 from sdxl_finetune.model.load import inspect_checkpoint
 from sdxl_finetune.optim.lr import Rate, build_lr
-from sdxl_finetune.optim.optimizer import trial_optimizer
+from sdxl_finetune.optim.optimizer import state_bytes
 from sdxl_finetune.optim.parameters import Group
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_token
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.output.prompts import Prompt, load_prompts, with_size
-from sdxl_finetune.runtime.processes import weight_dtype
+from sdxl_finetune.runtime.processes import trained_dtype
 from sdxl_finetune.training.checks import Outline, index_images, read_inputs
 from sdxl_finetune.training.every import Timeline, first_step, previews_every
 from sdxl_finetune.training.setup import total_steps
@@ -64,7 +64,7 @@ def check(config: Config) -> int:
         inputs = read_inputs(config, device, found)
         index = _describe_data(config, inputs.index, found)
         groups = _describe_model(config, inputs.model, found) if inputs.model else None
-        state_bytes = found.attempt(_state_bytes, config)
+        per_element = found.attempt(state_bytes, config, trained_dtype(config))
         if index:
             plan = _plan(config, index, processes())
             steps = total_steps(config, plan)
@@ -73,11 +73,11 @@ def check(config: Config) -> int:
             lr = found.attempt(build_lr, config, timeline.steps)
             if lr and groups:
                 found.say("learning rate", *_rates(lr, groups, timeline))
-            if groups and state_bytes is not None:
-                found.say("optimizer", *optimizer_lines(config, groups, state_bytes))
+            if groups and per_element is not None:
+                found.say("optimizer", *optimizer_lines(config, groups, per_element))
                 if not config.no_memory:
                     found.say("memory", *_memory(config, index, timeline))
-                found.say("files", *file_lines(config, timeline, groups, state_bytes, found))
+                found.say("files", *file_lines(config, timeline, groups, per_element, found))
         if index:
             found.say("latents", *latent_lines(config, index, found))
             found.attempt(say_text_outputs, config, index, found)
@@ -142,17 +142,6 @@ def _describe_model(config: Config, model: Outline, found: Findings) -> Sequence
 
 def _millions(size: int) -> str:
     return f"{size / 1e6:.1f} million"
-
-
-def _state_bytes(config: Config) -> float:
-    """Bytes of optimizer state for each trained element, measured on a small tensor. Raises UserError."""
-    dtype = torch.float32 if config.keeps_masters else weight_dtype(config)
-    parameter = torch.nn.Parameter(torch.zeros(128, 128, dtype=dtype))
-    optimizer = trial_optimizer(config, [parameter])
-    parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.nbytes for tensor in tensors if tensor.numel() > 1) / parameter.numel()
 
 
 def _plan(config: Config, index: Index, ranks: int) -> Plan:

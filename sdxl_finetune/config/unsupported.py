@@ -14,7 +14,8 @@ from typing import Literal
 
 _DEEPSPEED = (
     "DeepSpeed is not used. Gradients are averaged over all cards, and each card holds the optimizer states of all"
-    " parameters: sdxl-check prints their memory. fused_backward_pass and Adafactor or an 8-bit optimizer save as much"
+    " parameters: sdxl-check and the log of the run say their memory. fused_backward_pass and Adafactor or an 8-bit"
+    " optimizer save as much"
 )
 _LAUNCHER = "it belongs on the command line of accelerate launch"
 _GUI = "it belongs to a GUI"

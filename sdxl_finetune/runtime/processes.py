@@ -112,6 +112,11 @@ def weight_dtype(options: HardwareOptions) -> torch.dtype:
     return torch.bfloat16 if options.full_bf16 else torch.float32
 
 
+def trained_dtype(options: HardwareOptions) -> torch.dtype:
+    """The precision of the values that the optimizer updates: float32 if there are master weights."""
+    return torch.float32 if options.keeps_masters else weight_dtype(options)
+
+
 def autocast(options: HardwareOptions, device: torch.device) -> AbstractContextManager[Any]:
     """Returns a context that computes in the precision of `mixed_precision`."""
     if options.mixed_precision == "no":

@@ -6,7 +6,7 @@ the latents are encoded, and the optimizer is built last.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -38,13 +38,14 @@ from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.vae import pixels_per_latent
 from sdxl_finetune.optim.lr import build_lr
+from sdxl_finetune.optim.optimizer import state_bytes
 from sdxl_finetune.output.checkpoints import final_name, format_to_save, remove
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_access
 from sdxl_finetune.output.log import Log, run_directory
 from sdxl_finetune.output.prompts import Prompt, with_size
 from sdxl_finetune.output.uploads import Uploads, open_uploads
-from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, weight_dtype
+from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, trained_dtype, weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
@@ -300,6 +301,9 @@ def _log_beginning(
         logger.info("%d preview prompts name no size, and are drawn at the training resolution, %s", unsized, size)
     for group in learner.parameters.groups:
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
+    with suppress(Exception):  # a user's own optimizer may not step on a small tensor
+        states = state_bytes(config, trained_dtype(config)) * sum(group.size for group in learner.parameters.groups)
+        logger.info("%s keeps %.2f GiB of optimizer states in each process", config.optimizer_name, states / 2**30)
     log.begin(
         first_step=timeline.first,
         steps=steps,

@@ -268,7 +268,13 @@ def test_options_of_other_trainers_are_ignored_in_one_warning(folder, caplog):
     )
     assert load("--config", "c").skip_cache_check
     said = "\n".join(record.getMessage() for record in caplog.records)
-    for text in ("learning_rate is the learning rate", "learning_rate_te1", "full_bf16", "pinned", "sdxl-check prints"):
+    for text in (
+        "learning_rate is the learning rate",
+        "learning_rate_te1",
+        "full_bf16",
+        "pinned",
+        "sdxl-check and the log",
+    ):
         assert text in said
     assert said.count("other than SDXL") == 1 and "guidance_scale" in said
 
