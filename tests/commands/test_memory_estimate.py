@@ -10,7 +10,7 @@ from scripts.benchmarks.memory import GRID, build_config, compare
 from sdxl_finetune.commands.allocations import Allocations
 from sdxl_finetune.commands.memory_estimate import (
     BatchShape,
-    Passes,
+    Known,
     estimate,
     estimate_caches,
     estimate_previews,
@@ -71,20 +71,20 @@ def test_the_smallest_full_size_step_is_not_hidden_by_the_building_of_the_model(
     """
     options = LEAST | {"optimizer_type": "Adafactor", "exact_masters": False}
     options |= {"cache_latents": True, "learning_rate": 1e-5}
-    passes: Passes = {}
+    known = Known()
     shape = BatchShape(1, 1024, 1024)
-    found = estimate(Config(**options), FULL, shape, cuda=True, passes=passes)
+    found = estimate(Config(**options), FULL, shape, cuda=True, known=known)
     assert found.parts["weights"] == pytest.approx(6.29 * GiB, rel=0.01)
     assert 7 * GiB < found.total < 9.5 * GiB and found.phase == "backward pass"
     assert on_cuda([found]) < 10.5 * GiB
-    cached = estimate(Config(**options, cache_text_encoder_outputs=True), FULL, shape, cuda=True, passes=passes)
+    cached = estimate(Config(**options, cache_text_encoder_outputs=True), FULL, shape, cuda=True, known=known)
     assert found.total - cached.total == pytest.approx(1.51 * GiB, rel=0.02)
     started = time.process_time()
     with_masters = Config(**options | {"exact_masters": True})
-    assert estimate(with_masters, FULL, shape, cuda=True, passes=passes).parts["masters"] == pytest.approx(
+    assert estimate(with_masters, FULL, shape, cuda=True, known=known).parts["masters"] == pytest.approx(
         2 * 2_567_463_684, rel=0.001
     )
-    assert time.process_time() - started < 15 and len(passes) == 2  # the pass was not computed again
+    assert time.process_time() - started < 15 and len(known.passes) == 2  # the pass was not computed again
 
 
 def test_caches_and_previews_are_phases_of_their_own() -> None:
