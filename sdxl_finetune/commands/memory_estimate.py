@@ -35,7 +35,7 @@ from sdxl_finetune.latents.keys import latent_shape
 from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, vae_config
 from sdxl_finetune.model.text import build_te1, build_te2, encode_tokens
 from sdxl_finetune.model.vae import decode, encode
-from sdxl_finetune.optim.meter import SAMPLE
+from sdxl_finetune.optim.meter import sample
 from sdxl_finetune.optim.step_unit import StepUnit
 from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, Norms, PlainUpdate, Slice
 from sdxl_finetune.runtime.signals import StopRequest
@@ -257,7 +257,8 @@ def _make_step(learner: Learner, recorded: Recording, allocations: Allocations, 
             allocations.replay(recorded, receive)
     allocations.phase = OPTIMIZER_STEP
     # The meter's copies of some weights live until the end of the step. In the recorded pass they have ended.
-    copies = [torch.empty(min(SAMPLE, group.size)) for group in learner.parameters.groups]
+    sampled = [parameter for group in learner.parameters.groups for parameter in sample(group.parameters)]
+    copies = [torch.empty(parameter.shape) for parameter in sampled]
     update.step()
     del copies
     if learner.ema:

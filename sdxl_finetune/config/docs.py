@@ -40,6 +40,8 @@ BETTER = {
     "save_state": "the state is saved before the checkpoint of its step, and is checked when it is loaded",
     "cache_latents_to_disk": "a few files with checksums, not one per image; a changed image is encoded again",
     "cache_latents": "the same latent for the same image, whatever the batch",
+    "cache_text_encoder_outputs": "captions as they are trained; dropout works, and shuffling in several variants",
+    "cache_text_encoder_outputs_to_disk": "checked like the latents; a changed caption is encoded again",
     "skip_cache_check": "also skips the check for changed images and captions",
     "caption_dropout_every_n_epochs": "the epoch of every image is known",
     "token_warmup_step": "counts optimizer steps exactly",

@@ -1,11 +1,14 @@
-"""The latent cache: latents of all images of an index, encoded once, on the disk or in memory.
+"""The caches: latents of all images and text encoder outputs of all captions, encoded once, on the disk or in memory.
 
-`prepare` is the way in. It finds the latents that exist, encodes the missing ones, and returns a LatentStore.
+`prepare` and `prepare_text` are the ways in. They find what exists, encode what is missing, and return a LatentStore
+and a TextStore.
 
     keys        cache keys: which latent belongs to which image, crop and flip
-    shards      files of many latents, in which latents are found by key
-    store       reading latents by row of the index
+    shards      files of many records, in which records are found by key
+    store       reading latents and text encoder outputs by row of the index
     encoding    from image files to latents
     npz         latents that sd-scripts left beside the images
-    preparing   all of this over all processes of a run
+    together    encoding by all processes of a run
+    preparing   all of this for latents
+    captions    all of this for text encoder outputs
 """

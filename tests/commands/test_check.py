@@ -10,6 +10,7 @@ import pytest
 from sdxl_finetune.commands.check import check
 from sdxl_finetune.config import load_config
 from sdxl_finetune.errors import UserError
+from sdxl_finetune.latents.shards import Kind, read_shard
 from sdxl_finetune.training.loop import train
 
 STYLE = Path(__file__).parents[2] / "configs" / "style.toml"
@@ -105,6 +106,19 @@ def test_skipped_images_are_named(work, caplog, capsys) -> None:
     Path("images/broken.png").write_bytes(b"not a picture")
     assert check(config("sdxl-check", "--on_bad_image", "skip", "--learning_rate_te1", "0")) == 0
     assert "1 skipped" in capsys.readouterr().out and "broken.png" in caplog.text
+
+
+def test_cached_text_encoder_outputs(work, capsys) -> None:
+    """The number of different captions and the bytes of their outputs are those of the cache that a run makes."""
+    asked = ["--cache_text_encoder_outputs_to_disk", "--no-train_text_encoder", "--no-shuffle_caption"]
+    asked += ["--max_train_epochs", "", "--max_train_steps", "1"]
+    assert check(config("sdxl-check", *asked)) == 0
+    found = re.search(r"text outputs +(\d+) different captions: ([\d.]+) MiB in out/cache", capsys.readouterr().out)
+    assert found and train(config("sdxl-train", *asked)) == 0
+    (shard,) = Path("out/cache/text_outputs").glob("*/*.text_outputs")
+    kind = Kind("text_outputs", shard.parent.name)
+    count, size = len(read_shard(shard, kind).keys), read_shard(shard, kind).size
+    assert int(found[1]) == count and float(found[2]) == pytest.approx(count * size / 2**20, abs=0.06)
 
 
 def test_frozen_parts(work, capsys) -> None:

@@ -18,7 +18,7 @@ from sdxl_finetune.commands.memory_estimate import (
 from sdxl_finetune.commands.memory_report import Estimator, GiB, Workload, fits, on_cuda
 from sdxl_finetune.config import Config
 from sdxl_finetune.model.architecture import FULL
-from sdxl_finetune.model.random_model import TINY
+from sdxl_finetune.model.random_model import TINY, build_random_model
 
 NEEDS = {"train_text_encoder": True, "cache_latents": True, "learning_rate": 1e-5}
 LEAST = {
@@ -105,6 +105,19 @@ def test_caches_and_previews_are_phases_of_their_own() -> None:
 def estimator() -> Estimator:
     shape = BatchShape(2, 256, 256)
     return Estimator(TINY, Workload(batch=shape, bucket=BatchShape(1, 64, 64)))
+
+
+def test_cached_text_encoder_outputs_take_the_encoders_off_a_gpu() -> None:
+    shape, plain = BatchShape(1, 64, 64), Config(cache_latents=True, learning_rate=1e-5)
+    cached = plain.model_copy(update={"cache_text_encoder_outputs": True})
+    model = build_random_model(TINY, seed=0)[0]
+    encoders = 4 * sum(parameter.numel() for part in (model.te1, model.te2) for parameter in part.parameters())
+    saved = {
+        cuda: estimate(plain, TINY, shape, cuda=cuda).parts["weights"]
+        - estimate(cached, TINY, shape, cuda=cuda).parts["weights"]
+        for cuda in (True, False)
+    }
+    assert saved[True] == pytest.approx(encoders, rel=0.01) and saved[False] == 0, "a CPU run keeps them in its memory"
 
 
 def test_a_card_that_is_too_small_is_told_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def test_all_shapes_give_the_same_gradients_with_one_graph_per_width() -> None:
     with torch.no_grad(), evaluating(compiled):
         for images in (1, 2):
             sizes = torch.zeros(images, 2, dtype=torch.int64)
-            inputs = torch.zeros(images, 4, 8, 8), torch.full((images,), 7), tokens(images), tokens(images)
+            inputs = torch.zeros(images, 4, 8, 8), torch.full((images,), 7), Tokens(tokens(images), tokens(images))
             compiled(*inputs, sizes, sizes, sizes)
     assert graphs() == 4 * WIDTHS and not torch._dynamo.utils.counters["graph_break"]
 
