@@ -45,14 +45,16 @@ class Recording(NamedTuple):
 class Allocations(TorchDispatchMode):
     """Within this context every new storage is recorded, and the moment at which it is freed."""
 
-    def __init__(self, *, count_scratch: bool) -> None:
-        """`count_scratch` adds SCRATCH_BYTES, which no tensor shows."""
+    def __init__(self, *, count_scratch: bool, results: dict[Hashable, Any] | None = None) -> None:
+        """`count_scratch` adds SCRATCH_BYTES, which no tensor shows.
+
+        `results` holds the shapes, strides and dtypes of the results of operations, for later contexts to use.
+        """
         super().__init__()
         self._count_scratch = count_scratch
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._fake_context = ExitStack()
-        self._results: dict[Hashable, Any] = {}
-        """Shapes, strides and dtypes of the results of an operation on tensors of given shapes."""
+        self._results = {} if results is None else results
         self._numbers: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._events: list[Event] = []

@@ -10,9 +10,9 @@ steps, and the previews between steps. Checkpoints are saved tensor by tensor, a
 neither takes more than a step. Weights are loaded in host memory, so loading takes none of a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from sdxl_finetune.latents.keys import latent_shape
 from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, vae_config
 from sdxl_finetune.model.text import build_te1, build_te2, encode_tokens
 from sdxl_finetune.model.vae import decode, encode
+from sdxl_finetune.optim.meter import sample
 from sdxl_finetune.optim.step_unit import StepUnit
 from sdxl_finetune.optim.update import IN_FLIGHT, ExactUpdate, Norms, PlainUpdate, Slice
 from sdxl_finetune.runtime.signals import StopRequest
@@ -91,8 +92,14 @@ class Estimate:
         return {part: size for part, size in self.parts.items() if part in KEPT}
 
 
-Passes = dict[tuple[str, BatchShape, bool], Recording]
-"""Recorded forward and backward passes, by options, shape, and whether they are those of a GPU."""
+@dataclass(frozen=True)
+class Known:
+    """Parts of earlier estimates of one architecture, which later estimates use."""
+
+    passes: dict[tuple[str, BatchShape, bool], Recording] = field(default_factory=dict)
+    """Recorded forward and backward passes, by options, shape, and whether they are those of a GPU."""
+    results: dict[Hashable, Any] = field(default_factory=dict)
+    """Shapes of the results of operations (Allocations)."""
 
 
 def estimate(
@@ -102,20 +109,22 @@ def estimate(
     *,
     cuda: bool,
     ranks: int = 1,
-    passes: Passes | None = None,
+    known: Known | None = None,
 ) -> Estimate:
     """Estimates a step on batches of this shape, on one of `ranks` processes, on a GPU (`cuda`) or a CPU.
 
-    `passes` keeps passes for later calls with the same architecture. Raises UserError for an optimizer or for learning
-    rates that cannot be used.
+    Raises UserError for an optimizer or for learning rates that cannot be used.
     """
-    passes = {} if passes is None else passes
-    key = config.model_copy(update=PASS_ONLY).model_dump_json(), shape, cuda
-    if key not in passes:
-        passes[key] = _record_pass(config.model_copy(update=PASS_ONLY), architecture, shape, cuda=cuda)
-    with Allocations(count_scratch=not cuda) as allocations:
+    known = known or Known()
+    pass_config = config.model_copy(update=PASS_ONLY)
+    key = pass_config.model_dump_json(), shape, cuda
+    if key not in known.passes:
+        with Allocations(count_scratch=not cuda, results=known.results) as allocations:
+            learner = build_fake_learner(pass_config, architecture, allocations, cuda=cuda)
+            known.passes[key] = _record_pass(learner, shape, allocations)
+    with Allocations(count_scratch=not cuda, results=known.results) as allocations:
         learner = build_fake_learner(config, architecture, allocations, cuda=cuda)
-        _make_step(learner, passes[key], allocations, ranks)
+        _make_step(learner, known.passes[key], allocations, ranks)
         allocations.set_owner(OPTIMIZER_STATES, optimizer_states(learner))
         parts, phase = _parts_of_peak(allocations)
     if extra := _bytes_between_processes(learner, ranks):
@@ -180,26 +189,24 @@ def _build_fake_vae(architecture: Architecture, allocations: Allocations) -> Aut
     return vae.eval().requires_grad_(False)
 
 
-def _record_pass(config: Config, architecture: Architecture, shape: BatchShape, *, cuda: bool) -> Recording:
+def _record_pass(learner: Learner, shape: BatchShape, allocations: Allocations) -> Recording:
     """Records the forward and backward pass of a micro-batch, with a mark where a gradient is complete."""
-    with Allocations(count_scratch=not cuda) as allocations:
-        learner = build_fake_learner(config, architecture, allocations, cuda=cuda)
-        names = {parameter: name for name, parameter in learner.parameters.named()}
+    names = {parameter: name for name, parameter in learner.parameters.named()}
 
-        def drop_gradient(parameter: Tensor) -> None:
-            assert isinstance(parameter, torch.nn.Parameter) and parameter.grad is not None
-            allocations.set_owner(GRADIENTS, [parameter.grad])
-            allocations.mark(names[parameter])
-            parameter.grad = None
+    def drop_gradient(parameter: Tensor) -> None:
+        assert isinstance(parameter, torch.nn.Parameter) and parameter.grad is not None
+        allocations.set_owner(GRADIENTS, [parameter.grad])
+        allocations.mark(names[parameter])
+        parameter.grad = None
 
-        for parameter in names:
-            parameter.register_post_accumulate_grad_hook(drop_gradient)
-        learner = replace(learner, update=_NoUpdate(learner))
-        since, position = allocations.now(), Position(0, 0, 0, 1)
-        batches = (_batch(config, architecture, shape, position) for _ in range(1))
-        for _ in training_steps(learner, batches, StopRequest()):
-            pass
-        return allocations.record(since, without=GRADIENTS)
+    for parameter in names:
+        parameter.register_post_accumulate_grad_hook(drop_gradient)
+    learner, since = replace(learner, update=_NoUpdate(learner)), allocations.now()
+    position, architecture = Position(0, 0, 0, 1), learner.sdxl.architecture
+    batches = (_batch(learner.config, architecture, shape, position) for _ in range(1))
+    for _ in training_steps(learner, batches, StopRequest()):
+        pass
+    return allocations.record(since, without=GRADIENTS)
 
 
 class _NoUpdate:
@@ -233,6 +240,7 @@ def _make_step(learner: Learner, recorded: Recording, allocations: Allocations, 
             gradient = torch.empty_like(parameter)
             allocations.set_owner(GRADIENTS, [gradient])
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            del gradient  # autograd lets go of it as well
             for hook in (parameter._post_accumulate_grad_hooks or {}).values():
                 hook(parameter)
             if isinstance(update, ExactUpdate) and parameter in update.sums:
@@ -249,7 +257,11 @@ def _make_step(learner: Learner, recorded: Recording, allocations: Allocations, 
         with update.accumulate(last=micro + 1 == micros, only=micros == 1):
             allocations.replay(recorded, receive)
     allocations.phase = OPTIMIZER_STEP
+    # The meter's copies of some weights live until the end of the step. In the recorded pass they have ended.
+    sampled = [parameter for group in learner.parameters.groups for parameter in sample(group.parameters)]
+    copies = [torch.empty(parameter.shape) for parameter in sampled]
     update.step()
+    del copies
     if learner.ema:
         learner.ema.update(0, 1)
 

@@ -10,7 +10,7 @@ import torch
 from sdxl_finetune.commands.memory_estimate import (
     BatchShape,
     Estimate,
-    Passes,
+    Known,
     estimate,
     estimate_caches,
     estimate_previews,
@@ -54,24 +54,25 @@ class Estimator:
 
     architecture: Architecture
     workload: Workload
-    passes: Passes = field(default_factory=dict)
+    known: Known = field(default_factory=Known)
 
-    def phases(self, config: Config) -> list[Estimate]:
-        """The step, and the other phases of a run on a GPU. Raises UserError for an optimizer that cannot be used."""
+    def phases(self, config: Config, images: int | None = None) -> list[Estimate]:
+        """The step on the workload's batch, or on so many images, and the encoding for caches, on a GPU.
+
+        Raises UserError for an optimizer that cannot be used.
+
+        Previews do not count: if the memory is too small for them, they fail with a message, and training goes on.
+        """
         work = self.workload
-        images = min(work.batch.images, config.train_batch_size)
         step = estimate(
             config,
             self.architecture,
-            replace(work.batch, images=images),
+            replace(work.batch, images=images or work.batch.images),
             cuda=True,
             ranks=work.ranks,
-            passes=self.passes,
+            known=self.known,
         )
-        found = [step, *estimate_caches(config, self.architecture, work.bucket)]
-        if work.preview:
-            found.append(estimate_previews(self.architecture, step, *work.preview))
-        return found
+        return [step, *estimate_caches(config, self.architecture, work.bucket)]
 
 
 def on_cuda(found: Sequence[Estimate]) -> int:
@@ -92,15 +93,17 @@ def fits(config: Config, estimator: Estimator, found: Sequence[Estimate]) -> Ite
     if fitting:
         yield f"fits a card of {' / '.join(map(str, fitting))} GB"
     used: list[Remedy] = []
-    waiting = deque((remedy, 2) for remedy in remedies(config))
+    images = estimator.workload.batch.images
+    waiting = deque((remedy, 2) for remedy in remedies(config, images))
     while missing and waiting:
         remedy, trials = waiting.popleft()
-        now = _with_remedy(config, remedy, estimator)
+        now = _with_remedy(config, remedy, estimator, images)
         if now is None or now > WORTH_SAYING * needed:
             if trials > 1:
                 waiting.append((remedy, trials - 1))
             continue
         config, needed = config.model_copy(update=remedy.changes), now
+        images = remedy.images or images
         # A later optimizer_type replaces an earlier one.
         used = [each for each in used if not each.changes.keys() & remedy.changes.keys()] + [remedy]
         fits_now = [card for card in missing if needed <= card * 10**9]
@@ -114,14 +117,14 @@ def fits(config: Config, estimator: Estimator, found: Sequence[Estimate]) -> Ite
     yield from (f"{remedy.text}: {remedy.cost}" for remedy in used if remedy.cost)
 
 
-def _with_remedy(config: Config, remedy: Remedy, estimator: Estimator) -> int | None:
+def _with_remedy(config: Config, remedy: Remedy, estimator: Estimator, images: int) -> int | None:
     """Bytes on a GPU with this remedy; None if it cannot be used together with the config."""
     changed = config.model_copy(update=remedy.changes)
     if set(find_problems(changed)) - set(find_problems(config)):
         return None
     logger.info("estimating the memory with %s", remedy.text)
     try:
-        return on_cuda(estimator.phases(changed))
+        return on_cuda(estimator.phases(changed, remedy.images or images))
     except UserError:  # an optimizer that cannot be fused
         return None
 
@@ -141,13 +144,20 @@ def describe(config: Config, architecture: Architecture, workload: Workload) -> 
     yield ", ".join(f"{part} {_size(size)}" for part, size in step.parts.items())
     yield f"together {_size(step.total)} at the peak, in the {step.phase}"
     if others:
-        yield "before and between steps: " + ", ".join(f"{phase.phase} {_size(phase.total)}" for phase in others)
+        yield "before the first step: " + ", ".join(f"{phase.phase} {_size(phase.total)}" for phase in others)
     most = max(phase.total for phase in found)
     extra = on_cuda(found) - most
     yield (
         f"{_size(on_cuda(found))} with an allowance of {_size(extra)} for CUDA's context, workspaces and fragmentation"
         " (not measured)"
     )
+    if workload.preview:
+        width, height = workload.preview
+        previews = estimate_previews(architecture, step, width, height)
+        yield (
+            f"previews of {width}x{height}: {_size(on_cuda([previews]))} with the allowance. On a smaller card they"
+            " fail with a message, and training goes on"
+        )
     yield from fits(config, estimator, found)
     if step.step_unit == StepUnit.ALL and config.keeps_masters:
         plain, low = step.parts["masters"], step.parts["masters"] // 2

@@ -27,7 +27,7 @@ class Meter:
 
     def __init__(self, parameters: TrainedParameters, device: torch.device) -> None:
         self._trained = parameters
-        self._samples = {group.name: _sample(group.parameters) for group in parameters.groups}
+        self._samples = {group.name: sample(group.parameters) for group in parameters.groups}
         self._before: dict[str, list[Tensor]] = {}
         self._losses = torch.zeros(2, RANGES, device=device)
         self._measured: dict[str, Tensor] = {}
@@ -75,7 +75,7 @@ class Meter:
         return measured
 
 
-def _sample(parameters: Mapping[str, Parameter]) -> list[Parameter]:
+def sample(parameters: Mapping[str, Parameter]) -> list[Parameter]:
     """Chooses whole tensors by a hash of their names, up to SAMPLE elements; at least one."""
     chosen: list[Parameter] = []
     size = 0

@@ -27,12 +27,14 @@ class Remedy:
     """The options as the user writes them."""
     changes: dict[str, Any] = field(hash=False)
     """Options and their new values, for the config."""
+    images: int | None = None
+    """Images of a batch on one process; None: as before."""
     cost: str = ""
     """Disadvantage of the remedy, if it is more than a little time."""
 
 
-def remedies(config: Config) -> list[Remedy]:
-    """The remedies that are not set yet, those that cost the least first."""
+def remedies(config: Config, images: int) -> list[Remedy]:
+    """The remedies for batches of so many images that are not set yet, those that cost the least first."""
     is_8bit = config.use_8bit_adam or config.optimizer_type.lower().endswith(("8bit", "adafactor"))
     is_fp16 = config.mixed_precision == "fp16"
     bf16 = {"full_bf16": True, "mixed_precision": "bf16"}
@@ -49,19 +51,20 @@ def remedies(config: Config) -> list[Remedy]:
         cached_text += f" with text_encoder_outputs_variants = {variants}"
     masters_off = "each step is rounded to bf16, so small updates are lost (docs/precision.md)"
     another = "another optimizer, with fewer states: compare the previews"
+    batch = "batch_size = 1 in the dataset_config" if config.dataset_config else "train_batch_size = 1"
     candidates = [
         (not config.gradient_checkpointing, Remedy("gradient_checkpointing = true", {"gradient_checkpointing": True})),
         (not config.full_bf16 and not is_fp16, Remedy('full_bf16 = true with mixed_precision = "bf16"', bf16)),
         (not is_8bit, Remedy('optimizer_type = "AdamW8bit"', adam)),
         (not config.is_fused and not is_fp16, Remedy("fused_backward_pass = true", {"fused_backward_pass": True})),
-        (config.train_batch_size > 1, Remedy("train_batch_size = 1", {"train_batch_size": 1})),
-        (config.train_text_encoder, Remedy("train_text_encoder = false", UNET_ALONE, "only the U-Net is trained")),
+        (images > 1, Remedy(batch, {}, images=1)),
+        (config.train_text_encoder, Remedy("train_text_encoder = false", UNET_ALONE, cost="only the U-Net is trained")),
         (not config.cache_text_encoder_outputs, Remedy(cached_text, cached)),
         (
             config.optimizer_type.lower() != "adafactor",
-            Remedy('optimizer_type = "Adafactor" with relative_step=False', adafactor, another),
+            Remedy('optimizer_type = "Adafactor" with relative_step=False', adafactor, cost=another),
         ),
-        (config.exact_masters, Remedy("exact_masters = false", {"exact_masters": False}, masters_off)),
+        (config.exact_masters, Remedy("exact_masters = false", {"exact_masters": False}, cost=masters_off)),
     ]
     return [remedy for helps, remedy in candidates if helps]
 
@@ -82,7 +85,7 @@ def name_the_batch(batch: Batch, config: Config) -> Iterator[None]:
             raise
         height, width = batch.target_size[0].tolist()
         images = len(batch.weights)
-        texts = [f"{each.text} ({each.cost})" if each.cost else each.text for each in remedies(config)]
+        texts = [f"{each.text} ({each.cost})" if each.cost else each.text for each in remedies(config, images)]
         texts.append("a lower resolution or max_bucket_reso")
         raise OutOfMemory(
             f"out of memory in step {batch.position.step + 1}: {images} image{'s' * (images > 1)} of bucket"

@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]  # type: ignore[attr-defined,unused-ignore]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 """Signals that ask for a stop. Windows sends SIGBREAK for Ctrl-Break; its SIGTERM comes from this process alone."""
 SAME_SIGNAL = 1.0
 """Seconds after the first signal in which further signals are ignored. A launcher passes on a signal that the terminal

@@ -10,7 +10,7 @@ from scripts.benchmarks.memory import GRID, build_config, compare
 from sdxl_finetune.commands.allocations import Allocations
 from sdxl_finetune.commands.memory_estimate import (
     BatchShape,
-    Passes,
+    Known,
     estimate,
     estimate_caches,
     estimate_previews,
@@ -71,20 +71,20 @@ def test_the_smallest_full_size_step_is_not_hidden_by_the_building_of_the_model(
     """
     options = LEAST | {"optimizer_type": "Adafactor", "exact_masters": False}
     options |= {"cache_latents": True, "learning_rate": 1e-5}
-    passes: Passes = {}
+    known = Known()
     shape = BatchShape(1, 1024, 1024)
-    found = estimate(Config(**options), FULL, shape, cuda=True, passes=passes)
+    found = estimate(Config(**options), FULL, shape, cuda=True, known=known)
     assert found.parts["weights"] == pytest.approx(6.29 * GiB, rel=0.01)
     assert 7 * GiB < found.total < 9.5 * GiB and found.phase == "backward pass"
     assert on_cuda([found]) < 10.5 * GiB
-    cached = estimate(Config(**options, cache_text_encoder_outputs=True), FULL, shape, cuda=True, passes=passes)
+    cached = estimate(Config(**options, cache_text_encoder_outputs=True), FULL, shape, cuda=True, known=known)
     assert found.total - cached.total == pytest.approx(1.51 * GiB, rel=0.02)
     started = time.process_time()
     with_masters = Config(**options | {"exact_masters": True})
-    assert estimate(with_masters, FULL, shape, cuda=True, passes=passes).parts["masters"] == pytest.approx(
+    assert estimate(with_masters, FULL, shape, cuda=True, known=known).parts["masters"] == pytest.approx(
         2 * 2_567_463_684, rel=0.001
     )
-    assert time.process_time() - started < 15 and len(passes) == 2  # the pass was not computed again
+    assert time.process_time() - started < 15 and len(known.passes) == 2  # the pass was not computed again
 
 
 def test_caches_and_previews_are_phases_of_their_own() -> None:
@@ -105,6 +105,19 @@ def test_caches_and_previews_are_phases_of_their_own() -> None:
 def estimator() -> Estimator:
     shape = BatchShape(2, 256, 256)
     return Estimator(TINY, Workload(batch=shape, bucket=BatchShape(1, 64, 64)))
+
+
+def test_cached_text_encoder_outputs_take_the_encoders_off_a_gpu() -> None:
+    shape, plain = BatchShape(1, 64, 64), Config(cache_latents=True, learning_rate=1e-5)
+    cached = plain.model_copy(update={"cache_text_encoder_outputs": True})
+    model = build_random_model(TINY, seed=0)[0]
+    encoders = 4 * sum(parameter.numel() for part in (model.te1, model.te2) for parameter in part.parameters())
+    saved = {
+        cuda: estimate(plain, TINY, shape, cuda=cuda).parts["weights"]
+        - estimate(cached, TINY, shape, cuda=cuda).parts["weights"]
+        for cuda in (True, False)
+    }
+    assert saved[True] == pytest.approx(encoders, rel=0.01) and saved[False] == 0, "a CPU run keeps them in its memory"
 
 
 def test_a_card_that_is_too_small_is_told_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
