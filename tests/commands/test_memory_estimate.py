@@ -18,7 +18,7 @@ from sdxl_finetune.commands.memory_estimate import (
 from sdxl_finetune.commands.memory_report import Estimator, GiB, Workload, fits, on_cuda
 from sdxl_finetune.config import Config
 from sdxl_finetune.model.architecture import FULL
-from sdxl_finetune.model.random_model import TINY
+from sdxl_finetune.model.random_model import TINY, build_random_model
 
 NEEDS = {"train_text_encoder": True, "cache_latents": True, "learning_rate": 1e-5}
 LEAST = {
