@@ -60,6 +60,14 @@ def write_images() -> Callable[..., None]:
     return write
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Escapes file names that are not UTF-8 in captured output. Parallel test processes cannot send them otherwise."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state():
     """accelerate keeps what a process has been set up for; each test sets it up anew."""
