@@ -107,6 +107,7 @@ HONOURED = {
     "max_resolution": "resolution",
     "skip_latents_validity_check": "skip_cache_check",
     "validation_every_n_step": "validate_every_n_steps",
+    "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
 }
 FOREIGN_REFUSED = {
     "network_module": "this is a LoRA config, but this program trains the whole model: use a config without it",
