@@ -15,7 +15,16 @@ from sdxl_finetune.config.unsupported import FOREIGN, OFF, REFERENCE, is_off
 EMA = {"ema_decay", "ema_half_life", "ema_previews", "ema_validation", "ema_save", "ema_on_cpu"}
 VALIDATION = {name for name in Config.model_fields if name.startswith("valid")} | {"max_validation_steps"}
 TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
-OURS = {*VALIDATION, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters", *EMA}
+OURS = {
+    *VALIDATION,
+    *TEXT_OUTPUTS,
+    "cache_dir",
+    "on_bad_image",
+    "resume_at_next_epoch",
+    "exact_masters",
+    "no_memory",
+    *EMA,
+}
 
 
 @pytest.fixture(scope="module")

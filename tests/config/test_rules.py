@@ -194,7 +194,7 @@ mixed_precision full_bf16 fused_backward_pass fused_optimizer_groups gradient_ch
 diffusers_xformers sdpa torch_compile ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph
 output_dir output_name save_model_as save_precision save_every_n_epochs save_every_n_steps save_n_epoch_ratio
 save_state save_state_on_train_end resume sample_prompts logging_dir log_with console_log_level
-console_log_file console_log_simple
+console_log_file console_log_simple no_memory
 """
 """Options that have an effect whatever the other options are. Whoever adds an option decides where it belongs."""
 
