@@ -1,11 +1,15 @@
 """Compares the memory estimate of sdxl-check with the memory of a training step.
 
     python -m scripts.benchmarks.memory [--only TEXT]
+    python -m scripts.benchmarks.memory --full
 
 For each entry of a grid of settings, a small random model is trained for two steps on the CPU with the real training
 loop. The measured memory comes from torch's profiler and does not use the estimate. It is the highest sum of bytes that
 torch's allocator has given out and not got back, during the second step. The script prints estimate, measurement and
 ratio. The exit status is 1 if an estimate is off by more than 10 %.
+
+With --full, the script prints instead the estimates of full-size SDXL on a GPU, for a step of `configs/style.toml` on
+images of 1024x1024. Each row adds an option to the rows above.
 """
 
 import argparse
@@ -13,21 +17,47 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from scripts.toy.photos import write_photos
-from sdxl_finetune.commands.memory_estimate import BatchShape, estimate, largest_batch
+from sdxl_finetune.commands.memory_estimate import BatchShape, Known, estimate, largest_batch
+from sdxl_finetune.commands.memory_report import on_cuda
 from sdxl_finetune.commands.model import main as model_tool
 from sdxl_finetune.config import Config, load_config
+from sdxl_finetune.model.architecture import FULL
 from sdxl_finetune.model.load import inspect_checkpoint
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training.loop import training_steps
 from sdxl_finetune.training.setup import build_run
 
-MiB = 1 << 20
+MiB, GiB = 1 << 20, 1 << 30
+STYLE = {
+    "cache_latents": True,
+    "learning_rate": 3e-5,
+    "learning_rate_te1": 1e-6,
+    "learning_rate_te2": 1e-6,
+    "full_bf16": True,
+    "mixed_precision": "bf16",
+    "max_token_length": 225,
+    "train_text_encoder": True,
+}
+"""Options of `configs/style.toml` that its memory depends on."""
+FULL_SIZE: dict[str, dict[str, Any]] = {
+    "configs/style.toml, batch 5": {},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "AdamW8bit": {"optimizer_type": "AdamW8bit"},
+    "fused_backward_pass": {"fused_backward_pass": True},
+    "batch 1": {"train_batch_size": 1},
+    "the U-Net alone": {"train_text_encoder": False},
+    "cache_text_encoder_outputs": {"cache_text_encoder_outputs": True},
+    "Adafactor": {"optimizer_type": "Adafactor"},
+    "no exact_masters": {"exact_masters": False},
+}
+"""Rows of the table of full-size SDXL, each with the options that it adds."""
 LIMIT = 0.10
 """Largest relative error of the estimate."""
 STEP = "the step that counts"
@@ -104,8 +134,12 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="measure only the lines that have TEXT in their name", metavar="TEXT"
     )
-    only = parser.parse_args().only
-    worst = 0.0
+    parser.add_argument("--full", action="store_true", help="print the estimates of full-size SDXL")
+    arguments = parser.parse_args()
+    if arguments.full:
+        print_full_size()
+        return 0
+    only, worst = arguments.only, 0.0
     print(f"{'settings':46}{'estimate':>10}{'measured':>10}{'ratio':>8}  MiB of tensors at the peak")
     with tempfile.TemporaryDirectory() as folder:
         for name, (preset, options) in GRID.items():
@@ -116,6 +150,19 @@ def main() -> int:
             print(f"{name:46}{estimated / MiB:10.1f}{measured / MiB:10.1f}{estimated / measured:8.3f}", flush=True)
     print(f"the estimate is off by {worst:.1%} at most")
     return int(worst > LIMIT)
+
+
+def print_full_size() -> None:
+    """Prints the memory estimate of a step with full-size SDXL, with one option more in each row."""
+    config, shape, known = Config.model_validate(STYLE), BatchShape(5, 1024, 1024), Known()
+    for text, changes in FULL_SIZE.items():
+        images = changes.get("train_batch_size", shape.images)
+        shape = BatchShape(images, 1024, 1024)
+        config = config.model_copy(update=changes)
+        found = estimate(config, FULL, shape, cuda=True, known=known)
+        parts = ", ".join(f"{part} {size / GiB:.2f}" for part, size in found.parts.items())
+        with_allowance = on_cuda([found]) / GiB
+        print(f"{text:30}{found.total / GiB:7.1f} GiB, {with_allowance:.1f} with the allowance: {parts}", flush=True)
 
 
 def build_config(folder: Path, preset: str, options: Sequence[str]) -> Config:

@@ -39,7 +39,7 @@ class Findings(Problems):
 
 def optimizer_lines(config: Config, groups: Sequence[Group], state_bytes: float) -> Iterator[str]:
     size = optimizer_state_bytes(groups, state_bytes)
-    yield f"{config.optimizer_name}, {size_text(size)} of states on each GPU"
+    yield f"{config.optimizer_name}, {size_text(size)} of states in each process"
 
 
 def optimizer_state_bytes(groups: Sequence[Group], state_bytes: float) -> float:

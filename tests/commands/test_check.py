@@ -102,7 +102,7 @@ def test_no_memory_leaves_out_the_estimate(work, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sdxl_finetune.commands.check.describe", lambda *_: pytest.fail("it was estimated"))
     assert check(config("sdxl-check", "--no_memory")) == 0
     said = capsys.readouterr().out
-    assert "\nmemory" not in said and re.search(r"optimizer +AdamW, [\d.]+ MiB of states on each GPU", said)
+    assert "\nmemory" not in said and re.search(r"optimizer +AdamW, [\d.]+ MiB of states in each process", said)
 
 
 def test_skipped_images_are_named(work, caplog, capsys) -> None:
