@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 WORKERS_WITH_LATENTS = 2
 """Most workers if latents are cached. A batch of 5 then takes about 15 ms, most of it for noise, and two workers keep
 up with any GPU."""
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)}
 
 DrawNoise = Callable[[Position, tuple[int, int, int, int], Tensor | None], tuple[Tensor, Tensor | None]]
 """Draws noise and input noise of k images from position, shape (k, 4, h, w) and, on request, their unscaled latents."""
