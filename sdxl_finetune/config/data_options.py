@@ -52,10 +52,10 @@ class CaptionOptions(Options):
     """Text between two tags of a caption. It joins them again after shuffling."""
     shuffle_caption: bool = False
     """Shuffle the tags each time an image is used."""
-    keep_tokens: Annotated[int, TAGS, OnlyWith("keep_tokens_separator", unless=True)] = Field(0, ge=0)
+    keep_tokens: Annotated[int, TAGS] = Field(0, ge=0)
     """Number of tags at the start of a caption that are never shuffled or dropped."""
     keep_tokens_separator: Annotated[str, TAGS] = ""
-    """Text that ends the fixed start of a caption; a second one begins a fixed end. Replaces `keep_tokens`."""
+    """Text that ends the fixed start of a caption; a second one begins a fixed end. `keep_tokens` is for the others."""
     secondary_separator: str | None = None
     """Text between parts of one tag, which move and drop together. Read as `caption_separator` afterwards."""
     enable_wildcard: bool = False

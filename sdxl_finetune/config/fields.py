@@ -248,7 +248,7 @@ def expected(field: FieldInfo) -> str:
         return kind.text
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(kind))
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}[kind]
     limits = {type(note).__name__.lower(): note for note in field.metadata}
     least, above, most = (getattr(limits.get(name), name, None) for name in ("ge", "gt", "le"))
     if most is not None:

@@ -115,7 +115,9 @@ class MetadataOptions(Options):
 class PreviewOptions(Options):
     """Previews"""
 
-    sample_prompts: FilePath | None = None
+    sample_prompts: Annotated[
+        FilePath | None, OnlyWith("sample_every_n_epochs sample_every_n_steps sample_at_first")
+    ] = None
     """File of preview prompts, .txt, .toml or .json. Default: no previews."""
     sample_every_n_epochs: Annotated[int | None, Period, PROMPTS] = None
     """Draw previews every N epochs. If both are set, epochs win over `sample_every_n_steps`. 0: never."""

@@ -264,7 +264,7 @@ def _output(config: Config) -> Findings:
     for option, value in config:
         if isinstance(value, str | Path) and not is_text(str(value)) and option not in ANY_BYTES:
             yield option, "is not UTF-8, which only folders of images may be: rename it, or choose another"
-    if config.output_name and set(config.output_name) & set("/\\"):
+    if config.output_name and (set(config.output_name) & set("/\\") or not config.output_name.strip(". ")):
         yield "output_name", "must be a file name without folders: set output_dir to the folder"
     for option in ("output_dir", "logging_dir", "cache_dir"):
         folder = getattr(config, option)

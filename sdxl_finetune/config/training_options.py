@@ -205,13 +205,13 @@ class ValidationOptions(HoldOutOptions):
 class LengthOptions(Options):
     """Length of the run"""
 
-    max_train_epochs: int | None = Field(None, ge=1)
+    max_train_epochs: int | None = Field(None, ge=1, le=10**9)
     """Epochs of the whole run. Wins over `max_train_steps`."""
-    max_train_steps: Annotated[int, OnlyWith("max_train_epochs", unless=True)] = Field(1600, ge=0)
+    max_train_steps: Annotated[int, OnlyWith("max_train_epochs", unless=True)] = Field(1600, ge=0, le=10**9)
     """Optimizer steps of the whole run. 0: `max_train_epochs` says how long the run is."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, le=2**63 - 1)
     """Seed of all random numbers. Default: drawn at random, printed and saved."""
 
 

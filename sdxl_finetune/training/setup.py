@@ -303,7 +303,8 @@ def _log_beginning(
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
     with suppress(Exception):  # a user's own optimizer may not step on a small tensor
         states = state_bytes(config, trained_dtype(config)) * sum(group.size for group in learner.parameters.groups)
-        logger.info("%s keeps %.2f GiB of optimizer states in each process", config.optimizer_name, states / 2**30)
+        size = f"{states / 2**30:.2f} GiB" if states > 2**30 else f"{states / 2**20:.1f} MiB"
+        logger.info("%s keeps %s of optimizer states in each process", config.optimizer_name, size)
     log.begin(
         first_step=timeline.first,
         steps=steps,

@@ -139,7 +139,7 @@ def test_all_mistakes_are_reported_at_once(folder):
         " use a config without it",
         "command line: v2 = True: this program trains SDXL only: start from an SDXL checkpoint",
         "command line: clip_skpi = 2: unknown option; --help lists all options",
-        "c.toml:4: seed = 'x': must be a whole number of at least 0, without quotes",
+        "c.toml:4: seed = 'x': must be a whole number from 0 to 9223372036854775807, without quotes",
         "c.toml:5: xformers = 'yes': must be true or false, without quotes",
         "c.toml:8: output_name = [3]: must be text, in quotes",
         "command line: keep_tokens = 'two': must be a whole number of at least 0",

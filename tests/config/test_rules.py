@@ -98,6 +98,7 @@ def test_needed_options_are_named():
         ({"full_fp16": True, "mixed_precision": "fp16", "fused_backward_pass": True}, "fused_backward_pass"),
         ({"output_name": "a/b"}, "output_name"),
         ({"output_name": "a\\b"}, "output_name"),
+        ({"output_name": ".."}, "output_name"),
         ({"cache_latents_to_disk": True, "random_crop": True}, "random_crop"),
         ({"adaptive_noise_scale": 0.0}, None),
         ({**TEXT, "shuffle_caption": True}, "shuffle_caption"),
@@ -148,6 +149,8 @@ def test_missing_files_and_unusable_folders_are_refused(tmp_path):
         ({"max_train_epochs": 2}, None),
         ({"sample_every_n_epochs": 1}, "sample_every_n_epochs"),
         ({"sample_at_first": True}, "sample_at_first"),
+        ({"sample_prompts": "p"}, "sample_prompts"),
+        ({"shuffle_caption": True, "keep_tokens": 1, "keep_tokens_separator": "|||"}, None),
         ({"sample_every_n_epochs": 1, "sample_every_n_steps": 5, "sample_prompts": "p"}, "sample_every_n_steps"),
         ({"learning_rate_te2": 1e-6}, "learning_rate_te2"),
         ({"learning_rate_te2": 1e-6, "train_text_encoder": True}, None),
@@ -227,7 +230,7 @@ mixed_precision full_bf16 full_fp16 fused_backward_pass fused_optimizer_groups g
 diffusers_xformers sdpa torch_compile ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph
 initial_step
 output_dir output_name save_model_as save_precision save_every_n_epochs save_every_n_steps save_n_epoch_ratio
-save_state save_state_on_train_end resume sample_prompts logging_dir log_with console_log_level
+save_state save_state_on_train_end resume logging_dir log_with console_log_level
 console_log_file console_log_simple no_memory huggingface_repo_id async_upload
 """
 """Options that have an effect whatever the other options are. Whoever adds an option decides where it belongs."""
