@@ -117,7 +117,7 @@ def estimate(
     """
     known = known or Known()
     pass_config = config.model_copy(update=PASS_ONLY)
-    key = pass_config.model_dump_json(), shape, cuda
+    key = repr(pass_config), shape, cuda
     if key not in known.passes:
         with Allocations(count_scratch=not cuda, results=known.results) as allocations:
             learner = build_fake_learner(pass_config, architecture, allocations, cuda=cuda)

@@ -133,7 +133,7 @@ def test_a_damaged_file_that_cannot_be_renamed_is_told(tmp_path: Path, caplog) -
     (hurt,) = write(tmp_path, 6)
     cut_short(hurt.path)
     hurt.path.with_suffix(".damaged").mkdir()
-    assert open_shards(tmp_path, "vae", check=True) == []
+    assert open_shards(tmp_path, VAE, check=True) == []
     assert "cannot be renamed" in caplog.text and "is renamed to" not in caplog.text
 
 
