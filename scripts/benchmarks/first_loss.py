@@ -16,10 +16,11 @@ from statistics import mean, stdev
 import torch
 from PIL import Image
 
-from scripts.benchmarks.letter_box import letter_box_view, right_view
+from scripts.benchmarks.letter_box import letter_box_view
 from scripts.benchmarks.proof_models import transpose_projection
 from sdxl_finetune.config import load_config
-from sdxl_finetune.data.loader import TrainingDataset
+from sdxl_finetune.data import loader
+from sdxl_finetune.data.views import draw_view
 from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.training.setup import build_run
@@ -49,8 +50,7 @@ def write_pictures(folder: Path) -> None:
 
 def losses(model: Path, arguments: list[str], *, letter_box: bool) -> list[float]:
     """Returns the loss of each image, with the crop that was made or the letter-box offset of sd-scripts."""
-    view = letter_box_view if letter_box else right_view
-    setattr(TrainingDataset, "_view", view)  # noqa: B010 (this process does nothing else)
+    loader.draw_view = letter_box_view if letter_box else draw_view  # this process does nothing else
     config = load_config(["--pretrained_model_name_or_path", str(model), *arguments], program="sdxl-train")
     assert config is not None
     found: list[float] = []

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from sdxl_finetune.batch import Position
 from sdxl_finetune.cli import train
+from sdxl_finetune.data import loader
 from sdxl_finetune.data.index import Entry
-from sdxl_finetune.data.loader import TrainingDataset, View
+from sdxl_finetune.data.views import View, draw_view
 from sdxl_finetune.latents.npz import noted_crop
-
-right_view = TrainingDataset._view
 
 
 def letter_box(entry: Entry) -> tuple[int, int]:
@@ -20,11 +19,11 @@ def letter_box(entry: Entry) -> tuple[int, int]:
     return int(top), int(left)
 
 
-def letter_box_view(dataset: TrainingDataset, position: Position, slot: int, row: int) -> View:
-    view = right_view(dataset, position, slot, row)
+def letter_box_view(entry: Entry, seed: int, position: Position, slot: int) -> View:
+    view = draw_view(entry, seed, position, slot)
     return replace(view, crop_top_left=letter_box(view.entry))
 
 
 if __name__ == "__main__":
-    setattr(TrainingDataset, "_view", letter_box_view)  # noqa: B010 (this process does nothing else)
+    loader.draw_view = letter_box_view  # this process does nothing else
     train()

@@ -76,7 +76,7 @@ def losses(model: Path, count: int) -> torch.Tensor:
     for timestep in (300, 500, 700, 900):
         noise, timesteps = torch.randn(latents.shape, generator=generator), torch.full((count,), timestep)
         noisy = add_noise(schedule, latents, noise, timesteps)
-        prediction = loaded.model(noisy, timesteps, tokens.ids1, tokens.ids2, size, torch.zeros_like(size), size)
+        prediction = loaded.model(noisy, timesteps, tokens, size, torch.zeros_like(size), size)
         total += (prediction - noise).square().mean(dim=(1, 2, 3))
     return total / 4
 
