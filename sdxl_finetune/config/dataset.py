@@ -68,6 +68,9 @@ class Subset(CaptionOptions, AugmentationOptions, MaskOptions, HoldOutOptions):
     is_reg: bool = False
     """True for regularisation images."""
     resize_interpolation: Interpolation | None = None
+    tar_files: str | None = None
+    metadata_columns: dict[str, str] | None = None
+    caption_sources: tuple | None = None
 
 
 class Dataset(BucketOptions):

@@ -1,0 +1,115 @@
+"""Texts that stand beside an image: in a tar file, members of the same name; in an object store, objects.
+
+A text is named as in `caption_sources`: `.txt` is a file as a whole, `.json#key` the text under a key of a JSON file. A
+JSON file may also hold a score and the image's size.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdxl_finetune.config.dataset import Subset
+
+LARGEST_TEXT = 1 << 20
+"""Bytes: a larger file is no caption."""
+USUAL_TEXTS = (".txt", ".caption", ".json#caption", ".json#tags")
+"""Texts of a WebDataset tar file that may be the caption."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which texts and values of the files beside an image are read."""
+
+    texts: tuple[str, ...]
+    score: str = "score"
+    """Key of a JSON file."""
+    image_size: str = "image_size"
+    """Key of a JSON file, [width, height]. `width` and `height` are read as well."""
+
+    @property
+    def endings(self) -> frozenset[str]:
+        """Endings of the files, in lower case."""
+        return frozenset(text.partition("#")[0].lower() for text in self.texts)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the JSON file whose texts are read."""
+        return tuple(text.partition("#")[2] for text in self.texts if "#" in text)
+
+
+@dataclass
+class Texts:
+    """What stands beside one image."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    score: float | None = None
+    size: tuple[int, int] | None = None
+
+
+def wanted_of(subset: Subset, *, in_tars: bool) -> Wanted:
+    """What a subset needs of the files beside its images."""
+    given = subset.metadata_columns or {}
+    if subset.caption_sources:
+        names = [source.name if source.is_file else f".json#{source.name}" for source in subset.caption_sources]
+    else:
+        names = ["." + subset.caption_extension.removeprefix("."), *(USUAL_TEXTS if in_tars else ())]
+    texts = dict.fromkeys(
+        f"{ending}#{given.get(key, key)}" if key else ending
+        for ending, _, key in (name.partition("#") for name in names)
+    )
+    return Wanted(tuple(texts), given.get("score", "score"), given.get("image_size", "image_size"))
+
+
+def read_text(ending: str, data: bytes, wanted: Wanted, beside: Texts) -> None:
+    """Adds what a file of this ending holds. Raises ValueError for a file that cannot be used."""
+    if len(data) > LARGEST_TEXT:
+        raise ValueError(f"the text has {len(data)} bytes, more than {LARGEST_TEXT}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the caption is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    if ending != ".json":
+        lines = text.replace("\r", "\n").split("\n")
+        beside.texts[ending] = "\n".join(stripped for line in lines if (stripped := line.strip()))
+        return
+    try:
+        entry = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise ValueError("the JSON must be an object with caption or tags")  # noqa: TRY004 (a mistake in the data)
+    for key in wanted.keys:
+        if (value := _text(entry, key)) is not None:
+            beside.texts[f".json#{key}"] = value
+    beside.score = _score(entry, wanted.score)
+    beside.size = _size(entry, wanted.image_size)
+
+
+def _text(entry: dict[str, Any], key: str) -> str | None:
+    value = entry.get(key)
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ", ".join(value)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{key} must be a text")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{key} is no valid Unicode: it holds half of a surrogate pair") from None
+    return value
+
+
+def _score(entry: dict[str, Any], key: str) -> float | None:
+    value = entry.get(key)
+    if value is None or (type(value) is float and math.isnan(value)):
+        return None
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{key} must be a number")
+    return float(value)
+
+
+def _size(entry: dict[str, Any], key: str) -> tuple[int, int] | None:
+    """The image's size. Sizes that are no numbers of pixels are not used, because the image itself has one."""
+    sides = entry.get(key) or [entry.get("width"), entry.get("height")]
+    fits = isinstance(sides, list) and len(sides) == 2 and all(type(side) is int and 0 < side < 2**31 for side in sides)
+    return (sides[0], sides[1]) if fits else None

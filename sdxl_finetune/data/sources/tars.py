@@ -1,0 +1,207 @@
+"""The images of a subset that are members of tar files, as WebDataset packs them: `000017.jpg` beside `000017.txt`.
+
+The names of the images begin with the tar file's name: `data-001.tar/000017.jpg`. The members of each tar file are kept
+in `cache_dir`, and are looked for again only if the tar file's size or version has changed. The images themselves are
+read where they are.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute
+
+from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.contents import container_version
+from sdxl_finetune.data.sources.beside import Wanted, wanted_of
+from sdxl_finetune.data.sources.chunks import as_lists, joined_captions
+from sdxl_finetune.data.sources.listed import LISTED
+from sdxl_finetune.data.sources.tar_files import Members, read_members, schema
+from sdxl_finetune.data.tables import map_table, write_table
+from sdxl_finetune.errors import Problem, Tally, UserError
+from sdxl_finetune.progress import track
+from sdxl_finetune.storage import Found, Location, StorageError, list_files
+
+FORMAT = 1
+"""Version of the files of members in `cache_dir`. Files of another version are not found."""
+THREADS = 32
+"""Tar files in an object store that are looked through at once. Each waits for one request at a time."""
+IN_PROCESS = 1 << 24
+"""Bytes of tar files up to which no processes are started."""
+NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
+"""A range of numbers in a name, as {000..099}: both ends belong to it, and zeros in front are kept."""
+
+
+@dataclass(frozen=True)
+class Tars:
+    """The images in the tar files of one subset."""
+
+    table: pa.Table
+    """Columns of LISTED, sorted by name."""
+    problems: Tally
+    others: Counter[str]
+    """Number of other members by ending."""
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that a pattern such as `data-{000..099}.tar` stands for."""
+    parts = NUMBERS.split(pattern)
+    texts, firsts, lasts = parts[::3], parts[1::3], parts[2::3]
+    ranges = [
+        [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+        for first, last in zip(firsts, lasts, strict=True)
+    ]
+    return [
+        "".join(text + number for text, number in zip(texts, (*numbers, ""), strict=True)) for numbers in product(*ranges)
+    ]
+
+
+def find_tars(folder: Location, pattern: str | None) -> list[Found]:
+    """The tar files of a folder, or those that a pattern names, sorted by name. Raises UserError."""
+    there = {one.name: one for one in list_files(folder) if "/" not in one.name and one.name[0] != "."}
+    if pattern is None:
+        names = [name for name in there if name.lower().endswith(".tar")]
+    else:
+        names = expand(pattern)
+        if missing := [name for name in names if name not in there]:
+            shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+            message = f"{len(missing)} of {len(names)} tar files are missing: {shown}"
+            raise UserError(Problem(message, file=str(folder / pattern)))
+    return [there[name] for name in sorted(names)]
+
+
+def read_tars(subset: Subset, cache_dir: Path) -> Tars:
+    """Lists the images in the tar files of a subset. Raises UserError if there are none."""
+    folder, wanted = subset.image_dir, wanted_of(subset, in_tars=True)
+    found = find_tars(folder, subset.tar_files)
+    problems, others, tables = Tally(), Counter[str](), []
+    for tar, members in zip(found, _all_members(folder, found, wanted, cache_dir), strict=True):
+        tables.append(_listed(subset, tar, members.table, wanted))
+        others += members.others
+        problems.add_all(members.problems)
+    table = pa.concat_tables(tables) if tables else LISTED.empty_table()
+    order = pa.compute.sort_indices(table["name"])
+    return Tars(table.take(order).combine_chunks(), problems, others)
+
+
+def _listed(subset: Subset, tar: Found, members: pa.Table, wanted: Wanted) -> pa.Table:
+    """The images of one tar file in the columns of LISTED."""
+    size = members.num_rows
+    prefix, none = (pa.scalar(text, pa.large_binary()) for text in (os.fsencode(tar.name) + b"/", b""))
+    columns = {
+        "name": pa.compute.binary_join_element_wise(prefix, members["name"], none),
+        "captions": _captions(subset, members, wanted),
+        "mtime": pa.repeat(pa.scalar(container_version(tar.size, tar.version), pa.int64()), size),
+    }
+    columns |= {name: members[name] for name in ("width", "height", "score", "offset", "bytes")}
+    return pa.table([columns.get(one.name, pa.nulls(size, one.type)) for one in LISTED], schema=LISTED)
+
+
+def _captions(subset: Subset, members: pa.Table, wanted: Wanted) -> pa.Array:
+    columns = {name: members[name].combine_chunks() for name in wanted.texts}
+    if subset.caption_sources:
+        return as_lists(list(columns.values()))
+    *files, caption, tags = columns.values()
+    from_json = pa.compute.if_else(
+        pa.compute.or_(caption.is_valid(), tags.is_valid()), joined_captions(subset, caption, tags), None
+    )
+    instead = pa.scalar(subset.class_tokens or "", pa.large_string())
+    return as_lists([pa.compute.coalesce(*files, from_json, instead)])
+
+
+def _all_members(folder: Location, found: Sequence[Found], wanted: Wanted, cache_dir: Path) -> Iterator[Members]:
+    """The members of all tar files, in order: from `cache_dir`, or from the tar file if it is new or has changed."""
+    key = hashlib.blake2b(repr((FORMAT, str(folder), wanted)).encode("utf-8", "surrogateescape"), digest_size=8)
+    kept = cache_dir / "tars" / key.hexdigest()
+    jobs = [Job(folder / tar.name, tar, wanted, kept / f"{tar.name}.members") for tar in found]
+    known = [load_members(job) for job in jobs]
+    missing = [job for job, members in zip(jobs, known, strict=True) if members is None]
+    is_local = isinstance(folder, Path)
+    is_small = sum(job.tar.size for job in missing) <= IN_PROCESS if is_local else len(missing) < 2
+    pool: Executor | None = None
+    if not is_small:
+        processes = min(len(missing), os.cpu_count() or 1)
+        pool = ProcessPoolExecutor(processes, get_context("spawn"), start_worker) if is_local else ThreadPoolExecutor(THREADS)
+    with pool or contextlib.nullcontext(), track("looking through tar files", len(missing), "tars") as progress:
+        fresh = run_ahead(pool, keep_members, missing)
+        for job, members in zip(jobs, known, strict=True):
+            if members is None:
+                problem = next(fresh)
+                progress.update()
+                members = Members(schema(wanted).empty_table(), Tally([problem]), Counter()) if problem else load_members(job)
+            yield members
+
+
+@dataclass(frozen=True)
+class Job:
+    """A tar file to look through."""
+
+    location: Location
+    tar: Found
+    wanted: Wanted
+    kept: Path
+    """The file that keeps its members."""
+
+
+def keep_members(job: Job) -> Problem | None:
+    """Looks through a tar file and keeps its members. Returns a problem if the tar file cannot be read."""
+    try:
+        members = read_members(job.location, job.tar.size, job.wanted)
+    except OSError as error:
+        return Problem(f"the tar file cannot be read ({error.strerror})", file=str(job.location))
+    except StorageError as error:
+        return Problem(str(error), file=str(job.location))
+    about = {
+        "tar": [job.tar.size, job.tar.version],
+        "problems": [[problem.message, problem.file, count] for problem, count in members.problems.counted()],
+        "others": members.others,
+    }
+    write_table(job.kept, members.table.replace_schema_metadata({"about": json.dumps(about)}))
+    return None
+
+
+def load_members(job: Job) -> Members | None:
+    """The members of a tar file as they are kept. None if they are not, or if the tar file has changed since then."""
+    try:
+        table = map_table(job.kept)
+        about = json.loads((table.schema.metadata or {}).get(b"about", b"{}"))
+    except (OSError, pa.ArrowException, ValueError):
+        return None
+    if about.get("tar") != [job.tar.size, job.tar.version] or not table.schema.equals(schema(job.wanted)):
+        return None
+    problems = Tally()
+    for message, file, count in about["problems"]:
+        problems.add(Problem(message, file=file), count)
+    return Members(table, problems, Counter(about["others"]))
+
+
+def run_ahead(pool: Executor | None, function: Callable[[Job], Problem | None], jobs: Sequence[Job]) -> Iterator[Problem | None]:
+    """Yields the function's results in order. The pool works on some further jobs meanwhile."""
+    if pool is None:
+        yield from map(function, jobs)
+        return
+    waiting: deque[Future] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(function, job))
+        if len(waiting) > 2 * THREADS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def start_worker() -> None:
+    """Leaves Ctrl-C to the main process, and hides warnings of image libraries."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
