@@ -38,7 +38,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Stats:
-    """What the file system says of image files and caption files."""
+    """Results of `stat` for image files and caption files."""
 
     bytes: Int64[np.ndarray, " n"]
     mtime: Int64[np.ndarray, " n"]

@@ -259,7 +259,7 @@ def _is_unchanged(found: Changes) -> bool:
 
 
 def _known_rows(chunk: Chunk, count: int) -> pa.Table:
-    """So many rows of the last scan, from the first that is in the chunk. They are not copied."""
+    """Returns `count` rows of the last scan, from the first that is in the chunk. They are not copied."""
     known = chunk.places[chunk.places >= 0]
     return chunk.known.slice(known[0] if len(known) else 0, count)
 
