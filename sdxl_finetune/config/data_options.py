@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_finetune.config.fields import FaceRange, FilePath, OnlyWith, Options, Resolution, ZeroIsOne
+from sdxl_finetune.config.fields import FaceRange, FilePath, MetadataColumns, OnlyWith, Options, Resolution, ZeroIsOne
 
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"]
 TAGS = OnlyWith("shuffle_caption caption_tag_dropout_rate token_warmup_step")
@@ -20,7 +20,10 @@ class DataOptions(Options):
     reg_data_dir: FilePath | None = None
     """Folder of regularisation images, laid out as `train_data_dir`. An epoch uses as many of them as other images."""
     in_json: FilePath | None = None
-    """File of captions, tags and sizes of the images in `train_data_dir`, .json or .jsonl. Replaces caption files."""
+    """File of captions, tags and sizes of the images in `train_data_dir`: .json, .jsonl or .parquet, or a folder of
+    .parquet files. Replaces caption files."""
+    metadata_columns: MetadataColumns | None = None
+    """Names of columns or keys of `in_json`, where they have unusual names. Not in sd-scripts."""
     dataset_config: FilePath | None = None
     """TOML or JSON file that describes several datasets. Replaces `train_data_dir`."""
     dataset_repeats: int = Field(1, ge=1)

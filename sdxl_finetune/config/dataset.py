@@ -23,7 +23,7 @@ from sdxl_finetune.config.data_options import (
     Interpolation,
     MaskOptions,
 )
-from sdxl_finetune.config.fields import Resolution
+from sdxl_finetune.config.fields import MetadataColumns, Resolution
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of image files, in any case of letters, that are always read."""
@@ -31,6 +31,8 @@ OPTIONAL_SUFFIXES = {".avif": "pillow-avif-plugin", ".jxl": "pillow-jxl-plugin"}
 """Endings that are read if Pillow can read them, each with a package that teaches it to Pillow."""
 UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif")
 """Endings of pictures that are not trained on, as in the reference. A remark counts such files."""
+TAR_SUFFIX = ".tar"
+"""Ending of a file of images, as WebDataset packs them."""
 
 
 def is_picture(entry: os.DirEntry, suffixes: tuple[str, ...]) -> bool:
@@ -69,7 +71,8 @@ class Subset(CaptionOptions, AugmentationOptions, MaskOptions, HoldOutOptions):
     """True for regularisation images."""
     resize_interpolation: Interpolation | None = None
     tar_files: str | None = None
-    metadata_columns: dict[str, str] | None = None
+    """Names of the tar files in `image_dir` to use, with ranges as {000..099}. Default: all, if no images are there."""
+    metadata_columns: MetadataColumns | None = None
     caption_sources: tuple | None = None
 
 
@@ -105,7 +108,7 @@ def find_folders(root: Path) -> Folders:
     empty: list[str] = []
     for name in names:
         repeats, words = _parts(name)
-        if not holds_images(root / name):
+        if not holds_images(root / name) and not holds_tars(root / name):
             pictures = unread_pictures(count_endings(root / name, UNREAD_SUFFIXES))
             empty += [name + (pictures and f" ({pictures})")] if repeats > 0 or pictures else []
         elif repeats > 0:
@@ -115,7 +118,7 @@ def find_folders(root: Path) -> Folders:
         else:
             unnamed.append(name)
     has_loose_images = holds_images(root)
-    if has_loose_images and not folders.used:
+    if not folders.used and (has_loose_images or holds_tars(root)):
         folders.used.append((root, None, None))
         repeats, words = _parts(root.resolve().name)
         if repeats > 0 and words:
@@ -141,6 +144,26 @@ def holds_images(folder: Path) -> bool:
     """True if an image lies directly in the folder."""
     with os.scandir(folder) as entries:
         return any(is_picture(entry, (*IMAGE_SUFFIXES, *OPTIONAL_SUFFIXES)) for entry in entries)
+
+
+def holds_tars(folder: Path, *, without_folders: bool = False) -> bool:
+    """True if tar files lie directly in the folder and no images. With `without_folders` no folders may lie there."""
+    found = False
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_picture(entry, (*IMAGE_SUFFIXES, *OPTIONAL_SUFFIXES)) or (without_folders and entry.is_dir()):
+                    return False
+                found |= entry.name.lower().endswith(TAR_SUFFIX) and entry.name[0] != "." and entry.is_file()
+    except OSError:
+        return False
+    return found
+
+
+def split_tars(place: Path) -> tuple[Path, str | None]:
+    """The folder and the pattern of names of a path that names tar files; the path itself and None of any other."""
+    is_pattern = place.name.lower().endswith(TAR_SUFFIX) and not place.is_dir()
+    return (place.parent, place.name) if is_pattern else (place, None)
 
 
 def count_endings(folder: Path, suffixes: tuple[str, ...]) -> Counter[str]:

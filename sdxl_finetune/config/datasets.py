@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, no_such
+from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, no_such, split_tars
 from sdxl_finetune.config.fields import expected
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.reading import parse_toml
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 RENAMED = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}
 """Options of the config that have another name as keys of the file."""
 DATASET_KEYS = Dataset.model_fields.keys() - {"subsets"}
-SUBSET_KEYS = set(Subset.model_fields)
+SUBSET_KEYS = set(Subset.model_fields) - {"tar_files"}
 SHARED_KEYS = SUBSET_KEYS - {"image_dir", "metadata_file", "is_reg"}
 """Keys of subsets that a dataset or [general] may hold for all their subsets."""
 NO_EFFECT = {
@@ -69,17 +69,21 @@ def _from_folders(config: Config) -> tuple[Dataset, ...]:
     common = {name: getattr(config, name) for name in Dataset.model_fields if name in Config.model_fields}
     sources: list[dict[str, Any]] = []
     if config.in_json:
-        folder = config.train_data_dir or Path()
-        sources = [{"image_dir": folder, "metadata_file": config.in_json, "num_repeats": None, "class_tokens": None}]
+        folder, tars = split_tars(config.train_data_dir or Path())
+        sources = [{"image_dir": folder, "tar_files": tars, "metadata_file": config.in_json}]
     else:
         for option in ("train_data_dir", "reg_data_dir"):
+            folder, tars = split_tars(getattr(config, option) or Path())
+            found = [(folder, None, None)] if tars else _folders(option, getattr(config, option))
+            is_reg = option == "reg_data_dir"
             sources += [
-                {"image_dir": path, "num_repeats": repeats, "class_tokens": words, "is_reg": option == "reg_data_dir"}
-                for path, repeats, words in _folders(option, getattr(config, option))
+                {"image_dir": path, "tar_files": tars, "num_repeats": repeats, "class_tokens": words, "is_reg": is_reg}
+                for path, repeats, words in found
             ]
     for source in sources:
-        if source["num_repeats"] is None:
+        if source.setdefault("num_repeats", None) is None:
             source["num_repeats"] = config.dataset_repeats
+        source.setdefault("class_tokens", None)
         source["conditioning_data_dir"] = None if source.get("is_reg") else _mask_folder(config, source["image_dir"])
     subsets = tuple(Subset(**{**shared, **source}) for source in sources)
     return (Dataset(**common, batch_size=config.train_batch_size, subsets=subsets),)
@@ -193,6 +197,8 @@ def _subset(
     values = {name: value for name, value in {**inherited, **keys}.items() if name in SUBSET_KEYS}
     if keys.get("is_reg") and "conditioning_data_dir" not in keys:
         values["conditioning_data_dir"] = None  # masks of the images that are learned, not of regularisation images
+    if "image_dir" in values:
+        values["image_dir"], values["tar_files"] = split_tars(values["image_dir"])
     subset = mistakes.build(Subset, {"num_repeats": 1, "class_tokens": None, **values}, place)
     if subset is None:
         return None
@@ -206,7 +212,7 @@ def _subset(
             mistakes.add(message, f"{place}.{key}", getattr(subset, key))
     if subset.metadata_file is None and not subset.image_dir.is_dir():
         mistakes.add(no_such("folder"), f"{place}.image_dir", str(subset.image_dir))
-    if subset.metadata_file is not None and not subset.metadata_file.is_file():
+    if subset.metadata_file is not None and not subset.metadata_file.exists():
         mistakes.add(no_such("file"), f"{place}.metadata_file", str(subset.metadata_file))
     masks = subset.conditioning_data_dir
     if config.masked_loss and masks and not masks.is_dir():
@@ -228,7 +234,7 @@ def _used(path: Path, subsets: list[Subset]) -> Iterator[Subset]:
     """Yields the subsets that the reference uses: not those without repeats, and not those named a second time."""
     seen = set()
     for subset in subsets:
-        source = subset.metadata_file or subset.image_dir
+        source = subset.metadata_file or subset.image_dir / (subset.tar_files or "")
         if subset.num_repeats < 1:
             logger.warning("%s: %s is not used, because num_repeats is %d", path, source, subset.num_repeats)
         elif source in seen:

@@ -169,6 +169,20 @@ def _block_rates(value: object) -> object:
     return numbers
 
 
+METADATA = ("path", "caption", "tags", "score", "image_size", "width", "height", "train_resolution")
+"""What the columns of a metadata file hold."""
+
+
+def _metadata_columns(value: object) -> object:
+    """Returns texts `what=name`, of a text of several or of a list."""
+    texts = value.split(",") if isinstance(value, str) else value
+    pairs = [text.partition("=") for text in texts]  # type: ignore[attr-defined]
+    columns = {what.strip(): name.strip() for what, _, name in pairs}
+    if not columns or not set(columns) <= set(METADATA) or not all(columns.values()) or len(columns) < len(pairs):
+        raise ValueError
+    return tuple(f"{what}={name}" for what, name in columns.items())
+
+
 def _schedule(value: Any) -> Any:
     name, colon, rate = value.partition(":")
     is_adafactor = name == "adafactor" and (not colon or 0 <= float(rate) < math.inf)
@@ -202,6 +216,9 @@ FaceRange = Annotated[
 ]
 StepsOrShare = Annotated[
     int | float, _parsed(_steps_or_share), Shown('a whole number of steps, or a share of all steps as 0.1 or "10%"')
+]
+MetadataColumns = Annotated[
+    tuple[str, ...], _parsed(_metadata_columns), Shown(f'pairs as "path=key,score=aesthetic", of {", ".join(METADATA)}')
 ]
 Arguments = Annotated[dict[str, Any], _parsed(_arguments), Shown('a list as ["betas=0.9,0.99", "eps=1e-8"]')]
 BlockRates = Annotated[

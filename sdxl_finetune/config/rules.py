@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, is_text, no_such
+from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, is_text, no_such, split_tars
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
 from sdxl_finetune.config.hub import hub_problems, hub_remarks
 from sdxl_finetune.config.options import Config
@@ -277,10 +277,12 @@ def _files(config: Config) -> Findings:
         path = getattr(config, option)
         if path and not path.exists():
             yield option, f"{no_such('file or folder')}; nothing is downloaded"
-    for option in ("sample_prompts", "log_tracker_config", "in_json", "dataset_config"):
+    for option in ("sample_prompts", "log_tracker_config", "dataset_config"):
         path = getattr(config, option)
         if path and not path.is_file():
             yield option, no_such("file")
+    if config.in_json and not config.in_json.exists():
+        yield "in_json", no_such("file")
     thumbnail = config.metadata_thumbnail
     if thumbnail and not thumbnail.startswith("data:") and not Path(thumbnail).is_file():
         yield "metadata_thumbnail", f"neither a data URL nor a file; {no_such('file')}"
@@ -289,10 +291,10 @@ def _files(config: Config) -> Findings:
     if config.masked_loss and config.conditioning_data_dir and not config.conditioning_data_dir.is_dir():
         yield "conditioning_data_dir", no_such("folder")
     for option in ("reg_data_dir",) if config.in_json else ("train_data_dir", "reg_data_dir"):
-        folder = getattr(config, option)
-        if folder and (message := find_folders(folder).problem):
+        folder, tars = split_tars(getattr(config, option) or Path())
+        if getattr(config, option) and (message := None if tars else find_folders(folder).problem):
             yield option, message
-    if config.in_json and config.train_data_dir and not config.train_data_dir.is_dir():
+    if config.in_json and config.train_data_dir and not split_tars(config.train_data_dir)[0].is_dir():
         yield "train_data_dir", no_such("folder")
 
 

@@ -5,10 +5,12 @@ Nothing stays open between two reads, so that any process and thread may read an
 
 import hashlib
 import io
+import os
 from pathlib import Path
 from typing import BinaryIO
 
-from sdxl_finetune.storage import Location, read, stat
+from sdxl_finetune.data.images import ImageError
+from sdxl_finetune.storage import Location, StorageError, read, read_versioned, stat
 
 BLOCK = 1 << 16
 """Bytes of one request at least: about the headers of one image and what stands beside it in a tar file."""
@@ -71,6 +73,37 @@ def open_location(location: Location, size: int | None = None) -> BinaryIO:
     The size of an object in bytes is asked for if it is not given.
     """
     return location.open("rb") if isinstance(location, Path) else io.BufferedReader(RangeFile(location, size), BLOCK)
+
+
+def read_image(
+    path: Location, container: Location | None, offset: int, stat: tuple[int, int], *, unchanged: bool
+) -> bytes:
+    """The bytes of an image: of its own file, or of its tar file `container` at `offset`. Raises ImageError.
+
+    `stat` is its size in bytes, and its modification time or version. Objects and tar files must still have this
+    version. A file of its own must have it if `unchanged` is true.
+    """
+    place = container or path
+    try:
+        if isinstance(place, Path):
+            with place.open("rb") as file:
+                now = os.fstat(file.fileno())
+                if container:
+                    file.seek(offset)
+                data = file.read(stat[0]) if container else file.read()
+            found = now.st_size, now.st_mtime_ns
+        else:
+            data, now_stat = read_versioned(place, max(offset, 0), stat[0])
+            found = now_stat.size, now_stat.version
+    except OSError as error:
+        raise ImageError(str(path), f"not readable ({error.strerror})") from None
+    except StorageError as error:
+        raise ImageError(str(path), str(error)) from None
+    now_version = container_version(*found) if container else found[1]
+    if (container or unchanged) and (len(data), now_version) != stat:
+        what = f"{container.name} was changed" if container else "changed"
+        raise ImageError(str(path), f"{what} since it was scanned: start again, without skip_cache_check")
+    return data
 
 
 def container_version(size: int, version: int) -> int:

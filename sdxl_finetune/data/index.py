@@ -22,12 +22,14 @@ import pyarrow.compute
 from jaxtyping import Bool, Int, Int32, Shaped, UInt8
 
 from sdxl_finetune.config.dataset import Dataset, Subset
+from sdxl_finetune.data.contents import read_image
 from sdxl_finetune.data.images import load_crop
 from sdxl_finetune.data.placement import PLACED, place
 from sdxl_finetune.data.remarks import remark_on_captions, remark_on_faces
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally, UserError
+from sdxl_finetune.storage import Location
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,8 @@ class Bucket:
 class Entry:
     """One image of the index. Sizes are (width, height) in pixels."""
 
-    path: Path
+    path: Location
+    """In a tar file: the path of the tar file, and the member's name below it."""
     captions: tuple[str | None, ...]
     """The whole text of each caption source, None for a source that the image does not have."""
     subset: Subset
@@ -53,13 +56,25 @@ class Entry:
     resized: tuple[int, int]
     bucket: Bucket
     interpolation: str | None
+    stat: tuple[int, int]
+    """Size in bytes, and the modification time or version that the scan noted for the image."""
     offset: int = -1
-    """Position of the image in its container in bytes, -1 for a file of its own."""
+    """Position of the image in its tar file in bytes, -1 for a file of its own."""
 
     @property
     def caption(self) -> str:
         """The text of the first caption source that the image has."""
         return next((text for text in self.captions if text is not None), "")
+
+    def read(self, *, unchanged: bool = False) -> bytes:
+        """The content of the image file. Raises ImageError.
+
+        An object and a tar file must be as the scan found them. A file of its own must be so if `unchanged` is true.
+        """
+        container = None
+        if self.offset >= 0:
+            container = self.subset.image_dir / self.path.relative_to(self.subset.image_dir).parts[0]
+        return read_image(self.path, container, self.offset, self.stat, unchanged=unchanged)
 
     def load(
         self, left_top: tuple[int, int], data: bytes | None = None, *, resized: tuple[int, int] | None = None
@@ -76,7 +91,7 @@ class Entry:
             left_top=left_top,
             bucket=(self.bucket.width, self.bucket.height),
             interpolation=self.interpolation,
-            data=data,
+            data=self.read() if data is None else data,
             hides=not self.subset.alpha_mask,
         )
 
@@ -113,6 +128,7 @@ class Index:
             resized=(int(self.numbers("resized_width")[row]), int(self.numbers("resized_height")[row])),
             bucket=bucket,
             interpolation=subset.resize_interpolation,
+            stat=(int(self.numbers("bytes")[row]), int(self.numbers("mtime")[row])),
             offset=int(self.numbers("offset")[row]),
         )
 

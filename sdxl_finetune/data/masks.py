@@ -15,16 +15,17 @@ from sdxl_finetune.data.images import ImageError, image_extensions, image_size, 
 from sdxl_finetune.data.index import Entry, Index, report_bad_images
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.progress import track
+from sdxl_finetune.storage import Location
 
 
-def find_mask(entry: Entry) -> Path:
-    """The file that holds the image's mask: the mask file, or the image itself for its alpha channel.
+def find_mask(entry: Entry) -> Path | None:
+    """The file that holds the image's mask. None: the alpha channel of the image is the mask.
 
     Raises ImageError if the mask file is missing.
     """
     folder = entry.subset.conditioning_data_dir
     if folder is None:
-        return entry.path
+        return None
     for ending in image_extensions():
         for spelling in (ending, ending.upper()):
             path = folder / (entry.path.stem + spelling)
@@ -38,11 +39,15 @@ def load_mask(
 ) -> UInt8[np.ndarray, "H W"]:
     """The mask of an image's crop, 0 to 255. Raises ImageError if it is missing, unreadable or of another size.
 
-    `resized` and `left_top` are those of the image. `data` is the content of the file of `find_mask`, if it was read.
+    `resized` and `left_top` are those of the image. `data` is the content of the mask file, or of the image if the mask
+    is its alpha channel, if it was read.
     """
     path = find_mask(entry)
-    mask = load_channel(path, "A" if path == entry.path else "R", data)
-    _check_size(path, mask.shape[::-1], entry)
+    if path is None:
+        mask = load_channel(entry.path, "A", entry.read() if data is None else data)
+    else:
+        mask = load_channel(path, "R", data)
+    _check_size(path or entry.path, mask.shape[::-1], entry)
     return resize_and_crop(mask, resized, left_top, (entry.bucket.width, entry.bucket.height), entry.interpolation)
 
 
@@ -66,15 +71,15 @@ def without_bad_masks(index: Index, on_bad_image: str) -> Index:
             entry = index[row]
             progress.update()
             try:
-                path = find_mask(entry)
-                _check_size(path, image_size(path), entry)
+                if path := find_mask(entry):
+                    _check_size(path, image_size(path), entry)
             except ImageError as error:
                 bad[row] = Problem(error.reason, file=error.path)
     report_bad_images(Tally(bad.values()), on_bad_image)
     return index.without(bad) if bad else index
 
 
-def _check_size(path: Path, size: Sequence[int], entry: Entry) -> None:
+def _check_size(path: Location, size: Sequence[int], entry: Entry) -> None:
     if tuple(size) != entry.size:
         (width, height), (own_width, own_height) = size, entry.size
         message = f"the mask has {width}x{height} pixels, but its image {own_width}x{own_height}: make them equal"

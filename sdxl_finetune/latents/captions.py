@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -195,6 +196,8 @@ def _mention_npz(index: Index) -> None:
     """Logs that the reference's cached outputs are not used, if there are any beside the first images."""
     for row in np.flatnonzero(index.used)[:LOOKED_AT].tolist():
         image = index[row].path
+        if not isinstance(image, Path):
+            return
         if (path := image.with_name(f"{image.stem}_te_outputs.npz")).is_file():
             logger.info("%s and other files like it are not used: sd-scripts encodes the pooled output wrongly", path)
             return

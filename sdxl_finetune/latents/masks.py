@@ -154,7 +154,8 @@ def find_mask_files(index: Index) -> tuple[MaskFiles, dict[int, Problem]]:
     for row in rows.tolist():
         entry = index[row]
         try:
-            stat_hashes += _stat_hash(find_mask(entry))
+            path = find_mask(entry)
+            stat_hashes += index.stat_hashes[row].tobytes() if path is None else _stat_hash(path)
         except (ImageError, OSError) as error:
             reason = error.reason if isinstance(error, ImageError) else f"its mask is not readable ({error.strerror})"
             bad[row] = Problem(reason, file=str(entry.path))
@@ -187,8 +188,8 @@ def _read(job: MaskEncoding, place: int) -> tuple[bytes, bytes, Float16[np.ndarr
     entry = job.index[int(job.files.rows[place])]
     try:
         path = find_mask(entry)
-        data = path.read_bytes()
-        if _stat_hash(path) != job.files.stat_hashes[place].tobytes():
+        data = entry.read(unchanged=True) if path is None else path.read_bytes()
+        if path and _stat_hash(path) != job.files.stat_hashes[place].tobytes():
             raise ImageError(str(path), "it was changed during the run")
         content = hash16(data)
         key = np.frombuffer(content, np.uint8) ^ job.files.geometry_hashes[place]

@@ -6,10 +6,15 @@ JSON file may also hold a score and the image's size.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute
+
 from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.sources.chunks import as_lists, column_names, joined_captions
 
 LARGEST_TEXT = 1 << 20
 """Bytes: a larger file is no caption."""
@@ -49,7 +54,7 @@ class Texts:
 
 def wanted_of(subset: Subset, *, in_tars: bool) -> Wanted:
     """What a subset needs of the files beside its images."""
-    given = subset.metadata_columns or {}
+    given = column_names(subset)
     if subset.caption_sources:
         names = [source.name if source.is_file else f".json#{source.name}" for source in subset.caption_sources]
     else:
@@ -59,6 +64,21 @@ def wanted_of(subset: Subset, *, in_tars: bool) -> Wanted:
         for ending, _, key in (name.partition("#") for name in names)
     )
     return Wanted(tuple(texts), given.get("score", "score"), given.get("image_size", "image_size"))
+
+
+def captions_of(subset: Subset, texts: Mapping[str, pa.Array]) -> pa.LargeListArray:
+    """The captions of images by the texts beside them, which are named as in `wanted_of`.
+
+    Without caption sources an image has the first text that is there, else the subset's class_tokens.
+    """
+    if subset.caption_sources:
+        return as_lists(list(texts.values()))
+    choices = [column for name, column in texts.items() if "#" not in name]
+    if in_json := [column for name, column in texts.items() if "#" in name]:
+        caption, tags = in_json
+        is_there = pa.compute.or_(caption.is_valid(), tags.is_valid())
+        choices.append(pa.compute.if_else(is_there, joined_captions(subset, caption, tags), None))
+    return as_lists([pa.compute.coalesce(*choices, pa.scalar(subset.class_tokens or "", pa.large_string()))])
 
 
 def read_text(ending: str, data: bytes, wanted: Wanted, beside: Texts) -> None:
@@ -78,7 +98,7 @@ def read_text(ending: str, data: bytes, wanted: Wanted, beside: Texts) -> None:
     except ValueError as error:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(entry, dict):
-        raise ValueError("the JSON must be an object with caption or tags")  # noqa: TRY004 (a mistake in the data)
+        raise ValueError("the JSON must be an object with caption or tags")
     for key in wanted.keys:
         if (value := _text(entry, key)) is not None:
             beside.texts[f".json#{key}"] = value

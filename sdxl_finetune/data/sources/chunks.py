@@ -38,6 +38,9 @@ class Fields:
     sources: Sequence[str] = ()
     """Columns or keys that hold the texts of a caption set. Empty: `caption` and `tags` are joined."""
 
+    beside: bool = False
+    """True if images in tar files or an object store may have texts beside them, for entries without a caption."""
+
     def one(self, what: str) -> str:
         """The name of the key that holds this."""
         return self.given.get(what) or USUAL.get(what, what)
@@ -53,6 +56,11 @@ class Chunk:
     """Problems of the others: the first of them, if there are many of one kind."""
     more: Mapping[Problem, int] = field(default_factory=dict)
     """Number of further problems of the same kind as one of `problems`."""
+
+
+def column_names(subset: Subset) -> dict[str, str]:
+    """The names that `metadata_columns` gives, by what the columns hold."""
+    return dict(text.split("=", 1) for text in subset.metadata_columns or ())
 
 
 def joined_caption(subset: Subset, caption: str, tags: str) -> str:

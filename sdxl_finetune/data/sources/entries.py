@@ -127,10 +127,13 @@ def _row(subset: Subset, fields: Fields, name: Any, entry: Any) -> tuple:
     return file_name, _captions(subset, fields, entry), *sides, _score(entry, fields.one("score"))
 
 
-def _captions(subset: Subset, fields: Fields, entry: dict[str, Any]) -> list[str | None]:
+def _captions(subset: Subset, fields: Fields, entry: dict[str, Any]) -> list[str | None] | None:
+    """The texts of an entry. None: it is without any, and the texts beside the image count, if there may be any."""
     if fields.sources:
         texts = [_text(entry, fields.one(name)) for name in fields.sources]
     else:
+        if fields.beside and not any(fields.one(key) in entry for key in ("caption", "tags")):
+            return None
         caption, tags = (entry.get(fields.one(key)) or "" for key in ("caption", "tags"))
         if not isinstance(caption, str) or not isinstance(tags, str):
             raise ValueError("caption and tags must be texts")

@@ -14,9 +14,9 @@ from jaxtyping import Bool
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.images import image_extensions
-from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields
+from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields, column_names
 from sdxl_finetune.data.sources.entries import read_entries
-from sdxl_finetune.data.sources.listed import LISTED, listing
+from sdxl_finetune.data.sources.listed import LISTED, Listing, listed_table
 from sdxl_finetune.data.sources.names import first_of_each, with_endings
 from sdxl_finetune.data.sources.parquet import read_rows
 from sdxl_finetune.errors import Problem, Tally, UserError
@@ -45,8 +45,8 @@ class Entries:
         return self if not wrong.any() else Entries(self.path, self.table.filter(pa.array(~wrong)), self.problems)
 
 
-def read_metadata(subset: Subset) -> tuple[pa.Table, Tally]:
-    """Returns the images that a metadata file names, with the columns of LISTED, and the problems of its entries.
+def read_metadata(subset: Subset) -> Listing:
+    """Lists the images that a metadata file names, in or below the subset's folder.
 
     Raises UserError for a file that cannot be read or used at all.
     """
@@ -58,33 +58,37 @@ def read_metadata(subset: Subset) -> tuple[pa.Table, Tally]:
     wrong[list(mistakes)] = True
     table = entries.table.set_column(1, "name", names)
     entries = without_repeated(Entries(entries.path, table, entries.problems).without(wrong))
-    return listing({name: entries.table[name] for name in LISTED.names if name in ENTRIES.names}), entries.problems
+    table = listed_table({name: entries.table[name] for name in LISTED.names if name in ENTRIES.names})
+    return Listing(table, problems=entries.problems)
 
 
-def load_entries(subset: Subset) -> Entries:
-    """Reads the metadata file of a subset. Raises UserError."""
+def load_entries(subset: Subset, *, beside: bool = False) -> Entries:
+    """Reads the metadata file of a subset. Raises UserError.
+
+    With `beside`, entries without captions are allowed in JSON too: texts beside the images are their captions.
+    """
     path = subset.metadata_file
     assert path is not None
     problems, tables = Tally(), [ENTRIES.empty_table()]
-    for chunk in _chunks(subset, path):
+    for chunk in _chunks(subset, path, beside=beside):
         tables.append(chunk.table)
         for problem in chunk.problems:
             problems.add(problem, 1 + chunk.more.get(problem, 0))
     table = pa.concat_tables(tables).combine_chunks()
-    if not table.num_rows and not problems.total:
+    if not table.num_rows and not problems:
         raise UserError(Problem("the file names no images: give one with entries", file=str(path)))
     return Entries(path, table, problems)
 
 
-def _chunks(subset: Subset, path: Location) -> Iterator[Chunk]:
-    fields = Fields(subset.metadata_columns or {}, [source.name for source in subset.caption_sources or ()])
+def _chunks(subset: Subset, path: Location, *, beside: bool) -> Iterator[Chunk]:
+    fields = Fields(column_names(subset), [source.name for source in subset.caption_sources or ()], beside)
     if path.suffix.lower() in (".json", ".jsonl"):
         return read_entries(subset, path, fields)
     return read_rows(subset, parquet_files(path), fields)
 
 
 def parquet_files(path: Location) -> list[Location]:
-    """The Parquet files of a folder in the order of their names, or the file itself. Raises UserError if it has none."""
+    """The Parquet files of a folder in the order of their names, or the file itself. Raises UserError without any."""
     if path.suffix.lower() == ".parquet":
         return [path]
     found = sorted(path / one.name for one in list_files(path) if one.name.lower().endswith(".parquet"))

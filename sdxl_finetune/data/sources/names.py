@@ -5,7 +5,7 @@ A name is absolute or below the subset's folder. Its ending may be left out, as 
 
 import os
 import re
-from itertools import islice
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow.compute
 from jaxtyping import Bool
 
 from sdxl_finetune.config.dataset import is_picture
+from sdxl_finetune.errors import Problem, UserError
 
 CHUNK = 1 << 16
 """Names that are Python objects at once."""
@@ -36,9 +37,7 @@ def stems(names: pa.Array) -> pa.Array:
     return pa.compute.replace_substring_regex(names, rb"\.[^./]*$", b"")
 
 
-def with_endings(
-    folder: Path, names: pa.Array, endings: tuple[str, ...]
-) -> tuple[pa.Array, dict[int, str]]:
+def with_endings(folder: Path, names: pa.Array, endings: tuple[str, ...]) -> tuple[pa.Array, dict[int, str]]:
     """Adds the endings of the files in and below `folder` to names without ending.
 
     Returns the names, and what is wrong with names that fit no file or several, by row.
@@ -54,16 +53,14 @@ def with_endings(
     for number, parent in enumerate(parents.dictionary.to_pylist()):
         own = np.flatnonzero(own_parent == number)
         wanted = pa.compute.replace_substring_regex(short.take(pa.array(own)), rb"^.*/", b"")
-        files, wrong = find_images(list_images(folder / os.fsdecode(parent), endings), wanted)
-        prefix, none = (pa.scalar(text, pa.large_binary()) for text in (os.fsencode(Path(os.fsdecode(parent)) / "x")[:-1], b""))
-        found.append(pa.compute.binary_join_element_wise(prefix, files, none))
+        files, wrong = find_images(_images_in(folder / os.fsdecode(parent), endings), wanted)
+        found.append(prefixed(os.fsencode(Path(os.fsdecode(parent)) / "x")[:-1], files))
         order.append(own)
         for place, images in wrong.items():
             full = folder / os.fsdecode(short[int(own[place])].as_py())
             listed = ", ".join(os.fsdecode(image) for image in images[:SHOWN])
-            mistakes[int(rows[own[place]])] = (
-                f"several images have this name ({full}.*: {listed})" if images else f"no image has this name ({full}.*)"
-            )
+            several = f"several images have this name ({full}.*: {listed})"
+            mistakes[int(rows[own[place]])] = several if images else f"no image has this name ({full}.*)"
     ordered = pa.concat_arrays(found).take(pa.array(np.argsort(np.concatenate(order))))
     return pa.compute.replace_with_mask(names, pa.array(is_short), ordered), mistakes
 
@@ -84,14 +81,34 @@ def find_images(images: pa.Array, wanted: pa.Array) -> tuple[pa.Array, dict[int,
     return images.take(pa.array(by_stem[starts[np.maximum(stem, 0)]])), wrong
 
 
-def list_images(folder: Path, endings: tuple[str, ...]) -> pa.Array:
-    """The names of the image files directly in a folder. Empty if there is no such folder."""
-    if not folder.is_dir():
-        return pa.array([], pa.large_binary())
-    with os.scandir(folder) as entries:
-        found = (os.fsencode(entry.name) for entry in entries if is_picture(entry, endings))
-        chunks = [pa.array(chunk, pa.large_binary()) for chunk in iter(lambda: list(islice(found, CHUNK)), [])]
-    return pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_binary())
+def _images_in(folder: Path, endings: tuple[str, ...]) -> pa.LargeBinaryArray:
+    return search_folder(folder, endings)[0] if folder.is_dir() else pa.array([], pa.large_binary())
+
+
+def search_folder(folder: Path, endings: tuple[str, ...]) -> tuple[pa.LargeBinaryArray, Counter[str]]:
+    """The names of the images directly in a folder, and the number of its other files by ending. Raises UserError."""
+    chunks: list[pa.Array] = []
+    names: list[bytes] = []
+    others: Counter[str] = Counter()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_picture(entry, endings):
+                    names.append(os.fsencode(entry.name))
+                    if len(names) == CHUNK:
+                        chunks.append(pa.array(names, pa.large_binary()))
+                        names = []
+                elif entry.name[0] != ".":
+                    others[entry.name[entry.name.rfind(".") :].lower()] += 1
+    except OSError as error:
+        raise UserError(Problem(f"the folder cannot be listed: {error.strerror}", file=str(folder))) from None
+    return pa.concat_arrays([*chunks, pa.array(names, pa.large_binary())]), others
+
+
+def prefixed(prefix: bytes, names: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The names with `prefix` before each of them."""
+    before, between = (pa.scalar(text, pa.large_binary()) for text in (prefix, b""))
+    return pa.compute.binary_join_element_wise(before, names, between)
 
 
 def first_of_each(names: pa.Array) -> Bool[np.ndarray, " n"]:

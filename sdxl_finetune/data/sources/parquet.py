@@ -2,8 +2,9 @@
 
     image_path   caption   tags   score   image_size or width and height   train_resolution
 
-A column may have another usual name (USUAL), or the one that `metadata_columns` gives. Only these columns are read, one
-row group at a time. A folder of Parquet files is read in the order of the files' names.
+Without caption and tags, the texts beside the images are read. A column may have another usual name (USUAL), or the one
+that `metadata_columns` gives. Only these columns are read, one row group at a time. A folder of Parquet files is read
+in the order of the files' names.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +68,7 @@ def read_rows(subset: Subset, paths: Sequence[Location], fields: Fields) -> Iter
                     first += batch.num_rows
             if stat(path) != before:
                 raise UserError(Problem("was changed while it was read: start again", file=str(path)))
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # noqa: PERF203 (one file each)
             reason = str(error).partition("\n")[0].rstrip(".")
             message = f"not readable as a Parquet file ({reason}): it is truncated or damaged, so write it again"
             raise UserError(Problem(message, file=str(path))) from None
@@ -94,9 +95,6 @@ def find_columns(schema: pa.Schema, fields: Fields, path: Location) -> Columns:
         for name in sources
         if name not in schema.names
     ]
-    if not sources and not names.keys() & {"caption", "tags"} and not problems:
-        message = f"no column holds captions ({', '.join((*USUAL['caption'], 'tags'))}); the columns are {there}"
-        problems.append(Problem(f'{message}: set metadata_columns = "caption=NAME"', file=str(path)))
     if sources:
         names = {what: name for what, name in names.items() if what not in ("caption", "tags")}
     for what, name in [*names.items(), *(("caption", name) for name in sources if name in schema.names)]:
@@ -144,7 +142,7 @@ def _chunk(subset: Subset, path: Location, columns: Columns, batch: pa.RecordBat
         "number": pa.array(np.arange(first, first + size)),
         "name": _names(batch[names["path"]], names["path"], wrong),
         "captions": _captions(subset, columns, batch, wrong),
-        }
+    }
     if "score" in names:
         arrays["score"] = _score(batch[names["score"]], names["score"], wrong)
     for what, (width, height) in {
@@ -184,6 +182,8 @@ def _names(column: pa.Array, name: str, wrong: Mistakes) -> pa.Array:
 def _captions(subset: Subset, columns: Columns, batch: pa.RecordBatch, wrong: Mistakes) -> pa.Array:
     """The texts of each row, as lists."""
     names = columns.names
+    if not columns.sources and not names.keys() & {"caption", "tags"}:
+        return pa.nulls(batch.num_rows, ENTRIES.field("captions").type)
     if columns.sources:
         texts = [_texts(batch[name], name, wrong) for name in columns.sources]
     else:

@@ -84,21 +84,21 @@ def read_members(location: Location, size: int, wanted: Wanted) -> Members:
 def _read_members(
     file: BinaryIO, size: int, location: Location, wanted: Wanted, found: _Found, problems: Tally
 ) -> None:
-    endings = image_extensions()
+    endings, text_endings = image_extensions(), wanted.endings
     for member in _headers(file, size, location, problems):
         name = member.name.encode("utf-8", "surrogateescape")
         while name.startswith((b"./", b"/")):
             name = name[name.index(b"/") + 1 :]
-        stem, _, ending = name.rpartition(b".")
-        ending = "." + ending.decode("utf-8", "replace").lower()
+        stem, _, last = name.rpartition(b".")
+        ending = "." + last.decode("utf-8", "replace").lower()
         place = f"{location}/{member.name}"
         if member.isdir() or name.rpartition(b"/")[2].startswith(b".") or not stem:
             continue
-        if ending not in wanted.endings and ending not in endings:
+        if ending not in text_endings and ending not in endings:
             found.others[ending] += 1
         elif not member.isreg() or member.issparse():
             problems.add(Problem("the member is a link or sparse, and has no data of its own: pack files", file=place))
-        elif ending in wanted.endings:
+        elif ending in text_endings:
             try:
                 file.seek(member.offset_data)
                 data = file.read(min(member.size, LARGEST_TEXT + 1))
@@ -129,7 +129,7 @@ def _headers(file: BinaryIO, size: int, location: Location, problems: Tally) -> 
                 return
             count += 1
             yield member
-            tar.members.clear()  # it would hold millions
+            tar.members.clear()  # type: ignore[attr-defined]  # it would hold millions
         end = tar.offset
     except (tarfile.TarError, EOFError, ValueError) as error:
         problems.add(Problem(f"not readable as a tar file ({error}): {remedy}", file=str(location)))

@@ -13,10 +13,10 @@ import re
 import signal
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,11 +25,11 @@ import pyarrow.compute
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.contents import container_version
-from sdxl_finetune.data.sources.beside import Wanted, wanted_of
-from sdxl_finetune.data.sources.chunks import as_lists, joined_captions
-from sdxl_finetune.data.sources.listed import LISTED
+from sdxl_finetune.data.sources.beside import Wanted, captions_of, wanted_of
+from sdxl_finetune.data.sources.listed import LISTED, Listing, sorted_by_name
+from sdxl_finetune.data.sources.names import prefixed
 from sdxl_finetune.data.sources.tar_files import Members, read_members, schema
-from sdxl_finetune.data.tables import map_table, write_table
+from sdxl_finetune.data.tables import map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally, UserError
 from sdxl_finetune.progress import track
 from sdxl_finetune.storage import Found, Location, StorageError, list_files
@@ -44,17 +44,6 @@ NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 """A range of numbers in a name, as {000..099}: both ends belong to it, and zeros in front are kept."""
 
 
-@dataclass(frozen=True)
-class Tars:
-    """The images in the tar files of one subset."""
-
-    table: pa.Table
-    """Columns of LISTED, sorted by name."""
-    problems: Tally
-    others: Counter[str]
-    """Number of other members by ending."""
-
-
 def expand(pattern: str) -> list[str]:
     """The names that a pattern such as `data-{000..099}.tar` stands for."""
     parts = NUMBERS.split(pattern)
@@ -64,7 +53,8 @@ def expand(pattern: str) -> list[str]:
         for first, last in zip(firsts, lasts, strict=True)
     ]
     return [
-        "".join(text + number for text, number in zip(texts, (*numbers, ""), strict=True)) for numbers in product(*ranges)
+        "".join(text + number for text, number in zip(texts, (*numbers, ""), strict=True))
+        for numbers in product(*ranges)
     ]
 
 
@@ -82,7 +72,7 @@ def find_tars(folder: Location, pattern: str | None) -> list[Found]:
     return [there[name] for name in sorted(names)]
 
 
-def read_tars(subset: Subset, cache_dir: Path) -> Tars:
+def read_tars(subset: Subset, cache_dir: Path) -> Listing:
     """Lists the images in the tar files of a subset. Raises UserError if there are none."""
     folder, wanted = subset.image_dir, wanted_of(subset, in_tars=True)
     found = find_tars(folder, subset.tar_files)
@@ -92,56 +82,48 @@ def read_tars(subset: Subset, cache_dir: Path) -> Tars:
         others += members.others
         problems.add_all(members.problems)
     table = pa.concat_tables(tables) if tables else LISTED.empty_table()
-    order = pa.compute.sort_indices(table["name"])
-    return Tars(table.take(order).combine_chunks(), problems, others)
+    return Listing(sorted_by_name(table), others, problems)
 
 
 def _listed(subset: Subset, tar: Found, members: pa.Table, wanted: Wanted) -> pa.Table:
     """The images of one tar file in the columns of LISTED."""
     size = members.num_rows
-    prefix, none = (pa.scalar(text, pa.large_binary()) for text in (os.fsencode(tar.name) + b"/", b""))
     columns = {
-        "name": pa.compute.binary_join_element_wise(prefix, members["name"], none),
-        "captions": _captions(subset, members, wanted),
+        "name": prefixed(os.fsencode(tar.name) + b"/", members["name"]),
+        "captions": captions_of(subset, {name: one_chunk(members[name]) for name in wanted.texts}),
         "mtime": pa.repeat(pa.scalar(container_version(tar.size, tar.version), pa.int64()), size),
     }
     columns |= {name: members[name] for name in ("width", "height", "score", "offset", "bytes")}
     return pa.table([columns.get(one.name, pa.nulls(size, one.type)) for one in LISTED], schema=LISTED)
 
 
-def _captions(subset: Subset, members: pa.Table, wanted: Wanted) -> pa.Array:
-    columns = {name: members[name].combine_chunks() for name in wanted.texts}
-    if subset.caption_sources:
-        return as_lists(list(columns.values()))
-    *files, caption, tags = columns.values()
-    from_json = pa.compute.if_else(
-        pa.compute.or_(caption.is_valid(), tags.is_valid()), joined_captions(subset, caption, tags), None
-    )
-    instead = pa.scalar(subset.class_tokens or "", pa.large_string())
-    return as_lists([pa.compute.coalesce(*files, from_json, instead)])
-
-
 def _all_members(folder: Location, found: Sequence[Found], wanted: Wanted, cache_dir: Path) -> Iterator[Members]:
     """The members of all tar files, in order: from `cache_dir`, or from the tar file if it is new or has changed."""
-    key = hashlib.blake2b(repr((FORMAT, str(folder), wanted)).encode("utf-8", "surrogateescape"), digest_size=8)
+    about = repr((FORMAT, str(folder.absolute() if isinstance(folder, Path) else folder), wanted)).encode(
+        "utf-8", "surrogateescape"
+    )
+    key = hashlib.blake2b(about, digest_size=12)
     kept = cache_dir / "tars" / key.hexdigest()
     jobs = [Job(folder / tar.name, tar, wanted, kept / f"{tar.name}.members") for tar in found]
     known = [load_members(job) for job in jobs]
     missing = [job for job, members in zip(jobs, known, strict=True) if members is None]
-    is_local = isinstance(folder, Path)
-    is_small = sum(job.tar.size for job in missing) <= IN_PROCESS if is_local else len(missing) < 2
-    pool: Executor | None = None
-    if not is_small:
-        processes = min(len(missing), os.cpu_count() or 1)
-        pool = ProcessPoolExecutor(processes, get_context("spawn"), start_worker) if is_local else ThreadPoolExecutor(THREADS)
-    with pool or contextlib.nullcontext(), track("looking through tar files", len(missing), "tars") as progress:
-        fresh = run_ahead(pool, keep_members, missing)
-        for job, members in zip(jobs, known, strict=True):
-            if members is None:
-                problem = next(fresh)
-                progress.update()
-                members = Members(schema(wanted).empty_table(), Tally([problem]), Counter()) if problem else load_members(job)
-            yield members
+    with _pool(folder, missing) as pool, track("looking through tar files", len(missing), "tars") as progress:
+        fresh = run_ahead(pool, missing)
+        for members in known:
+            if members is not None:
+                yield members
+                continue
+            yield next(fresh)
+            progress.update()
+
+
+def _pool(folder: Location, jobs: Sequence["Job"]) -> contextlib.AbstractContextManager[Executor | None]:
+    """Processes for tar files on a disk, because Python parses the headers; threads that wait for an object store."""
+    if not isinstance(folder, Path) and len(jobs) > 1:
+        return ThreadPoolExecutor(THREADS)
+    if isinstance(folder, Path) and len(jobs) > 1 and sum(job.tar.size for job in jobs) > IN_PROCESS:
+        return ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), get_context("spawn"), start_worker)
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -187,18 +169,19 @@ def load_members(job: Job) -> Members | None:
     return Members(table, problems, Counter(about["others"]))
 
 
-def run_ahead(pool: Executor | None, function: Callable[[Job], Problem | None], jobs: Sequence[Job]) -> Iterator[Problem | None]:
-    """Yields the function's results in order. The pool works on some further jobs meanwhile."""
-    if pool is None:
-        yield from map(function, jobs)
-        return
-    waiting: deque[Future] = deque()
+def run_ahead(pool: Executor | None, jobs: Sequence[Job]) -> Iterator[Members]:
+    """Yields the members of each tar file, in order. The pool works on the next tar files meanwhile."""
+    waiting: deque[Future[Problem | None]] = deque()
+    ahead = iter(jobs)
     for job in jobs:
-        waiting.append(pool.submit(function, job))
-        if len(waiting) > 2 * THREADS:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        if pool is not None:
+            waiting.extend(pool.submit(keep_members, one) for one in islice(ahead, 2 * THREADS - len(waiting)))
+        problem = keep_members(job) if pool is None else waiting.popleft().result()
+        members = load_members(job)
+        if problem or members is None:
+            problem = problem or Problem("the tar file was changed while it was read", file=str(job.location))
+            members = Members(schema(job.wanted).empty_table(), Tally([problem]), Counter())
+        yield members
 
 
 def start_worker() -> None:

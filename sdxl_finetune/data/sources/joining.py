@@ -1,0 +1,84 @@
+"""Joins a metadata file with the images in tar files or below an address: each entry finds its image by name.
+
+A name is relative to the subset's folder, with or without the tar file's name before it and the ending behind it:
+`data-001.tar/000017.jpg`, `data-001.tar/000017`, `000017.jpg` and `000017` all name the same member.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from jaxtyping import Int64
+
+from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.sources.listed import LISTED, Listing, listed_table
+from sdxl_finetune.data.sources.metadata import Entries, without_repeated
+from sdxl_finetune.data.sources.names import stems
+from sdxl_finetune.data.tables import one_chunk
+from sdxl_finetune.errors import SHOWN
+
+MISSING, SEVERAL = -1, -2
+"""Places of names that fit no image, and several."""
+
+
+def joined(subset: Subset, listing: Listing, entries: Entries) -> Listing:
+    """The images that the entries name. Captions, scores and buckets of the entries win over what stands beside them.
+
+    An entry without an image is a problem of the metadata file.
+    """
+    names = entries.table["name"].combine_chunks()
+    folder = os.fsencode(str(subset.image_dir)) + b"/"
+    names = pa.compute.replace_substring_regex(names, rb"^(?:\./)+", b"")
+    starts = pa.compute.starts_with(names, folder)
+    names = pa.compute.if_else(starts, pa.compute.binary_slice(names, len(folder), None), names)
+    place = find_places(one_chunk(listing.table["name"]), names, in_tars=listing.table["offset"].null_count == 0)
+    for code, message in ((MISSING, "no image has this name"), (SEVERAL, "several images have this name")):
+        rows = np.flatnonzero(place == code)
+        for number, row in enumerate(rows[:SHOWN].tolist()):
+            more = len(rows) - SHOWN if number == SHOWN - 1 and len(rows) > SHOWN else 0
+            name = os.fsdecode(names[row].as_py())
+            entries.add_problem(row, f"{message} in {subset.image_dir} ({name})", 1 + more)
+    kept = place >= 0
+    table = entries.table.set_column(
+        1, "name", listing.table["name"].combine_chunks().take(pa.array(np.maximum(place, 0)))
+    )
+    table = table.append_column("place", pa.array(place))
+    entries = without_repeated(Entries(entries.path, table, entries.problems).without(~kept))
+    images = listing.table.take(one_chunk(entries.table["place"]))
+    columns = {name: images[name] for name in LISTED.names}
+    for name in ("captions", "score", "train_width", "train_height"):
+        columns[name] = pa.compute.coalesce(entries.table[name].combine_chunks(), images[name].combine_chunks())
+    listing.problems.add_all(entries.problems)
+    return Listing(listed_table(columns), listing.others, listing.problems)
+
+
+def find_places(images: pa.Array, names: pa.Array, *, in_tars: bool) -> Int64[np.ndarray, " n"]:
+    """The place of each name among the images, MISSING or SEVERAL."""
+    place = np.full(len(names), MISSING)
+    for keys in _keys(images, in_tars=in_tars):
+        rows = np.flatnonzero(place == MISSING)
+        if len(rows):
+            place[rows] = _look_up(keys, names.take(pa.array(rows)))
+    return place
+
+
+def _keys(images: pa.Array, *, in_tars: bool) -> Iterator[pa.Array]:
+    """The names by which images are known, the most exact ones first."""
+    yield images
+    yield stems(images)
+    if in_tars:
+        members = pa.compute.replace_substring_regex(images, rb"^[^/]*/", b"")
+        yield members
+        yield stems(members)
+
+
+def _look_up(keys: pa.Array, wanted: pa.Array) -> Int64[np.ndarray, " k"]:
+    encoded = keys.dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    first, counts = np.zeros(len(encoded.dictionary), np.int64), np.bincount(codes, minlength=len(encoded.dictionary))
+    first[codes] = np.arange(len(codes))
+    code = pa.compute.index_in(wanted, value_set=encoded.dictionary).fill_null(-1).to_numpy()
+    place = np.append(np.where(counts == 1, first, SEVERAL), MISSING)
+    return place[code]
