@@ -4,7 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_finetune.config.fields import FaceRange, FilePath, MetadataColumns, OnlyWith, Options, Resolution, ZeroIsOne
+from sdxl_finetune.config.fields import (
+    FaceRange,
+    FileLocation,
+    FilePath,
+    MetadataColumns,
+    OnlyWith,
+    Options,
+    Resolution,
+    ZeroIsOne,
+)
 
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"]
 TAGS = OnlyWith("shuffle_caption caption_tag_dropout_rate token_warmup_step")
@@ -15,13 +24,12 @@ HELD_OUT = OnlyWith("validation_split")
 class DataOptions(Options):
     """Images"""
 
-    train_data_dir: FilePath | None = None
-    """Folder of images, or of folders `N_words`: N repeats per epoch, words as caption of images without one."""
-    reg_data_dir: FilePath | None = None
+    train_data_dir: FileLocation | None = None
+    """Folder of images or tar files, or of folders `N_words`: N repeats per epoch, words as caption of images."""
+    reg_data_dir: FileLocation | None = None
     """Folder of regularisation images, laid out as `train_data_dir`. An epoch uses as many of them as other images."""
-    in_json: FilePath | None = None
-    """File of captions, tags and sizes of the images in `train_data_dir`: .json, .jsonl or .parquet, or a folder of
-    .parquet files. Replaces caption files."""
+    in_json: FileLocation | None = None
+    """Metadata of the images in `train_data_dir`: .json, .jsonl or .parquet file, or a folder of .parquet files."""
     metadata_columns: MetadataColumns | None = None
     """Names of columns or keys of `in_json`, where they have unusual names. Not in sd-scripts."""
     dataset_config: FilePath | None = None

@@ -9,8 +9,9 @@ the index lists all names later.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from pydantic import Field
@@ -23,7 +24,8 @@ from sdxl_finetune.config.data_options import (
     Interpolation,
     MaskOptions,
 )
-from sdxl_finetune.config.fields import MetadataColumns, Resolution
+from sdxl_finetune.config.fields import FileLocation, MetadataColumns, Resolution
+from sdxl_finetune.storage import Address, Found, Location, list_page
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of image files, in any case of letters, that are always read."""
@@ -31,6 +33,8 @@ OPTIONAL_SUFFIXES = {".avif": "pillow-avif-plugin", ".jxl": "pillow-jxl-plugin"}
 """Endings that are read if Pillow can read them, each with a package that teaches it to Pillow."""
 UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif")
 """Endings of pictures that are not trained on, as in the reference. A remark counts such files."""
+LOOSE_OBJECTS = 20_000
+"""Objects in no folder after which a search below an address ends: 20 requests."""
 TAR_SUFFIX = ".tar"
 """Ending of a file of images, as WebDataset packs them."""
 
@@ -60,8 +64,8 @@ def unread_pictures(counts: Mapping[str, int]) -> str:
 class Subset(CaptionOptions, AugmentationOptions, MaskOptions, HoldOutOptions):
     """A folder of images with the options that may differ from folder to folder."""
 
-    image_dir: Path = Path()
-    metadata_file: Path | None = None
+    image_dir: FileLocation = Path()
+    metadata_file: FileLocation | None = None
     """File of names, captions and tags of the images. Replaces a search of the folder."""
     num_repeats: int
     """Repeats of each image per epoch."""
@@ -90,15 +94,17 @@ class Dataset(BucketOptions):
 class Folders:
     """The folders of a `train_data_dir`."""
 
-    used: list[tuple[Path, int | None, str | None]] = field(default_factory=list)
+    used: list[tuple[Location, int | None, str | None]] = field(default_factory=list)
     """Folders of images by name: path, repeats and class tokens. The last two are None if the name does not say."""
     remarks: list[str] = field(default_factory=list)
     """Folders and images that are not used, to warn the user."""
     problem: str | None = None
 
 
-def find_folders(root: Path) -> Folders:
-    """Finds the folders in `root` to train on."""
+def find_folders(root: Location) -> Folders:
+    """Finds the folders in `root` to train on. Raises StorageError."""
+    if isinstance(root, Address):
+        return find_prefixes(root)
     if not root.is_dir():
         return Folders(problem=no_such("folder"))
     folders = Folders()
@@ -126,10 +132,7 @@ def find_folders(root: Path) -> Folders:
             folders.remarks.append(f"{message} and the caption {words!r}")
     elif has_loose_images:
         folders.remarks.append(f"images directly in {root} are not used, because {root} has folders N_words")
-    if unnamed:
-        folders.remarks.append(f"folders not used, because their names are not N_words (as 5_cat): {_listed(unnamed)}")
-    if empty:
-        folders.remarks.append(f"folders not used, because they contain no images: {_listed(empty)}")
+    _remark_on_unused(folders, unnamed, empty)
     if not folders.used:
         content = f"only the folders {_listed(names)}" if names else "no folders"
         pictures = unread_pictures(count_endings(root, UNREAD_SUFFIXES))
@@ -138,6 +141,54 @@ def find_folders(root: Path) -> Folders:
             f" ({' '.join(IMAGE_SUFFIXES)}) into it, or folders of images named N_words for N repeats, as 5_cat"
         )
     return folders
+
+
+def find_prefixes(root: Address) -> Folders:
+    """Finds the folders below an address to train on, by one request for each folder. Raises StorageError.
+
+    The search ends after LOOSE_OBJECTS objects that lie in no folder.
+    """
+    folders, after, loose = Folders(), "", 0
+    unnamed: list[str] = []
+    empty: list[str] = []
+    has_loose_images = False
+    while loose < LOOSE_OBJECTS and (page := list_page(root, after)):
+        folder, slash, _ = page[0].name.partition("/")
+        own = [found.name for found in page if found.name.startswith(f"{folder}/")] if slash else _loose(page)
+        holds = any(name.lower().endswith((*IMAGE_SUFFIXES, *OPTIONAL_SUFFIXES, TAR_SUFFIX)) for name in own)
+        repeats, words = _parts(folder)
+        if not slash:
+            loose, after, has_loose_images = loose + len(own), own[-1], has_loose_images or holds
+            continue
+        after = f"{folder}0"  # the first name behind all that begin with "folder/"
+        if holds and repeats > 0:
+            folders.used.append((root / folder, repeats, words))
+        elif holds or repeats > 0:
+            (unnamed if holds else empty).append(folder)
+    if has_loose_images and not folders.used:
+        folders.used.append((root, None, None))
+    elif has_loose_images:
+        folders.remarks.append(f"images directly in {root} are not used, because {root} has folders N_words")
+    _remark_on_unused(folders, unnamed, empty)
+    if not folders.used:
+        folders.problem = (
+            f"no images to train on below this address: put images ({' '.join(IMAGE_SUFFIXES)}) or tar files there,"
+            " or folders of them named N_words for N repeats, as 5_cat"
+        )
+    return folders
+
+
+def _loose(page: Sequence[Found]) -> list[str]:
+    """The names at the start of a page that lie in no folder."""
+    return list(takewhile(lambda name: "/" not in name, (found.name for found in page)))
+
+
+def _remark_on_unused(folders: Folders, unnamed: list[str], empty: list[str]) -> None:
+    if unnamed:
+        message = "folders not used, because their names are not N_words (as 5_cat)"
+        folders.remarks.append(f"{message}: {_listed(unnamed)}")
+    if empty:
+        folders.remarks.append(f"folders not used, because they contain no images: {_listed(empty)}")
 
 
 def holds_images(folder: Path) -> bool:
@@ -160,9 +211,9 @@ def holds_tars(folder: Path, *, without_folders: bool = False) -> bool:
     return found
 
 
-def split_tars(place: Path) -> tuple[Path, str | None]:
+def split_tars(place: Location) -> tuple[Location, str | None]:
     """The folder and the pattern of names of a path that names tar files; the path itself and None of any other."""
-    is_pattern = place.name.lower().endswith(TAR_SUFFIX) and not place.is_dir()
+    is_pattern = place.name.lower().endswith(TAR_SUFFIX) and not (isinstance(place, Path) and place.is_dir())
     return (place.parent, place.name) if is_pattern else (place, None)
 
 

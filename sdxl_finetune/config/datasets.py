@@ -24,6 +24,7 @@ from sdxl_finetune.config.fields import expected
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.reading import parse_toml
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.storage import Location, parse_location
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +90,13 @@ def _from_folders(config: Config) -> tuple[Dataset, ...]:
     return (Dataset(**common, batch_size=config.train_batch_size, subsets=subsets),)
 
 
-def _mask_folder(config: Config, images: Path) -> Path | None:
+def _mask_folder(config: Config, images: Location) -> Path | None:
     """The folder of the masks of a folder of images: one of the same name in conditioning_data_dir, or that itself."""
     root = config.conditioning_data_dir
     return root / images.name if root and (root / images.name).is_dir() else root
 
 
-def _folders(option: str, root: Path | None) -> list[tuple[Path, int | None, str | None]]:
+def _folders(option: str, root: Location | None) -> list[tuple[Location, int | None, str | None]]:
     if root is None:
         return []
     folders = find_folders(root)
@@ -193,7 +194,11 @@ def _subset(
             mistakes.add("cannot be used with metadata_file: remove one of them", f"{place}.{key}", keys[key])
     for key in ("image_dir", "metadata_file"):
         if isinstance(keys.get(key), str):
-            keys[key] = Path(keys[key])
+            try:
+                keys[key] = parse_location(keys[key])
+            except ValueError as error:
+                mistakes.add(str(error), f"{place}.{key}")
+                return None
     values = {name: value for name, value in {**inherited, **keys}.items() if name in SUBSET_KEYS}
     if keys.get("is_reg") and "conditioning_data_dir" not in keys:
         values["conditioning_data_dir"] = None  # masks of the images that are learned, not of regularisation images
@@ -210,10 +215,11 @@ def _subset(
     if config.cache_text_encoder_outputs:
         for key, message in caption_conflicts(subset, config.text_encoder_outputs_variants):
             mistakes.add(message, f"{place}.{key}", getattr(subset, key))
-    if subset.metadata_file is None and not subset.image_dir.is_dir():
-        mistakes.add(no_such("folder"), f"{place}.image_dir", str(subset.image_dir))
-    if subset.metadata_file is not None and not subset.metadata_file.exists():
-        mistakes.add(no_such("file"), f"{place}.metadata_file", str(subset.metadata_file))
+    images, metadata = subset.image_dir, subset.metadata_file
+    if metadata is None and isinstance(images, Path) and not images.is_dir():
+        mistakes.add(no_such("folder"), f"{place}.image_dir", str(images))
+    if isinstance(metadata, Path) and not metadata.exists():
+        mistakes.add(no_such("file"), f"{place}.metadata_file", str(metadata))
     masks = subset.conditioning_data_dir
     if config.masked_loss and masks and not masks.is_dir():
         mistakes.add(no_such("folder"), f"{place}.conditioning_data_dir", str(masks))

@@ -281,7 +281,7 @@ def _files(config: Config) -> Findings:
         path = getattr(config, option)
         if path and not path.is_file():
             yield option, no_such("file")
-    if config.in_json and not config.in_json.exists():
+    if isinstance(config.in_json, Path) and not config.in_json.exists():
         yield "in_json", no_such("file")
     thumbnail = config.metadata_thumbnail
     if thumbnail and not thumbnail.startswith("data:") and not Path(thumbnail).is_file():
@@ -294,7 +294,8 @@ def _files(config: Config) -> Findings:
         folder, tars = split_tars(getattr(config, option) or Path())
         if getattr(config, option) and (message := None if tars else find_folders(folder).problem):
             yield option, message
-    if config.in_json and config.train_data_dir and not split_tars(config.train_data_dir)[0].is_dir():
+    images = split_tars(config.train_data_dir or Path())[0]
+    if config.in_json and isinstance(images, Path) and not images.is_dir():
         yield "train_data_dir", no_such("folder")
 
 

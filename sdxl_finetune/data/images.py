@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageCms
 
 from sdxl_finetune.config.dataset import IMAGE_SUFFIXES, OPTIONAL_SUFFIXES
-from sdxl_finetune.storage import Location, read
+from sdxl_finetune.storage import Location
 
 PLUGINS = ("pillow_jxl", "jxlpy.JXLImagePlugin", "pillow_avif")
 """Modules that teach Pillow a format when they are imported. Each process that opens images needs them."""
@@ -87,7 +87,7 @@ def load_image(
     large. The cosine transform then does the averaging; the result is within one grey level of decoding it whole.
     """
     try:
-        data = read(path) if data is None else data
+        data = Path(path).read_bytes() if data is None else data
         with Image.open(io.BytesIO(data)) as image:
             orientation, profile = _orientation(image), image.info.get("icc_profile")
             grey = image.mode in ("1", "L", "LA", "I", "I;16")
@@ -139,7 +139,7 @@ def load_channel(path: Location, channel: Literal["R", "A"], data: bytes | None 
     The channel is turned by EXIF orientation. Colour profiles do not change it.
     """
     try:
-        data = read(path) if data is None else data
+        data = Path(path).read_bytes() if data is None else data
         with Image.open(io.BytesIO(data)) as image:
             orientation = _orientation(image)
             if channel == "A" and not image.has_transparency_data:

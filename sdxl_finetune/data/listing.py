@@ -49,14 +49,15 @@ def list_all(subsets: Sequence[Subset], cache_dir: Path) -> list[Listing]:
 
 def _list(subset: Subset, cache_dir: Path) -> Listing:
     folder = subset.image_dir
-    is_plain = isinstance(folder, Path) and not subset.tar_files and not _is_folder_of_tars(subset, folder)
-    if is_plain and subset.metadata_file:
-        return read_metadata(subset)
-    entries = load_entries(subset, beside=True) if subset.metadata_file else None
-    if is_plain:
-        names, others = search_folder(Path(folder), image_extensions())
+    if isinstance(folder, Path) and not subset.tar_files and not _is_folder_of_tars(subset, folder):
+        if subset.metadata_file:
+            return read_metadata(subset, folder)
+        names, others = search_folder(folder, image_extensions())
         listing = Listing(listed_table({"name": names}), others)
-    elif isinstance(folder, Path) or subset.tar_files:
+        _check_found(subset, listing)
+        return listing
+    entries = load_entries(subset, beside=True) if subset.metadata_file else None
+    if isinstance(folder, Path) or subset.tar_files:
         listing = read_tars(subset, cache_dir)
     else:
         with_texts = entries is None or entries.table["captions"].null_count > 0

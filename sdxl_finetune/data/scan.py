@@ -26,6 +26,7 @@ import pyarrow.compute
 from jaxtyping import Bool, Int64, Shaped
 
 from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.inspection import Contents, Files, Stats, look_at, read, stat_of_missing
 from sdxl_finetune.data.listing import list_all, say_missing_captions
 from sdxl_finetune.data.sources.listed import Listing
@@ -181,7 +182,7 @@ def digest_of(table: pa.Table, names: Sequence[str] | None = None, size: int = 1
 def _key(subsets: Sequence[Subset]) -> str:
     """A hash of everything that decides which files are scanned and how their captions are found or joined."""
     sources = [
-        (str(subset.image_dir.absolute()), str(subset.metadata_file), subset.caption_extension, subset.class_tokens)
+        (str(absolute(subset.image_dir)), str(subset.metadata_file), subset.caption_extension, subset.class_tokens)
         + ((subset.tar_files,) if subset.tar_files else ())
         + ((subset.metadata_columns,) if subset.metadata_columns else ())
         + ((subset.caption_separator, subset.enable_wildcard) if subset.metadata_file else ())

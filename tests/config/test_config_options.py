@@ -17,7 +17,7 @@ VALIDATION = {name for name in Config.model_fields if name.startswith("valid")} 
 STARTS = {"initial_step", "initial_epoch", "lr_scheduler_cycle_decay"}
 TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
 OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters"}
-OURS |= {"no_memory"}
+OURS |= {"no_memory", "metadata_columns"}
 
 
 @pytest.fixture(scope="module")

@@ -335,6 +335,7 @@ def _values() -> dict[str, st.SearchStrategy]:
         "lr_scheduler": st.sampled_from(["constant", "cosine", "adafactor:3e-05"]),
         "optimizer_args": arguments,
         "lr_scheduler_args": arguments,
+        "metadata_columns": st.sampled_from(["path=key", "caption=a b,score=x"]),
     }
     for name in set(Config.model_fields) - set(strategies) - SECRETS:
         field = Config.model_fields[name]
@@ -352,6 +353,7 @@ def _values() -> dict[str, st.SearchStrategy]:
                 bool: st.booleans(),
                 int: st.integers(least, most),
                 Shown("a path"): path,
+                Shown("a path, or an address as s3://bucket/folder"): path,
             }.get(kind, text)
     return strategies
 

@@ -23,10 +23,9 @@ from typing import Any
 import pyarrow as pa
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.contents import open_location
 from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields, joined_caption
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.storage import Location
+from sdxl_finetune.storage import Location, open_location
 
 CHUNK = 1 << 14
 """Entries that are Python objects at once."""
@@ -134,7 +133,7 @@ def _captions(subset: Subset, fields: Fields, entry: dict[str, Any]) -> list[str
     else:
         if fields.beside and not any(fields.one(key) in entry for key in ("caption", "tags")):
             return None
-        caption, tags = (entry.get(fields.one(key)) or "" for key in ("caption", "tags"))
+        caption, tags = (_as_text(entry.get(fields.one(key))) or "" for key in ("caption", "tags"))
         if not isinstance(caption, str) or not isinstance(tags, str):
             raise ValueError("caption and tags must be texts")
         texts = [joined_caption(subset, caption, tags)]
@@ -145,10 +144,14 @@ def _captions(subset: Subset, fields: Fields, entry: dict[str, Any]) -> list[str
     return texts
 
 
+def _as_text(value: Any) -> Any:
+    """Joins a list of tags."""
+    is_tags = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return ", ".join(value) if is_tags else value
+
+
 def _text(entry: dict[str, Any], key: str) -> str | None:
-    text = entry.get(key)
-    if isinstance(text, list) and all(isinstance(part, str) for part in text):
-        return ", ".join(text)
+    text = _as_text(entry.get(key))
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{key} must be a text")
     return text

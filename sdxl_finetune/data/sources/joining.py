@@ -5,6 +5,7 @@ A name is relative to the subset's folder, with or without the tar file's name b
 """
 
 import os
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,9 +31,7 @@ def joined(subset: Subset, listing: Listing, entries: Entries) -> Listing:
     """
     names = entries.table["name"].combine_chunks()
     folder = os.fsencode(str(subset.image_dir)) + b"/"
-    names = pa.compute.replace_substring_regex(names, rb"^(?:\./)+", b"")
-    starts = pa.compute.starts_with(names, folder)
-    names = pa.compute.if_else(starts, pa.compute.binary_slice(names, len(folder), None), names)
+    names = pa.compute.replace_substring_regex(names, rb"^(?:\./)+|^" + re.escape(folder), b"")
     place = find_places(one_chunk(listing.table["name"]), names, in_tars=listing.table["offset"].null_count == 0)
     for code, message in ((MISSING, "no image has this name"), (SEVERAL, "several images have this name")):
         rows = np.flatnonzero(place == code)

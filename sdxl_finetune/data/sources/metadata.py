@@ -6,6 +6,7 @@ Wrong entries are problems, counted by kind. A file that cannot be read at all r
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +17,12 @@ from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.images import image_extensions
 from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields, column_names
 from sdxl_finetune.data.sources.entries import read_entries
+from sdxl_finetune.data.sources.folders import list_folder
 from sdxl_finetune.data.sources.listed import LISTED, Listing, listed_table
 from sdxl_finetune.data.sources.names import first_of_each, with_endings
 from sdxl_finetune.data.sources.parquet import read_rows
 from sdxl_finetune.errors import Problem, Tally, UserError
-from sdxl_finetune.storage import Location, list_files
+from sdxl_finetune.storage import Location
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ class Entries:
         return self if not wrong.any() else Entries(self.path, self.table.filter(pa.array(~wrong)), self.problems)
 
 
-def read_metadata(subset: Subset) -> Listing:
-    """Lists the images that a metadata file names, in or below the subset's folder.
+def read_metadata(subset: Subset, folder: Path) -> Listing:
+    """Lists the images that the metadata file of a subset names, in or below its folder.
 
     Raises UserError for a file that cannot be read or used at all.
     """
     entries = load_entries(subset)
-    names, mistakes = with_endings(subset.image_dir, entries.table["name"].combine_chunks(), image_extensions())
+    names, mistakes = with_endings(folder, entries.table["name"].combine_chunks(), image_extensions())
     for row, message in mistakes.items():
         entries.add_problem(row, message)
     wrong = np.zeros(len(names), bool)
@@ -91,7 +93,7 @@ def parquet_files(path: Location) -> list[Location]:
     """The Parquet files of a folder in the order of their names, or the file itself. Raises UserError without any."""
     if path.suffix.lower() == ".parquet":
         return [path]
-    found = sorted(path / one.name for one in list_files(path) if one.name.lower().endswith(".parquet"))
+    found = sorted(path / one.name for one in list_folder(path) if one.name.lower().endswith(".parquet"))
     if not found:
         message = "is neither a .json, .jsonl or .parquet file nor a folder of .parquet files: give one of these"
         raise UserError(Problem(message, file=str(path)))

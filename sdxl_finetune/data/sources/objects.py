@@ -22,12 +22,13 @@ from jaxtyping import Bool, Int64
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.images import ImageError, image_extensions, image_size
 from sdxl_finetune.data.sources.beside import Texts, Wanted, captions_of, read_text, wanted_of
+from sdxl_finetune.data.sources.folders import list_folder
 from sdxl_finetune.data.sources.listed import Listing, listed_table
 from sdxl_finetune.data.sources.names import stems
 from sdxl_finetune.data.tables import map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.progress import track
-from sdxl_finetune.storage import Address, StorageError, list_files, read
+from sdxl_finetune.storage import Address, StorageError, read
 
 FORMAT = 1
 """Version of the files of objects in `cache_dir`. Files of another version are not found."""
@@ -82,7 +83,7 @@ def read_objects(subset: Subset, folder: Address, cache_dir: Path, *, with_texts
 
 def list_objects(folder: Address) -> Objects:
     """The objects directly below an address, without those whose names begin with a dot."""
-    found = (one for one in list_files(folder) if "/" not in one.name and one.name[0] != ".")
+    found = list_folder(folder)
     names, sizes, versions = [pa.array([], pa.large_binary())], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     while chunk := list(islice(found, CHUNK)):
         names.append(pa.array([os.fsencode(one.name) for one in chunk], pa.large_binary()))
@@ -183,7 +184,9 @@ def _attempt(reading: Reading) -> tuple[tuple[int, int], Texts] | Problem:
         return reading()
     except ImageError as error:
         return Problem(error.reason, file=error.path)
-    except (StorageError, ValueError) as error:
+    except StorageError as error:
+        return error.problems[0]
+    except ValueError as error:
         return Problem(str(error), file=str(reading.folder / reading.name))
 
 

@@ -17,10 +17,9 @@ import pyarrow.parquet
 from jaxtyping import Bool
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.contents import open_location
 from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields, as_lists, joined_captions
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.storage import Location, stat
+from sdxl_finetune.storage import Location, open_location, stat
 
 CHUNK = 1 << 16
 """Rows that are checked at once: a few megabytes of captions."""
@@ -68,7 +67,9 @@ def read_rows(subset: Subset, paths: Sequence[Location], fields: Fields) -> Iter
                     first += batch.num_rows
             if stat(path) != before:
                 raise UserError(Problem("was changed while it was read: start again", file=str(path)))
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # noqa: PERF203 (one file each)
+        except FileNotFoundError:  # noqa: PERF203 (one file each)
+            raise UserError(Problem("no such file", file=str(path))) from None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).partition("\n")[0].rstrip(".")
             message = f"not readable as a Parquet file ({reason}): it is truncated or damaged, so write it again"
             raise UserError(Problem(message, file=str(path))) from None

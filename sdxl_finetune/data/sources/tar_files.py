@@ -13,11 +13,10 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from sdxl_finetune.data.contents import open_location
 from sdxl_finetune.data.images import ImageError, image_extensions, image_size
 from sdxl_finetune.data.sources.beside import LARGEST_TEXT, Texts, Wanted, read_text
 from sdxl_finetune.errors import Problem, Tally
-from sdxl_finetune.storage import Location
+from sdxl_finetune.storage import Location, open_location
 
 HEAD = 1 << 15
 """Bytes of an image that are read for its size. The whole image is read if they are not enough."""

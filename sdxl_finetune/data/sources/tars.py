@@ -23,16 +23,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute
 
-from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.contents import container_version
+from sdxl_finetune.config.dataset import TAR_SUFFIX, Subset
+from sdxl_finetune.data.contents import absolute, container_version
 from sdxl_finetune.data.sources.beside import Wanted, captions_of, wanted_of
+from sdxl_finetune.data.sources.folders import list_folder
 from sdxl_finetune.data.sources.listed import LISTED, Listing, sorted_by_name
 from sdxl_finetune.data.sources.names import prefixed
 from sdxl_finetune.data.sources.tar_files import Members, read_members, schema
 from sdxl_finetune.data.tables import map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally, UserError
 from sdxl_finetune.progress import track
-from sdxl_finetune.storage import Found, Location, StorageError, list_files
+from sdxl_finetune.storage import Found, Location, StorageError
 
 FORMAT = 1
 """Version of the files of members in `cache_dir`. Files of another version are not found."""
@@ -60,9 +61,9 @@ def expand(pattern: str) -> list[str]:
 
 def find_tars(folder: Location, pattern: str | None) -> list[Found]:
     """The tar files of a folder, or those that a pattern names, sorted by name. Raises UserError."""
-    there = {one.name: one for one in list_files(folder) if "/" not in one.name and one.name[0] != "."}
+    there = {one.name: one for one in list_folder(folder) if one.name.lower().endswith(TAR_SUFFIX)}
     if pattern is None:
-        names = [name for name in there if name.lower().endswith(".tar")]
+        names = list(there)
     else:
         names = expand(pattern)
         if missing := [name for name in names if name not in there]:
@@ -99,9 +100,7 @@ def _listed(subset: Subset, tar: Found, members: pa.Table, wanted: Wanted) -> pa
 
 def _all_members(folder: Location, found: Sequence[Found], wanted: Wanted, cache_dir: Path) -> Iterator[Members]:
     """The members of all tar files, in order: from `cache_dir`, or from the tar file if it is new or has changed."""
-    about = repr((FORMAT, str(folder.absolute() if isinstance(folder, Path) else folder), wanted)).encode(
-        "utf-8", "surrogateescape"
-    )
+    about = repr((FORMAT, str(absolute(folder)), wanted)).encode("utf-8", "surrogateescape")
     key = hashlib.blake2b(about, digest_size=12)
     kept = cache_dir / "tars" / key.hexdigest()
     jobs = [Job(folder / tar.name, tar, wanted, kept / f"{tar.name}.members") for tar in found]
@@ -144,7 +143,7 @@ def keep_members(job: Job) -> Problem | None:
     except OSError as error:
         return Problem(f"the tar file cannot be read ({error.strerror})", file=str(job.location))
     except StorageError as error:
-        return Problem(str(error), file=str(job.location))
+        return error.problems[0]
     about = {
         "tar": [job.tar.size, job.tar.version],
         "problems": [[problem.message, problem.file, count] for problem, count in members.problems.counted()],
