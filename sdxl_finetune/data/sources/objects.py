@@ -24,7 +24,7 @@ from sdxl_finetune.data.images import ImageError, image_extensions, image_size
 from sdxl_finetune.data.sources.beside import Texts, Wanted, captions_of, read_text, wanted_of
 from sdxl_finetune.data.sources.folders import list_folder
 from sdxl_finetune.data.sources.listed import Listing, listed_table
-from sdxl_finetune.data.sources.names import stems
+from sdxl_finetune.data.sources.names import encoded, stems
 from sdxl_finetune.data.tables import map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.progress import track
@@ -86,7 +86,7 @@ def list_objects(folder: Address) -> Objects:
     found = list_folder(folder)
     names, sizes, versions = [pa.array([], pa.large_binary())], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     while chunk := list(islice(found, CHUNK)):
-        names.append(pa.array([os.fsencode(one.name) for one in chunk], pa.large_binary()))
+        names.append(encoded([one.name for one in chunk]))
         sizes.append(np.array([one.size for one in chunk], np.int64))
         versions.append(np.array([one.version for one in chunk], np.int64))
     return Objects(pa.concat_arrays(names), np.concatenate(sizes), np.concatenate(versions))
