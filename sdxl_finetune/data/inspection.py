@@ -69,9 +69,9 @@ def look_at(files: Files) -> Stats:
     """Asks for the `stat` of image files and caption files."""
     count = len(files.names)
     stats = Stats(np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.int64))
-    folder = os.fsencode(files.subset.image_dir)
-    for place, name in enumerate(files.names):
-        path = os.path.join(folder, name)  # noqa: PTH118 (Path is slower, and there may be millions)
+    folder = os.fsencode(str(files.subset.image_dir))
+    for place in np.flatnonzero(files.images | files.captions).tolist():
+        path = os.path.join(folder, files.names[place])  # noqa: PTH118 (Path is slower, and there may be millions)
         if files.images[place]:
             try:
                 stat = os.stat(path)  # noqa: PTH116

@@ -6,11 +6,13 @@ file does. Requests are retried; what then still fails is one StorageError, whic
     address     what a location is, and how its text is read
     objects     requests to object stores, with retries
     access      the functions that take any location
+    ranges      parts of objects and of listings
     folders     whole folders: download and upload
 """
 
 from sdxl_finetune.storage.access import delete, exists, list_files, read, stat, write
 from sdxl_finetune.storage.address import Address, Found, Location, Stat, StorageError, parse_location
+from sdxl_finetune.storage.ranges import list_page, open_location, read_with_stat
 
 __all__ = [
     "Address",
@@ -21,8 +23,11 @@ __all__ = [
     "delete",
     "exists",
     "list_files",
+    "list_page",
+    "open_location",
     "parse_location",
     "read",
+    "read_with_stat",
     "stat",
     "write",
 ]

@@ -145,7 +145,7 @@ def test_tars_in_a_store(images, tmp_path: Path, pack: Pack, upload, server: S3S
     server.clear()
     assert index_of(address).facts() == index.facts() and server.requests == {"GET": 2}
     server.clear()
-    assert_same(index_of(tmp_path / "plain"), index_of(address / "{0..1}.tar"))
+    assert_same(index_of(tmp_path / "plain"), index_of(address, tar_files="{0..1}.tar"))
 
 
 def test_changed_and_missing_objects_are_noticed(images, tmp_path: Path, pack: Pack, upload, index_of) -> None:  # noqa: F811

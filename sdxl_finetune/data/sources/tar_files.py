@@ -9,7 +9,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from io import BufferedReader
 
 import pyarrow as pa
 
@@ -81,7 +81,7 @@ def read_members(location: Location, size: int, wanted: Wanted) -> Members:
 
 
 def _read_members(
-    file: BinaryIO, size: int, location: Location, wanted: Wanted, found: _Found, problems: Tally
+    file: BufferedReader, size: int, location: Location, wanted: Wanted, found: _Found, problems: Tally
 ) -> None:
     endings, text_endings = image_extensions(), wanted.endings
     for member in _headers(file, size, location, problems):
@@ -114,7 +114,7 @@ def _read_members(
                 problems.add(Problem(error.reason, file=place))
 
 
-def _headers(file: BinaryIO, size: int, location: Location, problems: Tally) -> Iterator[tarfile.TarInfo]:
+def _headers(file: BufferedReader, size: int, location: Location, problems: Tally) -> Iterator[tarfile.TarInfo]:
     """The members of a tar file in order. A damaged file ends early, with a problem."""
     file.seek(0)
     remedy = "pack or copy it again"
@@ -139,7 +139,7 @@ def _headers(file: BinaryIO, size: int, location: Location, problems: Tally) -> 
         problems.add(Problem(message, file=str(location)))
 
 
-def member_size(file: BinaryIO, member: tarfile.TarInfo, location: Location) -> tuple[int, int]:
+def member_size(file: BufferedReader, member: tarfile.TarInfo, location: Location) -> tuple[int, int]:
     """(width, height) of an image in a tar file. Raises ImageError."""
     file.seek(member.offset_data)
     head = file.read(min(HEAD, member.size))
