@@ -172,7 +172,7 @@ def _block_rates(value: object) -> object:
 
 
 METADATA = ("path", "caption", "tags", "score", "image_size", "width", "height", "train_resolution")
-"""What the columns of a metadata file hold."""
+"""Values that columns of a metadata file hold."""
 
 
 def _metadata_columns(value: object) -> object:

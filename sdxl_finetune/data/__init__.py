@@ -2,8 +2,9 @@
 
 Modules:
 
-    sources     reads metadata files (in_json)
-    listing     lists the images of each folder or metadata file, and counts the other files
+    contents    the bytes of images in files, tar files and object stores
+    sources     folders, metadata files, tar files and object stores as tables of images
+    listing     lists the images of each subset from its source
     scan        finds the sizes and captions of all images, and keeps the result in cache_dir
     tables      writes and maps the Arrow files of scan and index
     buckets     chooses the aspect-ratio bucket, the resized size and the crop

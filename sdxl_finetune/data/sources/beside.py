@@ -45,7 +45,7 @@ class Wanted:
 
 @dataclass
 class Texts:
-    """What stands beside one image."""
+    """Texts and values from the files beside one image."""
 
     texts: dict[str, str] = field(default_factory=dict)
     score: float | None = None
@@ -53,7 +53,7 @@ class Texts:
 
 
 def wanted_of(subset: Subset, *, in_tars: bool) -> Wanted:
-    """What a subset needs of the files beside its images."""
+    """Returns the texts and values that a subset needs of the files beside its images."""
     given = column_names(subset)
     if subset.caption_sources:
         names = [source.name if source.is_file else f".json#{source.name}" for source in subset.caption_sources]

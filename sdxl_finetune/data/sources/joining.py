@@ -1,7 +1,7 @@
 """Joins a metadata file with the images in tar files or below an address: each entry finds its image by name.
 
-A name is relative to the subset's folder, with or without the tar file's name before it and the ending behind it:
-`data-001.tar/000017.jpg`, `data-001.tar/000017`, `000017.jpg` and `000017` all name the same member.
+A name is relative to the subset's folder. The tar file's name and the ending may be left out: the same member is
+`data-001.tar/000017.jpg`, `data-001.tar/000017`, `000017.jpg` and `000017`.
 """
 
 import os

@@ -102,7 +102,7 @@ def schema(wanted: Wanted) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one thread reads: an image, and the files beside it."""
+    """An image and the files beside it, which one thread reads."""
 
     folder: Address
     wanted: Wanted
@@ -210,7 +210,7 @@ def _table(
 
 
 def _load(path: Path, fields: pa.Schema) -> pa.Table:
-    """What was read last time. Empty if there is no such file, or if it is damaged."""
+    """The table that the last run kept. It is empty if there is no such file, or if the file is damaged."""
     try:
         table = map_table(path, mapped=os.name != "nt")
     except (OSError, pa.ArrowException):

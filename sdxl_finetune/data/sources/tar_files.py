@@ -25,7 +25,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 @dataclass
 class _Found:
-    """What was found in a tar file."""
+    """Images and texts that were found in a tar file."""
 
     images: dict[bytes, tuple[int, int, tuple[int, int] | None]] = field(default_factory=dict)
     """Position, number of bytes and size in pixels of each image by name."""
