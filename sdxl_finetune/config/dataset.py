@@ -68,6 +68,10 @@ class Subset(CaptionOptions, AugmentationOptions, MaskOptions, HoldOutOptions):
     is_reg: bool = False
     """True for regularisation images."""
     resize_interpolation: Interpolation | None = None
+    caption_break: bool = False
+    """True if tags stay on their side of the word BREAK. The option of the config, for all subsets."""
+    draws_source: bool = True
+    """False if the caption is always the heaviest of the image's sources, as in validation. No option."""
 
 
 class Dataset(BucketOptions):

@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 RENAMED = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}
 """Options of the config that have another name as keys of the file."""
 DATASET_KEYS = Dataset.model_fields.keys() - {"subsets"}
-SUBSET_KEYS = set(Subset.model_fields)
+SUBSET_KEYS = set(Subset.model_fields) - {"caption_break", "draws_source"}
+"""Keys of a subset. The tokenizer of the run reads `caption_break`, so it is one value for all subsets."""
 SHARED_KEYS = SUBSET_KEYS - {"image_dir", "metadata_file", "is_reg"}
 """Keys of subsets that a dataset or [general] may hold for all their subsets."""
 NO_EFFECT = {
@@ -190,7 +191,7 @@ def _subset(
     for key in ("image_dir", "metadata_file"):
         if isinstance(keys.get(key), str):
             keys[key] = Path(keys[key])
-    values = {name: value for name, value in {**inherited, **keys}.items() if name in SUBSET_KEYS}
+    values = {name: value for name, value in {**inherited, **keys}.items() if name in Subset.model_fields}
     if keys.get("is_reg") and "conditioning_data_dir" not in keys:
         values["conditioning_data_dir"] = None  # masks of the images that are learned, not of regularisation images
     subset = mistakes.build(Subset, {"num_repeats": 1, "class_tokens": None, **values}, place)

@@ -24,7 +24,7 @@ import pyarrow.compute
 from tqdm import tqdm
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.captions import caption_paths, read_caption
+from sdxl_finetune.data.caption_sources import caption_paths, read_caption
 from sdxl_finetune.data.images import ImageError, image_size
 from sdxl_finetune.data.listing import Listing, list_all, say_missing_captions
 from sdxl_finetune.data.sources import Described
