@@ -124,6 +124,7 @@ def tokenizer_of(config: ModelOptions) -> Tokenizer:
     return build_tokenizer(
         max_token_length=config.max_token_length,
         weighted_captions=config.weighted_captions,
+        caption_break=config.caption_break,
         tokenizer_cache_dir=config.tokenizer_cache_dir,
     )
 
