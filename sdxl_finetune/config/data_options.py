@@ -74,7 +74,7 @@ class CaptionOptions(Options):
     caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1)
     """Probability that a tag is dropped, 0 to 1. Tags kept by `keep_tokens` stay."""
     caption_tag_dropout_groups: Annotated[TagGroups | None, OnlyWith("caption_tag_dropout_rate")] = None
-    """Tags that are dropped together with a tag: a table of lists by tag, or its TOML or JSON file. Not in sd-scripts."""
+    """Tags dropped together with a tag: a table of lists by tag, or its TOML or JSON file. Not in sd-scripts."""
     protected_tags_file: Annotated[FilePath | None, TAGS] = None
     """Text file of tags that are never shuffled or dropped, one a line. `*` matches any text. Not in sd-scripts."""
     token_warmup_min: Annotated[int, OnlyWith("token_warmup_step")] = Field(1, ge=0)

@@ -5,8 +5,9 @@ one text for each source, in the option's order. The text of a source that the i
 as lacking.
 """
 
+import bisect
+import itertools
 import json
-import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +37,8 @@ def choose_text(options: Subset, texts: Texts, draw: Callable[[], float]) -> str
         assert options.caption_sources is not None
         weights = [options.caption_sources[place].weight for place in found]
         if options.draws_source:
-            rest = draw() * math.fsum(weights)
-            for chosen, weight in zip(found, weights, strict=True):
-                rest -= weight
-                if rest < 0:
-                    break
+            ends = list(itertools.accumulate(weights))
+            chosen = found[min(bisect.bisect_right(ends, draw() * ends[-1]), len(found) - 1)]
         else:
             chosen = found[weights.index(max(weights))]
     text = texts[chosen]

@@ -28,6 +28,7 @@ AS_WRITTEN = {
 """Options of captions that are whole and in order. A wildcard {a|b} still becomes one of its options."""
 BREAK = "BREAK"
 """Word at which a new chunk of tokens starts, with `caption_break`."""
+BREAK_WORD = re.compile(rf"\b{BREAK}\b")
 
 
 def caption(options: Subset, text: str, rng: random.Random, *, epoch: int, step: int, max_steps: int) -> str:
@@ -67,8 +68,7 @@ def draw_tags(options: Subset, text: str, rng: random.Random, *, step: int, max_
     rules, separator = tag_rules(options), options.caption_separator
     has_break = options.caption_break and BREAK in text
     if has_break:
-        around = rf"(?:\s|{re.escape(separator)})*\b{BREAK}\b(?:\s|{re.escape(separator)})*"
-        text = re.sub(around, separator + BREAK + separator, text)
+        text = f"{separator}{BREAK}{separator}".join(_trim(part, separator) for part in BREAK_WORD.split(text))
     first, free, last = split_tags(options, text)
     fixed = _fixed_tags(options, rules, free) if rules or has_break else frozenset()
     limit = tag_limit(options, len(free) - len(fixed), step=step, max_steps=max_steps)
@@ -81,22 +81,29 @@ def draw_tags(options: Subset, text: str, rng: random.Random, *, step: int, max_
         if rules and not all(kept):
             movable = [tag for at, tag in enumerate(free) if at not in fixed]
             drawn = (tag for tag, keep in zip(free, kept, strict=True) if not keep)
-            followers = rules.dropped_with(drawn, movable, options.secondary_separator)
+            followers = rules.dropped_with(drawn, movable)
             kept = [keep and (at in fixed or free[at] not in followers) for at, keep in enumerate(kept)]
         free = [tag for tag, keep in zip(free, kept, strict=True) if keep]
     # The space after the separator is the reference's, which always joins with ", ".
-    text = f"{separator.rstrip()} ".join([*first, *free, *last])
-    return re.sub(around, f" {BREAK} ", text).strip() if has_break else text
+    glue, tags = f"{separator.rstrip()} ", [*first, *free, *last]
+    if not has_break:
+        return glue.join(tags)
+    walls = [at for at, tag in enumerate(tags) if tag == BREAK]
+    sections = itertools.pairwise([-1, *walls, len(tags)])
+    return f" {BREAK} ".join(glue.join(tags[start + 1 : end]) for start, end in sections).strip()
+
+
+def _trim(text: str, separator: str) -> str:
+    """The text without white space and separators at its ends."""
+    while (shorter := text.strip().removeprefix(separator).removesuffix(separator)) != text:
+        text = shorter
+    return text
 
 
 def _fixed_tags(options: Subset, rules: TagRules | None, tags: Sequence[str]) -> frozenset[int]:
     """Places of protected tags, and of the word BREAK with `caption_break`."""
-    separator = options.secondary_separator
-    return frozenset(
-        at
-        for at, tag in enumerate(tags)
-        if (tag == BREAK and options.caption_break) or (rules and rules.protected.holds(tag, separator))
-    )
+    walls = {at for at, tag in enumerate(tags) if tag == BREAK} if options.caption_break else set()
+    return frozenset(walls.union(at for at, tag in enumerate(tags) if rules and rules.protected.holds(tag)))
 
 
 def _first_tags(tags: Sequence[str], fixed: frozenset[int], limit: int) -> tuple[list[str], frozenset[int]]:

@@ -30,6 +30,7 @@ MOST_REMEMBERED = 1 << 16
 """Different tags whose comparison is remembered, about 10 MB. Datasets have a few thousand frequent tags."""
 
 
+@functools.lru_cache(MOST_REMEMBERED)
 def comparable(tag: str) -> str:
     """The form in which tags are compared."""
     tag = tag.strip()
@@ -41,23 +42,26 @@ def comparable(tag: str) -> str:
 class Tags:
     """A set of tags and patterns. It remembers its answers, because the same tags come again and again."""
 
-    def __init__(self, rules: Iterable[str]) -> None:
+    def __init__(self, rules: Iterable[str], separator: str | None = None) -> None:
+        """`separator` divides a tag into parts, of which one in the set is enough."""
         rules = [rule.strip() for rule in rules]
+        self._separator = separator
         self._exact = frozenset(comparable(rule) for rule in rules if not STAR.search(rule))
-        patterns = [".*".join(re.escape(_part(part)) for part in STAR.split(rule)) for rule in rules if STAR.search(rule)]
+        patterns = [".*".join(map(_escaped, STAR.split(rule))) for rule in rules if STAR.search(rule)]
         self._pattern = re.compile("|".join(patterns)) if patterns else None
         self.holds = functools.lru_cache(MOST_REMEMBERED)(self._holds)
 
-    def _holds(self, tag: str, separator: str | None = None) -> bool:
-        """True if the tag, or one of the parts that `separator` divides it into, is in the set."""
+    def _holds(self, tag: str) -> bool:
+        """True if the tag or one of its parts is in the set."""
         return any(
-            part in self._exact or (self._pattern and self._pattern.fullmatch(part)) for part in parts_of(tag, separator)
+            part in self._exact or (self._pattern is not None and self._pattern.fullmatch(part) is not None)
+            for part in parts_of(tag, self._separator)
         )
 
 
-def _part(rule: str) -> str:
-    """The text before, between or after the stars of a pattern, as it is compared. Spaces at its ends count."""
-    return re.sub(r"\s+", " ", rule.replace("\\", "").replace("_", " ").lower())
+def _escaped(part: str) -> str:
+    """The regular expression of what stands between two stars of a rule. Spaces at its ends count."""
+    return re.escape(re.sub(r"\s+", " ", part.replace("\\", "").replace("_", " ").lower()))
 
 
 def parts_of(tag: str, separator: str | None) -> list[str]:
@@ -72,21 +76,31 @@ class TagRules:
     protected: Tags
     groups: Sequence[tuple[Tags, Tags]]
     """Pairs: tags with patterns, and the tags that are dropped together with them."""
-    followers: Mapping[str, Tags]
-    """The tags that are dropped together with one tag, by that tag as it is compared."""
+    followers: Mapping[str, tuple[str, ...]]
+    """The tags that are dropped together with one tag, by that tag as it is compared. There may be many thousands."""
+    separator: str | None
+    """`secondary_separator`, which divides a tag into parts."""
 
-    def dropped_with(self, dropped: Iterable[str], tags: Sequence[str], separator: str | None) -> set[str]:
+    def dropped_with(self, dropped: Iterable[str], tags: Sequence[str]) -> set[str]:
         """Those of `tags` that are dropped together with a dropped tag, directly or through another such tag."""
         found: set[str] = set()
         waiting = list(dropped)
         while waiting:
             tag = waiting.pop()
-            listed = [self.followers[part] for part in parts_of(tag, separator) if part in self.followers]
-            listed += [others for owners, others in self.groups if owners.holds(tag, separator)]
-            new = {other for others in listed for other in tags if other not in found and others.holds(other, separator)}
+            listed = [
+                _tags(self.followers[part], self.separator)
+                for part in parts_of(tag, self.separator)
+                if part in self.followers
+            ]
+            listed += [others for owners, others in self.groups if owners.holds(tag)]
+            new = {other for others in listed for other in tags if other not in found and others.holds(other)}
             found |= new
             waiting += new
         return found
+
+
+_tags = functools.lru_cache(MOST_REMEMBERED)(Tags)
+"""The same Tags for the same arguments."""
 
 
 def tag_rules(options: Subset) -> TagRules | None:
@@ -96,19 +110,19 @@ def tag_rules(options: Subset) -> TagRules | None:
     """
     if options.protected_tags_file is None and options.caption_tag_dropout_groups is None:
         return None
-    return _load_rules(options.protected_tags_file, options.caption_tag_dropout_groups)
+    return _load_rules(options.protected_tags_file, options.caption_tag_dropout_groups, options.secondary_separator)
 
 
 def check_tag_rules(subsets: Iterable[Subset]) -> None:
     """Raises UserError with the problems of all files of tag rules."""
     problems = Problems()
-    for files in dict.fromkeys((one.protected_tags_file, one.caption_tag_dropout_groups) for one in subsets):
-        problems.attempt(_load_rules, *files)
+    for subset in subsets:
+        problems.attempt(tag_rules, subset)
     problems.raise_if_any()
 
 
 @functools.cache
-def _load_rules(protected: Path | None, groups: Path | str | None) -> TagRules:
+def _load_rules(protected: Path | None, groups: Path | str | None, separator: str | None) -> TagRules:
     lines = _read(protected, "protected_tags_file").split("\n") if protected else []
     rules = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     followers: dict[str, list[str]] = {}
@@ -117,9 +131,10 @@ def _load_rules(protected: Path | None, groups: Path | str | None) -> TagRules:
         kind, key = (with_star, owner) if STAR.search(owner) else (followers, comparable(owner))
         kind.setdefault(key, []).extend([listed] if isinstance(listed, str) else listed)
     return TagRules(
-        Tags(rules),
-        [(Tags([owner]), Tags(listed)) for owner, listed in with_star.items()],
-        {owner: Tags(listed) for owner, listed in followers.items()},
+        Tags(rules, separator),
+        [(Tags([owner], separator), Tags(listed, separator)) for owner, listed in with_star.items()],
+        {owner: tuple(listed) for owner, listed in followers.items()},
+        separator,
     )
 
 
@@ -146,7 +161,7 @@ def _read_groups(groups: Path | str) -> Mapping[str, Any]:
         raise UserError(Problem(message, option, str(groups))) from None
     wrong = [tag for tag, listed in content.items() if not _is_listed(listed)] if isinstance(content, dict) else ["it"]
     if wrong:
-        message = f"{wrong[0]!r} must have a list of tags, as \"hatsune miku\" = [\"aqua hair\", \"twintails\"]"
+        message = f'{wrong[0]!r} must have a list of tags, as "hatsune miku" = ["aqua hair", "twintails"]'
         raise UserError(Problem(message, option, str(groups)))
     return content
 

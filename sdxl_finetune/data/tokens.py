@@ -1,9 +1,9 @@
 """Turns captions into token ids for SDXL's two CLIP text encoders.
 
 Both encoders read CLIP's byte-pair encoding. A caption of more than 75 tokens is cut, even inside a word, into chunks
-of 75 tokens that each have their own start and end token. With `breaks` the word BREAK starts a new chunk. The two encoders differ only in the id that fills up a
-chunk: the end token for encoder 1, id 0 for encoder 2. The ids equal those of transformers' slow CLIPTokenizer with
-ftfy, which sd-scripts uses; docs/differences.md names the exceptions.
+of 75 tokens that each have their own start and end token. With `breaks` the word BREAK starts a new chunk. The two
+encoders differ only in the id that fills up a chunk: the end token for encoder 1, id 0 for encoder 2. The ids equal
+those of transformers' slow CLIPTokenizer with ftfy, which sd-scripts uses; docs/differences.md names the exceptions.
 """
 
 import functools
@@ -234,6 +234,8 @@ def token_ids(text: str, encode: Encode) -> list[int]:
     The name of a special token, written out in the text, becomes that token. The text around such a name is cleaned
     and encoded piece by piece, in the order of CLIPTokenizer.
     """
+    if "<|" not in text:
+        return encode(_clean(text).lower())
     ids: list[int] = []
     for piece in SPECIAL_NAME.split(text):
         ids += [SPECIAL_IDS[piece]] if piece in SPECIAL_IDS else encode(_clean(piece).lower())
