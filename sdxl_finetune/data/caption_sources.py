@@ -10,11 +10,12 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sdxl_finetune.config.caption_sources import CaptionSource
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.faces import FACE_NAME
 from sdxl_finetune.errors import Problem, UserError
@@ -87,73 +88,23 @@ def read_caption(image: Path, options: Subset) -> str:
     return options.class_tokens or ""
 
 
-def read_texts(image: Path, options: Subset, described: Texts | None = None) -> Texts:
-    """Reads the text of each caption source of an image, from the files beside the image.
+def read_texts(image: Path, options: Subset) -> Texts:
+    """Reads the text of each caption source of an image from the files beside the image. Each file is read once.
 
-    `described` holds the texts of the sources that a metadata entry gives. Without `caption_sources` the only text is
-    that of the caption file. Raises UserError for a file that cannot be read.
+    Sources that are keys have no text here. Without `caption_sources` the only text is that of the caption file. Raises
+    UserError for a file that cannot be read.
     """
     if not options.caption_sources:
-        return described or (read_caption(image, options),)
-
-    def load(ending: str) -> tuple[str, bytes] | None:
-        for path in _paths(str(image), ending):
-            if (content := _read_file(path)) is not None:
-                return path, content
-        return None
-
-    return texts_of_files(options.caption_sources, load, described)
-
-
-def texts_of_files(
-    sources: Sequence[CaptionSource], load: Callable[[str], tuple[str, bytes] | None], described: Texts | None = None
-) -> Texts:
-    """Returns the text of each source, of the files that `load` finds by their ending, as `.txt`.
-
-    `load` returns a file's name and content, or None. Each file is loaded once. The other sources keep their text in
-    `described`. Raises UserError for a file that is not UTF-8 or not JSON.
-    """
-    files = {source.ending: load(source.ending) for source in sources if source.is_file}
-    contents: dict[str, Any] = {}
+        return (read_caption(image, options),)
+    files: dict[str, _CaptionFile | None] = {}
     texts: list[str | None] = []
-    for place, source in enumerate(sources):
-        if not source.is_file:
-            texts.append(described[place] if described else None)
-        elif (file := files[source.ending]) is None:
-            texts.append(None)
-        elif not source.key:
-            texts.append(clean_lines(_decode(file[1], file[0])) or None)
-        else:
-            if source.ending not in contents:
-                contents[source.ending] = _parse_json(file[1], file[0])
-            texts.append(_text_of_key(contents[source.ending], source.key, file[0]))
+    for source in options.caption_sources:
+        if source.is_file and source.ending not in files:
+            found = ((path, _read_file(path)) for path in _paths(str(image), source.ending))
+            files[source.ending] = next((_CaptionFile(path, content) for path, content in found if content), None)
+        file = files.get(source.ending) if source.is_file else None
+        texts.append(None if file is None else file.text_of_key(source.key) if source.key else file.text)
     return tuple(texts)
-
-
-def texts_of_entry(options: Subset, entry: Mapping[str, Any]) -> Texts:
-    """Returns the text of each source in an entry of a metadata file. Sources that are files have None.
-
-    A list of texts becomes one text, joined by the separator of tags. Raises ValueError for a value that is no text.
-    """
-    sources = options.caption_sources or ()
-    separator = f"{options.caption_separator.rstrip()} "
-    return tuple(
-        None if source.is_file else text_of_value(entry.get(source.name), source.name, separator) for source in sources
-    )
-
-
-def text_of_value(value: object, key: str, separator: str = ", ") -> str | None:
-    """Returns the text of a value of an entry: a text, a list of texts, or None. Raises ValueError for other values."""
-    if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        value = separator.join(value)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{key} must be a text or a list of texts")
-    text = clean_lines(value or "")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{key} is no valid Unicode: it holds half of a surrogate pair") from None
-    return text or None
 
 
 def clean_lines(text: str) -> str:
@@ -179,17 +130,40 @@ def _decode(content: bytes, path: str) -> str:
         raise UserError(Problem(message, file=path)) from error
 
 
-def _parse_json(content: bytes, path: str) -> Any:
-    try:
-        return json.loads(_decode(content, path))
-    except ValueError as error:
-        raise UserError(Problem(f"the caption file is not valid JSON ({error}): correct it", file=path)) from None
+@dataclass(frozen=True)
+class _CaptionFile:
+    """A file beside an image that holds texts of a caption set."""
 
+    path: str
+    content: bytes
 
-def _text_of_key(content: Any, key: str, path: str) -> str | None:
-    if not isinstance(content, dict):
-        raise UserError(Problem("the caption file must hold one JSON object: correct it", file=path))
-    try:
-        return text_of_value(content.get(key), key)
-    except ValueError as error:
-        raise UserError(Problem(f"{error}: correct the file", file=path)) from None
+    @property
+    def text(self) -> str | None:
+        """The whole file as one text."""
+        return clean_lines(_decode(self.content, self.path)) or None
+
+    def text_of_key(self, key: str) -> str | None:
+        """The text under a key of a JSON file. A list of texts becomes one text, joined by commas."""
+        value = self._values.get(key)
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = ", ".join(value)
+        if value is not None and not isinstance(value, str):
+            raise UserError(Problem(f"{key} must be a text or a list of texts: correct the file", file=self.path))
+        text = clean_lines(value or "")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            message = f"{key} is no valid Unicode, it holds half of a surrogate pair: correct the file"
+            raise UserError(Problem(message, file=self.path)) from None
+        return text or None
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        try:
+            values = json.loads(_decode(self.content, self.path))
+        except ValueError as error:
+            message = f"the caption file is not valid JSON ({error}): correct it"
+            raise UserError(Problem(message, file=self.path)) from None
+        if not isinstance(values, dict):
+            raise UserError(Problem("the caption file must hold one JSON object: correct it", file=self.path))
+        return values

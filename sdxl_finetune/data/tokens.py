@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import ftfy
 import numpy as np
@@ -57,6 +58,16 @@ Encode = Callable[[str], list[int]]
 logger = logging.getLogger(__name__)
 
 
+class Count(NamedTuple):
+    """Tokens of a whole caption."""
+
+    tokens: int
+    lost: int
+    """Tokens that are cut off."""
+    chunks: int
+    """Chunks of 75 that the whole caption needs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
     """Turns captions into Tokens.
@@ -90,19 +101,19 @@ class Tokenizer:
     @property
     def positions(self) -> int:
         """Positions of the joined hidden states of a caption."""
-        return self._chunks * CHUNK + 2
+        return self.chunks * CHUNK + 2
 
     def identity(self) -> str:
         """A text that is equal for tokenizers that give the same tokens of every caption."""
         contents = [_hash_of_files(folder) if folder else "" for folder in self.folders]
-        return f"{self._chunks} {self.weighted} {contents}" + (" break" if self.breaks else "")
+        return f"{self.chunks} {self.weighted} {contents}" + (" break" if self.breaks else "")
 
-    def count(self, caption: str) -> tuple[int, int]:
-        """Returns the number of tokens of a whole caption for encoder 1, and how many of them are cut off."""
+    def count(self, caption: str) -> "Count":
+        """Counts the tokens of a whole caption for encoder 1."""
         sections = [ids for ids, _ in self._encode(self._sections(caption), 0)]
-        kept = sum(len(part) for part in split_chunks(sections)[: self._chunks])
-        total = sum(map(len, sections))
-        return total, total - kept
+        parts = split_chunks(sections)
+        tokens = sum(map(len, sections))
+        return Count(tokens, tokens - sum(map(len, parts[: self.chunks])), len(parts))
 
     def _sections(self, caption: str) -> list[list[tuple[str, float]]]:
         """The sections of a caption between BREAKs, each as pieces of text with their weights."""
@@ -114,7 +125,8 @@ class Tokenizer:
         return [_encode_pieces(pieces, encode) for pieces in sections]
 
     @property
-    def _chunks(self) -> int:
+    def chunks(self) -> int:
+        """Chunks of 75 tokens that are read of each caption."""
         return (self.max_token_length or CHUNK) // CHUNK
 
     def _fill(self, captions: Sequence[Sequence[list]], values: tuple[int | float, ...]) -> Tensor:
@@ -123,13 +135,13 @@ class Tokenizer:
         `values` are start, end and fill. Chunks beyond `max_token_length` are left out.
         """
         start, end, fill = values
-        chunks = np.full((len(captions), self._chunks, CHUNK + 2), fill, np.int64 if type(fill) is int else np.float32)
-        chunks[:, :, 0], chunks[:, :, 1] = start, end
-        for row, sections in zip(chunks, captions, strict=True):
+        filled = np.full((len(captions), self.chunks, CHUNK + 2), fill, np.int64 if type(fill) is int else np.float32)
+        filled[:, :, 0], filled[:, :, 1] = start, end
+        for row, sections in zip(filled, captions, strict=True):
             for chunk, part in zip(row, split_chunks(sections), strict=False):
                 chunk[1 : 1 + len(part)] = part
                 chunk[1 + len(part)] = end
-        return torch.from_numpy(chunks)
+        return torch.from_numpy(filled)
 
 
 def build_tokenizer(

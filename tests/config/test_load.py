@@ -377,7 +377,7 @@ def test_tables_of_tag_groups_are_values_and_not_groups_of_options(folder, capsy
         'caption_tag_dropout_groups = {miku = ["aqua hair"]}\n',
         '[captions]\ncaption_tag_dropout_groups = {miku = ["aqua hair"]}\n',
         '[caption_tag_dropout_groups]\nmiku = ["aqua hair"]\n',
-        "caption_tag_dropout_groups = '{\"miku\": [\"aqua hair\"]}'\n",
+        'caption_tag_dropout_groups = \'{"miku": ["aqua hair"]}\'\n',
     ):
         Path("c.toml").write_text(text)
         assert printed(["--config", "c.toml", "--print_config"], capsys)["caption_tag_dropout_groups"] == expected

@@ -15,7 +15,6 @@ from sdxl_finetune.data.caption_sources import (
     choose_text,
     draw_text,
     read_texts,
-    texts_of_entry,
 )
 from sdxl_finetune.errors import UserError
 
@@ -84,22 +83,12 @@ def test_texts_of_files_beside_the_image(tmp_path) -> None:
     (tmp_path / "cat_1_2_3_4.json").write_text(json.dumps(content))
     (tmp_path / "cat_1_2_3_4.caption").write_text(" \n")
     assert read_texts(image, options) == ("a cat\nsitting", "A cat sits.", "1cat, solo", None, None, None)
-    assert read_texts(image, options, (None,) * 5 + ("of the entry",))[5] == "of the entry"
 
 
 def test_the_scan_looks_at_every_file_of_the_sources(tmp_path) -> None:
     options = subset(caption_sources=".txt, .json#a, .json#b, key")
     assert caption_paths("d/x.png", options) == ["d/x.txt", "d/x.json"]
     assert caption_paths("d/x.png", subset(caption_extension="tags")) == ["d/x.tags"]
-
-
-def test_texts_of_an_entry() -> None:
-    options = subset(caption_sources="tags, caption, missing, .txt", caption_separator=";")
-    entry = {"tags": ["a", "b"], "caption": " text\n\nmore ", "empty": ""}
-    assert texts_of_entry(options, entry) == ("a; b", "text\nmore", None, None)
-    for wrong in (3, ["a", 1], {"a": "b"}, "\ud800"):
-        with pytest.raises(ValueError, match=r"^tags "):
-            texts_of_entry(options, {"tags": wrong})
 
 
 @pytest.mark.parametrize(

@@ -278,15 +278,15 @@ def test_any_multiple_of_75_is_read_and_what_is_cut_off_is_counted(length: int) 
     tokens = tokenizer(["cat " * 500, "a cat"])
     assert tokens.ids1.shape == tokens.ids2.shape == (2, length // 75, 77)
     assert sum(len(words(chunk)) for chunk in tokens.ids1[0]) == min(length, 500)
-    assert tokenizer.count("cat " * 500) == (500, max(0, 500 - length))
-    assert tokenizer.count("a cat") == (2, 0)
+    assert tokenizer.count("cat " * 500) == (500, max(0, 500 - length), 7)
+    assert tokenizer.count("a cat") == (2, 0, 1)
 
 
 def test_break_counts_the_tokens_of_lost_chunks_only() -> None:
     tokenizer = Tokenizer(max_token_length=150, breaks=True)
-    assert tokenizer.count("a cat BREAK a dog") == (4, 0)
-    assert tokenizer.count("a cat BREAK a dog BREAK two birds") == (6, 2)
-    assert tokenizer.count("cat " * 80 + "BREAK a dog") == (82, 2)
+    assert tokenizer.count("a cat BREAK a dog") == (4, 0, 2)
+    assert tokenizer.count("a cat BREAK a dog BREAK two birds") == (6, 2, 3)
+    assert tokenizer.count("cat " * 80 + "BREAK a dog") == (82, 2, 3)
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=1, max_codepoint=127), max_size=40))
