@@ -100,7 +100,7 @@ class TagRules:
 
 
 _tags = functools.lru_cache(MOST_REMEMBERED)(Tags)
-"""The same Tags for the same arguments."""
+"""Returns equal Tags once, because a set of tags is compiled and remembers its answers."""
 
 
 def tag_rules(options: Subset) -> TagRules | None:

@@ -176,8 +176,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         ranks=ranks,
     )
     _log_beginning(config, log, index, timeline, learner, inputs.prompts or ())
-    if accelerator.is_main_process:
-        _log_captions(index, tokenizer)
+    _log_captions(index, tokenizer, accelerator)
     assert config.output_dir is not None
     return Run(
         config=config,
@@ -291,8 +290,10 @@ def _restore(start: Start, learner: Learner) -> None:
         logger.info("the EMA of %d parameters starts with their values, for example %s", len(unknown), unknown[0])
 
 
-def _log_captions(index: Index, tokenizer: Tokenizer) -> None:
-    """Says how many captions are cut off."""
+def _log_captions(index: Index, tokenizer: Tokenizer, accelerator: Accelerator) -> None:
+    """Logs once how many captions are cut off."""
+    if not accelerator.is_main_process:
+        return
     lengths = measure_captions(index, tokenizer)
     for number, sentence in enumerate(lengths.describe()):
         logger.log(logging.WARNING if lengths.cut or number else logging.INFO, "captions: %s", sentence)
