@@ -30,6 +30,7 @@ from sdxl_finetune.commands.storage_report import (
 )
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import Plan, build_plan
+from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Bucket, Index, build_index
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.declared import read_declared
@@ -63,6 +64,8 @@ def check(config: Config) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         inputs = read_inputs(config, device, found)
         index = _describe_data(config, inputs.index, found)
+        if index and inputs.tokenizer:
+            found.say("captions", *measure_captions(index, inputs.tokenizer).describe())
         groups = _describe_model(config, inputs.model, found) if inputs.model else None
         per_element = found.attempt(state_bytes, config, trained_dtype(config))
         if index:

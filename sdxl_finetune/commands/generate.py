@@ -158,9 +158,10 @@ def _read_requests(arguments: argparse.Namespace) -> list[ImageRequest]:
 
 
 def _warn_if_too_long(prompt: str, max_tokens: int) -> None:
-    if (count := Tokenizer(max_token_length=max_tokens, weighted=True).length(prompt)) > max_tokens:
+    count = Tokenizer(max_token_length=max_tokens, weighted=True, breaks=True).count(prompt)
+    if count.lost:
         message = "only the first %d of %d tokens are used of the prompt: %s. Shorten it or raise --max_token_length"
-        logger.warning(message, max_tokens, count, prompt)
+        logger.warning(message, count.tokens - count.lost, count.tokens, prompt)
 
 
 def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
@@ -174,7 +175,7 @@ def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
     return PreviewModel(
         sdxl=loaded.model.to(device).eval(),
         vae=loaded.vae,
-        tokenizer=build_tokenizer(max_token_length=arguments.max_token_length),
+        tokenizer=build_tokenizer(max_token_length=arguments.max_token_length, caption_break=True),
         noise_schedule=build_schedule(zero_terminal_snr=zero_terminal_snr),
         v_parameterization=arguments.v_parameterization or bool(declared.v_prediction),
     )

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from sdxl_finetune.config.caption_sources import CaptionSources
 from sdxl_finetune.config.fields import (
     FaceRange,
     FileLocation,
@@ -12,6 +13,7 @@ from sdxl_finetune.config.fields import (
     OnlyWith,
     Options,
     Resolution,
+    TagGroups,
     ZeroIsOne,
 )
 
@@ -55,8 +57,10 @@ class DataOptions(Options):
 class CaptionOptions(Options):
     """Captions and tags"""
 
-    caption_extension: str = ".caption"
+    caption_extension: Annotated[str, OnlyWith("caption_sources", unless=True)] = ".caption"
     """Ending of the caption file beside each image."""
+    caption_sources: CaptionSources | None = None
+    """Texts of which one is drawn as caption each time an image is used, with weights. Not in sd-scripts."""
     caption_separator: Annotated[
         str, OnlyWith("shuffle_caption caption_tag_dropout_rate token_warmup_step secondary_separator")
     ] = Field(",", min_length=1)
@@ -81,6 +85,10 @@ class CaptionOptions(Options):
     """Use empty captions in every Nth epoch. 0: never."""
     caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1)
     """Probability that a tag is dropped, 0 to 1. Tags kept by `keep_tokens` stay."""
+    caption_tag_dropout_groups: Annotated[TagGroups | None, OnlyWith("caption_tag_dropout_rate")] = None
+    """Tags dropped together with a tag: a table of lists by tag, or its TOML or JSON file. Not in sd-scripts."""
+    protected_tags_file: Annotated[FilePath | None, TAGS] = None
+    """Text file of tags that are never shuffled or dropped, one a line. `*` matches any text. Not in sd-scripts."""
     token_warmup_min: Annotated[int, OnlyWith("token_warmup_step")] = Field(1, ge=0)
     """Number of tags in use at the start of tag warm-up."""
     token_warmup_step: float = Field(0.0, ge=0)

@@ -77,7 +77,10 @@ class Subset(CaptionOptions, AugmentationOptions, MaskOptions, HoldOutOptions):
     tar_files: str | None = None
     """Names of the tar files in `image_dir` to use, with ranges as {000..099}. Default: all, if no images are there."""
     metadata_columns: MetadataColumns | None = None
-    caption_sources: tuple | None = None
+    caption_break: bool = False
+    """True if tags stay on their side of the word BREAK. The option of the config, for all subsets."""
+    draws_source: bool = True
+    """False if the caption is always the heaviest of the image's sources, as in validation. No option."""
 
 
 class Dataset(BucketOptions):

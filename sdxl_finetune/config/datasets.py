@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 RENAMED = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}
 """Options of the config that have another name as keys of the file."""
 DATASET_KEYS = Dataset.model_fields.keys() - {"subsets"}
-SUBSET_KEYS = set(Subset.model_fields) - {"tar_files"}
+SUBSET_KEYS = set(Subset.model_fields) - {"caption_break", "draws_source", "tar_files"}
+"""Keys of a subset. The tokenizer of the run reads `caption_break`, so it is one value for all subsets."""
 SHARED_KEYS = SUBSET_KEYS - {"image_dir", "metadata_file", "is_reg"}
 """Keys of subsets that a dataset or [general] may hold for all their subsets."""
 NO_EFFECT = {
@@ -199,7 +200,7 @@ def _subset(
             except ValueError as error:
                 mistakes.add(str(error), f"{place}.{key}")
                 return None
-    values = {name: value for name, value in {**inherited, **keys}.items() if name in SUBSET_KEYS}
+    values = {name: value for name, value in {**inherited, **keys}.items() if name in Subset.model_fields}
     if keys.get("is_reg") and "conditioning_data_dir" not in keys:
         values["conditioning_data_dir"] = None  # masks of the images that are learned, not of regularisation images
     if "image_dir" in values:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 import toml
 
 from sdxl_finetune import __version__
-from sdxl_finetune.config.fields import expected, kinds, plain
+from sdxl_finetune.config.fields import Shown, expected, kinds, plain
 from sdxl_finetune.config.options import GROUPS, SECRETS, Config
 from sdxl_finetune.config.unsupported import FOREIGN, REFERENCE
 from sdxl_finetune.errors import Problem, UserError
@@ -73,12 +73,14 @@ def read_file(name: str) -> tuple[dict[str, Given], list[Problem], list[Problem]
     lines = _line_numbers(text)
     given: dict[str, Given] = {}
     problems, remarks = [], []
-    entries = [("", key, value) for key, value in tables.items() if not isinstance(value, dict)]
-    for table, content in tables.items():
-        entries += [(table, key, value) for key, value in content.items()] if isinstance(content, dict) else []
+    groups = {key for key, value in tables.items() if isinstance(value, dict) and not _takes_table(key)}
+    entries = [("", key, value) for key, value in tables.items() if key not in groups]
+    for table in (key for key in tables if key in groups):
+        entries += [(table, key, value) for key, value in tables[table].items()]
     for table, key, value in entries:
         place = f"{path}:{lines[table, key]}" if (table, key) in lines else str(path)
-        if any(isinstance(part, dict) for part in (value if isinstance(value, list) else [value])):
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, dict) for part in parts) and not _takes_table(key):
             message = "a table inside a table is not allowed: write its options one level higher"
             problems.append(Problem(message, key, file=place))
             continue
@@ -89,6 +91,13 @@ def read_file(name: str) -> tuple[dict[str, Given], list[Problem], list[Problem]
         if earlier and earlier.value != value:
             remarks.append(problem(f"given twice; this value is used, not the one at {earlier.place}", key, given))
     return given, problems, remarks
+
+
+def _takes_table(name: str) -> bool:
+    """True for an option whose value may be a table. Every other table of a config file only groups options."""
+    return name in Config.model_fields and any(
+        isinstance(kind, Shown) and kind.is_table for kind in kinds(Config.model_fields[name])
+    )
 
 
 def parse_toml(path: Path) -> tuple[dict[str, Any], str]:

@@ -37,8 +37,15 @@ EXCLUDES = {
     "full_fp16": ("full_bf16",),
     "ema_decay": ("ema_half_life",),
 }
-ANY_BYTES = ("train_data_dir", "reg_data_dir", "in_json", "dataset_config", "sample_prompts")
+ANY_BYTES = ("train_data_dir", "reg_data_dir", "in_json", "dataset_config", "sample_prompts", "protected_tags_file")
 """Options whose files this program opens by itself. The libraries for weights and logs open only paths in UTF-8."""
+FILES = (
+    "sample_prompts",
+    "log_tracker_config",
+    "dataset_config",
+    "protected_tags_file",
+    "caption_tag_dropout_groups",
+)
 SHAPES = ("linear", "cosine", "1-sqrt")
 """Shapes of rise and fall of the schedule warmup_stable_decay."""
 LR_END = 1e-7
@@ -100,6 +107,10 @@ def find_remarks(config: Config) -> Findings:
     if config.enable_wildcard and config.cache_text_encoder_outputs and config.text_encoder_outputs_variants == 1:
         message = "draws once for each caption, because cache_text_encoder_outputs encodes a caption once"
         yield "enable_wildcard", f"{message}: text_encoder_outputs_variants = 8 draws 8 times"
+    sources = config.caption_sources or ()
+    if len(sources) > 1 and config.cache_text_encoder_outputs and config.text_encoder_outputs_variants == 1:
+        message = "gives each image one of its texts for the whole run, because cache_text_encoder_outputs encodes one"
+        yield "caption_sources", f"{message}: text_encoder_outputs_variants = 8 draws 8 times"
     for option, direction in (("min_bucket_reso", "down"), ("max_bucket_reso", "up")):
         if config.enable_bucket and getattr(config, option) % config.bucket_reso_steps:
             yield option, f"is rounded {direction} to a multiple of bucket_reso_steps, {config.bucket_reso_steps}"
@@ -277,9 +288,9 @@ def _files(config: Config) -> Findings:
         path = getattr(config, option)
         if path and not path.exists():
             yield option, f"{no_such('file or folder')}; nothing is downloaded"
-    for option in ("sample_prompts", "log_tracker_config", "dataset_config"):
+    for option in FILES:
         path = getattr(config, option)
-        if path and not path.is_file():
+        if isinstance(path, Path) and not path.is_file():
             yield option, no_such("file")
     if isinstance(config.in_json, Path) and not config.in_json.exists():
         yield "in_json", no_such("file")

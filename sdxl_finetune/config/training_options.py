@@ -34,6 +34,8 @@ class ModelOptions(Options):
     """Caption tokens that are read: a multiple of 75. Other values are rounded down, as in sd-scripts."""
     weighted_captions: bool = False
     """Read `(tag:1.3)` and `[tag]` in captions as weights. Off: as plain text."""
+    caption_break: bool = False
+    """Start a new chunk of 75 tokens at the word BREAK in captions and preview prompts. Not in sd-scripts."""
 
 
 class NoiseOptions(Options):

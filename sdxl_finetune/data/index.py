@@ -25,7 +25,7 @@ from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.data.contents import read_image
 from sdxl_finetune.data.images import load_crop
 from sdxl_finetune.data.placement import PLACED, place
-from sdxl_finetune.data.remarks import remark_on_captions, remark_on_faces
+from sdxl_finetune.data.remarks import remark_on_captions, remark_on_faces, remark_on_sources
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally, UserError
@@ -276,6 +276,7 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
     report_bad_images(problems, on_bad_image)
     _check_some_left(table["repeats"].to_numpy(), table["held_out"].to_numpy())
     remark_on_captions(table, subsets)
+    remark_on_sources(table, subsets)
     remark_on_faces(table, subsets)
     metadata = table.schema.metadata
     parts = (metadata[b"digest"], metadata[b"buckets"], digest_of(table, PLACED).encode())

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.captions import caption_paths, read_caption
+from sdxl_finetune.data.caption_sources import caption_paths, read_texts
 from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.images import ImageError, image_size
 from sdxl_finetune.errors import Problem, UserError
@@ -59,7 +59,7 @@ class Contents:
     """The result of hash_of_stat for each image."""
     width: Int32[np.ndarray, " n"]
     height: Int32[np.ndarray, " n"]
-    captions: list[list[str] | None]
+    captions: list[list[str | None] | None]
     """One text for each caption source; None for captions that were not asked for."""
     failed: dict[int, Sequence[Problem]] = field(default_factory=dict)
     """Problems of images that cannot be used, by place."""
@@ -102,7 +102,7 @@ def read(files: Files, stats: Int64[np.ndarray, "n 2"]) -> Contents:
             if files.images[place]:
                 contents.width[place], contents.height[place] = image_size(path)
             if files.captions[place]:
-                contents.captions[place] = [read_caption(path, files.subset)]
+                contents.captions[place] = list(read_texts(path, files.subset))
         except ImageError as error:
             contents.failed[place] = (Problem(error.reason, file=error.path),)
         except UserError as error:

@@ -105,6 +105,8 @@ def say_missing_captions(subset: Subset, listing: Listing, missing: int) -> None
     The files may have another ending than `caption_extension`. A folder without caption files has its name as the
     caption of all its images, which the reference's users do on purpose.
     """
+    if subset.caption_sources:  # remarks.remark_on_sources counts each of them
+        return
     own = "." + subset.caption_extension.removeprefix(".")
     there = {ending: listing.others[ending] for ending in CAPTION_SUFFIXES if ending != own and listing.others[ending]}
     if not missing or not (there or (subset.class_tokens and missing < listing.table.num_rows)):

@@ -33,6 +33,27 @@ def remark_on_captions(table: pa.Table, subsets: Sequence[Subset]) -> None:
         )
 
 
+def remark_on_sources(table: pa.Table, subsets: Sequence[Subset]) -> None:
+    """Logs how many images have each of the caption sources. Warns of a source that no image has."""
+    for number, subset in enumerate(subsets):
+        if subset.caption_sources:
+            rows = table.filter(pa.compute.equal(table["subset"], number))
+            texts = one_chunk(rows["captions"]).flatten()
+            is_there = texts.is_valid().to_numpy(zero_copy_only=False).reshape(len(rows), len(subset.caption_sources))
+            counts = is_there.sum(axis=0).tolist()
+            found = [f"{source.name} {count}" for source, count in zip(subset.caption_sources, counts, strict=True)]
+            logger.info(
+                "%s: %d images, of which have the caption source %s; %d have none",
+                subset.image_dir,
+                len(rows),
+                ", ".join(found),
+                int((~is_there.any(axis=1)).sum()),
+            )
+            if missing := [one.name for one, count in zip(subset.caption_sources, counts, strict=True) if not count]:
+                message = "caption_sources: no image of %s has %s: check the name of the key or the ending of the file"
+                logger.warning(message, subset.metadata_file or subset.image_dir, " or ".join(missing))
+
+
 def remark_on_faces(table: pa.Table, subsets: Sequence[Subset]) -> None:
     """Warns of images without a face in their names, which `face_crop_aug_range` leaves as they are."""
     for number, subset in enumerate(subsets):

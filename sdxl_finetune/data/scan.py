@@ -186,6 +186,7 @@ def _key(subsets: Sequence[Subset]) -> str:
         + ((subset.tar_files,) if subset.tar_files else ())
         + ((subset.metadata_columns,) if subset.metadata_columns else ())
         + ((subset.caption_separator, subset.enable_wildcard) if subset.metadata_file else ())
+        + tuple(source.name for source in subset.caption_sources or ())
         for subset in subsets
     ]
     return hashlib.blake2b(repr((FORMAT, sources)).encode(), digest_size=12).hexdigest()

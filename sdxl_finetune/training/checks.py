@@ -29,6 +29,7 @@ from sdxl_finetune.config import (
 from sdxl_finetune.data.index import Index, build_index, report_bad_images
 from sdxl_finetune.data.masks import without_bad_masks
 from sdxl_finetune.data.scan import scan
+from sdxl_finetune.data.tags import check_tag_rules
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.errors import Problem, Problems, UserError
 from sdxl_finetune.model.compilation import check_compiler
@@ -124,6 +125,7 @@ def tokenizer_of(config: ModelOptions) -> Tokenizer:
     return build_tokenizer(
         max_token_length=config.max_token_length,
         weighted_captions=config.weighted_captions,
+        caption_break=config.caption_break,
         tokenizer_cache_dir=config.tokenizer_cache_dir,
     )
 
@@ -155,9 +157,10 @@ def find_further_problems(config: Config, faulty: Set[str]) -> Sequence[Problem]
 
 
 def index_images(config: Config) -> Index:
-    """Builds the index of a run, and looks for the masks of its images. Raises UserError."""
-    skip = config.skip_cache_check
-    index = build_index(load_datasets(config), config.cache_folder, config.on_bad_image, skip_check=skip)
+    """Builds the index of a run, and looks for its lists of tags and its masks. Raises UserError."""
+    skip, datasets = config.skip_cache_check, load_datasets(config)
+    check_tag_rules(subset for dataset in datasets for subset in dataset.subsets)
+    index = build_index(datasets, config.cache_folder, config.on_bad_image, skip_check=skip)
     return index if skip else without_bad_masks(index, config.on_bad_image)
 
 

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from sdxl_finetune.batch import Batch
 from sdxl_finetune.config import Config, HardwareOptions, LengthOptions
 from sdxl_finetune.data.batch_plan import Plan, build_plan
+from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
@@ -175,6 +176,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         ranks=ranks,
     )
     _log_beginning(config, log, index, timeline, learner, inputs.prompts or ())
+    _log_captions(index, tokenizer, accelerator)
     assert config.output_dir is not None
     return Run(
         config=config,
@@ -286,6 +288,15 @@ def _restore(start: Start, learner: Learner) -> None:
         update.loss_scale.load_state_dict(saved_scale)
     if learner.ema and (unknown := learner.ema.load(load_ema(start.optimizer))):
         logger.info("the EMA of %d parameters starts with their values, for example %s", len(unknown), unknown[0])
+
+
+def _log_captions(index: Index, tokenizer: Tokenizer, accelerator: Accelerator) -> None:
+    """Logs once how many captions are cut off."""
+    if not accelerator.is_main_process:
+        return
+    lengths = measure_captions(index, tokenizer)
+    for number, sentence in enumerate(lengths.describe()):
+        logger.log(logging.WARNING if lengths.cut or number else logging.INFO, "captions: %s", sentence)
 
 
 def _log_beginning(

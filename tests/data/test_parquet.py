@@ -7,6 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from sdxl_finetune.config.caption_sources import read_sources
+from sdxl_finetune.data.scan import scan
 from sdxl_finetune.data.sources import parquet
 from sdxl_finetune.data.sources.listed import Listing
 from sdxl_finetune.data.sources.metadata import read_metadata
@@ -85,6 +87,27 @@ def test_the_same_captions_as_from_json(read: Read, subset, tmp_path: Path) -> N
             )
         )
         assert listing.table.equals(read_metadata(subset(tmp_path, metadata_file=path, **options), tmp_path).table)
+
+
+def test_caption_sets(read: Read) -> None:
+    columns = {"path": ["a.png", "b.png"], "tags": [["1", "2"], None], "short": ["", "b"], "caption": ["unused"] * 2}
+    listing = read(columns, caption_sources=read_sources("short:0.2, tags"))
+    assert rows(listing, "captions") == [([None, "1, 2"],), (["b", None],)]
+    assert rows(read(columns, caption_sources=read_sources(".txt")), "captions") == [(None,), (None,)]
+    with pytest.raises(UserError, match="caption_sources: there is no column long; the columns are path, tags"):
+        read(columns, caption_sources=read_sources("tags, long"))
+
+
+def test_without_captions_the_files_beside_the_images_are_read(
+    read: Read, tmp_path: Path, subset, write_images
+) -> None:
+    write_images(tmp_path, {"a.png": (64, 64), "b.png": (64, 64)})
+    (tmp_path / "a.txt").write_text("beside")
+    read({"path": ["a.png", "b.png"], "score": [1.0, 2.0]})
+    table, problems = scan(
+        [subset(tmp_path, metadata_file=tmp_path / "meta.parquet", caption_extension=".txt")], tmp_path
+    )
+    assert table["captions"].to_pylist() == [["beside"], [""]] and table["score"].to_pylist() == [1, 2] and not problems
 
 
 def test_wrong_rows_are_problems_of_their_kind(read: Read) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from sdxl_finetune.config.caption_sources import read_sources
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.listing import list_all
@@ -153,6 +154,28 @@ def test_texts_beside_images(pack: Pack, listing) -> None:
     assert set(zip(found.table["width"].to_pylist(), found.table["height"].to_pylist(), strict=True)) == {(40, 30)}
     assert captions(listing(metadata_columns=("caption=long",)))["x.tar/3.png"] == ["a long one,a, b"]
     assert captions(listing(caption_extension=".caption"))["x.tar/2.png"] == ["a caption"]
+
+
+def test_caption_sets_in_tars(pack: Pack, listing, tmp_path: Path) -> None:
+    entry = json.dumps({"tags": ["a", "b"], "long": "a long one"}).encode()
+    members = {"1.png": picture(), "1.txt": b"text", "1.json": entry, "2.png": picture(), "2.txt": b" "}
+    pack("x.tar", members)
+    sources = read_sources("tags:0.6, long, .txt, .json#long")
+    both = {"x.tar/1.png": ["a, b", "a long one", "text", "a long one"], "x.tar/2.png": [None] * 4}
+    assert captions(listing(caption_sources=sources)) == both
+    path = tmp_path / "meta.parquet"
+    columns = {"key": ["1", "2"], "tags": [None, "from the table"], "long": ["longer", ""], "caption": ["unused"] * 2}
+    pa.parquet.write_table(pa.table(columns), path)
+    joined = {
+        "x.tar/1.png": ["a, b", "longer", "text", "a long one"],
+        "x.tar/2.png": ["from the table", None, None, None],
+    }
+    assert captions(listing(caption_sources=sources, metadata_file=path)) == joined
+    files = read_sources(".txt")
+    assert captions(listing(caption_sources=files, metadata_file=path)) == {
+        "x.tar/1.png": ["text"],
+        "x.tar/2.png": [None],
+    }
 
 
 def test_bad_members_are_counted_by_kind(pack: Pack, listing) -> None:

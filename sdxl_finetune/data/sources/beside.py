@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.sources.chunks import as_lists, column_names, joined_captions
+from sdxl_finetune.data.caption_sources import clean_lines
+from sdxl_finetune.data.sources.chunks import as_lists, column_names, joined_captions, without_empty
 
 LARGEST_TEXT = 1 << 20
 """Bytes: a larger file is no caption."""
@@ -72,7 +73,7 @@ def captions_of(subset: Subset, texts: Mapping[str, pa.Array]) -> pa.LargeListAr
     Without caption sources an image has the first text that is there, else the subset's class_tokens.
     """
     if subset.caption_sources:
-        return as_lists(list(texts.values()))
+        return as_lists([without_empty(column) for column in texts.values()])
     choices = [column for name, column in texts.items() if "#" not in name]
     if in_json := [column for name, column in texts.items() if "#" in name]:
         caption, tags = in_json
@@ -90,8 +91,7 @@ def read_text(ending: str, data: bytes, wanted: Wanted, beside: Texts) -> None:
     except UnicodeDecodeError as error:
         raise ValueError(f"the caption is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     if ending != ".json":
-        lines = text.replace("\r", "\n").split("\n")
-        beside.texts[ending] = "\n".join(stripped for line in lines if (stripped := line.strip()))
+        beside.texts[ending] = clean_lines(text)
         return
     try:
         entry = json.loads(text)

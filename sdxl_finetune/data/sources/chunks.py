@@ -35,8 +35,10 @@ class Fields:
 
     given: Mapping[str, str] = field(default_factory=dict)
     """Names that the user gave (metadata_columns), by what the column holds, as {"path": "key"}."""
-    sources: Sequence[str] = ()
-    """Columns or keys that hold the texts of a caption set. Empty: `caption` and `tags` are joined."""
+    sources: Sequence[str | None] = ()
+    """Columns or keys that hold the texts of a caption set, None for a file. Empty: `caption` and `tags` are joined."""
+    ignores_captions: bool = False
+    """True if all caption sources are files beside the images."""
 
     beside: bool = False
     """True if images in tar files or an object store may have texts beside them, for entries without a caption."""
@@ -56,6 +58,15 @@ class Chunk:
     """Problems of the others: the first of them, if there are many of one kind."""
     more: Mapping[Problem, int] = field(default_factory=dict)
     """Number of further problems of the same kind as one of `problems`."""
+
+
+def fields_of(subset: Subset, *, beside: bool) -> Fields:
+    """The names of columns or keys for a subset. For `beside` see Fields."""
+    given = column_names(subset)
+    sources = [None if one.is_file else given.get(one.name, one.name) for one in subset.caption_sources or ()]
+    if any(sources):
+        return Fields(given, sources, beside=beside)
+    return Fields(given, ignores_captions=bool(sources), beside=beside)
 
 
 def column_names(subset: Subset) -> dict[str, str]:
@@ -87,6 +98,11 @@ def joined_captions(subset: Subset, caption: pa.Array, tags: pa.Array) -> pa.Arr
     has_both = pa.compute.and_(pa.compute.not_equal(caption, ""), pa.compute.not_equal(tags, ""))
     either = pa.compute.if_else(pa.compute.equal(caption, ""), tags, caption)
     return pa.compute.if_else(has_both, joined, either)
+
+
+def without_empty(texts: pa.Array) -> pa.Array:
+    """The texts, with null for empty ones: an image lacks a caption source whose text is empty."""
+    return pa.compute.if_else(pa.compute.equal(texts, ""), None, texts)
 
 
 def as_lists(texts: Sequence[pa.Array]) -> pa.Array:

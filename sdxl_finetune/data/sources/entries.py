@@ -128,8 +128,10 @@ def _row(subset: Subset, fields: Fields, name: Any, entry: Any) -> tuple:
 
 def _captions(subset: Subset, fields: Fields, entry: dict[str, Any]) -> list[str | None] | None:
     """The texts of an entry. None: it is without any, and the texts beside the image count, if there may be any."""
+    if fields.ignores_captions:
+        return None
     if fields.sources:
-        texts = [_text(entry, fields.one(name)) for name in fields.sources]
+        texts = [(_text(entry, name) or None) if name else None for name in fields.sources]
     else:
         if fields.beside and not any(fields.one(key) in entry for key in ("caption", "tags")):
             return None

@@ -14,6 +14,7 @@ import pyarrow.compute
 from jaxtyping import Int64
 
 from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.sources.chunks import as_lists
 from sdxl_finetune.data.sources.listed import LISTED, Listing, listed_table
 from sdxl_finetune.data.sources.metadata import Entries, without_repeated
 from sdxl_finetune.data.sources.names import stems
@@ -47,10 +48,20 @@ def joined(subset: Subset, listing: Listing, entries: Entries) -> Listing:
     entries = without_repeated(Entries(entries.path, table, entries.problems).without(~kept))
     images = listing.table.take(one_chunk(entries.table["place"]))
     columns = {name: images[name] for name in LISTED.names}
-    for name in ("captions", "score", "train_width", "train_height"):
+    columns["captions"] = _captions(entries.table["captions"].combine_chunks(), images["captions"].combine_chunks())
+    for name in ("score", "train_width", "train_height"):
         columns[name] = pa.compute.coalesce(entries.table[name].combine_chunks(), images[name].combine_chunks())
     listing.problems.add_all(entries.problems)
     return Listing(listed_table(columns), listing.others, listing.problems)
+
+
+def _captions(own: pa.LargeListArray, beside: pa.LargeListArray) -> pa.LargeListArray:
+    """The captions of the entries. A text that an entry lacks is the one beside the image."""
+    count = len(own.flatten()) // max(1, len(own) - own.null_count)
+    if own.null_count == len(own) or beside.null_count == len(beside):
+        return beside if own.null_count == len(own) else own
+    texts = ((pa.compute.list_element(lists, place) for lists in (own, beside)) for place in range(count))
+    return as_lists([pa.compute.coalesce(*both) for both in texts])
 
 
 def find_places(images: pa.Array, names: pa.Array, *, in_tars: bool) -> Int64[np.ndarray, " n"]:

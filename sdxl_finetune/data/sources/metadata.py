@@ -15,7 +15,7 @@ from jaxtyping import Bool
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.images import image_extensions
-from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields, column_names
+from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, fields_of
 from sdxl_finetune.data.sources.entries import read_entries
 from sdxl_finetune.data.sources.folders import list_folder
 from sdxl_finetune.data.sources.listed import LISTED, Listing, listed_table
@@ -83,7 +83,7 @@ def load_entries(subset: Subset, *, beside: bool = False) -> Entries:
 
 
 def _chunks(subset: Subset, path: Location, *, beside: bool) -> Iterator[Chunk]:
-    fields = Fields(column_names(subset), [source.name for source in subset.caption_sources or ()], beside)
+    fields = fields_of(subset, beside=beside)
     if path.suffix.lower() in (".json", ".jsonl"):
         return read_entries(subset, path, fields)
     return read_rows(subset, parquet_files(path), fields)

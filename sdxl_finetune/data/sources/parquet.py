@@ -17,7 +17,7 @@ import pyarrow.parquet
 from jaxtyping import Bool
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields, as_lists, joined_captions
+from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields, as_lists, joined_captions, without_empty
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.storage import Location, open_location, stat
 
@@ -49,8 +49,8 @@ class Columns:
 
     names: dict[str, str]
     """By what they hold."""
-    sources: tuple[str, ...]
-    """Those of a caption set. Empty: caption and tags are joined."""
+    sources: tuple[str | None, ...]
+    """Those of a caption set, None for a file beside the image. Empty: caption and tags are joined."""
 
 
 def read_rows(subset: Subset, paths: Sequence[Location], fields: Fields) -> Iterator[Chunk]:
@@ -60,7 +60,7 @@ def read_rows(subset: Subset, paths: Sequence[Location], fields: Fields) -> Iter
             before = stat(path)
             with open_location(path) as binary, pa.parquet.ParquetFile(pa.PythonFile(binary)) as file:
                 columns = find_columns(file.schema_arrow, fields, path)
-                wanted = [*columns.names.values(), *columns.sources]
+                wanted = [*columns.names.values(), *filter(None, columns.sources)]
                 first = 1
                 for batch in file.iter_batches(CHUNK, columns=list(dict.fromkeys(wanted)), use_threads=False):
                     yield _chunk(subset, path, columns, batch, first)
@@ -90,13 +90,13 @@ def find_columns(schema: pa.Schema, fields: Fields, path: Location) -> Columns:
     if "path" not in names and "path" not in fields.given:
         message = f"no column names the images ({', '.join(USUAL['path'])}); the columns are {there}"
         problems.append(Problem(f'{message}: set metadata_columns = "path=NAME"', file=str(path)))
-    sources = [fields.given.get(name, name) for name in fields.sources]
+    sources = [name for name in fields.sources if name]
     problems += [
         Problem(f"there is no column {name}; the columns are {there}", "caption_sources", file=str(path))
         for name in sources
         if name not in schema.names
     ]
-    if sources:
+    if sources or fields.ignores_captions:
         names = {what: name for what, name in names.items() if what not in ("caption", "tags")}
     for what, name in [*names.items(), *(("caption", name) for name in sources if name in schema.names)]:
         kind = schema.field(name).type
@@ -104,7 +104,7 @@ def find_columns(schema: pa.Schema, fields: Fields, path: Location) -> Columns:
             problems.append(Problem(f"the column {name} is {kind}, and must be {expected}", file=str(path)))
     if problems:
         raise UserError(problems)
-    return Columns(names, tuple(sources))
+    return Columns(names, tuple(fields.sources))
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -183,12 +183,12 @@ def _names(column: pa.Array, name: str, wrong: Mistakes) -> pa.Array:
 def _captions(subset: Subset, columns: Columns, batch: pa.RecordBatch, wrong: Mistakes) -> pa.Array:
     """The texts of each row, as lists."""
     names = columns.names
+    empty = pa.nulls(batch.num_rows, pa.large_string())
     if not columns.sources and not names.keys() & {"caption", "tags"}:
         return pa.nulls(batch.num_rows, ENTRIES.field("captions").type)
     if columns.sources:
-        texts = [_texts(batch[name], name, wrong) for name in columns.sources]
+        texts = [without_empty(_texts(batch[name], name, wrong)) if name else empty for name in columns.sources]
     else:
-        empty = pa.nulls(batch.num_rows, pa.large_string())
         both = [_texts(batch[names[key]], names[key], wrong) if key in names else empty for key in ("caption", "tags")]
         texts = [joined_captions(subset, *both)]
     return as_lists(texts)
