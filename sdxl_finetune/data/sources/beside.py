@@ -56,15 +56,19 @@ class Texts:
 def wanted_of(subset: Subset, *, in_tars: bool) -> Wanted:
     """Returns the texts and values that a subset needs of the files beside its images."""
     given = column_names(subset)
+    texts = dict.fromkeys(_names(subset, in_tars=in_tars))
+    return Wanted(tuple(texts), given.get("score", "score"), given.get("image_size", "image_size"))
+
+
+def _names(subset: Subset, *, in_tars: bool) -> list[str]:
+    """The name of the text of each caption source. Without caption sources: of each text that may be the caption."""
+    given = column_names(subset)
     if subset.caption_sources:
         names = [source.name if source.is_file else f".json#{source.name}" for source in subset.caption_sources]
     else:
         names = ["." + subset.caption_extension.removeprefix("."), *(USUAL_TEXTS if in_tars else ())]
-    texts = dict.fromkeys(
-        f"{ending}#{given.get(key, key)}" if key else ending
-        for ending, _, key in (name.partition("#") for name in names)
-    )
-    return Wanted(tuple(texts), given.get("score", "score"), given.get("image_size", "image_size"))
+    parts = (name.partition("#") for name in names)
+    return [f"{ending}#{given.get(key, key)}" if key else ending for ending, _, key in parts]
 
 
 def captions_of(subset: Subset, texts: Mapping[str, pa.Array]) -> pa.LargeListArray:
@@ -73,7 +77,7 @@ def captions_of(subset: Subset, texts: Mapping[str, pa.Array]) -> pa.LargeListAr
     Without caption sources an image has the first text that is there, else the subset's class_tokens.
     """
     if subset.caption_sources:
-        return as_lists([without_empty(column) for column in texts.values()])
+        return as_lists([without_empty(texts[name]) for name in _names(subset, in_tars=False)])
     choices = [column for name, column in texts.items() if "#" not in name]
     if in_json := [column for name, column in texts.items() if "#" in name]:
         caption, tags = in_json
