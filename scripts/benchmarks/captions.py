@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from sdxl_finetune.config import Subset
-from sdxl_finetune.data.caption_sources import draw_text
+from sdxl_finetune.data.caption_sources import choose_text
 from sdxl_finetune.data.captions import caption
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.seeding import position_random
@@ -55,8 +55,8 @@ def caption_to_tokens(count: int) -> tuple[float, float]:
 
 def _draw(subset: Subset, texts: tuple[str, str], number: int) -> str:
     generator = position_random(0, "caption", number, 0, 0)
-    text = draw_text(subset, texts, generator)
-    return caption(subset, text, generator, epoch=0, step=900, max_steps=1000)
+    text, whole = choose_text(subset, texts, generator.random)
+    return caption(subset, text, generator, epoch=0, step=900, max_steps=1000, whole=whole)
 
 
 def _texts(rng: random.Random, names: list[str], tags: list[str], number: int) -> tuple[str, str]:
@@ -78,7 +78,7 @@ def _all_options(folder: Path, protected: list[str], names: list[str]) -> Subset
     return Subset(
         num_repeats=1,
         class_tokens=None,
-        caption_sources="tags:0.8, caption_long:0.2",
+        caption_sources="tags:0.8, caption_long:0.2:whole",
         shuffle_caption=True,
         keep_tokens=1,
         enable_wildcard=True,

@@ -1,10 +1,11 @@
 """Caption sources: the texts of which one becomes the caption each time an image is used, in the option's grammar.
 
     caption_sources = "tags:0.6, caption_long:0.4"            keys of a metadata entry, columns of a Parquet file
-    caption_sources = ".txt:0.7, .json#caption:0.3"           files beside the image
+    caption_sources = ".txt:0.7, .json#caption:0.3:whole"     files beside the image
 
 A source that begins with a dot is a file with that ending. `#key` names the key of a JSON file. Any other source is the
-name of a key or column. The number is the source's weight, 1 if it is left out.
+name of a key or column. The number is the source's weight, 1 if it is left out. The word `whole` marks sentences, whose
+parts between commas are no tags.
 """
 
 import math
@@ -23,8 +24,11 @@ class CaptionSource:
     weight: float = 1.0
     """Share of the draws, relative to the weights of the other sources of the same image. Above 0."""
 
+    whole: bool = False
+    """True if the text is no list of tags: it is never shuffled, and tag dropout and tag warm-up leave it alone."""
+
     def __str__(self) -> str:
-        return f"{self.name}:{self.weight!r}"
+        return f"{self.name}:{self.weight!r}" + (":whole" if self.whole else "")
 
     @property
     def is_file(self) -> bool:
@@ -54,10 +58,12 @@ def read_sources(value: object) -> tuple[CaptionSource, ...]:
 
 
 def _read_source(text: str) -> CaptionSource:
-    name, colon, weight = text.strip().rpartition(":")
-    source = CaptionSource(name.strip(), float(weight)) if colon else CaptionSource(weight)
+    name, *rest = (part.strip() for part in text.split(":"))
+    is_whole = rest[-1:] == ["whole"]
+    weight, *others = rest[: len(rest) - is_whole] or ["1"]
+    source = CaptionSource(name, float(weight), is_whole)
     needs_key = source.is_file and source.ending.lower() == ".json"
-    if not (0 < source.weight < math.inf) or not source.name.strip("."):
+    if others or not (0 < source.weight < math.inf) or not source.name.strip("."):
         raise ValueError
     if source.is_file and (bool(source.key) != needs_key or set(source.ending) & set("/\\")):
         raise ValueError

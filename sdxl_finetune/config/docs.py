@@ -60,7 +60,7 @@ BETTER = {
     "conditioning_data_dir": "works without a dataset_config file too; masks are resized and cropped as their images",
     "alpha_mask": "works without loss weights too",
     "debug_dataset": "draws the first batches on one picture in output_dir",
-    "max_token_length": "75 is accepted too; 255 is read as 225, and said",
+    "max_token_length": "any multiple of 75; 255 is read as 225, and said; captions that are cut off are counted",
     "optimizer_args": "one text may hold several arguments",
     "save_precision": "a weight that float16 cannot hold does not become infinite",
     "full_fp16": "float32 master weights keep what rounding to fp16 loses, and fp16 runs on a CPU too",

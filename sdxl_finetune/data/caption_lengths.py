@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_finetune.data.caption_sources import draw_text
+from sdxl_finetune.data.caption_sources import choose_text
 from sdxl_finetune.data.captions import AS_WRITTEN, BREAK_WORD, caption
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.tokens import CHUNK, Tokenizer
@@ -80,8 +80,8 @@ def measure_captions(index: Index, tokenizer: Tokenizer, sample: int = SAMPLE) -
     counts, chunks, breaks = [], np.zeros(len(chosen), np.int64), 0
     for place, row in enumerate(chosen.tolist()):
         subset, rng = options[index.subset[row]], position_random(0, "caption lengths", row)
-        text = draw_text(subset, index.captions(row, row + 1)[0], rng)
-        text = caption(subset, text, rng, epoch=0, step=0, max_steps=1)
+        source = choose_text(subset, index.captions(row, row + 1)[0], rng.random)
+        text = caption(subset, source.text, rng, epoch=0, step=0, max_steps=1)
         count = tokenizer.count(text)
         counts.append((count.tokens, count.lost))
         chunks[place] = count.chunks

@@ -9,12 +9,11 @@ import bisect
 import itertools
 import json
 import os
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.faces import FACE_NAME
@@ -24,32 +23,32 @@ Texts = Sequence[str | None]
 """The text of each source, or of the only source; None for a source that the image lacks."""
 
 
-def choose_text(options: Subset, texts: Texts, draw: Callable[[], float]) -> str:
+class Chosen(NamedTuple):
+    """The text that becomes the caption."""
+
+    text: str
+    whole: bool
+    """True if the source is no list of tags."""
+
+
+def choose_text(options: Subset, texts: Texts, draw: Callable[[], float]) -> Chosen:
     """Chooses the text that becomes the caption. `draw` gives a number from 0 to 1, and is called only for a choice.
 
     The weights of the sources that the image has are scaled to a sum of 1. If `draws_source` is off, the heaviest
     source wins, and the first of several. An image without any text has its `class_tokens`, or "".
     """
-    found = [place for place, text in enumerate(texts) if text is not None]
+    found = [(text, place) for place, text in enumerate(texts) if text is not None]
     if not found:
-        return options.class_tokens or ""
-    chosen = found[0]
-    if len(found) > 1:
-        assert options.caption_sources is not None
-        weights = [options.caption_sources[place].weight for place in found]
-        if options.draws_source:
-            ends = list(itertools.accumulate(weights))
-            chosen = found[min(bisect.bisect_right(ends, draw() * ends[-1]), len(found) - 1)]
-        else:
-            chosen = found[weights.index(max(weights))]
-    text = texts[chosen]
-    assert text is not None
-    return text
-
-
-def draw_text(options: Subset, texts: Texts, rng: random.Random) -> str:
-    """Draws one of the texts. An image with one text draws no number, as before there were several."""
-    return choose_text(options, texts, rng.random)
+        return Chosen(options.class_tokens or "", whole=False)
+    if options.caption_sources is None:
+        return Chosen(found[0][0], whole=False)
+    weights = [options.caption_sources[place].weight for _, place in found]
+    chosen = weights.index(max(weights))
+    if len(found) > 1 and options.draws_source:
+        ends = list(itertools.accumulate(weights))
+        chosen = min(bisect.bisect_right(ends, draw() * ends[-1]), len(found) - 1)
+    text, place = found[chosen]
+    return Chosen(text, options.caption_sources[place].whole)
 
 
 def caption_paths(image: str, options: Subset) -> list[str]:

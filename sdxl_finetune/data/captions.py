@@ -31,11 +31,13 @@ BREAK = "BREAK"
 BREAK_WORD = re.compile(rf"\b{BREAK}\b")
 
 
-def caption(options: Subset, text: str, rng: random.Random, *, epoch: int, step: int, max_steps: int) -> str:
+def caption(
+    options: Subset, text: str, rng: random.Random, *, epoch: int, step: int, max_steps: int, whole: bool = False
+) -> str:
     """The caption that the model is given for an image with caption file `text`. A dropped caption is "".
 
     `epoch` and `step` (optimizer steps) count from 0 at the start of training. `max_steps` is the length of the run; a
-    `token_warmup_step` below 1 is a share of it.
+    `token_warmup_step` below 1 is a share of it. A `whole` text is no list of tags.
 
     The reference's function is process_caption. We differ in two places. Prefix and suffix are added to the line that
     is chosen, and not to the first and the last line. Tags are joined again with `caption_separator` and a space, and
@@ -52,7 +54,8 @@ def caption(options: Subset, text: str, rng: random.Random, *, epoch: int, step:
         text = f"{text} {options.caption_suffix}"
     if options.enable_wildcard:
         text = draw_wildcards(text, rng)
-    if options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0:
+    draws_tags = options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0
+    if draws_tags and not whole:
         text = draw_tags(options, text, rng, step=step, max_steps=max_steps)
     if options.secondary_separator:
         text = text.replace(options.secondary_separator, options.caption_separator)

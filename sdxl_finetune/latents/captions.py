@@ -115,12 +115,12 @@ class Captions:
 
     def _variant(self, row: int, texts: Texts, number: int) -> str:
         options = self._options[self._subset[row]][int(self.index.held_out[row])]
-        text = choose_text(options, texts, partial(_source_draw, texts, number))
+        text, whole = choose_text(options, texts, partial(_source_draw, texts, number))
         rng = NEVER_DRAWN
         if options.enable_wildcard or self._is_drawn(row, texts):
             entropy = np.frombuffer(hash16(text.encode()), np.uint32).tolist()
             rng = position_random(0, "caption variant", number, *entropy)
-        return caption(options, text, rng, epoch=0, step=0, max_steps=1)
+        return caption(options, text, rng, epoch=0, step=0, max_steps=1, whole=whole)
 
     def _is_drawn(self, row: int, texts: Texts) -> bool:
         """True if the variants of this caption differ. A held-out caption has one variant, whole and in order."""

@@ -50,6 +50,7 @@ def test_it_says_what_the_run_does(work, capsys) -> None:
     for step, unet, encoder in re.findall(r"step (\d+) .*unet (\S+), text_encoder1 (\S+),", said):
         assert float(unet) == pytest.approx(rows[int(step) - 1]["lr"]["unet"], rel=1e-2, abs=1e-12)
         assert float(encoder) == pytest.approx(rows[int(step) - 1]["lr"]["text_encoder1"], rel=1e-2, abs=1e-12)
+    assert re.search(r"\ncaptions      max_token_length = \d+ cuts off ", said)
     assert "3 numbered weights (style-000001, style-000002, style-000003) and style at the end" in said
     sizes = {path.name: path.stat().st_size for path in Path("out").glob("*.safetensors")}
     assert len(sizes) == 3 and "3 stay" in said

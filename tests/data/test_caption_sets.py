@@ -112,6 +112,15 @@ def test_without_caption_sources_every_draw_is_as_before(index, seed: int) -> No
             assert dataset.caption_at(position(step), 0, 1) == expected
 
 
+def test_a_whole_source_is_never_shuffled_and_keeps_all_its_parts(index, tmp_path: Path) -> None:
+    (tmp_path / "images" / "a.json").write_text('{"caption": "One, two, three, four."}')
+    (tmp_path / "images" / "a.txt").write_text("one, two, three, four")
+    options = {"shuffle_caption": True, "caption_tag_dropout_rate": 0.3, "token_warmup_step": 0.5}
+    dataset = build(index(caption_sources=".txt:0.7, .json#caption:0.3:whole", **options))
+    drawn = Counter(dataset.caption_at(position(step), 0, 0) for step in range(300))
+    assert [text for text in drawn if "." in text] == ["One, two, three, four."] and len(drawn) > 20
+
+
 def test_validation_takes_the_heaviest_source(index) -> None:
     own = index(caption_sources=".txt:0.2, .json#caption:0.3")
     unchanged = own.datasets[0].model_copy(update={"subsets": (own.subsets[0].model_copy(update=AS_WRITTEN),)})
