@@ -24,6 +24,7 @@ from sdxl_finetune.config.data_options import (
     MaskOptions,
 )
 from sdxl_finetune.config.fields import Resolution
+from sdxl_finetune.config.quality_options import ImageWeightOptions, QualityOptions
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of image files, in any case of letters, that are always read."""
@@ -55,7 +56,9 @@ def unread_pictures(counts: Mapping[str, int]) -> str:
     )
 
 
-class Subset(CaptionOptions, AugmentationOptions, MaskOptions, HoldOutOptions):
+class Subset(
+    CaptionOptions, QualityOptions, AugmentationOptions, MaskOptions, HoldOutOptions, ImageWeightOptions
+):
     """A folder of images with the options that may differ from folder to folder."""
 
     image_dir: Path = Path()

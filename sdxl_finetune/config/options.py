@@ -12,7 +12,7 @@ from typing import Any
 import toml
 from pydantic import model_validator
 
-from sdxl_finetune.config import data_options, output_options, training_options
+from sdxl_finetune.config import data_options, output_options, quality_options, training_options
 from sdxl_finetune.config.fields import Options, plain
 
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
@@ -23,6 +23,8 @@ class Config(
     training_options.ModelOptions,
     data_options.DataOptions,
     data_options.CaptionOptions,
+    quality_options.QualityOptions,
+    quality_options.ImageWeightOptions,
     data_options.AugmentationOptions,
     data_options.MaskOptions,
     data_options.BucketOptions,
