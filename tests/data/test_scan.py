@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def look(tmp_path: Path) -> Callable[..., tuple[dict[str, list], set[str]]]:
             watching = False
         assert not problems
         content = table.to_pydict()
+        content["score"] = [None if math.isnan(score) else score for score in content["score"]]
+        content["caption"] = [texts[0] for texts in content.pop("captions")]
         content["name"] = [name.decode() for name in content["name"]]
         return content, {name for name in opened if name.endswith((".png", ".txt", ".jpg"))}
 
@@ -154,7 +157,7 @@ def test_without_the_check_nothing_is_looked_at(folder: Path, look, subset) -> N
 def test_an_unreadable_image_is_looked_at_again(folder: Path, look, subset, tmp_path: Path) -> None:
     (folder / "7.png").write_bytes(b"")
     table, problems = scan([subset(folder)], tmp_path / "cache")
-    assert table.num_rows == 6 and [Path(problem.file).name for problem in problems] == ["7.png"]
+    assert table.num_rows == 6 and [Path(problem.file).name for problem in problems.problems()] == ["7.png"]
     Image.new("RGB", (70, 80)).save(folder / "7.png")
     found, opened = look(subset(folder))
     assert opened == {"7.png"} and (found["width"][6], found["height"][6]) == (70, 80)
