@@ -69,6 +69,11 @@ def same_tag(tag: str) -> str:
     return " ".join(tag.replace("_", " ").split()).casefold()
 
 
+def is_ending(scores: str) -> bool:
+    """True if `quality_scores` is the ending of a file beside each image, and not the path of a file of scores."""
+    return scores.startswith(".") and not set(scores) & set("/\\")
+
+
 def _quality_tags(value: object) -> object:
     return parse_quality_tags(value) if isinstance(value, str) else value
 

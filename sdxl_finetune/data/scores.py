@@ -1,0 +1,91 @@
+"""Scores of images: a column of the listing, a file of scores that is joined by path, or a file beside each image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, UInt8
+
+from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.config.quality_options import is_ending
+from sdxl_finetune.data.joined import (
+    KINDS,
+    MISSING,
+    Images,
+    Numbers,
+    as_text,
+    find_rows,
+    images_of,
+    pick,
+    read_numbers,
+    read_rows,
+)
+from sdxl_finetune.data.score_files import read_beside
+from sdxl_finetune.data.tables import one_chunk
+from sdxl_finetune.errors import Problem, UserError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of all images, in columns."""
+
+    values: Float32[np.ndarray, " n"]
+    """NaN for an image without a finite score."""
+    kind: UInt8[np.ndarray, " n"]
+    """Position in KINDS of why an image has no score."""
+    group: np.ndarray
+    """Text by which a column of the file groups the images, of dtype object. Empty without such a column."""
+
+
+def find_scores(
+    table: pa.Table, subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
+) -> tuple[Scores, list[str]]:
+    """The score of each image of a scan's table, from the source that its subset names, and remarks on the sources.
+
+    Images of subsets without quality tags have no score. Files beside images are read again if they have changed, but
+    with `skip_check` they are taken from `cache_dir`. Raises UserError for a file that cannot be read.
+    """
+    subset = one_chunk(table["subset"]).to_numpy()
+    count = len(subset)
+    scores = Scores(np.full(count, np.nan, np.float32), np.full(count, MISSING, np.uint8), np.full(count, "", object))
+    remarks: list[str] = []
+    asked = [(one.quality_scores, one.quality_column, group_column(one)) if one.quality_tags else None for one in subsets]
+    for source in dict.fromkeys(filter(None, asked)):
+        rows = np.flatnonzero(np.array([one == source for one in asked])[subset])
+        name, column, group = source
+        if name is None:
+            numbers = read_numbers(table["score"].take(pa.array(rows)))
+            is_nan = numbers.kind == KINDS.index("not a number (NaN)")  # a listing without scores has NaN
+            numbers = Numbers(numbers.values, np.where(is_nan, MISSING, numbers.kind).astype(np.uint8))
+        elif is_ending(name):
+            numbers = read_beside(images_of(table, subsets, rows), name, column, cache_dir, skip_check=skip_check)
+        else:
+            numbers, scores.group[rows] = _join_file(images_of(table, subsets, rows), Path(name), column, group, remarks)
+        scores.values[rows], scores.kind[rows] = numbers.values, numbers.kind
+    return scores, remarks
+
+
+def group_column(options: Subset) -> str | None:
+    """The column that `quality_groups` names, if it names one."""
+    groups = options.quality_groups or ""
+    return groups.removeprefix("column:").strip() if groups.startswith("column:") else None
+
+
+def _join_file(
+    images: Images, path: Path, column: str, group: str | None, remarks: list[str]
+) -> tuple[Numbers, np.ndarray]:
+    """Scores and groups of the images from a file. Adds what it says twice or of no image to the remarks."""
+    table = read_rows(path, [column, group] if group else [column], column)
+    for name, key in ((column, "quality_column"), (group, "quality_groups")):
+        if name and name not in table.column_names:
+            raise UserError(Problem(f"{path} has no such column: name another", key=key, value=name))
+    row = find_rows(images, path, table, remarks)
+    numbers = read_numbers(table[column])
+    names = np.full(len(row), "", object)
+    if group:
+        texts = as_text(table[group]).to_numpy()
+        names[row >= 0] = texts[row[row >= 0]]
+    return pick(numbers, row), names
+
