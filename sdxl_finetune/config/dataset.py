@@ -56,9 +56,7 @@ def unread_pictures(counts: Mapping[str, int]) -> str:
     )
 
 
-class Subset(
-    CaptionOptions, QualityOptions, AugmentationOptions, MaskOptions, HoldOutOptions, ImageWeightOptions
-):
+class Subset(CaptionOptions, QualityOptions, AugmentationOptions, MaskOptions, HoldOutOptions, ImageWeightOptions):
     """A folder of images with the options that may differ from folder to folder."""
 
     image_dir: Path = Path()

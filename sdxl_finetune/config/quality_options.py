@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -29,8 +30,12 @@ class QualityTag:
 
     def __str__(self) -> str:
         if self.bound is not None:
-            return f"{self.tag} {'>=' if self.includes_bound else '>'} {self.bound!r}"
-        return self.tag if self.share is None else f"{self.tag} top {self.share!r}%"
+            return f"{self.tag} {'>=' if self.includes_bound else '>'} {_number(self.bound)}"
+        return self.tag if self.share is None else f"{self.tag} top {_number(self.share)}%"
+
+
+def _number(value: float) -> str:
+    return repr(value).removesuffix(".0")
 
 
 def parse_quality_tags(text: str) -> tuple[QualityTag, ...]:
@@ -45,9 +50,9 @@ def parse_quality_tags(text: str) -> tuple[QualityTag, ...]:
         raise ValueError("a tag is named twice")
     if any(tag.bound is None and tag.share is None for tag in tags[:-1]):
         raise ValueError("only the last tag can do without a condition")
-    if any(after >= before for before, after in zip(bounds, bounds[1:], strict=False)):
+    if any(after >= before for before, after in pairwise(bounds)):
         raise ValueError("bounds must fall")
-    if any(after <= before for before, after in zip(shares, shares[1:], strict=False)):
+    if any(after <= before for before, after in pairwise(shares)):
         raise ValueError("shares must rise")
     return tags
 
@@ -61,7 +66,12 @@ def _parse_tag(text: str) -> QualityTag:
         raise ValueError("a bound must be a finite number")
     if share is not None and not 0 < float(share) <= 100:
         raise ValueError("a share must be above 0 and at most 100 percent")
-    return QualityTag(tag, bound and float(bound), sign == ">=", share and float(share))
+    return QualityTag(
+        tag,
+        bound=None if bound is None else float(bound),
+        includes_bound=sign == ">=",
+        share=None if share is None else float(share),
+    )
 
 
 def same_tag(tag: str) -> str:
@@ -96,8 +106,10 @@ class QualityOptions(Options):
     """Column or key of the scores in `quality_scores`. Not in sd-scripts."""
     quality_groups: Annotated[str | None, OnlyWith("quality_tags")] = None
     """Tags, as "safe, explicit", or `column:NAME`: shares are those of each group of images. Not in sd-scripts."""
-    quality_missing: Annotated[str, OnlyWith("quality_tags"), Shown("none, skip, stop, or one of quality_tags")] = "none"
-    """Images without a score get no tag (none) or this tag, are left out (skip), or stop the run. Not in sd-scripts."""
+    quality_missing: Annotated[str, OnlyWith("quality_tags"), Shown("none, skip, stop, or one of quality_tags")] = (
+        "none"
+    )
+    """Images without a score: no tag (none), this tag, left out (skip), or the run stops (stop). Not in sd-scripts."""
 
     @field_validator("quality_missing")
     @classmethod

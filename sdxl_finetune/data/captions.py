@@ -35,8 +35,8 @@ def caption(
     """The caption that the model is given for an image with caption file `text`. A dropped caption is "".
 
     `epoch` and `step` (optimizer steps) count from 0 at the start of training. `max_steps` is the length of the run; a
-    `token_warmup_step` below 1 is a share of it. `quality` is the quality tag of the image. It is the first tag or stays
-    where the text has one, is never shuffled or dropped alone, and counts as one of `keep_tokens`.
+    `token_warmup_step` below 1 is a share of it. `quality` is the quality tag of the image. It comes first, or stays
+    where the text has one. It is never shuffled or dropped alone, and counts as one of `keep_tokens`.
 
     The reference's function is process_caption. We differ in two places. Prefix and suffix are added to the line that
     is chosen, and not to the first and the last line. Tags are joined again with `caption_separator` and a space, and

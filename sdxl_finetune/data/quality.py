@@ -42,11 +42,11 @@ def assign_tags(
     number = np.zeros(len(scores), np.int64) if groups is None else groups.number
     count = 1 if groups is None else len(groups.names)
     places = np.full(len(scores), NO_TAG, np.int16)
-    share_bounds = bounds_of_shares(scores, tags, number, count)
+    lowest = share_bounds(scores, tags, number, count)
     for place in reversed(range(len(tags))):  # an earlier tag overwrites a later one
         tag = tags[place]
         if tag.share is not None:
-            holds = scores >= share_bounds[place][number]
+            holds = scores >= lowest[place][number]
         elif tag.bound is None:
             holds = scored
         else:
@@ -56,7 +56,7 @@ def assign_tags(
     return places
 
 
-def bounds_of_shares(
+def share_bounds(
     scores: Float32[np.ndarray, " n"], tags: Sequence[QualityTag], number: Int[np.ndarray, " n"], groups: int
 ) -> dict[int, Float32[np.ndarray, " groups"]]:
     """The lowest score of each tag with a share, in each group, by the tag's place; NaN for a group without scores.

@@ -19,27 +19,27 @@ from sdxl_finetune.progress import track
 
 READ = pa.schema({"name": pa.large_binary(), "stat": pa.int64(), "score": pa.float32(), "kind": pa.uint8()})
 """Columns of the kept scores. `stat` is a number made of size and modification time of the file."""
-NO_FILE = -1
-"""`stat` of an image without such a file."""
+NO_FILE, NOT_READ = -1, -2
+"""`stat` of an image without such a file, and of one that was not looked at before."""
 CHUNK = 1 << 14
 """Images between two lines of progress."""
 
 
-def read_beside(images: Images, ending: str, key: str, cache_dir: Path, *, skip_check: bool = False) -> Numbers:
+def read_beside(images: Images, ending: str, key: str, folder: Path, *, skip_check: bool = False) -> Numbers:
     """The scores of images from the files of this ending. `key` is that of the score in a JSON object.
 
-    With `skip_check`, images whose files were read before are not looked at.
+    The scores are kept in `folder`. With `skip_check`, images whose files were read before are not looked at.
     """
     names = images.absolute
-    question = repr((ending, key, [str(folder.absolute()) for folder in images.folders]))
-    path = cache_dir / "scores" / f"{hashlib.blake2b(question.encode('utf-8', 'replace'), digest_size=12).hexdigest()}.scores"
+    question = repr((ending, key, [os.fsencode(each.absolute()) for each in images.folders]))
+    path = folder / f"{hashlib.blake2b(question.encode(), digest_size=12).hexdigest()}.scores"
     last = _load(path)
     place = pa.compute.index_in(names, value_set=last["name"].combine_chunks()).fill_null(-1).to_numpy()
-    known = {name: last[name].to_numpy() for name in ("stat", "score", "kind")}
-    stat = np.where(place >= 0, known["stat"][place], NO_FILE - 1) if len(last) else np.full(len(names), NO_FILE - 1)
-    score, kind = np.full(len(names), np.nan, np.float32), np.full(len(names), MISSING, np.uint8)
     is_known = place >= 0
-    score[is_known], kind[is_known] = known["score"][place[is_known]], known["kind"][place[is_known]]
+    stat = np.full(len(names), NOT_READ, np.int64)
+    score, kind = np.full(len(names), np.nan, np.float32), np.full(len(names), MISSING, np.uint8)
+    for column, name in ((stat, "stat"), (score, "score"), (kind, "kind")):
+        column[is_known] = last[name].to_numpy()[place[is_known]]
     asked = np.flatnonzero(~is_known) if skip_check else np.arange(len(names))
     changed = _look(names, ending, asked, stat)
     if len(changed):

@@ -1,12 +1,12 @@
 """Scores of images: a column of the listing, a file of scores that is joined by path, or a file beside each image."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int64, UInt8
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.config.quality_options import is_ending
@@ -39,32 +39,64 @@ class Scores:
     """Text by which a column of the file groups the images, of dtype object. Empty without such a column."""
 
 
-def find_scores(
+Source = tuple[str | None, str, str | None]
+"""Where scores come from: `quality_scores`, `quality_column`, and the column of groups."""
+
+
+def no_scores(count: int) -> Scores:
+    return Scores(np.full(count, np.nan, np.float32), np.full(count, MISSING, np.uint8), np.full(count, "", object))
+
+
+def read_all_beside(
     table: pa.Table, subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
+) -> dict[Source, Numbers]:
+    """Scores from the files beside images, by source, for the images whose subsets name the source.
+
+    Files are read again if they have changed. With `skip_check` the scores of the last time are taken.
+    """
+    beside = {}
+    for source, rows in _sources(table, subsets):
+        if source[0] and is_ending(source[0]):
+            images, folder = images_of(table, subsets, rows), cache_dir / "scores"
+            beside[source] = read_beside(images, source[0], source[1], folder, skip_check=skip_check)
+    return beside
+
+
+def find_scores(
+    table: pa.Table, subsets: Sequence[Subset], beside: Mapping[Source, Numbers]
 ) -> tuple[Scores, list[str]]:
     """The score of each image of a scan's table, from the source that its subset names, and remarks on the sources.
 
-    Images of subsets without quality tags have no score. Files beside images are read again if they have changed, but
-    with `skip_check` they are taken from `cache_dir`. Raises UserError for a file that cannot be read.
+    `beside` is the result of `read_all_beside`. Images of subsets without quality tags have no score. Raises UserError
+    for a file that cannot be read.
     """
-    subset = one_chunk(table["subset"]).to_numpy()
-    count = len(subset)
-    scores = Scores(np.full(count, np.nan, np.float32), np.full(count, MISSING, np.uint8), np.full(count, "", object))
+    scores = no_scores(table.num_rows)
     remarks: list[str] = []
-    asked = [(one.quality_scores, one.quality_column, group_column(one)) if one.quality_tags else None for one in subsets]
-    for source in dict.fromkeys(filter(None, asked)):
-        rows = np.flatnonzero(np.array([one == source for one in asked])[subset])
+    for source, rows in _sources(table, subsets):
         name, column, group = source
-        if name is None:
+        if source in beside:
+            numbers = beside[source]
+        elif name is None:
             numbers = read_numbers(table["score"].take(pa.array(rows)))
             is_nan = numbers.kind == KINDS.index("not a number (NaN)")  # a listing without scores has NaN
             numbers = Numbers(numbers.values, np.where(is_nan, MISSING, numbers.kind).astype(np.uint8))
-        elif is_ending(name):
-            numbers = read_beside(images_of(table, subsets, rows), name, column, cache_dir, skip_check=skip_check)
         else:
-            numbers, scores.group[rows] = _join_file(images_of(table, subsets, rows), Path(name), column, group, remarks)
+            numbers, scores.group[rows] = _join_file(
+                images_of(table, subsets, rows), Path(name), column, group, remarks
+            )
         scores.values[rows], scores.kind[rows] = numbers.values, numbers.kind
     return scores, remarks
+
+
+def _sources(table: pa.Table, subsets: Sequence[Subset]) -> Iterator[tuple[Source, Int64[np.ndarray, " k"]]]:
+    """The sources of scores, each with the rows of the images whose subsets name it."""
+    subset = one_chunk(table["subset"]).to_numpy()
+    asked = [
+        (one.quality_scores, one.quality_column, group_column(one)) if one.quality_tags else None for one in subsets
+    ]
+    for source in dict.fromkeys(asked):
+        if source is not None:
+            yield source, np.flatnonzero(np.array([one == source for one in asked])[subset])
 
 
 def group_column(options: Subset) -> str | None:
@@ -88,4 +120,3 @@ def _join_file(
         texts = as_text(table[group]).to_numpy()
         names[row >= 0] = texts[row[row >= 0]]
     return pick(numbers, row), names
-

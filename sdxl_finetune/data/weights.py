@@ -109,7 +109,11 @@ def _mistake(values: Any) -> str | None:
     if not isinstance(values, dict) or not values or not set(values) <= set(VALUES):
         return "must be a table of repeats and loss_weight, as { repeats = 2, loss_weight = 1.5 }"
     for name, value in values.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not _is_possible(name, np.array([value]))[0]:
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not _is_possible(name, np.array([value]))[0]
+        ):
             return _range(name)
     return None
 
@@ -152,7 +156,9 @@ def _matches(
     rules: Sequence[Rule], table: pa.Table, subsets: Sequence[Subset], rows: Int64[np.ndarray, " n"]
 ) -> Iterator[tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]]:
     """Yields pairs of a place in `rows` and the number of a rule that matches it."""
-    by_table = {name: np.array([at for at, rule in enumerate(rules) if rule.table == name], np.int64) for name in TABLES}
+    by_table = {
+        name: np.array([at for at, rule in enumerate(rules) if rule.table == name], np.int64) for name in TABLES
+    }
     if len(by_table["tags"]):
         patterns = TagPatterns([rules[number].pattern for number in by_table["tags"]])
         captions = one_chunk(table["captions"])

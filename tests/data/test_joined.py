@@ -27,10 +27,15 @@ def kinds(column) -> list[str]:
 def write(path: Path) -> Path:
     rows = [("a.png", 0.5), ("b.png", 0.25)]
     if path.suffix == ".parquet":
-        pa.parquet.write_table(pa.table({"score": [score for _, score in rows], "path": [name for name, _ in rows]}), path)
+        pa.parquet.write_table(
+            pa.table({"score": [score for _, score in rows], "path": [name for name, _ in rows]}), path
+        )
     elif path.suffix in (".csv", ".tsv"):
         gap = "," if path.suffix == ".csv" else "\t"
-        lines = [gap.join(("file_name", "other", "score")), *(gap.join((name, "x", str(score))) for name, score in rows)]
+        lines = [
+            gap.join(("file_name", "other", "score")),
+            *(gap.join((name, "x", str(score))) for name, score in rows),
+        ]
         path.write_text("\n".join(lines), encoding="utf-8-sig")
     elif path.suffix == ".jsonl":
         path.write_text("\n".join(json.dumps({"image_path": name, "score": score}) for name, score in rows))
@@ -43,9 +48,7 @@ def write(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "name", ["a.parquet", "a.csv", "a.tsv", "a.jsonl", "plain.json", "objects.json", "list.json"]
-)
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.tsv", "a.jsonl", "plain.json", "objects.json", "list.json"])
 def test_every_format_gives_the_same_columns(tmp_path: Path, name: str) -> None:
     table = read_rows(write(tmp_path / name), ["score", "absent"], "score")
     assert table.column_names == ["path", "score"]
