@@ -109,7 +109,7 @@ class QualityOptions(Options):
     quality_missing: Annotated[str, OnlyWith("quality_tags"), Shown("none, skip, stop, or one of quality_tags")] = (
         "none"
     )
-    """Images without a score: no tag (none), this tag, left out (skip), or the run stops (stop). Not in sd-scripts."""
+    """Images without a score: none (no tag), a tag, skip (left out) or stop (stops the run). Not in sd-scripts."""
 
     @field_validator("quality_missing")
     @classmethod

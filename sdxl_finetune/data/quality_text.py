@@ -90,4 +90,6 @@ def _without(options: Subset, parts: list[str], places: list[int]) -> str:
             del left[place - 1 : place + 1]
         else:
             left[place] = ""
-    return "".join(left).strip() if places else "".join(left)
+    line = "".join(left)
+    line = line.lstrip() if 0 in places else line
+    return line.rstrip() if len(parts) - 1 in places else line
