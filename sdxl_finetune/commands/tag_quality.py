@@ -29,7 +29,9 @@ from sdxl_finetune.training.checks import index_images
 
 BOM = "\ufeff"
 """Byte order mark, which some editors write at the start of a file."""
-REMEDY = "remove the option, or leave the files as they are: training adds the tags of quality_tags while it loads captions"
+REMEDY = (
+    "remove the option, or leave the files as they are: training adds the tags of quality_tags while it loads captions"
+)
 BREAKS = re.compile(r"(\r\n|\n|\r)")
 
 

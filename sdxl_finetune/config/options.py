@@ -64,8 +64,10 @@ class Config(
     @property
     def cache_folder(self) -> Path:
         """Folder of the dataset index and of what is cached: `cache_dir`, or `cache` in `output_dir`."""
+        if self.cache_dir is not None:
+            return self.cache_dir
         assert self.output_dir is not None
-        return self.cache_dir or self.output_dir / "cache"
+        return self.output_dir / "cache"
 
 
 GROUPS: tuple[type[Options], ...] = Config.__bases__

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field
 
 from sdxl_finetune.config.fields import FilePath, OnlyWith, Options, Shown
 
 MISSING_RULES = ("none", "skip", "stop")
 """Values of `quality_missing` besides the quality tags themselves."""
-CONDITION = re.compile(r"(.+?)(?:\s*(>=?)\s*(\S+)|\s+top\s+(\S+)\s*%)?")
+CONDITION = re.compile(r"([^<>=%]+?)(?:\s*(>=?)\s*(\S+)|\s+top\s+(\S+?)\s*%)?")
 """A quality tag with its condition: `masterpiece > 0.75`, `masterpiece top 10%`, or the tag alone."""
+SHARE_WITHOUT_PERCENT = re.compile(r".*\btop\s*[\d.]+")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def parse_quality_tags(text: str) -> tuple[QualityTag, ...]:
 
 def _parse_tag(text: str) -> QualityTag:
     found = CONDITION.fullmatch(text)
-    if found is None:
-        raise ValueError("a tag is empty")
+    if found is None or SHARE_WITHOUT_PERCENT.fullmatch(text):
+        raise ValueError("a tag must be a text, alone or with > and a number, or with top and a number and %")
     tag, sign, bound, share = found.groups()
     if bound is not None and not math.isfinite(float(bound)):
         raise ValueError("a bound must be a finite number")
@@ -106,22 +107,12 @@ class QualityOptions(Options):
     """Column or key of the scores in `quality_scores`. Not in sd-scripts."""
     quality_groups: Annotated[str | None, OnlyWith("quality_tags")] = None
     """Tags, as "safe, explicit", or `column:NAME`: shares are those of each group of images. Not in sd-scripts."""
-    quality_missing: Annotated[str, OnlyWith("quality_tags"), Shown("none, skip, stop, or one of quality_tags")] = (
-        "none"
-    )
-    """Images without a score: none (no tag), a tag, skip (left out) or stop (stops the run). Not in sd-scripts."""
-
-    @field_validator("quality_missing")
-    @classmethod
-    def _known(cls, value: str, info: ValidationInfo) -> str:
-        tags = info.data.get("quality_tags")
-        if tags and value not in MISSING_RULES and value not in [tag.tag for tag in tags]:
-            raise ValueError
-        return value
+    quality_missing: Annotated[str, OnlyWith("quality_tags")] = Field("none", min_length=1)
+    """Images without a score: none (no tag), one of the tags, skip (left out) or stop (an error). Not in sd-scripts."""
 
 
 class ImageWeightOptions(Options):
     """Weights of images"""
 
     image_weights: FilePath | None = None
-    """File of repeats and loss weights, by tag and path (.toml) or by image (.csv, .parquet, ...). Not in sd-scripts."""
+    """File of repeats and loss weights: rules by tag and path (.toml), or a row an image (.csv). Not in sd-scripts."""

@@ -127,6 +127,11 @@ class Index:
         )
 
     @property
+    def names(self) -> pa.Array:
+        """Names of the image files below the folders of their subsets, large_binary."""
+        return one_chunk(self._table["name"])
+
+    @property
     def subset(self) -> Int32[np.ndarray, " n"]:
         """Number of each image's subset, counted over all datasets."""
         return self.numbers("subset")

@@ -35,7 +35,7 @@ from sdxl_finetune.data.tag_columns import TagPatterns, find_tags, separators_of
 from sdxl_finetune.errors import SHOWN, Problem, UserError
 
 VALUES = ("repeats", "loss_weight")
-"""What a rule may set."""
+"""Values that a rule may set."""
 WHOLE = 1e-3
 """Distance from a whole number up to which repeats are whole: thirds are written as 0.3333."""
 TABLES = ("tags", "paths")

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from sdxl_finetune.config import Subset
+from sdxl_finetune.config.dataset import mark_problems
 from sdxl_finetune.data import marks as marks_module
 from sdxl_finetune.data.batch_plan import build_plan
 from sdxl_finetune.data.index import Index, build_index
@@ -212,8 +213,20 @@ def test_held_out_images_keep_their_tags_unless_they_are_left_out(folder: Path, 
     assert build(**options).held_out.sum() == 2
 
 
-def test_options_of_a_subset_are_checked() -> None:
-    own = {"num_repeats": 1, "class_tokens": None}
-    assert Subset(**own, quality_tags=RELEASE, quality_missing="low quality").quality_missing == "low quality"
-    with pytest.raises(ValueError, match="quality_missing"):
-        Subset(**own, quality_tags=RELEASE, quality_missing="lowest quality")
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"quality_missing": "lowest quality"}, "quality_missing must be one of quality_tags or of none, skip, stop"),
+        ({"caption_separator": " "}, "quality_tags the tag 'high quality' holds ' ', the caption_separator"),
+        ({"quality_scores": "none.csv"}, "quality_scores no such file"),
+        ({"quality_groups": "column:x"}, "quality_groups needs quality_scores, the file with this column"),
+        ({"quality_scores": ".score", "quality_groups": "column:x"}, "quality_groups needs quality_scores"),
+        ({"image_weights": Path("none.toml")}, "image_weights no such file"),
+        ({"quality_tags": None, "quality_missing": "x"}, ""),
+        ({"quality_missing": "low quality", "quality_groups": "safe", "quality_scores": ".score"}, ""),
+    ],
+)
+def test_options_of_a_subset_are_checked(options: dict, problem: str) -> None:
+    one = Subset(**{"num_repeats": 1, "class_tokens": None, "quality_tags": RELEASE, **options})
+    found = [" ".join(each) for each in mark_problems(one, one, one)]
+    assert len(found) == bool(problem) and "".join(found).startswith(problem)

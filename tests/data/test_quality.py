@@ -107,7 +107,7 @@ def test_counts_and_the_tag_of_images_without_a_score() -> None:
 
 
 def test_the_text_of_tags_reads_as_the_same_tags() -> None:
-    for text in (RELEASE, "a >= -1e-07", "a top 0.5%, b top 30%, c", "very > good > 1, >_<"):
+    for text in (RELEASE, "a >= -1e-07", "a top 0.5%, b top 30%, c", "very top good >= 1, x"):
         tags = parse_quality_tags(text)
         assert parse_quality_tags(",".join(map(str, tags))) == tags
     assert TAGS[1] == QualityTag("high quality", 0.6)
@@ -129,6 +129,9 @@ def test_the_text_of_tags_reads_as_the_same_tags() -> None:
         "a > inf",
         "high quality > 1, High_Quality",
         "a top ten%",
+        "a >",
+        "a < 1",
+        "a top 10",
     ],
 )
 def test_conditions_that_cannot_hold_are_refused(text: str) -> None:
