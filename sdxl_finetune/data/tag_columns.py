@@ -15,6 +15,7 @@ from jaxtyping import Int64
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.config.quality_options import same_tag
+from sdxl_finetune.progress import track
 
 ROWS = 1 << 16
 """Images whose tags are in memory at once."""
@@ -24,6 +25,7 @@ class TagPatterns:
     """Patterns of tags, by number."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
+        self._count = len(patterns)
         self._exact: dict[str, list[int]] = {}
         self._globs: list[tuple[int, re.Pattern[str]]] = []
         self._known: dict[str, tuple[int, ...]] = {}
@@ -33,6 +35,9 @@ class TagPatterns:
             else:
                 self._exact.setdefault(pattern, []).append(number)
         self._any_glob = re.compile("|".join(f"(?:{glob.pattern})" for _, glob in self._globs) or r"(?!)")
+
+    def __len__(self) -> int:
+        return self._count
 
     def match(self, tag: str) -> tuple[int, ...]:
         """Numbers of the patterns that match a tag. The empty text is no tag."""
@@ -58,7 +63,7 @@ def find_tags(
 
     A row of `captions` is a list of texts, of which some may be null.
     """
-    for start in range(0, len(rows), ROWS):
+    for start in _tracked(len(rows)):
         places, tags = _split(captions.take(pa.array(rows[start : start + ROWS])), separators)
         found = [patterns.match(tag) for tag in tags.dictionary.to_pylist()]
         counts = np.array([len(numbers) for numbers in found], np.int64)
@@ -71,8 +76,16 @@ def find_tags(
         code, places = code[hits], places[hits]
         within = np.arange(counts[code].sum()) - np.repeat(np.cumsum(counts[code]) - counts[code], counts[code])
         numbers = flat[np.repeat(starts[code], counts[code]) + within]
-        pairs = np.unique(np.stack([np.repeat(places, counts[code]), numbers], axis=1), axis=0)
-        yield start + pairs[:, 0], pairs[:, 1]
+        pairs = np.unique(np.repeat(places, counts[code]) * len(patterns) + numbers)
+        yield start + pairs // len(patterns), pairs % len(patterns)
+
+
+def _tracked(rows: int) -> Iterator[int]:
+    """Yields the first row of each part, and shows the progress."""
+    with track("comparing tags", rows, "captions") as progress:
+        for start in range(0, rows, ROWS):
+            yield start
+            progress.update(min(ROWS, rows - start))
 
 
 def _split(captions: pa.Array, separators: Sequence[str]) -> tuple[Int64[np.ndarray, " t"], pa.DictionaryArray]:
