@@ -2,9 +2,9 @@
 
     python -m scripts.benchmarks.marks [--rows 100000 1000000] [--folder FOLDER]
 
-The images are synthetic rows of a scan with captions of about 25 tags and 2,000 styles. A Parquet file holds a score for
-each image. The rules are 2,000 tags and two patterns. "Again" is a start with unchanged files, which reads what the
-first one has kept. The last column is the growth from the smallest to the largest number of images.
+The images are synthetic rows of a scan with captions of about 25 tags and 2,000 styles. A Parquet file holds a score
+for each image. The rules are 2,000 tags and two patterns. "Again" is a start with unchanged files, which reads what the
+first start has kept. The last column is the growth from the smallest to the largest number of images.
 """
 
 import argparse
