@@ -29,9 +29,7 @@ from sdxl_finetune.training.checks import index_images
 
 BOM = "\ufeff"
 """Byte order mark, which some editors write at the start of a file."""
-REMEDY = (
-    "remove the option, or leave the files as they are: training adds the tags of quality_tags while it loads captions"
-)
+REMEDY = "leave them as they are, because training adds the tags of quality_tags while it loads captions"
 BREAKS = re.compile(r"(\r\n|\n|\r)")
 
 
@@ -43,6 +41,8 @@ def tag_quality(config: Config, *, dry_run: bool) -> int:
     with console(config, 0):
         _check_sources(load_datasets(config))
         index = index_images(config)
+        if (index.numbers("offset") >= 0).any():
+            raise UserError(Problem(f"captions in tar files are not rewritten: {REMEDY}", key="quality_tags"))
         problems, done = Tally(), Counter[str]()
         files = CaptionFiles(index, dry_run)
         rows = np.flatnonzero(index.numbers("quality") != NO_TAG)
@@ -69,6 +69,11 @@ def _check_sources(datasets: Sequence[Dataset]) -> None:
         Problem(f"captions of a metadata file are not rewritten: {REMEDY}", "in_json", file=str(subset.metadata_file))
         for subset in subsets
         if subset.metadata_file
+    ]
+    problems += [
+        Problem(f"captions in an object store are not rewritten: {REMEDY}", file=str(subset.image_dir))
+        for subset in subsets
+        if not isinstance(subset.image_dir, Path)
     ]
     if problems:
         raise UserError(problems)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,8 @@ class Images:
     """Names below the image folders, large_binary."""
     folder: Int[np.ndarray, " n"]
     """Position of each image's folder in `folders`."""
-    folders: Sequence[Path]
+    folders: Sequence[PurePath]
+    """Local folders, or addresses of folders in an object store."""
 
     @cached_property
     def in_folder(self) -> pa.Array:
@@ -66,8 +67,8 @@ class Images:
 
     @cached_property
     def absolute(self) -> pa.Array:
-        """The absolute path of each image."""
-        return self._below([os.fsencode(folder.absolute()) for folder in self.folders])
+        """The absolute path or the address of each image."""
+        return self._below([os.fsencode(absolute(folder)) for folder in self.folders])
 
     def _below(self, folders: Sequence[bytes]) -> pa.Array:
         each = pa.array(folders, pa.large_binary()).take(pa.array(self.folder))
@@ -221,6 +222,11 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     ):
         return pa.chunked_array([pa.array(["?"] * len(column), pa.large_string())])
     return pa.compute.utf8_trim_whitespace(column.cast(pa.large_string()).fill_null(""))
+
+
+def absolute(folder: PurePath) -> str:
+    """The absolute path of a local folder; the address of another one."""
+    return str(folder.absolute() if isinstance(folder, Path) else folder)
 
 
 def pick(numbers: Numbers, row: Int64[np.ndarray, " n"]) -> Numbers:

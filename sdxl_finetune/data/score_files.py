@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute
 from jaxtyping import Int64
 
-from sdxl_finetune.data.joined import MISSING, Images, Numbers, read_numbers
+from sdxl_finetune.data.joined import MISSING, Images, Numbers, absolute, read_numbers
 from sdxl_finetune.data.tables import map_table, write_table
+from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.progress import track
 
 READ = pa.schema({"name": pa.large_binary(), "stat": pa.int64(), "score": pa.float32(), "kind": pa.uint8()})
@@ -25,14 +26,18 @@ CHUNK = 1 << 14
 """Images between two lines of progress."""
 
 
-def read_beside(images: Images, ending: str, key: str, folder: Path, *, skip_check: bool = False) -> Numbers:
+def read_beside(images: Images, ending: str, key: str, kept: Path, *, skip_check: bool = False) -> Numbers:
     """The scores of images from the files of this ending. `key` is that of the score in a JSON object.
 
-    The scores are kept in `folder`. With `skip_check`, images whose files were read before are not looked at.
+    The scores are kept in `kept`. With `skip_check`, images whose files were read before are not looked at.
     """
+    for place in np.unique(images.folder).tolist():
+        if not isinstance(folder := images.folders[place], Path):
+            message = f"files beside images are not read from {folder}: name a file with all scores"
+            raise UserError(Problem(message, key="quality_scores", value=ending))
     names = images.absolute
-    question = repr((ending, key, [os.fsencode(each.absolute()) for each in images.folders]))
-    path = folder / f"{hashlib.blake2b(question.encode(), digest_size=12).hexdigest()}.scores"
+    question = repr((ending, key, [os.fsencode(absolute(folder)) for folder in images.folders]))
+    path = kept / f"{hashlib.blake2b(question.encode(), digest_size=12).hexdigest()}.scores"
     last = _load(path)
     place = pa.compute.index_in(names, value_set=last["name"].combine_chunks()).fill_null(-1).to_numpy()
     is_known = place >= 0

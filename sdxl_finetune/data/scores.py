@@ -57,8 +57,8 @@ def read_all_beside(
     beside = {}
     for source, rows in _sources(table, subsets):
         if source[0] and is_ending(source[0]):
-            images, folder = images_of(table, subsets, rows), cache_dir / "scores"
-            beside[source] = read_beside(images, source[0], source[1], folder, skip_check=skip_check)
+            images, kept = images_of(table, subsets, rows), cache_dir / "scores"
+            beside[source] = read_beside(images, source[0], source[1], kept, skip_check=skip_check)
     return beside
 
 

@@ -105,7 +105,9 @@ def test_a_link_stays_a_link(work) -> None:
 
 def test_captions_of_metadata_files_are_not_rewritten(work) -> None:
     Path("meta.json").write_text('{"1_cat/a.png": {"caption": "x"}}')
-    with pytest.raises(UserError, match=r"captions of a metadata file are not rewritten: .* training adds the tags"):
+    with pytest.raises(
+        UserError, match=r"captions of a metadata file are not rewritten: leave them .* training adds the tags"
+    ):
         run("--in_json", "meta.json")
 
 
