@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.faces import FACE_NAME
+from sdxl_finetune.data.quality_text import in_front, take_quality
 from sdxl_finetune.errors import Problem, UserError
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])+)\}(?!\})")
@@ -28,11 +29,14 @@ AS_WRITTEN = {
 """Options of captions that are whole and in order. A wildcard {a|b} still becomes one of its options."""
 
 
-def caption(options: Subset, text: str, rng: random.Random, *, epoch: int, step: int, max_steps: int) -> str:
+def caption(
+    options: Subset, text: str, rng: random.Random, *, epoch: int, step: int, max_steps: int, quality: str | None = None
+) -> str:
     """The caption that the model is given for an image with caption file `text`. A dropped caption is "".
 
     `epoch` and `step` (optimizer steps) count from 0 at the start of training. `max_steps` is the length of the run; a
-    `token_warmup_step` below 1 is a share of it.
+    `token_warmup_step` below 1 is a share of it. `quality` is the quality tag of the image. It comes first, or stays
+    where the text has one. It is never shuffled or dropped alone, and counts as one of `keep_tokens`.
 
     The reference's function is process_caption. We differ in two places. Prefix and suffix are added to the line that
     is chosen, and not to the first and the last line. Tags are joined again with `caption_separator` and a space, and
@@ -43,14 +47,19 @@ def caption(options: Subset, text: str, rng: random.Random, *, epoch: int, step:
     if "\n" in text:
         lines = text.split("\n")
         text = rng.choice(lines) if options.enable_wildcard else lines[0]
+    front = ""
+    if quality:
+        text, front = take_quality(options, text, quality)
     if options.caption_prefix:
         text = f"{options.caption_prefix} {text}"
     if options.caption_suffix:
         text = f"{text} {options.caption_suffix}"
     if options.enable_wildcard:
         text = draw_wildcards(text, rng)
+    if front:
+        text = in_front(options, text, front)
     if options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0:
-        first, free, last = split_tags(options, text)
+        first, free, last = split_tags(options, text, least_kept=1 if quality else 0)
         free = free[: tag_limit(options, len(free), step=step, max_steps=max_steps)]
         if options.shuffle_caption:
             rng.shuffle(free)
@@ -83,12 +92,12 @@ def draw_wildcards(text: str, rng: random.Random) -> str:
     return WILDCARD.sub(replace, text)
 
 
-def split_tags(options: Subset, text: str) -> tuple[list[str], list[str], list[str]]:
+def split_tags(options: Subset, text: str, *, least_kept: int = 0) -> tuple[list[str], list[str], list[str]]:
     """Splits a caption into tags that stay first, free tags, which may be shuffled or dropped, and tags that stay last.
 
     The first `keep_tokens_separator` in the text ends the first tags, and the second one ends the free tags. A third
-    one is text, and empty tags are removed. Without that separator the first `keep_tokens` tags stay, and an empty tag
-    counts as a tag.
+    one is text, and empty tags are removed. Without that separator the first `keep_tokens` tags stay, at least
+    `least_kept`, and an empty tag counts as a tag.
     """
     mark, separator = options.keep_tokens_separator, options.caption_separator
     if mark and mark in text:
@@ -98,7 +107,8 @@ def split_tags(options: Subset, text: str) -> tuple[list[str], list[str], list[s
         first_tags, free_tags, last_tags = ([tag for tag in part if tag] for part in parts)
         return first_tags, free_tags, last_tags
     tags = [tag.strip() for tag in text.strip().split(separator)]
-    return tags[: options.keep_tokens], tags[options.keep_tokens :], []
+    kept = max(options.keep_tokens, least_kept)
+    return tags[:kept], tags[kept:], []
 
 
 def tag_limit(options: Subset, count: int, *, step: int, max_steps: int) -> int:

@@ -117,7 +117,7 @@ class Captions:
         if options.enable_wildcard or self._is_drawn(row):
             entropy = np.frombuffer(hash16(text.encode()), np.uint32).tolist()
             rng = position_random(0, "caption variant", number, *entropy)
-        return caption(options, text, rng, epoch=0, step=0, max_steps=1)
+        return caption(options, text, rng, epoch=0, step=0, max_steps=1, quality=self.index.quality_tag(row))
 
     def _is_drawn(self, row: int) -> bool:
         """True if the variants of this caption differ. A held-out caption has one variant, whole and in order."""
