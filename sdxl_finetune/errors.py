@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -102,6 +102,17 @@ class Tally:
         first = self._first.setdefault(kind, [])
         if len(first) < SHOWN:
             first.append(problem)
+
+    def add_all(self, other: "Tally") -> None:
+        """Adds all that another Tally has counted."""
+        for problem, count in other.counted():
+            self.add(problem, count)
+
+    def counted(self) -> Iterator[tuple[Problem, int]]:
+        """Yields the first problems of each kind, each with the number of problems that it stands for."""
+        for kind, first in self._first.items():
+            yield from ((problem, 1) for problem in first[:-1])
+            yield first[-1], self._counts[kind] - len(first) + 1
 
     def problems(self) -> list[Problem]:
         """The first problems of each kind, each kind followed by the number of those that are not listed."""

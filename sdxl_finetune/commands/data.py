@@ -7,6 +7,7 @@ imports only what `--help` needs. Each command imports the rest. A new command i
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from sdxl_finetune.config import Config, FaultyConfig, load_config
 from sdxl_finetune.errors import UserError
@@ -30,6 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
     tag_quality = commands.add_parser("tag-quality", help=text, description=f"{text}. {CONFIG_HELP}")
     tag_quality.set_defaults(run=_tag_quality)
     tag_quality.add_argument("--dry_run", action="store_true", help="print what would change, and write nothing")
+    text = "write one HTML page about the images and captions"
+    report = commands.add_parser("report", help=text, description=f"{text}. {CONFIG_HELP}")
+    report.set_defaults(run=_report)
+    report.add_argument("--output", type=Path, default=Path("report.html"), help="the page; default: report.html")
+    report.add_argument(
+        "--rare", type=int, default=10, metavar="N", help="list tags in fewer than N images; default: 10"
+    )
     for command in commands.choices.values():
         command.allow_abbrev = False  # an unknown option is the config's
     return parser
@@ -53,3 +61,9 @@ def _tag_quality(config: Config, arguments: argparse.Namespace) -> int:
     from sdxl_finetune.commands.tag_quality import tag_quality
 
     return tag_quality(config, dry_run=arguments.dry_run)
+
+
+def _report(config: Config, arguments: argparse.Namespace) -> int:
+    from sdxl_finetune.commands.data_report import data_report
+
+    return data_report(config, arguments.output, rare=arguments.rare)

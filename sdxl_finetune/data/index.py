@@ -299,18 +299,28 @@ class Index:
         return one_chunk(self._table[name]).to_numpy()
 
 
-def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str, *, skip_check: bool = False) -> Index:
+def build_index(
+    datasets: Sequence[Dataset],
+    cache_dir: Path,
+    on_bad_image: str,
+    *,
+    skip_check: bool = False,
+    bad_files: Tally | None = None,
+) -> Index:
     """Scans all images and captions, places the images in buckets, and writes the index.
 
     With `skip_check` the results of the last scan are used unchecked. Raises UserError for a folder without images.
     Files that cannot be used raise one UserError with all their names if `on_bad_image` is "stop". If it is "skip", a
-    warning names them, and they are left out. Only the first rank calls this; the other ranks receive the Index.
+    warning names them, and they are left out. `bad_files` then receives their problems. Only the first rank calls this;
+    the other ranks receive the Index.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     found, problems = scan(subsets, cache_dir, skip_check=skip_check)
     marks = find_marks(found, subsets, cache_dir, skip_check=skip_check)
     table = place(found, datasets, problems, cache_dir, marks)
     report_bad_images(problems, on_bad_image)
+    if bad_files is not None:
+        bad_files.add_all(problems)
     _check_some_left(table["repeats"].to_numpy(), table["held_out"].to_numpy())
     remark_on_captions(table, subsets)
     remark_on_faces(table, subsets)
