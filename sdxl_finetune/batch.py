@@ -89,8 +89,8 @@ class Batch:
     mask: Float32[Tensor, "k h w"] | None = None
     """Factor of the loss at each place, 0 to 1. None if no image of the run has a mask."""
     weights: Float32[Tensor, " k"]
-    """Share of each image's loss in the step. Over all ranks and all micro-batches of the step, the weights add up to
-    the number of ranks, because data-parallel training averages gradients over ranks."""
+    """Share of each image's loss in the step, times its loss weight. Over all ranks and all micro-batches of the step,
+    the shares add up to the number of ranks, because data-parallel training averages gradients over ranks."""
     images_in_step: int = 0
     """Images of this micro-batch over all ranks."""
 

@@ -46,6 +46,11 @@ def model() -> NoReturn:
     _run("sdxl-model", "sdxl_finetune.commands.model", "main", has_config=False)
 
 
+def data() -> NoReturn:
+    """Runs sdxl-data."""
+    _run("sdxl-data", "sdxl_finetune.commands.data", "main", has_config=False)
+
+
 def _run(program: str, module: str, function: str, *, has_config: bool = True) -> NoReturn:
     """Calls a function of a module and exits with the status that it returns.
 

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "1")
 
 # Only the layers whose values are tensors: pydantic checks the config by itself.
-CHECKED = ["batch", "diffusion", "data", "latents", "model", "optim"]
+CHECKED = ["batch", "diffusion", "data", "latents", "model", "optim", "report"]
 install_import_hook([f"sdxl_finetune.{name}" for name in CHECKED], "beartype.beartype")
 
 import cv2  # noqa: E402

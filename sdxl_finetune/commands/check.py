@@ -110,7 +110,8 @@ def _describe_data(config: Config, index: Index | None, found: Findings) -> Inde
             return None
         finally:
             logging.getLogger(build_index.__module__).setLevel(logging.NOTSET)
-    total, *buckets = index.describe().splitlines()
+    total, *lines = index.describe().splitlines()
+    buckets = [line for line in lines if line.startswith("bucket ")]
     if config.on_bad_image == "stop" and index.bad_files:
         total = total.replace("skipped", "not usable, so training would stop (see the problems below)")
     found.say("images", total)
@@ -121,6 +122,9 @@ def _describe_data(config: Config, index: Index | None, found: Findings) -> Inde
         "".join(text.ljust(width) for text in texts[start : start + across]) for start in range(0, len(texts), across)
     ]
     found.say("buckets", *rows)
+    for line in lines[len(buckets) :]:
+        heading, _, text = line.partition(": ")
+        found.say(heading, text)
     return index
 
 

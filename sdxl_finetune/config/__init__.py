@@ -20,6 +20,7 @@ from sdxl_finetune.config.output_options import (
     ResumeOptions,
     SavingOptions,
 )
+from sdxl_finetune.config.quality_options import ImageWeightOptions, QualityOptions
 from sdxl_finetune.config.training_options import (
     EmaOptions,
     HardwareOptions,
@@ -34,8 +35,8 @@ from sdxl_finetune.config.training_options import (
 
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "Config", "DataOptions", "Dataset", "EmaOptions",
-    "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "LatentOptions", "LengthOptions",
-    "LoggingOptions", "LossOptions", "LrOptions", "MetadataOptions", "ModelOptions", "NoiseOptions",
-    "OptimizerOptions", "PreviewOptions", "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions",
-    "load_config", "load_datasets", "to_toml",
+    "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions", "LatentOptions",
+    "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MetadataOptions", "ModelOptions", "NoiseOptions",
+    "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset",
+    "ValidationOptions", "load_config", "load_datasets", "to_toml",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from sdxl_finetune.config.data_options import (
     MaskOptions,
 )
 from sdxl_finetune.config.fields import FileLocation, MetadataColumns, Resolution
+from sdxl_finetune.config.quality_options import MISSING_RULES, ImageWeightOptions, QualityOptions, is_ending
 from sdxl_finetune.storage import Address, Found, Location, list_page
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -61,7 +62,7 @@ def unread_pictures(counts: Mapping[str, int]) -> str:
     )
 
 
-class Subset(CaptionOptions, AugmentationOptions, MaskOptions, HoldOutOptions):
+class Subset(CaptionOptions, QualityOptions, AugmentationOptions, MaskOptions, HoldOutOptions, ImageWeightOptions):
     """A folder of images with the options that may differ from folder to folder."""
 
     image_dir: FileLocation = Path()
@@ -246,6 +247,28 @@ def caption_conflicts(options: CaptionOptions, variants: int) -> Iterator[tuple[
             yield option, f"{why}, which encodes each caption once: {remedy}"
     if options.token_warmup_step:
         yield "token_warmup_step", f"{why}, because captions change with the step: keep one of them"
+
+
+def mark_problems(
+    options: QualityOptions, captions: CaptionOptions, weights: ImageWeightOptions
+) -> Iterator[tuple[str, str]]:
+    """Yields option and message of what is wrong with the options of quality tags and weights."""
+    if weights.image_weights and not weights.image_weights.is_file():
+        yield "image_weights", no_such("file")
+    if not options.quality_tags:
+        return
+    for separator in ("caption_separator", "keep_tokens_separator", "secondary_separator"):
+        mark = getattr(captions, separator)
+        if held := [tag.tag for tag in options.quality_tags if mark and mark in tag.tag]:
+            yield "quality_tags", f"the tag {held[0]!r} holds {mark!r}, the {separator}: choose another separator"
+    if options.quality_missing not in (*MISSING_RULES, *(tag.tag for tag in options.quality_tags)):
+        yield "quality_missing", f"must be one of quality_tags or of {', '.join(MISSING_RULES)}"
+    scores, groups = options.quality_scores, options.quality_groups or ""
+    if scores and not is_ending(scores) and not Path(scores).is_file():
+        message = f'{no_such("file")}. A file beside each image is named by its ending, as ".score"'
+        yield "quality_scores", message
+    if groups.startswith("column:") and (scores is None or is_ending(scores)):
+        yield "quality_groups", "needs quality_scores, the file with this column: set it, or name tags"
 
 
 def no_such(kind: str) -> str:

@@ -19,7 +19,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, no_such, split_tars
+from sdxl_finetune.config.dataset import (
+    Dataset,
+    Subset,
+    caption_conflicts,
+    find_folders,
+    mark_problems,
+    no_such,
+    split_tars,
+)
 from sdxl_finetune.config.fields import expected
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.reading import parse_toml
@@ -213,6 +221,8 @@ def _subset(
             mistakes.add("cannot be used with cache_latents: keep one of them", f"{place}.{key}", True)
     for key, message in _without_effect(subset, config):
         logger.warning("%s: %s.%s has no effect %s", mistakes.path, place, key, message)
+    for key, message in mark_problems(subset, subset, subset):
+        mistakes.add(message, f"{place}.{key}", getattr(subset, key))
     if config.cache_text_encoder_outputs:
         for key, message in caption_conflicts(subset, config.text_encoder_outputs_variants):
             mistakes.add(message, f"{place}.{key}", getattr(subset, key))

@@ -12,7 +12,7 @@ from typing import Any
 import toml
 from pydantic import model_validator
 
-from sdxl_finetune.config import data_options, output_options, training_options
+from sdxl_finetune.config import data_options, output_options, quality_options, training_options
 from sdxl_finetune.config.fields import Options, plain
 
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
@@ -23,6 +23,8 @@ class Config(
     training_options.ModelOptions,
     data_options.DataOptions,
     data_options.CaptionOptions,
+    quality_options.QualityOptions,
+    quality_options.ImageWeightOptions,
     data_options.AugmentationOptions,
     data_options.MaskOptions,
     data_options.BucketOptions,
@@ -62,8 +64,10 @@ class Config(
     @property
     def cache_folder(self) -> Path:
         """Folder of the dataset index and of what is cached: `cache_dir`, or `cache` in `output_dir`."""
+        if self.cache_dir is not None:
+            return self.cache_dir
         assert self.output_dir is not None
-        return self.cache_dir or self.output_dir / "cache"
+        return self.output_dir / "cache"
 
 
 GROUPS: tuple[type[Options], ...] = Config.__bases__

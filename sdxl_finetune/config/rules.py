@@ -8,7 +8,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, is_text, no_such, split_tars
+from sdxl_finetune.config.dataset import (
+    Dataset,
+    Subset,
+    caption_conflicts,
+    find_folders,
+    is_text,
+    mark_problems,
+    no_such,
+    split_tars,
+)
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
 from sdxl_finetune.config.hub import hub_problems, hub_remarks
 from sdxl_finetune.config.options import Config
@@ -37,7 +46,10 @@ EXCLUDES = {
     "full_fp16": ("full_bf16",),
     "ema_decay": ("ema_half_life",),
 }
-ANY_BYTES = ("train_data_dir", "reg_data_dir", "in_json", "dataset_config", "sample_prompts", "protected_tags_file")
+ANY_BYTES = (
+    *("train_data_dir", "reg_data_dir", "in_json", "dataset_config", "sample_prompts", "protected_tags_file"),
+    *("image_weights", "quality_scores"),
+)
 """Options whose files this program opens by itself. The libraries for weights and logs open only paths in UTF-8."""
 FILES = (
     "sample_prompts",
@@ -299,6 +311,7 @@ def _files(config: Config) -> Findings:
         yield "metadata_thumbnail", f"neither a data URL nor a file; {no_such('file')}"
     if config.dataset_config:
         return
+    yield from mark_problems(config, config, config)
     if config.masked_loss and config.conditioning_data_dir and not config.conditioning_data_dir.is_dir():
         yield "conditioning_data_dir", no_such("folder")
     for option in ("reg_data_dir",) if config.in_json else ("train_data_dir", "reg_data_dir"):

@@ -9,6 +9,8 @@ Modules:
     tables      writes and maps the Arrow files of scan and index
     buckets     chooses the aspect-ratio bucket, the resized size and the crop
     index       one row for each image, in columns that all processes share
+    marks       quality tags, repeats and loss weights, as scores and rules ask for them, with quality, scores,
+                score_files, weights, tag_columns and joined; quality_text sets the tag in one caption
     remarks     warnings about captions and names of images
     batch_plan  which images form a batch, as a function of seed and epoch
     loader      makes the batches of one rank, in data-loader workers

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 
 from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.quality_text import in_front, take_quality
 from sdxl_finetune.data.tags import TagRules, tag_rules
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])+)\}(?!\})")
@@ -32,12 +33,22 @@ BREAK_WORD = re.compile(rf"\b{BREAK}\b")
 
 
 def caption(
-    options: Subset, text: str, rng: random.Random, *, epoch: int, step: int, max_steps: int, whole: bool = False
+    options: Subset,
+    text: str,
+    rng: random.Random,
+    *,
+    epoch: int,
+    step: int,
+    max_steps: int,
+    whole: bool = False,
+    quality: str | None = None,
 ) -> str:
     """The caption that the model is given for an image with caption file `text`. A dropped caption is "".
 
     `epoch` and `step` (optimizer steps) count from 0 at the start of training. `max_steps` is the length of the run; a
-    `token_warmup_step` below 1 is a share of it. A `whole` text is no list of tags.
+    `token_warmup_step` below 1 is a share of it. A `whole` text is no list of tags. `quality` is the quality tag of the
+    image. It comes first, or stays where the text has one. It is never shuffled or dropped alone, and counts as one of
+    `keep_tokens`.
 
     The reference's function is process_caption. We differ in two places. Prefix and suffix are added to the line that
     is chosen, and not to the first and the last line. Tags are joined again with `caption_separator` and a space, and
@@ -48,22 +59,30 @@ def caption(
     if "\n" in text:
         lines = text.split("\n")
         text = rng.choice(lines) if options.enable_wildcard else lines[0]
+    front = ""
+    if quality:
+        text, front = take_quality(options, text, quality)
     if options.caption_prefix:
         text = f"{options.caption_prefix} {text}"
     if options.caption_suffix:
         text = f"{text} {options.caption_suffix}"
     if options.enable_wildcard:
         text = draw_wildcards(text, rng)
+    if front:
+        text = in_front(options, text, front)
     draws_tags = options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0
     if draws_tags and not whole:
-        text = draw_tags(options, text, rng, step=step, max_steps=max_steps)
+        least_kept = 1 if quality else 0
+        text = draw_tags(options, text, rng, step=step, max_steps=max_steps, least_kept=least_kept)
     if options.secondary_separator:
         text = text.replace(options.secondary_separator, options.caption_separator)
     return text
 
 
-def draw_tags(options: Subset, text: str, rng: random.Random, *, step: int, max_steps: int) -> str:
+def draw_tags(options: Subset, text: str, rng: random.Random, *, step: int, max_steps: int, least_kept: int = 0) -> str:
     """Shuffles and drops the tags of a caption, and leaves out those that tag warm-up does not use yet.
+
+    At least the first `least_kept` tags stay first.
 
     A protected tag keeps its place among the tags, and is always used. With `caption_break` the word BREAK does so too,
     and tags stay on their side of it.
@@ -72,7 +91,7 @@ def draw_tags(options: Subset, text: str, rng: random.Random, *, step: int, max_
     has_break = options.caption_break and BREAK in text
     if has_break:
         text = f"{separator}{BREAK}{separator}".join(_trim(part, separator) for part in BREAK_WORD.split(text))
-    first, free, last = split_tags(options, text)
+    first, free, last = split_tags(options, text, least_kept=least_kept)
     fixed = _fixed_tags(options, rules, free) if rules or has_break else frozenset()
     limit = tag_limit(options, len(free) - len(fixed), step=step, max_steps=max_steps)
     if limit < len(free) - len(fixed):
@@ -150,12 +169,12 @@ def draw_wildcards(text: str, rng: random.Random) -> str:
     return WILDCARD.sub(replace, text)
 
 
-def split_tags(options: Subset, text: str) -> tuple[list[str], list[str], list[str]]:
+def split_tags(options: Subset, text: str, *, least_kept: int = 0) -> tuple[list[str], list[str], list[str]]:
     """Splits a caption into tags that stay first, free tags, which may be shuffled or dropped, and tags that stay last.
 
     The first `keep_tokens_separator` in the text ends the first tags, and the second one ends the free tags. A third
-    one is text, and empty tags are removed. Without that separator the first `keep_tokens` tags stay, and an empty tag
-    counts as a tag.
+    one is text, and empty tags are removed. Without that separator the first `keep_tokens` tags stay, at least
+    `least_kept`, and an empty tag counts as a tag.
     """
     mark, separator = options.keep_tokens_separator, options.caption_separator
     if mark and mark in text:
@@ -165,7 +184,8 @@ def split_tags(options: Subset, text: str) -> tuple[list[str], list[str], list[s
         first_tags, free_tags, last_tags = ([tag for tag in part if tag] for part in parts)
         return first_tags, free_tags, last_tags
     tags = [tag.strip() for tag in text.strip().split(separator)]
-    return tags[: options.keep_tokens], tags[options.keep_tokens :], []
+    kept = max(options.keep_tokens, least_kept)
+    return tags[:kept], tags[kept:], []
 
 
 def tag_limit(options: Subset, count: int, *, step: int, max_steps: int) -> int:

@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from jaxtyping import Bool, Int, Int32, Shaped, UInt8
+from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt8
 
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.data.contents import read_image
 from sdxl_finetune.data.images import load_crop
-from sdxl_finetune.data.placement import PLACED, place
+from sdxl_finetune.data.marks import find_marks
+from sdxl_finetune.data.placement import MARKED, PLACED, place
+from sdxl_finetune.data.quality import NO_TAG
 from sdxl_finetune.data.remarks import remark_on_captions, remark_on_faces, remark_on_sources
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
@@ -32,6 +34,11 @@ from sdxl_finetune.errors import Problem, Tally, UserError
 from sdxl_finetune.storage import Location
 
 logger = logging.getLogger(__name__)
+
+MARK_FACTS = {"quality tags": "quality", "loss weights": "loss_weight"}
+"""Facts of an index that only a run with such options has, and their columns."""
+MOST_VALUES = 8
+"""Different repeats or loss weights that a description lists."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Entry:
     """Size in bytes, and the modification time or version that the scan noted for the image."""
     offset: int = -1
     """Position of the image in its tar file in bytes, -1 for a file of its own."""
+    quality: str | None = None
+    """Quality tag of the image."""
 
     @property
     def caption(self) -> str:
@@ -129,8 +138,14 @@ class Index:
             bucket=bucket,
             interpolation=subset.resize_interpolation,
             stat=(int(self.numbers("bytes")[row]), int(self.numbers("mtime")[row])),
+            quality=self.quality_tag(row),
             offset=int(self.numbers("offset")[row]),
         )
+
+    @property
+    def names(self) -> pa.Array:
+        """Names of the image files below the folders of their subsets, large_binary."""
+        return one_chunk(self._table["name"])
 
     @property
     def subset(self) -> Int32[np.ndarray, " n"]:
@@ -163,6 +178,21 @@ class Index:
     def used(self) -> Bool[np.ndarray, " n"]:
         """True for images that are trained on or validated."""
         return (self.repeats > 0) | self.held_out
+
+    def quality_tag(self, row: int) -> str | None:
+        """The quality tag of an image; None if it has none."""
+        tags, place = self.subsets[self.subset[row]].quality_tags, self._mark("quality", NO_TAG)[row]
+        return None if tags is None or place == NO_TAG else tags[place].tag
+
+    def loss_weights(self, rows: Sequence[int]) -> Float32[np.ndarray, " k"]:
+        """Factors of the losses of these images."""
+        return self._mark("loss_weight", 1)[rows].astype(np.float32)
+
+    def _mark(self, name: str, default: int) -> Shaped[np.ndarray, " n"]:
+        """A column of MARKED. Without one, all images share the default, in the memory of one number."""
+        if name in self._table.column_names:
+            return self.numbers(name)
+        return np.broadcast_to(np.float32(default), len(self))
 
     @cached_property
     def flips(self) -> Bool[np.ndarray, " n"]:
@@ -221,7 +251,7 @@ class Index:
         return index
 
     def describe(self) -> str:
-        """A description for the log: a line on all images, then a line for each bucket."""
+        """A description for the log: a line on all images, one for each bucket, then those of `describe_marks`."""
         used = self.used
         enlarged = (self.numbers("resized_width") > self.numbers("width")) | (
             self.numbers("resized_height") > self.numbers("height")
@@ -237,7 +267,29 @@ class Index:
             f"bucket {bucket.width}x{bucket.height}: {image} images, {occurrence} with repeats"
             for bucket, image, occurrence in zip(self.buckets, images, occurrences, strict=True)
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.describe_marks()])
+
+    def describe_marks(self) -> list[str]:
+        """Lines on the quality tags and weights of the images in use; none without such options."""
+        if MARKED[0] not in self._table.column_names:
+            return []
+        lines, used, subset = [], self.used, self.subset
+        tags = [tuple(tag.tag for tag in one.quality_tags or ()) for one in self.subsets]
+        for names in dict.fromkeys(filter(None, tags)):
+            own = used & np.array([one == names for one in tags])[subset]
+            counts = np.bincount(self.numbers("quality")[own] + 1, minlength=len(names) + 1).tolist()
+            parts = [
+                f"{name} {count:,}" for name, count in zip((*names, "none"), (*counts[1:], counts[0]), strict=True)
+            ]
+            lines.append(f"quality tags: {', '.join(parts)}")
+        for name, values in (
+            ("repeats", self.repeats[self.repeats > 0]),
+            ("loss weights", self.numbers("loss_weight")[used]),
+        ):
+            found, counts = np.unique(values, return_counts=True)
+            if any(one.image_weights for one in self.subsets):
+                lines.append(f"{name}: {_histogram(found, counts)}")
+        return lines
 
     @cached_property
     def _table(self) -> pa.Table:
@@ -263,23 +315,34 @@ class Index:
         return one_chunk(self._table[name]).to_numpy()
 
 
-def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str, *, skip_check: bool = False) -> Index:
+def build_index(
+    datasets: Sequence[Dataset],
+    cache_dir: Path,
+    on_bad_image: str,
+    *,
+    skip_check: bool = False,
+    bad_files: Tally | None = None,
+) -> Index:
     """Scans all images and captions, places the images in buckets, and writes the index.
 
     With `skip_check` the results of the last scan are used unchecked. Raises UserError for a folder without images.
     Files that cannot be used raise one UserError with all their names if `on_bad_image` is "stop". If it is "skip", a
-    warning names them, and they are left out. Only the first rank calls this; the other ranks receive the Index.
+    warning names them, and they are left out. `bad_files` then receives their problems. Only the first rank calls this;
+    the other ranks receive the Index.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     found, problems = scan(subsets, cache_dir, skip_check=skip_check)
-    table = place(found, datasets, problems, cache_dir)
+    marks = find_marks(found, subsets, cache_dir, skip_check=skip_check)
+    table = place(found, datasets, problems, cache_dir, marks)
     report_bad_images(problems, on_bad_image)
+    if bad_files is not None:
+        bad_files.add_all(problems)
     _check_some_left(table["repeats"].to_numpy(), table["held_out"].to_numpy())
     remark_on_captions(table, subsets)
     remark_on_sources(table, subsets)
     remark_on_faces(table, subsets)
-    metadata = table.schema.metadata
-    parts = (metadata[b"digest"], metadata[b"buckets"], digest_of(table, PLACED).encode())
+    metadata, added = table.schema.metadata, [name for name in (*PLACED, *MARKED) if name in table.column_names]
+    parts = (metadata[b"digest"], metadata[b"buckets"], digest_of(table, added).encode())
     name = hashlib.blake2b(b" ".join(parts), digest_size=12).hexdigest()
     path = cache_dir / f"{name}.index"
     if not path.exists():
@@ -292,12 +355,21 @@ def _digests(table: pa.Table) -> dict[str, str]:
     captions = one_chunk(table["captions"])
     if len(captions.flatten()) == len(captions):  # one text each, as without caption sources
         captions = captions.flatten()
+    marked = {fact: digest_of(table, [name], 4) for fact, name in MARK_FACTS.items() if name in table.column_names}
     return {
         "names of images": digest_of(table, ["subset", "name"], 4),
         "captions": digest_of(pa.table({"caption": captions}), size=4),
         "sizes and buckets": digest_of(table, ["width", "height", "resized_width", "resized_height", "bucket"], 4),
         "files": digest_of(table, ["bytes"], 4),
+        **marked,
     }
+
+
+def _histogram(values: Shaped[np.ndarray, " k"], counts: Int[np.ndarray, " k"]) -> str:
+    """Values with the number of images of each; the range alone if there are many."""
+    if len(values) > MOST_VALUES:
+        return f"{values.min():g} to {values.max():g}, mean {np.average(values, weights=counts):.4g}"
+    return ", ".join(f"{value:g} for {count:,} images" for value, count in zip(values, counts, strict=True))
 
 
 def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:

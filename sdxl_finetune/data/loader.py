@@ -89,6 +89,7 @@ class TrainingDataset(TorchDataset):
         )
         # A rank without an image takes the first one at weight 0, because all ranks have to compute on one shape.
         slots = slots or [0]
+        weights *= torch.from_numpy(self.index.loss_weights([rows[slot] for slot in slots]))
         needed = slots if self.noise_latent_scale is None else range(len(rows))
         views = {slot: draw_view(self.index[rows[slot]], self.seed, position, slot) for slot in needed}
         own_views = [views[slot] for slot in slots]
@@ -145,7 +146,7 @@ class TrainingDataset(TorchDataset):
         rng = position_random(self.seed, "caption", position.step, position.micro_batch, slot)
         where = {"epoch": position.epoch, "step": position.step, "max_steps": self.max_steps}
         chosen = choose_text(entry.subset, entry.captions, rng.random)
-        return caption(entry.subset, chosen.text, rng, **where, whole=chosen.whole)
+        return caption(entry.subset, chosen.text, rng, **where, whole=chosen.whole, quality=entry.quality)
 
     def draw_variant(self, position: Position, slot: int, row: int) -> float | None:
         """A number from 0 to 1 that chooses a cached variant of the caption; None if the caption is dropped."""

@@ -26,12 +26,19 @@ BUCKET_STEP = 8
 """Pixels of one latent along one side. The sides of every bucket are multiples of it."""
 PLACED = ("repeats", "held_out", "resized_width", "resized_height", "bucket")
 """Columns that the index adds to those of the scan."""
+MARKED = ("quality", "loss_weight")
+"""Columns that the index has if options ask for quality tags or weights."""
 MAX_RESIZED_PIXELS = 1 << 27
 """Largest size of an image before the crop: 400 MB. Only a very narrow image becomes larger."""
 
 
-def place(table: pa.Table, datasets: Sequence[Dataset], problems: Tally, cache_dir: Path) -> pa.Table:
-    """Adds the columns of PLACED to the table, and drops images that fit no bucket."""
+def place(
+    table: pa.Table, datasets: Sequence[Dataset], problems: Tally, cache_dir: Path, marks: pa.Table | None = None
+) -> pa.Table:
+    """Adds the columns of PLACED to the table, and drops images that fit no bucket.
+
+    `marks` has a row for each image, as in marks.py. Its factors multiply the repeats, and MARKED is added as well.
+    """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     subset = one_chunk(table["subset"]).to_numpy()
     sizes = np.stack([one_chunk(table[side]).to_numpy() for side in ("width", "height")], axis=1).astype(np.int64)
@@ -41,6 +48,10 @@ def place(table: pa.Table, datasets: Sequence[Dataset], problems: Tally, cache_d
     regularization = np.array([subset.is_reg for subset in subsets])[subset]
     bucket, resized = np.zeros_like(sizes), np.zeros_like(sizes)
     held_out = find_held_out(table, subsets, cache_dir)
+    if marks is not None:
+        factors = one_chunk(marks["repeats"]).to_numpy()
+        repeats = np.rint(repeats * factors).astype(np.int32)
+        held_out &= factors > 0
     repeats[held_out] = 0
     kept = np.ones(len(sizes), bool)
     for number, dataset in enumerate(datasets):
@@ -66,6 +77,9 @@ def place(table: pa.Table, datasets: Sequence[Dataset], problems: Tally, cache_d
     digest = table.schema.metadata[b"digest"]
     for name, array in zip(PLACED, arrays, strict=True):
         table = table.append_column(name, pa.array(array.astype(np.int32)))
+    if marks is not None:
+        for name in MARKED:
+            table = table.append_column(name, pa.array(one_chunk(marks[name]).to_numpy()[kept]))
     return table.replace_schema_metadata({"digest": digest, "buckets": buckets})
 
 

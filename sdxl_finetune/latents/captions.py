@@ -120,7 +120,8 @@ class Captions:
         if options.enable_wildcard or self._is_drawn(row, texts):
             entropy = np.frombuffer(hash16(text.encode()), np.uint32).tolist()
             rng = position_random(0, "caption variant", number, *entropy)
-        return caption(options, text, rng, epoch=0, step=0, max_steps=1, whole=whole)
+        quality = self.index.quality_tag(row)
+        return caption(options, text, rng, epoch=0, step=0, max_steps=1, whole=whole, quality=quality)
 
     def _is_drawn(self, row: int, texts: Texts) -> bool:
         """True if the variants of this caption differ. A held-out caption has one variant, whole and in order."""

@@ -20,10 +20,12 @@ from sdxl_finetune.config import (
     Config,
     DataOptions,
     HoldOutOptions,
+    ImageWeightOptions,
     LatentOptions,
     LrOptions,
     ModelOptions,
     OptimizerOptions,
+    QualityOptions,
     load_datasets,
 )
 from sdxl_finetune.data.index import Index, build_index, report_bad_images
@@ -49,7 +51,16 @@ SOURCES = {"train_data_dir", "reg_data_dir", "in_json", "dataset_config"}
 """Options without which no image can be found."""
 DATA = {
     name
-    for group in (DataOptions, CaptionOptions, AugmentationOptions, BucketOptions, HoldOutOptions, LatentOptions)
+    for group in (
+        DataOptions,
+        CaptionOptions,
+        AugmentationOptions,
+        BucketOptions,
+        HoldOutOptions,
+        LatentOptions,
+        QualityOptions,
+        ImageWeightOptions,
+    )
     for name in group.model_fields
 } | {"output_dir"}
 

@@ -18,7 +18,7 @@ import numpy as np
 from sdxl_finetune.config import Config, ResumeOptions, SavingOptions
 from sdxl_finetune.config.hub import AUTO
 from sdxl_finetune.data.batch_plan import Plan
-from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.index import MARK_FACTS, Index
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.load import open_checkpoint
 from sdxl_finetune.output.checkpoints import saved_names
@@ -97,8 +97,8 @@ def resumed_origin(start: Start, order: Mapping[str, Any], options: ResumeOption
         logger.info("%s does not say which images it was trained on; the images of the config are used", start.path)
         return state.origin
     changed = ", ".join(
-        fact if isinstance(value, str) else f"{fact}: {state.data_order.get(fact)} -> {value}"
-        for fact, value in order.items()
+        fact if isinstance(value, str | None) else f"{fact}: {state.data_order.get(fact)} -> {value}"
+        for fact, value in {**dict.fromkeys(MARK_FACTS), **order}.items()
         if state.data_order.get(fact) != value
     )
     if not changed:

@@ -93,6 +93,21 @@ def test_ranks_together_hold_the_micro_batch_of_a_single_rank(index: Index, rank
     assert all(abs(total - ranks) < 1e-6 for total in totals.values())
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_loss_weights_multiply_the_shares_of_images_on_every_rank(index: Index, tmp_path: Path, ranks: int) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[paths]\n"1/a*" = { loss_weight = 2.5 }\n"2/*" = { loss_weight = 0.25, repeats = 2 }\n')
+    (data,) = index.datasets
+    subsets = tuple(one.model_copy(update={"image_weights": rules}) for one in data.subsets)
+    weighted = build_index([data.model_copy(update={"subsets": subsets})], tmp_path / "cache", on_bad_image="stop")
+    assert weighted.repeats.tolist() == [3] * 5 + [2] * 5
+    for micro_batch in plan(weighted).micro_batches(0, 4):
+        k, parts = len(micro_batch.rows), micro_batch.position.micro_batches_in_step
+        factor = [2.5 if row == 0 else 0.25 if row >= 5 else 1.0 for row in micro_batch.rows.tolist()]
+        batches = [build(weighted, rank=rank, ranks=ranks)[micro_batch].batch for rank in range(ranks)]
+        assert torch.allclose(rows(batches, "weights"), torch.tensor(factor) * ranks / (k * parts))
+
+
 def test_crop_top_left_is_where_the_image_was_cropped(index: Index) -> None:
     """The batch's image is the crop at crop_top_left of the resized image, mirrored before the crop if at all."""
     seen = set()

@@ -1,0 +1,95 @@
+"""The quality tag of one caption: finds quality tags in a text, replaces them, and puts one in front.
+
+A caption holds exactly one quality tag. If the text has some already, the first of them is replaced where it stands and
+the others are removed. A text that holds the right tag alone is not changed. Without one, the tag comes first.
+"""
+
+import re
+from functools import lru_cache
+
+from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.config.quality_options import QualityTag, same_tag
+
+
+def with_quality(options: Subset, line: str, tag: str) -> str:
+    """The caption line with this quality tag, as it is written into a caption file."""
+    parts, places = _find(options, line)
+    return _replaced(options, parts, places, tag) if places else in_front(options, line, tag)
+
+
+def take_quality(options: Subset, line: str, tag: str) -> tuple[str, str]:
+    """Sets the quality tag of a caption line that is trained: returns the line, and what to put before its prefix.
+
+    The tag goes to the front if the line has none, and if shuffling or tag dropout could change the place of the one
+    that it has. The second result is empty if the tag stays in the line.
+    """
+    parts, places = _find(options, line)
+    if not places:
+        return line, tag
+    if _stays(options, parts, places[0]):
+        return _replaced(options, parts, places, tag), ""
+    return _without(options, parts, places), tag
+
+
+def in_front(options: Subset, text: str, tag: str) -> str:
+    """The text with the tag before it. The separator and space are those that join tags after shuffling."""
+    return f"{tag}{options.caption_separator.rstrip()} {text}" if text.strip() else tag
+
+
+@lru_cache(maxsize=1024)
+def _grammar(tags: tuple[QualityTag, ...], separators: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str]]:
+    """A pattern that splits a caption, longer separators first, and the quality tags in the form of `same_tag`."""
+    longest_first = sorted(separators, key=len, reverse=True)
+    pattern = re.compile("(" + "|".join(re.escape(separator) for separator in longest_first) + ")")
+    return pattern, frozenset(same_tag(tag.tag) for tag in tags)
+
+
+def _find(options: Subset, line: str) -> tuple[list[str], list[int]]:
+    """Splits a line into tags and, between them, separators; returns them and the places of the quality tags."""
+    separators = (options.caption_separator, options.keep_tokens_separator, options.secondary_separator)
+    pattern, names = _grammar(options.quality_tags or (), tuple(filter(None, separators)))
+    parts = pattern.split(line)
+    return parts, [place for place in range(0, len(parts), 2) if same_tag(parts[place]) in names]
+
+
+def _stays(options: Subset, parts: list[str], place: int) -> bool:
+    """True if the tag at this place stays there when the caption is shuffled, and drops only with the whole caption."""
+    if place == 0:
+        return not options.caption_prefix  # the tag comes before a prefix
+    if options.enable_wildcard and any("{" in part for part in parts[:place]):
+        return False  # the wildcards before the tag may hold separators
+    if not (options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0):
+        return True
+    mark, separator = options.keep_tokens_separator, options.caption_separator
+    if mark and mark in parts[1::2]:
+        return parts[1:place:2].count(mark) != 1  # the free tags are those between the first and the second mark
+    before = (options.caption_prefix or "").count(separator) + parts[1:place:2].count(separator)
+    return before < options.keep_tokens
+
+
+def _replaced(options: Subset, parts: list[str], places: list[int], tag: str) -> str:
+    """The line with this tag at the first of the places, and without the tags at the others."""
+    first, *others = places
+    old = parts[first]
+    if same_tag(old) != same_tag(tag):
+        start = len(old) - len(old.lstrip())
+        parts = [*parts[:first], old[:start] + tag + old[len(old.rstrip()) :], *parts[first + 1 :]]
+    return _without(options, parts, others)
+
+
+def _without(options: Subset, parts: list[str], places: list[int]) -> str:
+    """The line without the tags at these places, each removed with a separator beside it.
+
+    `keep_tokens_separator` is never removed.
+    """
+    left = list(parts)
+    for place in reversed(places):
+        if place + 1 < len(left) and left[place + 1] != options.keep_tokens_separator:
+            del left[place : place + 2]
+        elif place and left[place - 1] != options.keep_tokens_separator:
+            del left[place - 1 : place + 1]
+        else:
+            left[place] = ""
+    line = "".join(left)
+    line = line.lstrip() if 0 in places else line
+    return line.rstrip() if len(parts) - 1 in places else line

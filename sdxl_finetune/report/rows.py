@@ -1,0 +1,104 @@
+"""The captions of an index in columns, a chunk of images at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int64
+
+from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.captions import AS_WRITTEN, caption
+from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.tables import map_table, one_chunk
+from sdxl_finetune.report.tags import CHUNK, split_texts
+from sdxl_finetune.seeding import position_random
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """How the captions of a subset are split into tags."""
+
+    separators: tuple[str, ...]
+    uses_all_lines: bool
+
+    @classmethod
+    def of(cls, subset: Subset) -> "Grammar":
+        """The grammar of a subset's options."""
+        marks = (subset.caption_separator, subset.keep_tokens_separator, subset.secondary_separator)
+        lines = ("\n",) if subset.enable_wildcard else ()
+        return cls(tuple(filter(None, (*marks, *lines))), subset.enable_wildcard)
+
+
+def first_texts(captions: pa.LargeListArray) -> pa.LargeStringArray:
+    """The text of the first caption source that each image has, null for an image without any."""
+    texts, offsets = captions.flatten(), captions.offsets.to_numpy()
+    if len(texts) == len(captions):  # one source, as nearly always
+        return texts
+    starts, counts = offsets[:-1] - offsets[0], np.diff(offsets)
+    first = pa.nulls(len(captions), pa.large_string())
+    for place in range(counts.max(initial=0)):
+        first = pc.coalesce(first, texts.take(pa.array(starts + place, mask=counts <= place)))
+    return first
+
+
+class Rows:
+    """Texts of the rows of an index."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.table = map_table(index.path)
+        """The table of the index."""
+
+    def has(self, column: str) -> bool:
+        """True if the index has this column."""
+        return column in self.table.column_names
+
+    def texts(self, start: int, end: int) -> pa.LargeStringArray:
+        """The whole captions of the rows from `start` to `end`, null for an image without any."""
+        return first_texts(one_chunk(self.table["captions"].slice(start, end - start)))
+
+    def chunks(self) -> Iterator[tuple[int, pa.LargeStringArray]]:
+        """The captions of all rows in chunks, each with the number of its first row."""
+        for start in range(0, len(self.index), CHUNK):
+            yield start, self.texts(start, start + CHUNK)
+
+    def tags(self, rows: Int64[np.ndarray, " k"] | None = None) -> Iterator[pa.LargeListArray]:
+        """The tags of all rows, or of these, in chunks of images with the same grammar."""
+        total = len(self.index) if rows is None else len(rows)
+        for start in range(0, total, CHUNK):
+            chosen = slice(start, start + CHUNK) if rows is None else rows[start : start + CHUNK]
+            if isinstance(chosen, slice):
+                texts = self.texts(start, start + CHUNK)
+            else:
+                texts = first_texts(one_chunk(self.table["captions"].take(chosen)))
+            grammar = self._grammar_of_subset[self.index.subset[chosen]]
+            for number in np.unique(grammar).tolist():
+                own, options = texts.filter(pa.array(grammar == number)), self._grammars[number]
+                if not options.uses_all_lines:
+                    own = pc.replace_substring_regex(own, r"(?s)\n.*", "")
+                yield split_texts(own, options.separators)
+
+    def trained(self, row: int) -> str:
+        """The caption of a row as the model is given it, whole and in order. Wildcards are drawn."""
+        options = self._as_written[self.index.subset[row]]
+        rng = position_random(0, "report", row)
+        return caption(options, self.index[row].caption, rng, epoch=0, step=0, max_steps=1)
+
+    def separator(self, row: int) -> str:
+        """The text between two tags of the row's caption."""
+        return self.index.subsets[self.index.subset[row]].caption_separator
+
+    @cached_property
+    def _grammars(self) -> list[Grammar]:
+        return sorted({Grammar.of(subset) for subset in self.index.subsets}, key=repr)
+
+    @cached_property
+    def _grammar_of_subset(self) -> np.ndarray:
+        return np.array([self._grammars.index(Grammar.of(subset)) for subset in self.index.subsets])
+
+    @cached_property
+    def _as_written(self) -> list[Subset]:
+        return [subset.model_copy(update=AS_WRITTEN) for subset in self.index.subsets]
