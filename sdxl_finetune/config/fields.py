@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from sdxl_finetune.storage import Address, parse_location
 
 ScheduleName: TypeAlias = Literal[
     "constant",
@@ -195,6 +197,11 @@ def _path(value: object) -> object:
     return Path(value) if isinstance(value, str) else value
 
 
+def _location(value: object) -> object:
+    path = _path(value)
+    return parse_location(value) if isinstance(value, str) else path
+
+
 FilePath = Annotated[Path, BeforeValidator(_path), Shown("a path")]
 Resolution = Annotated[tuple[int, int], _parsed(_resolution), Shown('pixels, as 1024 or "1024,768"')]
 FaceRange = Annotated[
@@ -202,6 +209,9 @@ FaceRange = Annotated[
 ]
 StepsOrShare = Annotated[
     int | float, _parsed(_steps_or_share), Shown('a whole number of steps, or a share of all steps as 0.1 or "10%"')
+]
+FileLocation = Annotated[
+    Path | InstanceOf[Address], BeforeValidator(_location), Shown("a path, or an address as s3://bucket/folder")
 ]
 Arguments = Annotated[dict[str, Any], _parsed(_arguments), Shown('a list as ["betas=0.9,0.99", "eps=1e-8"]')]
 BlockRates = Annotated[
@@ -261,7 +271,7 @@ def expected(field: FieldInfo) -> str:
 def plain(value: Any) -> Any:
     """Returns an option's value as a config file holds it, in a form that the reference reads as well."""
     match value:
-        case Path():
+        case Path() | Address():
             return str(value)
         case dict():
             return [f"{name}={argument!r}" for name, argument in value.items()]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_finetune.config import Config, ResumeOptions, SavingOptions
+from sdxl_finetune.config import Config, ResumeOptions
 from sdxl_finetune.config.hub import AUTO
 from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.data.index import Index
@@ -150,11 +150,10 @@ def changed_optimizer_args(start: Start, config: Config) -> frozenset[str]:
     return frozenset(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
-def _newest(options: SavingOptions) -> Iterator[Start]:
+def _newest(options: Config) -> Iterator[Start]:
     """The sound training states of this `output_name`, newest first, then its sound checkpoints, newest first."""
-    assert options.output_dir is not None
     names = saved_names(options)
-    paths = list(options.output_dir.iterdir()) if options.output_dir.is_dir() else []
+    paths = list(options.output_folder.iterdir()) if options.output_folder.is_dir() else []
     states = {
         path: state.saved_at if (state := peek_state(path)) else 0.0
         for path in paths

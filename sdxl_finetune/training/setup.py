@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 
 from sdxl_finetune.batch import Batch
-from sdxl_finetune.config import Config, HardwareOptions, LengthOptions
+from sdxl_finetune.config import Config, HardwareOptions, LengthOptions, with_local_models
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
@@ -90,8 +90,7 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        assert self.config.output_dir is not None
-        return self.config.output_dir
+        return self.config.output_folder
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, in order, from the first step that is still to be made to the last."""
@@ -113,6 +112,7 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
     accelerator = build_accelerator(config)
     with console(config, accelerator.process_index):
         problems = Problems()
+        config = problems.attempt(with_local_models, config) or config
         problems.attempt(_on_first_rank, accelerator, lambda: check_access(config))
         start = problems.attempt(_on_first_rank, accelerator, lambda: resume.find_start(config))
         if problems.found:
@@ -175,7 +175,6 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         ranks=ranks,
     )
     _log_beginning(config, log, index, timeline, learner, inputs.prompts or ())
-    assert config.output_dir is not None
     return Run(
         config=config,
         seed=seed,
@@ -192,7 +191,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
         log=log,
-        uploads=Uploads(config, config.output_dir, final_name(config), remove, rank=accelerator.process_index),
+        uploads=Uploads(config, config.output_folder, final_name(config), remove, rank=accelerator.process_index),
     )
 
 
@@ -235,7 +234,7 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
     Checkpoints hold the VAE in their own precision. A run that resumes from a checkpoint therefore reads the VAE that
     training began with.
     """
-    path, vae = config.pretrained_model_name_or_path, config.vae
+    path, vae = config.model_path, config.vae_path
     assert path is not None
     if start:
         vae = None if start.is_state else vae or path

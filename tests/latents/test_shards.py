@@ -11,9 +11,15 @@ from safetensors.numpy import load_file, save_file
 
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.latents import shards as shards_module
-from sdxl_finetune.latents.shards import Kind, Library, Lookup, Shard, ShardWriter, nameless_file, open_shards
+from sdxl_finetune.latents.catalogue import local_shelf
+from sdxl_finetune.latents.library import Library, Lookup
+from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter, nameless_file
 
 VAE = Kind("latents", "vae")
+
+
+def open_shards(folder: Path, kind: Kind, *, check: bool) -> list[Shard]:
+    return local_shelf(folder, kind).open(check=check)
 
 
 def hashes(count: int, seed: int = 0) -> np.ndarray:
