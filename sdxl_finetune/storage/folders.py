@@ -25,7 +25,9 @@ def fetch(address: Address, folder: Path) -> Path:
     Raises StorageError.
     """
     files = files_at(address)
-    version = hashlib.blake2b(f"{address} {files}".encode(), digest_size=8).hexdigest()
+    version = hashlib.blake2b(
+        f"{address} {[(one.name, one.size, one.version) for one in files]}".encode(), digest_size=8
+    ).hexdigest()
     path = folder / version / address.name
     fetch_to(address, path, files)
     return path

@@ -119,7 +119,7 @@ def list_files(folder: Address) -> Iterator[Found]:
         for found in chunk:
             last = found["path"]
             if last.startswith(prefix):
-                yield Found(found["size"], _version(found), last[len(prefix) :])
+                yield Found(found["size"], _version(found), last[len(prefix) :], found["last_modified"].timestamp())
         try:
             chunk = next(listing, None)
         except (exceptions.BaseError, OSError):
