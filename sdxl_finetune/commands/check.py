@@ -28,7 +28,7 @@ from sdxl_finetune.commands.storage_report import (
     say_text_outputs,
     size_text,
 )
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import Config, with_local_models
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Bucket, Index, build_index
@@ -62,6 +62,7 @@ def check(config: Config) -> int:
     found = Findings()
     with console(config, 0):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = found.attempt(with_local_models, config) or config
         inputs = read_inputs(config, device, found)
         index = _describe_data(config, inputs.index, found)
         if index and inputs.tokenizer:
@@ -83,7 +84,8 @@ def check(config: Config) -> int:
                 found.say("files", *file_lines(config, timeline, groups, per_element, found))
         if index:
             found.say("latents", *latent_lines(config, index, found))
-            found.attempt(say_text_outputs, config, index, found)
+            if inputs.model:
+                found.attempt(say_text_outputs, config, index, found)
         if config.huggingface_repo_id:
             found.say("uploads", *_uploads(config))
             found.attempt(check_token, config)
@@ -129,9 +131,8 @@ def _describe_data(config: Config, index: Index | None, found: Findings) -> Inde
 
 
 def _describe_model(config: Config, model: Outline, found: Findings) -> Sequence[Group]:
-    assert config.pretrained_model_name_or_path is not None
     remarks = read_declared(model.inspected.file).contradictions(
-        config.pretrained_model_name_or_path,
+        config.model_path,
         v_parameterization=config.v_parameterization,
         zero_terminal_snr=config.zero_terminal_snr,
     )
@@ -200,8 +201,7 @@ def _uploads(config: Config) -> Iterator[str]:
 
 
 def _memory(config: Config, index: Index, timeline: Timeline) -> Iterator[str]:
-    assert config.pretrained_model_name_or_path is not None
-    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
+    architecture = inspect_checkpoint(config.model_path).architecture
     assert architecture is not None
     largest = max((index.buckets[number] for number in np.unique(index.bucket[index.used])), key=_pixels)
     workload = Workload(

@@ -10,6 +10,7 @@ from sdxl_finetune.config.data_options import (
 )
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.config.datasets import load_datasets
+from sdxl_finetune.config.downloads import with_local_models
 from sdxl_finetune.config.load import FaultyConfig, load_config
 from sdxl_finetune.config.options import Config, to_toml
 from sdxl_finetune.config.output_options import (
@@ -38,5 +39,5 @@ __all__ = [
     "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions", "LatentOptions",
     "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MetadataOptions", "ModelOptions", "NoiseOptions",
     "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset",
-    "ValidationOptions", "load_config", "load_datasets", "to_toml",
+    "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models",
 ]  # fmt: skip

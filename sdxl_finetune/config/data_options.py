@@ -164,5 +164,9 @@ class LatentOptions(Options):
     """Captions that the text encoders encode at once for that cache. Not in sd-scripts' SDXL trainer."""
     skip_cache_check: bool = False
     """Do not look for changed images and captions since the last run. Saves time with millions of files."""
-    cache_dir: FilePath | None = None
+    cache_dir: FileLocation | None = None
     """Folder of the dataset index and of what is cached. Default: `cache` in `output_dir`. Not in sd-scripts."""
+    cache_dir_local: FilePath | None = None
+    """Local folder for parts of what is kept at addresses. Default: `~/.cache/sdxl_finetune`. Not in sd-scripts."""
+    cache_dir_local_gb: float = Field(0.0, ge=0)
+    """Most GB of latents that `cache_dir_local` holds. 0: latents are read from the store. Not in sd-scripts."""

@@ -289,16 +289,16 @@ def _output(config: Config) -> Findings:
             yield option, "is not UTF-8, which only folders of images may be: rename it, or choose another"
     if config.output_name and (set(config.output_name) & set("/\\") or not config.output_name.strip(". ")):
         yield "output_name", "must be a file name without folders: set output_dir to the folder"
-    for option in ("output_dir", "logging_dir", "cache_dir"):
+    for option in ("output_dir", "logging_dir", "cache_dir", "cache_dir_local"):
         folder = getattr(config, option)
-        if folder is not None and not _is_writable(folder):
+        if isinstance(folder, Path) and not _is_writable(folder):
             yield option, "cannot be created or written to: name another folder, or change its permissions"
 
 
 def _files(config: Config) -> Findings:
     for option in ("pretrained_model_name_or_path", "vae"):
         path = getattr(config, option)
-        if path and not path.exists():
+        if isinstance(path, Path) and not path.exists():
             yield option, f"{no_such('file or folder')}; nothing is downloaded"
     for option in FILES:
         path = getattr(config, option)

@@ -30,13 +30,16 @@ from sdxl_finetune.data.captions import AS_WRITTEN, caption
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.keys import hash16
-from sdxl_finetune.latents.shards import Kind, Library, Shard, ShardWriter, remember_checked
+from sdxl_finetune.latents.library import Library
+from sdxl_finetune.latents.records import Records
+from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.latents.store import TextStore, write_table
 from sdxl_finetune.latents.together import (
+    check_complete,
     check_memory,
-    check_visible,
     encode_in_rounds,
     find_team,
+    join_shards,
     open_together,
     readable_shards,
 )
@@ -162,10 +165,10 @@ def prepare_text(
     """
     scratch, on_disk = config.cache_folder, config.cache_text_encoder_outputs_to_disk
     kind = Kind("text_outputs", encoder.identity() if on_disk else "")
-    team = find_team(accelerator, kind, kind.folder(scratch) if on_disk else None)
+    team = find_team(accelerator, kind, config, on_disk=on_disk)
     captions = Captions(index, config.text_encoder_outputs_variants, encoder.tokenizer_identity)
     keys, used = captions.keys(), captions.used
-    if team.folder is None:
+    if not on_disk:
         size = 2 * (math.prod(encoder.hidden_shape) + encoder.pooled_size)
         check_memory(count_keys(keys, used) * size, "the text encoders' outputs", "cache_text_encoder_outputs")
     if accelerator.is_main_process:
@@ -176,26 +179,24 @@ def prepare_text(
     too_large: list[str] = []
     if sum(gather_object([len(missing)])):
         own = missing[team.share]
-        with encoder.on_device() as encode, ShardWriter(team.folder, kind, team.rank, scratch) as writer:
+        with encoder.on_device() as encode, team.writer() as writer:
             job = _encode_captions(captions, keys, own, encode, config.text_encoder_batch_size, writer, too_large)
             encode_in_rounds(job, len(own), writer, team, stop, "captions")
         if too_large := gather_object(too_large):
             raise UserError(Problem(f"{TOO_LARGE} {too_large[0]!r}", key="cache_text_encoder_outputs", value=True))
-        shards = sorted([*shards, *readable_shards(team, writer.shards)], key=lambda shard: shard.path.name)
+        shards = join_shards(team, shards, readable_shards(team, writer.shards))
         places = _find_places(keys, shards)
-        if team.folder and accelerator.is_main_process:
-            remember_checked(team.folder, shards)
     logger.info(
         "text encoder outputs in %s: %d encoded, %d there already",
-        scratch if team.folder else "memory",
+        team.shelf.folder if team.shelf else "memory",
         len(missing),
         count_keys(keys, used) - len(missing),
     )
     is_complete = bool((places["file"] >= 0)[used].all())
-    files = tuple(shard.path for shard in shards)
-    check_visible(files, complete=is_complete, scratch=scratch)
+    check_complete(team, complete=is_complete)
+    records = Records(tuple(shard.path for shard in shards), team.copies)
     return TextStore(
-        index, write_table(places, scratch), files, captions.variants, encoder.hidden_shape, encoder.pooled_size
+        index, write_table(places, scratch), records, captions.variants, encoder.hidden_shape, encoder.pooled_size
     )
 
 

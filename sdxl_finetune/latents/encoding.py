@@ -23,8 +23,9 @@ from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Entry, Index
 from sdxl_finetune.errors import Problem
 from sdxl_finetune.latents.keys import RowKeys, hash16, latent_shape
+from sdxl_finetune.latents.library import Library
 from sdxl_finetune.latents.npz import Rejected, find_npz, read_npz
-from sdxl_finetune.latents.shards import Library, ShardWriter
+from sdxl_finetune.latents.shards import ShardWriter
 from sdxl_finetune.seeding import position_rng
 
 Encode = Callable[[UInt8[Tensor, "k H W 3"], Float32[Tensor, "k 4 h w"]], Callable[[], Float16[Tensor, "k 4 h w"]]]

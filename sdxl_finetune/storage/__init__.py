@@ -7,16 +7,19 @@ file does. Requests are retried; what then still fails is one StorageError, whic
     objects     requests to object stores, with retries
     access      the functions that take any location
     ranges      parts of objects and of listings
-    folders     whole folders: download and upload
+    copies      local copies of whole objects, within a size limit
+    folders     downloads that are made once, and whole folders
 """
 
 from sdxl_finetune.storage.access import delete, exists, list_files, read, stat, write
 from sdxl_finetune.storage.address import Address, Found, Location, Stat, StorageError, parse_location
+from sdxl_finetune.storage.copies import LocalCopies
 from sdxl_finetune.storage.ranges import list_page, open_location, read_with_stat
 
 __all__ = [
     "Address",
     "Found",
+    "LocalCopies",
     "Location",
     "Stat",
     "StorageError",

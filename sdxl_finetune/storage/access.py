@@ -61,7 +61,8 @@ def list_files(folder: Location) -> Iterator[Found]:
     try:
         for found in _walk(folder):
             entry = found.stat()
-            yield Found(entry.st_size, entry.st_mtime_ns, os.path.relpath(found.path, folder).replace(os.sep, "/"))
+            name = os.path.relpath(found.path, folder).replace(os.sep, "/")
+            yield Found(entry.st_size, entry.st_mtime_ns, name, entry.st_mtime)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -4,7 +4,7 @@ An address never holds credentials. They come from the environment, and error me
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypeAlias
 
@@ -59,6 +59,8 @@ class Found(Stat):
 
     name: str
     """Path relative to the listed folder, with `/` between parts."""
+    time: float = field(default=0.0, compare=False)
+    """Modification time in seconds since 1970."""
 
 
 class StorageError(UserError):

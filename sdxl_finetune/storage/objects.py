@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sdxl_finetune.files import atomic_path
 from sdxl_finetune.storage.address import Address, Found, Stat, StorageError
 
 if TYPE_CHECKING:
@@ -118,11 +119,21 @@ def list_files(folder: Address) -> Iterator[Found]:
         for found in chunk:
             last = found["path"]
             if last.startswith(prefix):
-                yield Found(found["size"], _version(found), last[len(prefix) :])
+                yield Found(found["size"], _version(found), last[len(prefix) :], found["last_modified"].timestamp())
         try:
             chunk = next(listing, None)
         except (exceptions.BaseError, OSError):
             listing, chunk = _attempt(folder, "listed", start)
+
+
+def download(address: Address, path: Path, size: int) -> None:
+    """Reads an object of `size` bytes into a local file, which appears when it is complete.
+
+    Raises StorageError, and OSError if the file cannot be written.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        for start in range(0, size, AT_ONCE * RANGE):
+            file.write(read(address, start, min(AT_ONCE * RANGE, size - start)))
 
 
 def write(address: Address, data: bytes | Path) -> None:

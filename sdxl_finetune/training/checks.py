@@ -27,6 +27,7 @@ from sdxl_finetune.config import (
     OptimizerOptions,
     QualityOptions,
     load_datasets,
+    with_local_models,
 )
 from sdxl_finetune.data.index import Index, build_index, report_bad_images
 from sdxl_finetune.data.masks import without_bad_masks
@@ -112,11 +113,13 @@ def read_inputs(
         problems.attempt(build_lr, config, total_steps=1)  # no mistake depends on the number of steps
     if config.torch_compile and intact("torch_compile", "dynamo_backend"):
         problems.attempt(check_compiler, config.dynamo_backend, device)
-    if config.vae and intact("vae"):
+    if intact("pretrained_model_name_or_path", "vae"):
+        config = problems.attempt(with_local_models, config) or config
+    if isinstance(config.vae, Path) and intact("vae"):
         problems.attempt(open_vae, config.vae)
-    weights = weights or config.pretrained_model_name_or_path
-    has_model = weights is not None and intact("pretrained_model_name_or_path")
-    model = problems.attempt(outline_model, config, weights) if has_model else None
+    path = weights or config.pretrained_model_name_or_path
+    has_model = isinstance(path, Path) and intact("pretrained_model_name_or_path")
+    model = problems.attempt(outline_model, config, path) if has_model else None
     if intact(*OPTIMIZER):
         problems.attempt(check_optimizer, config, device, model.groups if model else ())
         problems.attempt(check_update, config, device)

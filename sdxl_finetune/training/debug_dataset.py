@@ -84,10 +84,9 @@ def _draw(config: Config, index: Index, seed: int, accelerator: Accelerator) -> 
         if images < IMAGES:
             pages.append(_page(micro_batch, index, seed, plan, caption))
             images += len(micro_batch.rows)
-    assert config.output_dir is not None
-    path = config.output_dir / "debug_dataset.png"
+    path = config.output_folder / "debug_dataset.png"
     try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
+        config.output_folder.mkdir(parents=True, exist_ok=True)
         stack(pages).save(path)
     except OSError as error:
         raise UserError(Problem(f"cannot be written: {error.strerror}", file=str(path))) from None

@@ -249,8 +249,7 @@ def _save_state(run: Run, save: Save, state: TrainingState) -> None:
     path = run.output_dir / save.name
     save_state(path, state, single_file_tensors(learner.sdxl, learner.vae, None, exact=True), optimizer)
     logger.info("saved %s", path)
-    if run.config.save_state_to_huggingface:
-        run.uploads.add(path)
+    run.uploads.add(path, to_hub=run.config.save_state_to_huggingface)
 
 
 def _remove_old_states(run: Run, states: Sequence[Save], step: int) -> None:
