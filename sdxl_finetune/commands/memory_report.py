@@ -1,5 +1,6 @@
 """The memory lines of sdxl-check: memory of each phase, cards that the run fits, options that make it fit others."""
 
+import gc
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -72,7 +73,7 @@ class Estimator:
             ranks=work.ranks,
             known=self.known,
         )
-        return [step, *estimate_caches(config, self.architecture, work.bucket)]
+        return [step, *estimate_caches(config, self.architecture, work.bucket, self.known)]
 
 
 def on_cuda(found: Sequence[Estimate]) -> int:
@@ -136,6 +137,7 @@ def _listed(used: Sequence[Remedy]) -> str:
 def describe(config: Config, architecture: Architecture, workload: Workload) -> Iterator[str]:
     """The lines on memory for sdxl-check."""
     estimator, shape = Estimator(architecture, workload), workload.batch
+    gc.freeze()  # the modules imported so far need not be searched for garbage
     logger.info("estimating the memory of a step, on tensors without memory (--no_memory leaves it out)")
     found = estimator.phases(config)
     step, *others = found
