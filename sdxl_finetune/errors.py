@@ -5,7 +5,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,10 @@ WAIT_FOR_RANK_0 = 8
 as well, so that an error of all ranks is printed once."""
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and surrogates, which Python uses for bytes that are not UTF-8."""
+VARYING = re.compile(r"\d+(?:x\d+)*|'[^']*'|\"[^\"]*\"|\([^()]*\)")
+"""The parts of a message that differ between problems of one kind: numbers, sizes, quotations and remarks."""
+SHOWN = 20
+"""Problems of one kind that are listed; more would hide the other messages, and millions would fill the memory."""
 CONSEQUENCE_DELAY = 3600
 """Seconds added to the time of an error that another process caused. The launcher then reports the other error."""
 
@@ -73,6 +78,39 @@ class Problems:
         """Raises UserError with all problems, if there are any."""
         if self.found:
             raise UserError(self.found)
+
+
+class Tally:
+    """Counts problems by kind, and keeps the first SHOWN of each kind.
+
+    Problems are of one kind if their messages differ only in numbers, quotations and text in parentheses.
+    """
+
+    def __init__(self, problems: Iterable[Problem] = ()) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, list[Problem]] = {}
+        for problem in problems:
+            self.add(problem)
+
+    def __len__(self) -> int:
+        return sum(self._counts.values())
+
+    def add(self, problem: Problem, count: int = 1) -> None:
+        """Adds a problem, or `count` problems of its kind of which this is the first."""
+        kind = VARYING.sub("…", problem.message)
+        self._counts[kind] += count
+        first = self._first.setdefault(kind, [])
+        if len(first) < SHOWN:
+            first.append(problem)
+
+    def problems(self) -> list[Problem]:
+        """The first problems of each kind, each kind followed by the number of those that are not listed."""
+        listed = []
+        for kind, first in self._first.items():
+            listed += first
+            if more := self._counts[kind] - len(first):
+                listed.append(Problem(f"and {more:,} more of this kind: {first[-1].message}"))
+        return listed
 
 
 def say_errors(*errors: object, cause: bool = True) -> None:

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sdxl_finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "files", "seeding", "low_bits", "clip_vocabulary"},
+    {"errors", "files", "progress", "seeding", "low_bits", "clip_vocabulary"},
     {"batch", "config"},
     {"data", "diffusion", "model", "optim", "runtime"},
     {"latents"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MAY_SHARE = {"errors", "files", "seeding", "low_bits", "batch", "config"}
+MAY_SHARE = {"errors", "files", "progress", "seeding", "low_bits", "batch", "config"}
 """Lower layers whose members may import one another."""
 MAX_FILE, MAX_FUNCTION, MAX_PACKAGE, MAX_TRAIN = 400, 60, 12000, 120
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.schedule import build_schedule
@@ -28,6 +27,7 @@ from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.load import load_checkpoint, open_base_model
 from sdxl_finetune.output.previews import PreviewModel, draw_latents, generation_parameters, save_image, to_image
 from sdxl_finetune.output.prompts import MAX_SEED, MAX_STEPS, Prompt, load_prompts
+from sdxl_finetune.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _draw(
     Raises UserError if the model gives infinite values or NaN.
     """
     model = _load(path, arguments)
-    with tqdm(total=len(requests), desc=progress_label, unit=" images", disable=None) as progress:
+    with track(progress_label, len(requests), "images") as progress:
         for _, group in groupby(requests, ImageRequest.batch_key):
             similar = list(group)
             for start in range(0, len(similar), arguments.batch_size):

@@ -19,7 +19,7 @@ from typing import Literal
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from sdxl_finetune.config.dataset import IMAGE_SUFFIXES, OPTIONAL_SUFFIXES
 
@@ -29,6 +29,8 @@ for _plugin in PLUGINS:
     with contextlib.suppress(ImportError):
         importlib.import_module(_plugin)
 
+USUAL = ("JPEG", "PNG", "WEBP", "BMP")
+"""Formats that Pillow tries first. Some of its other plugins parse a file before they refuse it."""
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -63,13 +65,21 @@ def image_extensions() -> tuple[str, ...]:
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) after EXIF orientation, from the file's header alone. Raises ImageError."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             width, height = image.size
             return (height, width) if _orientation(image) >= 5 else (width, height)
     except MemoryError:
         raise
     except Exception as error:
         raise ImageError(str(path), _reason(error, path)) from error
+
+
+def _open(file: Path | io.BytesIO) -> Image.Image:
+    """Opens an image of any format that Pillow knows."""
+    try:
+        return Image.open(file, formats=USUAL)
+    except UnidentifiedImageError:
+        return Image.open(file)
 
 
 def load_image(
@@ -84,7 +94,7 @@ def load_image(
     """
     try:
         data = path.read_bytes() if data is None else data
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(io.BytesIO(data)) as image:
             orientation, profile = _orientation(image), image.info.get("icc_profile")
             grey = image.mode in ("1", "L", "LA", "I", "I;16")
             # A JPEG without its end mark is truncated. OpenCV would fill it with grey; Pillow reports it.
@@ -136,7 +146,7 @@ def load_channel(path: Path, channel: Literal["R", "A"], data: bytes | None = No
     """
     try:
         data = path.read_bytes() if data is None else data
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(io.BytesIO(data)) as image:
             orientation = _orientation(image)
             if channel == "A" and not image.has_transparency_data:
                 values = np.full(image.size[::-1], 255, np.uint8)
@@ -193,7 +203,7 @@ def jitter_color(pixels: UInt8[np.ndarray, "H W 3"], rng: random.Random) -> UInt
 
 def is_plain(data: bytes) -> bool:
     """True if pixels are shown as they are stored: not turned, transparent, 16-bit or with a colour profile."""
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(io.BytesIO(data)) as image:
         profile = image.info.get("icc_profile")
         usual = not image.has_transparency_data and not image.mode.startswith("I")
         return usual and _orientation(image) <= 1 and not (profile and _transform(profile)[0])

@@ -19,22 +19,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from jaxtyping import Bool, Int, Int32, Int64, UInt8
+from jaxtyping import Bool, Int, Int32, Shaped, UInt8
 
 from sdxl_finetune.config.dataset import Dataset, Subset
-from sdxl_finetune.data.buckets import fill_buckets, place_images
 from sdxl_finetune.data.images import load_crop
+from sdxl_finetune.data.placement import PLACED, place
 from sdxl_finetune.data.remarks import remark_on_captions, remark_on_faces
 from sdxl_finetune.data.scan import digest_of, scan
-from sdxl_finetune.data.tables import map_table, write_table
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
+from sdxl_finetune.errors import Problem, Tally, UserError
 
 logger = logging.getLogger(__name__)
-
-BUCKET_STEP = 8
-"""Pixels of one latent along one side. The sides of every bucket are multiples of it."""
-MAX_RESIZED_PIXELS = 1 << 27
-"""Largest size of an image before the crop: 400 MB. Only a very narrow image becomes larger."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +46,20 @@ class Entry:
     """One image of the index. Sizes are (width, height) in pixels."""
 
     path: Path
-    caption: str
-    """The whole text of the caption file."""
+    captions: tuple[str | None, ...]
+    """The whole text of each caption source, None for a source that the image does not have."""
     subset: Subset
     size: tuple[int, int]
     resized: tuple[int, int]
     bucket: Bucket
     interpolation: str | None
+    offset: int = -1
+    """Position of the image in its container in bytes, -1 for a file of its own."""
+
+    @property
+    def caption(self) -> str:
+        """The text of the first caption source that the image has."""
+        return next((text for text in self.captions if text is not None), "")
 
     def load(
         self, left_top: tuple[int, int], data: bytes | None = None, *, resized: tuple[int, int] | None = None
@@ -105,12 +107,13 @@ class Index:
         subset, bucket = self.subsets[self.subset[row]], self.buckets[self.bucket[row]]
         return Entry(
             path=subset.image_dir / os.fsdecode(self._table["name"][row].as_py()),
-            caption=self._table["caption"][row].as_py(),
+            captions=tuple(self._table["captions"][row].as_py()),
             subset=subset,
             size=(int(self.numbers("width")[row]), int(self.numbers("height")[row])),
             resized=(int(self.numbers("resized_width")[row]), int(self.numbers("resized_height")[row])),
             bucket=bucket,
             interpolation=subset.resize_interpolation,
+            offset=int(self.numbers("offset")[row]),
         )
 
     @property
@@ -187,16 +190,12 @@ class Index:
 
         Training states save them, and a resumed run compares them.
         """
-        table = self._table
-        repeats = hashlib.blake2b(self.repeats.tobytes(), digest_size=4).hexdigest()
+        saved = json.loads(self._table.schema.metadata[b"digests"])
         return {
             "images": int((self.repeats > 0).sum()),
             "images with repeats": int(self.repeats.sum()),
-            "names of images": digest_of(table, ["subset", "name"], 4),
-            "captions": digest_of(table, ["caption"], 4),
-            "sizes and buckets": digest_of(table, ["width", "height", "resized_width", "resized_height", "bucket"], 4),
-            "files": digest_of(table, ["bytes"], 4),
-            "repeats": repeats,
+            **saved,
+            "repeats": hashlib.blake2b(self.repeats.tobytes(), digest_size=4).hexdigest(),
         }
 
     def without(self, rows: Iterable[int]) -> "Index":
@@ -228,9 +227,9 @@ class Index:
     def _table(self) -> pa.Table:
         return map_table(self.path)
 
-    def captions(self, start: int, end: int) -> list[str]:
-        """The whole texts of the caption files of the rows from `start` to `end`."""
-        texts: list[str] = self._table["caption"].slice(start, end - start).to_pylist()
+    def captions(self, start: int, end: int) -> list[list[str | None]]:
+        """The whole texts of the caption sources of the rows from `start` to `end`."""
+        texts: list[list[str | None]] = self._table["captions"].slice(start, end - start).to_pylist()
         return texts
 
     @cached_property
@@ -241,12 +240,11 @@ class Index:
     @property
     def stat_hashes(self) -> UInt8[np.ndarray, "n 16"]:
         """The hash of each image file's path, size and modification time, as in `scan.hash_of_stat`."""
-        column = self._table["stat_hash"].chunk(0)
-        return np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 16)[column.offset : column.offset + len(column)]
+        return fixed_binary(one_chunk(self._table["stat_hash"]))
 
-    def numbers(self, name: str) -> Int[np.ndarray, " n"]:
+    def numbers(self, name: str) -> Shaped[np.ndarray, " n"]:
         """A numeric column of the file. `bytes` and `mtime` (nanoseconds) are size and modification time of images."""
-        return self._table[name].chunk(0).to_numpy()
+        return one_chunk(self._table[name]).to_numpy()
 
 
 def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str, *, skip_check: bool = False) -> Index:
@@ -258,18 +256,31 @@ def build_index(datasets: Sequence[Dataset], cache_dir: Path, on_bad_image: str,
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     found, problems = scan(subsets, cache_dir, skip_check=skip_check)
-    table = _place(found, datasets, problems)
+    table = place(found, datasets, problems, cache_dir)
     report_bad_images(problems, on_bad_image)
     _check_some_left(table["repeats"].to_numpy(), table["held_out"].to_numpy())
     remark_on_captions(table, subsets)
     remark_on_faces(table, subsets)
-    table = table.combine_chunks()
-    buckets = str(table.schema.metadata[b"buckets"])
-    name = hashlib.blake2b(f"{buckets} {digest_of(table)}".encode(), digest_size=12).hexdigest()
+    metadata = table.schema.metadata
+    parts = (metadata[b"digest"], metadata[b"buckets"], digest_of(table, PLACED).encode())
+    name = hashlib.blake2b(b" ".join(parts), digest_size=12).hexdigest()
     path = cache_dir / f"{name}.index"
     if not path.exists():
-        write_table(path, table)
+        write_table(path, table.replace_schema_metadata(metadata | {b"digests": json.dumps(_digests(table)).encode()}))
     return Index(path, tuple(datasets), bad_files=len(problems))
+
+
+def _digests(table: pa.Table) -> dict[str, str]:
+    """Digests of what is trained on. Each group of columns has one, so that a resumed run can say what has changed."""
+    captions = one_chunk(table["captions"])
+    if len(captions.flatten()) == len(captions):  # one text each, as without caption sources
+        captions = captions.flatten()
+    return {
+        "names of images": digest_of(table, ["subset", "name"], 4),
+        "captions": digest_of(pa.table({"caption": captions}), size=4),
+        "sizes and buckets": digest_of(table, ["width", "height", "resized_width", "resized_height", "bucket"], 4),
+        "files": digest_of(table, ["bytes"], 4),
+    }
 
 
 def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:
@@ -281,120 +292,10 @@ def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:
     raise UserError("no image is left to train on: see the warnings above, and add images or repeats")
 
 
-def report_bad_images(problems: Sequence[Problem], on_bad_image: str) -> None:
-    """Raises UserError with all problems if `on_bad_image` is "stop", or names them in one warning if it is "skip"."""
+def report_bad_images(problems: Tally, on_bad_image: str) -> None:
+    """Raises UserError with the problems if `on_bad_image` is "stop", or names them in one warning if it is "skip"."""
     if problems and on_bad_image == "stop":
-        raise UserError(problems)
+        raise UserError(problems.problems())
     if problems:
-        lines = "\n".join(str(problem) for problem in problems)
+        lines = "\n".join(str(problem) for problem in problems.problems())
         logger.warning("%d files are skipped (on_bad_image = skip):\n%s", len(problems), lines)
-
-
-def regularized_repeats(
-    repeats: Int32[np.ndarray, " n"], regularization: Bool[np.ndarray, " n"]
-) -> Int32[np.ndarray, " n"]:
-    """The reference's rule for the repeats of regularisation images.
-
-    They are taken in order, each with its repeats, until they are as many as the training images. If all of them are
-    too few, each gets one more repeat in turn.
-    """
-    wanted = int(repeats[~regularization].sum())
-    own = repeats[regularization]
-    taken = np.where(np.cumsum(own) - own < wanted, own, 0)
-    missing = wanted - int(taken.sum())
-    if missing > 0 and len(own):
-        taken = taken + missing // len(own) + (np.arange(len(own)) < missing % len(own))
-    result = repeats.copy()
-    result[regularization] = taken
-    return result
-
-
-def hold_out(names: Sequence[bytes], share: float, seed: int) -> Int[np.ndarray, " k"]:
-    """Chooses the images to hold out: this share of all, rounded, and at least one. Returns their positions.
-
-    The choice depends only on each image's file and folder name and on the seed, so that it stays when other images are
-    added or removed.
-    """
-    key = str(seed).encode()
-    ends = (b"/".join(name.split(b"/")[-2:]) for name in names)
-    digests = [hashlib.blake2b(end, digest_size=8, key=key).digest() for end in ends]
-    first = np.argsort(np.array(digests, "S8"), kind="stable")
-    return np.sort(first[: max(1, round(share * len(names)))])
-
-
-def _place(table: pa.Table, datasets: Sequence[Dataset], problems: list[Problem]) -> pa.Table:
-    """Adds bucket, resized size, repeats and held_out to the table, and drops images that fit no bucket."""
-    subsets = [subset for dataset in datasets for subset in dataset.subsets]
-    subset = table["subset"].to_numpy()
-    sizes = np.stack([table["width"].to_numpy(), table["height"].to_numpy()], axis=1).astype(np.int64)
-    owner = np.repeat(np.arange(len(datasets)), [len(dataset.subsets) for dataset in datasets])[subset]
-    named = _named_buckets(table, datasets, owner)
-    repeats = np.array([subset.num_repeats for subset in subsets], np.int32)[subset]
-    regularization = np.array([subset.is_reg for subset in subsets])[subset]
-    bucket, resized = np.zeros_like(sizes), np.zeros_like(sizes)
-    kept, held_out = np.ones(len(sizes), bool), np.zeros(len(sizes), bool)
-    folders = [os.fsencode(one.image_dir.name) for one in subsets]
-    asked = [(one.validation_split, one.validation_seed) if not one.is_reg else (0.0, 0) for one in subsets]
-    for share, seed in sorted(one for one in set(asked) if one[0]):
-        rows = np.flatnonzero(np.array([one == (share, seed) for one in asked])[subset])
-        if len(rows):
-            found = zip(subset[rows].tolist(), table["name"].take(rows).to_pylist(), strict=True)
-            held = rows[hold_out([folders[number] + b"/" + name for number, name in found], share, seed)]
-            held_out[held], repeats[held] = True, 0
-    for number, dataset in enumerate(datasets):
-        rows = np.flatnonzero(owner == number)
-        placement = place_images(sizes[rows], dataset) if dataset.resolution else fill_buckets(sizes[rows], named[rows])
-        bucket[rows], resized[rows] = placement.bucket, placement.resized
-        kept[rows] = (bucket[rows].min(axis=1) > 0) & (resized[rows].prod(axis=1) <= MAX_RESIZED_PIXELS)
-        rows = rows[kept[rows] & ~held_out[rows]]
-        repeats[rows] = regularized_repeats(repeats[rows], regularization[rows])
-    for row in np.flatnonzero(~kept).tolist():
-        path = subsets[subset[row]].image_dir / os.fsdecode(table["name"][row].as_py())
-        message = _misfit(*(tuple(array[row].tolist()) for array in (sizes, bucket, resized)))
-        problems.append(Problem(message, file=str(path)))
-    names = ["repeats", "held_out", "resized_width", "resized_height", "bucket"]
-    keys = (owner.astype(np.int64) << 48) + (bucket[:, 0] << 24) + bucket[:, 1]
-    keys, numbers = np.unique(keys[kept], return_inverse=True)
-    arrays = [repeats[kept], held_out[kept], resized[kept, 0], resized[kept, 1], numbers]
-    table = table if kept.all() else table.filter(pa.array(kept))
-    for name, array in zip(names, arrays, strict=True):
-        table = table.append_column(name, pa.array(array.astype(np.int32)))
-    buckets = [(key >> 48, key >> 24 & 0xFFFFFF, key & 0xFFFFFF) for key in keys.tolist()]
-    return table.replace_schema_metadata({"buckets": json.dumps(buckets)})
-
-
-def _named_buckets(
-    table: pa.Table, datasets: Sequence[Dataset], owner: Int[np.ndarray, " n"]
-) -> Int64[np.ndarray, "n 2"]:
-    """The size of each image's bucket in a metadata file, (0, 0) if it is not given.
-
-    Raises UserError if a dataset without a resolution has images without such a size. `owner` is the dataset of each
-    image. Warns if sizes are given and the resolution of the dataset takes their place.
-    """
-    named = np.stack([table["train_width"].to_numpy(), table["train_height"].to_numpy()], axis=1).astype(np.int64)
-    problems = []
-    for number, dataset in enumerate(datasets):
-        own = named[owner == number]
-        if dataset.resolution is None:
-            if missing := int(((own == 0) | (own % BUCKET_STEP != 0)).any(axis=1).sum()):
-                message = f"{missing} of {len(own)} images have no train_resolution in multiples of {BUCKET_STEP}"
-                problems.append(Problem(f"is needed, because {message} in the metadata file", key="resolution"))
-        elif not dataset.enable_bucket and (sizes := len(np.unique(own[own[:, 0] > 0], axis=0))) > 1:
-            logger.warning(
-                "the metadata file has %d sizes as train_resolution, but all images are cut to %dx%d, as in the"
-                " reference: set enable_bucket, or remove resolution to train at the sizes of the file",
-                sizes,
-                *dataset.resolution,
-            )
-    if problems:
-        raise UserError(problems)
-    return named
-
-
-def _misfit(size: tuple[int, int], bucket: tuple[int, int], resized: tuple[int, int]) -> str:
-    if not min(bucket):
-        return f"{size[0]}x{size[1]} has too short a side for bucket_no_upscale: no multiple of bucket_reso_steps"
-    return (
-        f"{size[0]}x{size[1]} is too narrow: to fill a bucket of {bucket[0]}x{bucket[1]} it would have to be"
-        f" enlarged to {resized[0]}x{resized[1]}, and the limit is {MAX_RESIZED_PIXELS} pixels"
-    )

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from tqdm import tqdm
 
 from sdxl_finetune.data.images import ImageError, image_extensions, image_size, load_channel, resize_and_crop
 from sdxl_finetune.data.index import Entry, Index, report_bad_images
-from sdxl_finetune.errors import Problem
+from sdxl_finetune.errors import Problem, Tally
+from sdxl_finetune.progress import track
 
 
 def find_mask(entry: Entry) -> Path:
@@ -61,14 +61,16 @@ def without_bad_masks(index: Index, on_bad_image: str) -> Index:
     """
     rows = np.flatnonzero(index.used & index.has_mask_file).tolist()
     bad: dict[int, Problem] = {}
-    for row in tqdm(rows, desc="reading sizes of masks", unit=" masks", disable=None if rows else True):
-        entry = index[row]
-        try:
-            path = find_mask(entry)
-            _check_size(path, image_size(path), entry)
-        except ImageError as error:
-            bad[row] = Problem(error.reason, file=error.path)
-    report_bad_images(list(bad.values()), on_bad_image)
+    with track("reading sizes of masks", len(rows), "masks", shown=bool(rows)) as progress:
+        for row in rows:
+            entry = index[row]
+            progress.update()
+            try:
+                path = find_mask(entry)
+                _check_size(path, image_size(path), entry)
+            except ImageError as error:
+                bad[row] = Problem(error.reason, file=error.path)
+    report_bad_images(Tally(bad.values()), on_bad_image)
     return index.without(bad) if bad else index
 
 

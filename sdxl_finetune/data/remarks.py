@@ -1,6 +1,6 @@
 """Warnings about the images of an index that are allowed but may surprise the user.
 
-`table` has one row for each image, with the columns name, caption and subset.
+`table` has one row for each image, with the columns name, captions and subset.
 """
 
 import logging
@@ -11,16 +11,20 @@ import pyarrow as pa
 import pyarrow.compute
 
 from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.tables import one_chunk
 
 logger = logging.getLogger(__name__)
 
 
 def remark_on_captions(table: pa.Table, subsets: Sequence[Subset]) -> None:
     """Warns of images without a caption, and of captions of which only the first line is used."""
-    if uncaptioned := pa.compute.sum(pa.compute.equal(table["caption"], "")).as_py():
+    captions = one_chunk(table["captions"])
+    texts, row = captions.flatten(), pa.compute.list_parent_indices(captions).to_numpy()
+    is_text, has_lines = np.zeros(len(captions), bool), np.zeros(len(captions), bool)
+    is_text[row[pa.compute.not_equal(texts, "").fill_null(False).to_numpy(zero_copy_only=False)]] = True
+    has_lines[row[pa.compute.match_substring(texts, "\n").fill_null(False).to_numpy(zero_copy_only=False)]] = True
+    if uncaptioned := int((~is_text).sum()):
         logger.warning("%d of %d images have no caption file, or an empty one", uncaptioned, table.num_rows)
-    # The column stays in its chunks and is not copied.
-    has_lines = pa.compute.match_substring(table["caption"], "\n").to_numpy()
     uses_first = ~np.array([subset.enable_wildcard for subset in subsets])[table["subset"].to_numpy()]
     if lines := int((has_lines & uses_first).sum()):
         remedy = "enable_wildcard = true draws one of the lines each time"

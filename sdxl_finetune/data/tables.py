@@ -6,8 +6,10 @@ Paths are passed to Arrow as bytes, because it refuses text that is not UTF-8.
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
+from jaxtyping import UInt8
 
 from sdxl_finetune.files import atomic_path
 
@@ -25,3 +27,15 @@ def write_table(path: Path, table: pa.Table) -> None:
 def map_table(path: Path, *, mapped: bool = True) -> pa.Table:
     """Returns the table of a file, memory-mapped or read into memory. Raises OSError or ArrowException if damaged."""
     return pa.ipc.open_file(pa.memory_map(os.fsencode(path)) if mapped else path.read_bytes()).read_all()
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array. A column of one chunk is not copied."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def fixed_binary(column: pa.FixedSizeBinaryArray) -> UInt8[np.ndarray, "n size"]:
+    """Values of one size in bytes as rows of an array, which shares the column's memory."""
+    size = column.type.byte_width
+    values = np.frombuffer(column.buffers()[1] or b"", np.uint8).reshape(-1, size)
+    return values[column.offset : column.offset + len(column)]

@@ -94,17 +94,19 @@ class Captions:
 
     def text(self, row: int, number: int) -> str:
         """The caption of this row in the variant of this number."""
-        return "" if row == len(self.index) else self._variant(row, self.index.captions(row, row + 1)[0], number)
+        return (
+            "" if row == len(self.index) else self._variant(row, self.index.captions(row, row + 1)[0][0] or "", number)
+        )
 
     def keys(self) -> UInt8[np.ndarray, "rows v 16"]:
         """The keys of all captions in use, in all variants; 0 for captions that are not in use."""
         keys = np.zeros((len(self.index) + 1, self.variants, 16), np.uint8)
         used = self.index.used
         for start in range(0, len(self.index), ROWS):
-            for row, text in enumerate(self.index.captions(start, start + ROWS), start):
+            for row, (text, *_) in enumerate(self.index.captions(start, start + ROWS), start):
                 variants = self.variants if self._is_drawn(row) else 1
                 if used[row]:
-                    own = b"".join(self._key(self._variant(row, text, number)) for number in range(variants))
+                    own = b"".join(self._key(self._variant(row, text or "", number)) for number in range(variants))
                     keys[row] = np.frombuffer(own, np.uint8).reshape(variants, 16)
         keys[-1] = np.frombuffer(self._key(""), np.uint8)
         return keys

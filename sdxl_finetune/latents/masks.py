@@ -21,9 +21,9 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.data.buckets import crop_left_top
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Entry, Index, report_bad_images
+from sdxl_finetune.data.inspection import hash_of_stat
 from sdxl_finetune.data.masks import find_mask, latent_mask, load_mask
-from sdxl_finetune.data.scan import hash_of_stat
-from sdxl_finetune.errors import Problem
+from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.latents.keys import hash16, latent_shape
 from sdxl_finetune.latents.shards import PLACE, Kind, Library, ShardWriter, remember_checked
 from sdxl_finetune.latents.store import read_record, write_table
@@ -136,7 +136,7 @@ def prepare_masks(
         for problems in gather_object([job.bad]):
             bad |= problems
     if accelerator.is_main_process or config.on_bad_image == "stop":
-        report_bad_images(list(bad.values()), config.on_bad_image)
+        report_bad_images(Tally(bad.values()), config.on_bad_image)
     index = index.without(bad) if bad else index
     places = np.full(len(index), np.array((-1, 0, 0), PLACE))
     places[files.rows] = files.places(library)

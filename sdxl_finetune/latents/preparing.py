@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index, report_bad_images
-from sdxl_finetune.errors import Problem
+from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.latents.encoding import Encoder, Encoding, Report, encode_images, find_foreign_npz
 from sdxl_finetune.latents.keys import RowKeys, latent_shape, row_keys
 from sdxl_finetune.latents.npz import find_npz
@@ -69,7 +69,7 @@ def prepare(
     _log_counts(reports, int(index.used.sum()) - len(rows), scratch if folder else None)
     bad = _bad_images(index, reports)
     if accelerator.is_main_process or config.on_bad_image == "stop":
-        report_bad_images(list(bad.values()), config.on_bad_image)
+        report_bad_images(Tally(bad.values()), config.on_bad_image)
     index = index.without(bad)
     store = build_store(index, places, library.files, pixels_per_latent=scale, scratch=scratch)
     check_visible(store.files, complete=not len(missing_rows(index, places)), scratch=scratch)

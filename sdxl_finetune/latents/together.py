@@ -13,10 +13,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter, open_shards
+from sdxl_finetune.progress import track
 from sdxl_finetune.runtime.host import memory_bytes
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
 
@@ -70,10 +70,7 @@ def encode_in_rounds(
     Raises Interrupt on all processes once one was asked to stop.
     """
     total, active = sum(gather_object([count])), True
-    with (
-        closing(finished) as running,
-        tqdm(total=total, desc="encoding", unit=f" {unit}", disable=True if team.rank else None) as progress,
-    ):
+    with closing(finished) as running, track("encoding", total, unit, shown=not team.rank) as progress:
         while active:
             started, own, has_more = time.monotonic(), 0, False
             for number in running:

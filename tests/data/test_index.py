@@ -14,7 +14,8 @@ from PIL import ExifTags, Image
 from sdxl_finetune.data import scan as scan_module
 from sdxl_finetune.data.batch_plan import build_plan
 from sdxl_finetune.data.images import ImageError
-from sdxl_finetune.data.index import build_index, regularized_repeats
+from sdxl_finetune.data.index import build_index
+from sdxl_finetune.data.placement import regularized_repeats
 from sdxl_finetune.errors import UserError
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def look(tmp_path: Path) -> Callable[..., tuple[dict[str, list], set[str]]]:
             watching = False
         assert not problems
         content = table.to_pydict()
+        content["score"] = [None if math.isnan(score) else score for score in content["score"]]
+        content["caption"] = [texts[0] for texts in content.pop("captions")]
         content["name"] = [name.decode() for name in content["name"]]
         return content, {name for name in opened if name.endswith((".png", ".txt", ".jpg"))}
 
@@ -154,7 +157,7 @@ def test_without_the_check_nothing_is_looked_at(folder: Path, look, subset) -> N
 def test_an_unreadable_image_is_looked_at_again(folder: Path, look, subset, tmp_path: Path) -> None:
     (folder / "7.png").write_bytes(b"")
     table, problems = scan([subset(folder)], tmp_path / "cache")
-    assert table.num_rows == 6 and [Path(problem.file).name for problem in problems] == ["7.png"]
+    assert table.num_rows == 6 and [Path(problem.file).name for problem in problems.problems()] == ["7.png"]
     Image.new("RGB", (70, 80)).save(folder / "7.png")
     found, opened = look(subset(folder))
     assert opened == {"7.png"} and (found["width"][6], found["height"][6]) == (70, 80)
@@ -177,3 +180,33 @@ def test_a_digest_is_of_the_values(tmp_path: Path) -> None:
     other = pa.table({"a": pa.array([1, 2], pa.int32()), "b": pa.array(["x", "z"])})
     assert digest_of(table) != digest_of(other)
     assert digest_of(table, ["a"]) == digest_of(other, ["a"]) != digest_of(table, ["b"])
+
+
+def test_an_unchanged_folder_with_a_bad_image_is_not_written_again(folder: Path, subset, tmp_path: Path) -> None:
+    (folder / "3.jpg").write_bytes(b"")
+    first, problems = scan([subset(folder)], tmp_path / "cache")
+    (path,) = (tmp_path / "cache" / "scans").glob("*.scan")
+    os.utime(path, ns=(1, 1))
+    again, problems_again = scan([subset(folder)], tmp_path / "cache")
+    assert path.stat().st_mtime_ns == 1
+    assert len(problems) == len(problems_again) == 1
+    assert again.drop_columns("score").equals(first.drop_columns("score"))
+
+
+def test_chunks_of_any_size_find_the_same(
+    folder: Path, look, subset, write_images, tmp_path: Path, monkeypatch
+) -> None:
+    """Images come, go and change at the borders of chunks."""
+    rules = subset(folder, caption_extension=".txt")
+    other = subset(tmp_path / "other")
+    write_images(tmp_path / "other", {f"{number}.png": (32, 64 + number) for number in range(3)})
+    for size in (1, 2, 3, 100):
+        monkeypatch.setattr(scan_module, "CHUNK", size)
+        write_images(folder, {f"{size}1.png": (64 + size, 64), f"{size}9.png": (64, 70)})
+        (folder / f"{size}1.txt").write_text(f"of {size}")
+        (folder / f"{size % 4}.png").unlink(missing_ok=True)
+        found, opened = look(rules, other)
+        if size > 1:
+            assert opened == {f"{size}1.png", f"{size}1.txt", f"{size}9.png"}
+        assert found == look(rules, other, cache=tmp_path / f"cache of {size}")[0]
+        assert look(rules, other) == (found, set())

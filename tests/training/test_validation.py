@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sdxl_finetune.config import Config, load_config, load_datasets
-from sdxl_finetune.data.index import build_index, hold_out
+from sdxl_finetune.data.hold_out import hold_out
+from sdxl_finetune.data.index import build_index
 from sdxl_finetune.training.loop import train
 from sdxl_finetune.training.setup import build_run
 
