@@ -7,6 +7,7 @@ from sdxl_finetune.config.data_options import (
     DataOptions,
     HoldOutOptions,
     LatentOptions,
+    MaskOptions,
 )
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.config.datasets import load_datasets
@@ -35,7 +36,7 @@ from sdxl_finetune.config.training_options import (
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "Config", "DataOptions", "Dataset", "EmaOptions",
     "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "LatentOptions", "LengthOptions",
-    "LoggingOptions", "LossOptions", "LrOptions", "MetadataOptions", "ModelOptions", "NoiseOptions",
+    "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions", "NoiseOptions",
     "OptimizerOptions", "PreviewOptions", "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions",
     "load_config", "load_datasets", "to_toml",
 ]  # fmt: skip

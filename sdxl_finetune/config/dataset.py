@@ -24,6 +24,7 @@ from sdxl_finetune.config.data_options import (
     MaskOptions,
 )
 from sdxl_finetune.config.fields import Resolution
+from sdxl_finetune.errors import counted
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of image files, in any case of letters, that are always read."""
@@ -50,7 +51,8 @@ def unread_pictures(counts: Mapping[str, int]) -> str:
     remedies = {ending: f"pip install {package}" for ending, package in OPTIONAL_SUFFIXES.items()}
     remedies |= {".jfif": "rename them to .jpg"}
     return "; ".join(
-        f"{count} {ending} files are not read: {remedies.get(ending, 'convert them to .png or .jpg')}"
+        f"{counted(count, f'{ending} file')} {'is' if count == 1 else 'are'} not read: "
+        f"{remedies.get(ending, 'convert them to .png or .jpg')}"
         for ending, count in sorted(counts.items())
     )
 
@@ -94,7 +96,7 @@ class Folders:
 def find_folders(root: Path) -> Folders:
     """Finds the folders in `root` to train on."""
     if not root.is_dir():
-        return Folders(problem=no_such("folder"))
+        return Folders(problem=not_found(root, "folder"))
     folders = Folders()
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
@@ -168,9 +170,14 @@ def caption_conflicts(options: CaptionOptions, variants: int) -> Iterator[tuple[
         yield "token_warmup_step", f"{why}, because captions change with the step: keep one of them"
 
 
-def no_such(kind: str) -> str:
-    """Returns the message for a missing path of a kind, such as "folder"."""
-    return f"no such {kind}: check the path, which is relative to {Path.cwd()}"
+def not_found(path: Path, kind: str) -> str:
+    """Returns the message for a path that is not of a kind, "file", "folder" or "file or folder"."""
+    if path.is_dir():
+        return f"is a folder, and a {kind} is needed: name a {kind} in it"
+    if path.exists():
+        return f"is a file, and a {kind} is needed: name the {kind} that holds it"
+    place = "" if path.is_absolute() else f", which is relative to {Path.cwd()}"
+    return f"no such {kind}: check the path{place}"
 
 
 def _listed(names: list[str]) -> str:

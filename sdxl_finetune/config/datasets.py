@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, no_such
+from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, not_found
 from sdxl_finetune.config.fields import expected
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.reading import parse_toml
@@ -205,12 +205,12 @@ def _subset(
         for key, message in caption_conflicts(subset, config.text_encoder_outputs_variants):
             mistakes.add(message, f"{place}.{key}", getattr(subset, key))
     if subset.metadata_file is None and not subset.image_dir.is_dir():
-        mistakes.add(no_such("folder"), f"{place}.image_dir", str(subset.image_dir))
+        mistakes.add(not_found(subset.image_dir, "folder"), f"{place}.image_dir", str(subset.image_dir))
     if subset.metadata_file is not None and not subset.metadata_file.is_file():
-        mistakes.add(no_such("file"), f"{place}.metadata_file", str(subset.metadata_file))
+        mistakes.add(not_found(subset.metadata_file, "file"), f"{place}.metadata_file", str(subset.metadata_file))
     masks = subset.conditioning_data_dir
     if config.masked_loss and masks and not masks.is_dir():
-        mistakes.add(no_such("folder"), f"{place}.conditioning_data_dir", str(masks))
+        mistakes.add(not_found(masks, "folder"), f"{place}.conditioning_data_dir", str(masks))
     return subset
 
 

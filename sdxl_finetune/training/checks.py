@@ -22,12 +22,13 @@ from sdxl_finetune.config import (
     HoldOutOptions,
     LatentOptions,
     LrOptions,
+    MaskOptions,
     ModelOptions,
     OptimizerOptions,
     load_datasets,
 )
 from sdxl_finetune.data.index import Index, build_index, report_bad_images
-from sdxl_finetune.data.masks import without_bad_masks
+from sdxl_finetune.data.masks import remark_on_alpha, without_bad_masks
 from sdxl_finetune.data.scan import scan
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.errors import Problem, Problems, UserError
@@ -48,7 +49,15 @@ SOURCES = {"train_data_dir", "reg_data_dir", "in_json", "dataset_config"}
 """Options without which no image can be found."""
 DATA = {
     name
-    for group in (DataOptions, CaptionOptions, AugmentationOptions, BucketOptions, HoldOutOptions, LatentOptions)
+    for group in (
+        DataOptions,
+        CaptionOptions,
+        AugmentationOptions,
+        MaskOptions,
+        BucketOptions,
+        HoldOutOptions,
+        LatentOptions,
+    )
     for name in group.model_fields
 } | {"output_dir"}
 
@@ -158,7 +167,10 @@ def index_images(config: Config) -> Index:
     """Builds the index of a run, and looks for the masks of its images. Raises UserError."""
     skip = config.skip_cache_check
     index = build_index(load_datasets(config), config.cache_folder, config.on_bad_image, skip_check=skip)
-    return index if skip else without_bad_masks(index, config.on_bad_image)
+    if skip:
+        return index
+    remark_on_alpha(index)
+    return without_bad_masks(index, config.on_bad_image)
 
 
 def _read_images(
