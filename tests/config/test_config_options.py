@@ -16,7 +16,18 @@ EMA = {"ema_decay", "ema_half_life", "ema_previews", "ema_validation", "ema_save
 VALIDATION = {name for name in Config.model_fields if name.startswith("valid")} | {"max_validation_steps"}
 STARTS = {"initial_step", "initial_epoch", "lr_scheduler_cycle_decay"}
 TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
-OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters"}
+OURS = {
+    *VALIDATION,
+    *EMA,
+    *STARTS,
+    *TEXT_OUTPUTS,
+    "cache_dir",
+    "cache_dir_local",
+    "cache_dir_local_gb",
+    "on_bad_image",
+    "resume_at_next_epoch",
+    "exact_masters",
+}
 OURS |= {"no_memory"}
 
 
