@@ -111,10 +111,11 @@ def find_folders(root: Location) -> Folders:
     """Finds the folders in `root` to train on. Raises StorageError."""
     if isinstance(root, Address):
         return find_prefixes(root)
+    if root.name.lower().endswith((".tar.gz", ".tgz")) and not root.is_dir():
+        message = "a compressed tar file cannot be read in place: unpack it with gunzip, and name the .tar file"
+        return Folders(problem=message)
     if not root.is_dir():
-        compressed = root.name.lower().endswith((".tar.gz", ".tgz"))
-        remedy = "a compressed tar file cannot be read in place: unpack it with gunzip, and name the .tar file"
-        return Folders(problem=remedy if compressed else not_found(root, "folder"))
+        return Folders(problem=not_found(root, "folder"))
     folders = Folders()
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")

@@ -124,12 +124,12 @@ def test_large_images_are_not_read_for_their_size(tmp_path: Path, upload, server
     folder = tmp_path / "large"
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (500, 600, 3), np.uint8)
-    for name in ("a.png", "b.jpg", "c.bmp"):
+    for name in ("a.png", "b.jpg", "c.bmp", "d.webp"):
         Image.fromarray(noise).save(folder / name)
     address = upload(folder)
     table = listing(address).table
-    assert table["width"].to_pylist() == [600] * 3 and table["height"].to_pylist() == [500] * 3
-    assert server.requests == {"GET": 1 + 3}
+    assert table["width"].to_pylist() == [600] * 4 and table["height"].to_pylist() == [500] * 4
+    assert server.requests == {"GET": 1 + 4}
 
 
 def test_tars_in_a_store(images, tmp_path: Path, pack: Pack, upload, server: S3Server, index_of) -> None:
