@@ -35,9 +35,9 @@ class Grammar:
 def first_texts(captions: pa.LargeListArray) -> pa.LargeStringArray:
     """The text of the first caption source that each image has, null for an image without any."""
     texts, offsets = captions.flatten(), captions.offsets.to_numpy()
-    if len(texts) == len(captions):  # one source, as nearly always
-        return texts
     starts, counts = offsets[:-1] - offsets[0], np.diff(offsets)
+    if (counts == 1).all():  # one source, as nearly always
+        return texts
     first = pa.nulls(len(captions), pa.large_string())
     for place in range(counts.max(initial=0)):
         first = pc.coalesce(first, texts.take(pa.array(starts + place, mask=counts <= place)))
@@ -82,10 +82,10 @@ class Rows:
                 yield split_texts(own, options.separators)
 
     def trained(self, row: int) -> str:
-        """The caption of a row as the model is given it, whole and in order. Wildcards are drawn."""
+        """The caption of a row as the model is given it, whole and with its quality tag. Wildcards are drawn."""
+        entry, rng = self.index[row], position_random(0, "report", row)
         options = self._as_written[self.index.subset[row]]
-        rng = position_random(0, "report", row)
-        return caption(options, self.index[row].caption, rng, epoch=0, step=0, max_steps=1)
+        return caption(options, entry.caption, rng, epoch=0, step=0, max_steps=1, quality=entry.quality)
 
     def separator(self, row: int) -> str:
         """The text between two tags of the row's caption."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sdxl_finetune.commands.data import main as data_tool
+from sdxl_finetune.data.tokens import build_tokenizer
 
 SCORES = [round(0.1 + 0.8 * number / 11, 3) for number in range(12)]
 
@@ -47,6 +48,9 @@ def test_scores_quality_tags_and_weights_equal_plain_counts(tmp_path, config) ->
     assert list(bars("quality")) == ["masterpiece", "high quality", "worst quality", "no quality tag"]
     assert bars("weights") == {"0.5": 5, "1": 9}
     assert bars("repeats") == {"1 ×": 9, "3 ×": 5}
+    short = build_tokenizer(max_token_length=None).length("worst quality, cat")
+    assert sum(sum(trace["y"]) for trace in figures["tokens"]["data"]) == 14
+    assert max(trace["x"][-1] for trace in figures["tokens"]["data"]) >= short - 2.5, "quality tags count as tokens"
     assert sum(figures["scores"]["data"][0]["y"]) == 12
     assert [shape["x0"] for shape in figures["scores"]["layout"]["shapes"]] == [0.5, 0.7]
     assert f"12 images have a score, {np.mean(SCORES):.3f} on average. 2 images have none." in text

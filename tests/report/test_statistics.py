@@ -56,6 +56,7 @@ def test_the_first_caption_source_of_each_image_is_used() -> None:
     assert first_texts(captions.slice(1, 2)).to_pylist() == ["b", "c"]
     assert first_texts(captions.slice(0, 1)).to_pylist() == ["z"]
     assert first_texts(captions.slice(0, 0)).to_pylist() == []
+    assert first_texts(pa.array([["a", "b"], []], captions.type)).to_pylist() == ["a", None]
 
 
 def test_the_rarest_tags_are_dropped_when_there_are_too_many() -> None:
