@@ -66,6 +66,9 @@ VALUES: dict[str, list[Any]] = {
     "max_token_length": [75, 150, 225],
     "caption_extension": [".txt", "txt", ".caption"],
     "caption_separator": [",", ";"],
+    "caption_sources": [".caption:0.5, .json#a", "caption, tags:3", [".caption"]],
+    "caption_tag_dropout_groups": [{"b": ["c", "f*"]}, '{"*": "b"}'],
+    "protected_tags_file": ["protected.txt"],
     "keep_tokens_separator": ["|||"],
     "secondary_separator": [";;;"],
     "face_crop_aug_range": ["1.0,2.0"],
@@ -127,6 +130,7 @@ def write_files(folder: Path) -> None:
             Image.linear_gradient("L").resize(image.size).save(folder / "masks" / f"{photo.stem}.png")
     rows = {str(photo): {"caption": "a photo", "tags": "a, b"} for photo in photos}
     (folder / "meta.json").write_text(json.dumps(rows))
+    (folder / "protected.txt").write_text("# of the captions\nc\n* photo\n")
     (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2\n")
 
 

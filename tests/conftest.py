@@ -27,7 +27,9 @@ from PIL import Image  # noqa: E402
 
 from scripts.toy.photos import write_photos  # noqa: E402
 from sdxl_finetune.commands.model import main as model_tool  # noqa: E402
+from sdxl_finetune.storage import Address, delete, list_files, objects  # noqa: E402
 from tests.hub_server import HubServer  # noqa: E402
+from tests.s3_server import S3Server, environment, running_server  # noqa: E402
 
 torch.set_num_threads(1)  # a plugin may have imported torch before the variable was set
 
@@ -102,3 +104,22 @@ def work(tmp_path, monkeypatch, base) -> Path:
     write_photos(tmp_path / "images")
     (tmp_path / "base.safetensors").symlink_to(base)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[S3Server]:
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A running S3 server with an empty bucket named `bucket`, which this process finds through the environment."""
+    for name, value in environment(_s3_server.port).items():
+        monkeypatch.setenv(name, value)
+    objects.forget_stores()
+    for found in list_files(Address("s3://bucket")):
+        delete(Address("s3://bucket") / found.name)
+    _s3_server.clear()
+    yield _s3_server
+    objects.forget_stores()

@@ -27,7 +27,8 @@ from sdxl_finetune.config import Dataset, Subset
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.latents.encoding import Encoding, _read_ahead, encode_images
 from sdxl_finetune.latents.keys import row_keys
-from sdxl_finetune.latents.shards import Library, ShardWriter
+from sdxl_finetune.latents.library import Library
+from sdxl_finetune.latents.shards import ShardWriter
 from sdxl_finetune.latents.store import find_places, missing_rows
 
 SIZE = (3000, 2000)

@@ -36,8 +36,10 @@ from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tables import write_table
 from sdxl_finetune.data.tokens import Tokenizer
+from sdxl_finetune.latents.catalogue import local_shelf
 from sdxl_finetune.latents.keys import row_keys
-from sdxl_finetune.latents.shards import TABLES, Kind, Library, open_shards, remember_checked
+from sdxl_finetune.latents.library import Library
+from sdxl_finetune.latents.shards import TABLES, Kind
 from sdxl_finetune.latents.store import build_store, find_places, missing_rows
 
 FEW = 100
@@ -158,7 +160,8 @@ def make_shards(folder: Path, stat_hashes: np.ndarray) -> None:
         with (latents / f"{number:020d}-00000-{number:08x}.latents").open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text + content)
             file.truncate(8 + len(text) + end + count * size)
-    remember_checked(latents, open_shards(latents, KIND, check=False))
+    shelf = local_shelf(latents, KIND)
+    shelf.remember(shelf.open(check=False))
 
 
 def make_files(folder: Path, size: int) -> None:
@@ -204,7 +207,7 @@ def start(folder: Path) -> dict[str, float]:
 
     index = open_index(folder, skip_check=True)
     lap("index")
-    shards = open_shards(KIND.folder(folder / "cache"), KIND, check=True)
+    shards = local_shelf(KIND.folder(folder / "cache"), KIND).open(check=True)
     lap("shards")
     library, keys = Library(shards), row_keys(index)
     lap("keys")

@@ -3,7 +3,7 @@
 import logging
 import os
 
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import Config, with_local_models
 from sdxl_finetune.errors import Problem, UserError, say_errors
 from sdxl_finetune.latents.captions import prepare_text
 from sdxl_finetune.latents.masks import prepare_masks
@@ -31,17 +31,17 @@ def cache(config: Config) -> int:
     try:
         with stop_on_signals() as stop, console(config, int(os.environ.get("RANK", 0))):
             accelerator = build_accelerator(config)
+            config = with_local_models(config)
             index = shared_index(config, accelerator)
             logger.info("%s", index.describe())
-            path, device = config.pretrained_model_name_or_path, accelerator.device
-            assert path is not None
+            path, device = config.model_path, accelerator.device
             if config.cache_latents_to_disk:
-                vae = load_vae(path, config.vae)
+                vae = load_vae(path, config.vae_path)
                 index, _ = prepare_masks(index, config, accelerator, pixels_per_latent(vae), stop)
                 index, _ = prepare(index, VaeEncoder(vae, device), config, accelerator, stop)
             if config.cache_text_encoder_outputs_to_disk:
                 dtype, exact = weight_dtype(config), config.keeps_masters
-                sdxl = load_text_encoders(path, dtype=dtype, vae_path=config.vae, exact=exact)
+                sdxl = load_text_encoders(path, dtype=dtype, vae_path=config.vae_path, exact=exact)
                 prepare_text(index, TextEncoders(sdxl, tokenizer_of(config), device), config, accelerator, stop)
             accelerator.end_training()
     except OutOfMemory as error:

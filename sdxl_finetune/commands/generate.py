@@ -22,7 +22,7 @@ from PIL import Image
 
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.schedule import build_schedule
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.load import load_checkpoint, open_base_model
 from sdxl_finetune.output.previews import PreviewModel, draw_latents, generation_parameters, save_image, to_image
@@ -69,7 +69,7 @@ def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
     for number, (request, image) in enumerate(_draw(arguments.model, requests, arguments), first_number):
         path = arguments.output / f"{number:05d}-{request.seed}.png"
         save_image(path, image, request.parameters(arguments.model.stem, model_hash))
-    print(f"wrote {len(requests)} images into {arguments.output}")
+    print(f"wrote {counted(len(requests), 'image')} into {arguments.output}")
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -93,7 +93,8 @@ def compare(arguments: argparse.Namespace) -> None:
     page = f'<!doctype html><meta charset="utf-8"><title>Checkpoints compared</title><style>{STYLE}</style>{table}\n'
     with atomic_path(arguments.output) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    print(f"wrote {arguments.output}: {len(requests)} images from each of {len(arguments.models)} checkpoints")
+    models = counted(len(arguments.models), "checkpoint")
+    print(f"wrote {arguments.output}: {counted(len(requests), 'image')} from each of {models}")
 
 
 def _draw_column(model: Path, requests: Sequence[ImageRequest], arguments: argparse.Namespace) -> list[str]:
@@ -158,9 +159,10 @@ def _read_requests(arguments: argparse.Namespace) -> list[ImageRequest]:
 
 
 def _warn_if_too_long(prompt: str, max_tokens: int) -> None:
-    if (count := Tokenizer(max_token_length=max_tokens, weighted=True).length(prompt)) > max_tokens:
+    count = Tokenizer(max_token_length=max_tokens, weighted=True, breaks=True).count(prompt)
+    if count.lost:
         message = "only the first %d of %d tokens are used of the prompt: %s. Shorten it or raise --max_token_length"
-        logger.warning(message, max_tokens, count, prompt)
+        logger.warning(message, count.tokens - count.lost, count.tokens, prompt)
 
 
 def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
@@ -174,7 +176,7 @@ def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
     return PreviewModel(
         sdxl=loaded.model.to(device).eval(),
         vae=loaded.vae,
-        tokenizer=build_tokenizer(max_token_length=arguments.max_token_length),
+        tokenizer=build_tokenizer(max_token_length=arguments.max_token_length, caption_break=True),
         noise_schedule=build_schedule(zero_terminal_snr=zero_terminal_snr),
         v_parameterization=arguments.v_parameterization or bool(declared.v_prediction),
     )

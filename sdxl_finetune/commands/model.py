@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sdxl_finetune.model.save import SaveAs
     from sdxl_finetune.model.tensorfile import Source
 
+CHUNK = 75
+"""Tokens that the text encoders read at once."""
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "float": "float32"}
 FORMATS = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
 
@@ -90,8 +92,8 @@ def _add_image_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
         add("--seed", type=partial(_integer, 0), help="seed of each prompt's first image (default: a random seed)")
         add("--images", type=positive, default=1, help="images of each prompt, with consecutive seeds (default: 1)")
         add("--batch_size", type=positive, default=1, help="images that are drawn at once (default: 1)")
-        tokens = "tokens of a prompt that are used (default: 225)"
-        add("--max_token_length", type=int, choices=(75, 150, 225), default=225, help=tokens)
+        tokens = "tokens of a prompt that are used, a multiple of 75 (default: 225). BREAK starts the next 75"
+        add("--max_token_length", type=_token_length, default=225, metavar="TOKENS", help=tokens)
         add(
             "--precision", choices=tuple(PRECISIONS), help="precision of the model (default: bf16 on a GPU, else float)"
         )
@@ -122,6 +124,13 @@ def _integer(least: int, text: str) -> int:
 
 def _integers(least: int, text: str) -> tuple[int, ...]:
     return tuple(_integer(least, number) for number in text.split(","))
+
+
+def _token_length(text: str) -> int:
+    tokens = _integer(CHUNK, text)
+    if tokens % CHUNK:
+        raise argparse.ArgumentTypeError(f"{text}: must be a multiple of {CHUNK}")
+    return tokens
 
 
 def _side(text: str) -> int:

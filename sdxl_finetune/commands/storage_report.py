@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
-from sdxl_finetune.errors import Problem, Problems
+from sdxl_finetune.errors import Problem, Problems, counted
 from sdxl_finetune.latents.captions import Captions, count_keys
 from sdxl_finetune.latents.preparing import latent_bytes
 from sdxl_finetune.latents.together import check_memory
@@ -50,8 +50,7 @@ def optimizer_state_bytes(groups: Sequence[Group], state_bytes: float) -> float:
 def file_lines(
     config: Config, timeline: Timeline, groups: Sequence[Group], state_bytes: float, found: Findings
 ) -> Iterator[str]:
-    assert config.pretrained_model_name_or_path is not None and config.output_dir is not None
-    file = inspect_checkpoint(config.pretrained_model_name_or_path).file
+    file = inspect_checkpoint(config.model_path).file
     dtype = PRECISIONS[config.save_precision] or weight_dtype(config)
     parameters = sum(math.prod(source.shape) for source in file.tensors.values())
     vae = sum(math.prod(source.shape) for key, source in file.tensors.items() if key.startswith((VAE, "vae.")))
@@ -70,15 +69,15 @@ def file_lines(
         yield f"a training state, saved when the run is stopped by a signal, takes {size_text(state)}"
     previews = len(list(previews_every(config).moments(timeline))) if config.sample_prompts else 0
     if previews:
-        yield f"{previews} rounds of previews"
+        yield f"{counted(previews, 'round')} of previews"
     # One more of each kind for the end of the run, and one more while it is being written.
     needed = (_kept(weights_saves) + 2) * parameters * dtype.itemsize + (_kept(state_saves) + 2) * state
-    free = shutil.disk_usage(existing(config.output_dir)).free
-    yield f"free in {config.output_dir}: {size_text(free)}"
+    free = shutil.disk_usage(existing(config.output_folder)).free
+    yield f"free in {config.output_folder}: {size_text(free)}"
     if free < needed:
         message = f"the disk has {size_text(free)} free, and the run needs {size_text(needed)}"
         message += ": free space, or keep fewer checkpoints with save_last_n_epochs or save_last_n_steps"
-        found.found.append(Problem(message, key="output_dir", value=str(config.output_dir)))
+        found.found.append(Problem(message, key="output_dir", value=str(config.output_folder)))
 
 
 def _kind(kind: str, saves: Sequence[Save], final: str | None, size: float) -> Iterator[str]:
@@ -99,8 +98,8 @@ def latent_lines(config: Config, index: Index, found: Findings) -> Iterator[str]
         yield "encoded again at each use, because cache_latents is off"
         return
     scale = FULL.pixels_per_latent
-    if config.pretrained_model_name_or_path and config.pretrained_model_name_or_path.exists():
-        inspected = found.attempt(inspect_checkpoint, config.pretrained_model_name_or_path)
+    if isinstance(config.pretrained_model_name_or_path, Path) and config.model_path.exists():
+        inspected = found.attempt(inspect_checkpoint, config.model_path)
         if inspected and inspected.architecture:
             scale = inspected.architecture.pixels_per_latent
     yield _place_of_cache(config, latent_bytes(index, scale), "cache_latents", found)
@@ -110,8 +109,7 @@ def say_text_outputs(config: Config, index: Index, found: Findings) -> None:
     """Adds the size of the cached text encoder outputs. Raises UserError if the model cannot be read."""
     if not config.cache_text_encoder_outputs:
         return
-    assert config.pretrained_model_name_or_path is not None
-    architecture = inspect_checkpoint(config.pretrained_model_name_or_path).architecture
+    architecture = inspect_checkpoint(config.model_path).architecture
     if architecture is None:
         return
     tokenizer = tokenizer_of(config)

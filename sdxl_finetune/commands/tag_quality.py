@@ -17,7 +17,7 @@ import pyarrow.compute
 from jaxtyping import Bool
 
 from sdxl_finetune.config import Config, Dataset, Subset, load_datasets
-from sdxl_finetune.data.captions import caption_paths
+from sdxl_finetune.data.caption_sources import caption_paths
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.quality import NO_TAG
 from sdxl_finetune.data.quality_text import with_quality
@@ -69,6 +69,11 @@ def _check_sources(datasets: Sequence[Dataset]) -> None:
         Problem(f"captions of a metadata file are not rewritten: {REMEDY}", "in_json", file=str(subset.metadata_file))
         for subset in subsets
         if subset.metadata_file
+    ]
+    problems += [
+        Problem(f"captions of several sources are not rewritten: {REMEDY}", key="caption_sources")
+        for subset in subsets
+        if subset.caption_sources
     ]
     problems += [
         Problem(f"captions in an object store are not rewritten: {REMEDY}", file=str(subset.image_dir))

@@ -7,9 +7,11 @@ from sdxl_finetune.config.data_options import (
     DataOptions,
     HoldOutOptions,
     LatentOptions,
+    MaskOptions,
 )
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.config.datasets import load_datasets
+from sdxl_finetune.config.downloads import with_local_models
 from sdxl_finetune.config.load import FaultyConfig, load_config
 from sdxl_finetune.config.options import Config, to_toml
 from sdxl_finetune.config.output_options import (
@@ -36,7 +38,7 @@ from sdxl_finetune.config.training_options import (
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "Config", "DataOptions", "Dataset", "EmaOptions",
     "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions", "LatentOptions",
-    "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MetadataOptions", "ModelOptions", "NoiseOptions",
-    "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset",
-    "ValidationOptions", "load_config", "load_datasets", "to_toml",
+    "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions",
+    "NoiseOptions", "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset",
+    "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models",
 ]  # fmt: skip

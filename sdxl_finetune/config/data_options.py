@@ -4,7 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_finetune.config.fields import FaceRange, FilePath, OnlyWith, Options, Resolution, ZeroIsOne
+from sdxl_finetune.config.caption_sources import CaptionSources
+from sdxl_finetune.config.fields import (
+    FaceRange,
+    FileLocation,
+    FilePath,
+    MetadataColumns,
+    OnlyWith,
+    Options,
+    Resolution,
+    TagGroups,
+    ZeroIsOne,
+)
 
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"]
 TAGS = OnlyWith("shuffle_caption caption_tag_dropout_rate token_warmup_step")
@@ -15,12 +26,14 @@ HELD_OUT = OnlyWith("validation_split")
 class DataOptions(Options):
     """Images"""
 
-    train_data_dir: FilePath | None = None
-    """Folder of images, or of folders `N_words`: N repeats per epoch, words as caption of images without one."""
-    reg_data_dir: FilePath | None = None
+    train_data_dir: FileLocation | None = None
+    """Folder of images or tar files, or of folders `N_words`: N repeats per epoch, words as caption of images."""
+    reg_data_dir: FileLocation | None = None
     """Folder of regularisation images, laid out as `train_data_dir`. An epoch uses as many of them as other images."""
-    in_json: FilePath | None = None
-    """File of captions, tags and sizes of the images in `train_data_dir`, .json or .jsonl. Replaces caption files."""
+    in_json: FileLocation | None = None
+    """Metadata of the images in `train_data_dir`: .json, .jsonl or .parquet file, or a folder of .parquet files."""
+    metadata_columns: MetadataColumns | None = None
+    """Names of columns or keys of `in_json`, where they have unusual names. Not in sd-scripts."""
     dataset_config: FilePath | None = None
     """TOML or JSON file that describes several datasets. Replaces `train_data_dir`."""
     dataset_repeats: int = Field(1, ge=1)
@@ -44,8 +57,10 @@ class DataOptions(Options):
 class CaptionOptions(Options):
     """Captions and tags"""
 
-    caption_extension: str = ".caption"
+    caption_extension: Annotated[str, OnlyWith("caption_sources", unless=True)] = ".caption"
     """Ending of the caption file beside each image."""
+    caption_sources: CaptionSources | None = None
+    """Texts of which one is drawn as caption each time an image is used, with weights. Not in sd-scripts."""
     caption_separator: Annotated[
         str, OnlyWith("shuffle_caption caption_tag_dropout_rate token_warmup_step secondary_separator")
     ] = Field(",", min_length=1)
@@ -70,6 +85,10 @@ class CaptionOptions(Options):
     """Use empty captions in every Nth epoch. 0: never."""
     caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1)
     """Probability that a tag is dropped, 0 to 1. Tags kept by `keep_tokens` stay."""
+    caption_tag_dropout_groups: Annotated[TagGroups | None, OnlyWith("caption_tag_dropout_rate")] = None
+    """Tags dropped together with a tag: a table of lists by tag, or its TOML or JSON file. Not in sd-scripts."""
+    protected_tags_file: Annotated[FilePath | None, TAGS] = None
+    """Text file of tags that are never shuffled or dropped, one a line. `*` matches any text. Not in sd-scripts."""
     token_warmup_min: Annotated[int, OnlyWith("token_warmup_step")] = Field(1, ge=0)
     """Number of tags in use at the start of tag warm-up."""
     token_warmup_step: float = Field(0.0, ge=0)
@@ -145,5 +164,9 @@ class LatentOptions(Options):
     """Captions that the text encoders encode at once for that cache. Not in sd-scripts' SDXL trainer."""
     skip_cache_check: bool = False
     """Do not look for changed images and captions since the last run. Saves time with millions of files."""
-    cache_dir: FilePath | None = None
+    cache_dir: FileLocation | None = None
     """Folder of the dataset index and of what is cached. Default: `cache` in `output_dir`. Not in sd-scripts."""
+    cache_dir_local: FilePath | None = None
+    """Local folder for parts of what is kept at addresses. Default: `~/.cache/sdxl_finetune`. Not in sd-scripts."""
+    cache_dir_local_gb: float = Field(0.0, ge=0)
+    """Most GB of latents that `cache_dir_local` holds. 0: latents are read from the store. Not in sd-scripts."""

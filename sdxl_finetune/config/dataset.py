@@ -9,8 +9,9 @@ the index lists all names later.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from pydantic import Field
@@ -23,8 +24,10 @@ from sdxl_finetune.config.data_options import (
     Interpolation,
     MaskOptions,
 )
-from sdxl_finetune.config.fields import Resolution
+from sdxl_finetune.config.fields import FileLocation, MetadataColumns, Resolution
 from sdxl_finetune.config.quality_options import MISSING_RULES, ImageWeightOptions, QualityOptions, is_ending
+from sdxl_finetune.errors import counted
+from sdxl_finetune.storage import Address, Found, Location, list_page
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of image files, in any case of letters, that are always read."""
@@ -32,6 +35,10 @@ OPTIONAL_SUFFIXES = {".avif": "pillow-avif-plugin", ".jxl": "pillow-jxl-plugin"}
 """Endings that are read if Pillow can read them, each with a package that teaches it to Pillow."""
 UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif")
 """Endings of pictures that are not trained on, as in the reference. A remark counts such files."""
+LOOSE_OBJECTS = 20_000
+"""Objects in no folder after which a search below an address ends: 20 requests."""
+TAR_SUFFIX = ".tar"
+"""Ending of a file of images, as WebDataset packs them."""
 
 
 def is_picture(entry: os.DirEntry, suffixes: tuple[str, ...]) -> bool:
@@ -51,7 +58,8 @@ def unread_pictures(counts: Mapping[str, int]) -> str:
     remedies = {ending: f"pip install {package}" for ending, package in OPTIONAL_SUFFIXES.items()}
     remedies |= {".jfif": "rename them to .jpg"}
     return "; ".join(
-        f"{count} {ending} files are not read: {remedies.get(ending, 'convert them to .png or .jpg')}"
+        f"{counted(count, f'{ending} file')} {'is' if count == 1 else 'are'} not read: "
+        f"{remedies.get(ending, 'convert them to .png or .jpg')}"
         for ending, count in sorted(counts.items())
     )
 
@@ -59,8 +67,8 @@ def unread_pictures(counts: Mapping[str, int]) -> str:
 class Subset(CaptionOptions, QualityOptions, AugmentationOptions, MaskOptions, HoldOutOptions, ImageWeightOptions):
     """A folder of images with the options that may differ from folder to folder."""
 
-    image_dir: Path = Path()
-    metadata_file: Path | None = None
+    image_dir: FileLocation = Path()
+    metadata_file: FileLocation | None = None
     """File of names, captions and tags of the images. Replaces a search of the folder."""
     num_repeats: int
     """Repeats of each image per epoch."""
@@ -69,6 +77,13 @@ class Subset(CaptionOptions, QualityOptions, AugmentationOptions, MaskOptions, H
     is_reg: bool = False
     """True for regularisation images."""
     resize_interpolation: Interpolation | None = None
+    tar_files: str | None = None
+    """Names of the tar files in `image_dir` to use, with ranges as {000..099}. Default: all, if no images are there."""
+    metadata_columns: MetadataColumns | None = None
+    caption_break: bool = False
+    """True if tags stay on their side of the word BREAK. The option of the config, for all subsets."""
+    draws_source: bool = True
+    """False if the caption is always the heaviest of the image's sources, as in validation. No option."""
 
 
 class Dataset(BucketOptions):
@@ -85,17 +100,19 @@ class Dataset(BucketOptions):
 class Folders:
     """The folders of a `train_data_dir`."""
 
-    used: list[tuple[Path, int | None, str | None]] = field(default_factory=list)
+    used: list[tuple[Location, int | None, str | None]] = field(default_factory=list)
     """Folders of images by name: path, repeats and class tokens. The last two are None if the name does not say."""
     remarks: list[str] = field(default_factory=list)
     """Folders and images that are not used, to warn the user."""
     problem: str | None = None
 
 
-def find_folders(root: Path) -> Folders:
-    """Finds the folders in `root` to train on."""
+def find_folders(root: Location) -> Folders:
+    """Finds the folders in `root` to train on. Raises StorageError."""
+    if isinstance(root, Address):
+        return find_prefixes(root)
     if not root.is_dir():
-        return Folders(problem=no_such("folder"))
+        return Folders(problem=not_found(root, "folder"))
     folders = Folders()
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
@@ -103,7 +120,7 @@ def find_folders(root: Path) -> Folders:
     empty: list[str] = []
     for name in names:
         repeats, words = _parts(name)
-        if not holds_images(root / name):
+        if not holds_images(root / name) and not holds_tars(root / name):
             pictures = unread_pictures(count_endings(root / name, UNREAD_SUFFIXES))
             empty += [name + (pictures and f" ({pictures})")] if repeats > 0 or pictures else []
         elif repeats > 0:
@@ -113,7 +130,7 @@ def find_folders(root: Path) -> Folders:
         else:
             unnamed.append(name)
     has_loose_images = holds_images(root)
-    if has_loose_images and not folders.used:
+    if not folders.used and (has_loose_images or holds_tars(root)):
         folders.used.append((root, None, None))
         repeats, words = _parts(root.resolve().name)
         if repeats > 0 and words:
@@ -121,10 +138,7 @@ def find_folders(root: Path) -> Folders:
             folders.remarks.append(f"{message} and the caption {words!r}")
     elif has_loose_images:
         folders.remarks.append(f"images directly in {root} are not used, because {root} has folders N_words")
-    if unnamed:
-        folders.remarks.append(f"folders not used, because their names are not N_words (as 5_cat): {_listed(unnamed)}")
-    if empty:
-        folders.remarks.append(f"folders not used, because they contain no images: {_listed(empty)}")
+    _remark_on_unused(folders, unnamed, empty)
     if not folders.used:
         content = f"only the folders {_listed(names)}" if names else "no folders"
         pictures = unread_pictures(count_endings(root, UNREAD_SUFFIXES))
@@ -135,10 +149,78 @@ def find_folders(root: Path) -> Folders:
     return folders
 
 
+def find_prefixes(root: Address) -> Folders:
+    """Finds the folders below an address to train on, by one request for each folder. Raises StorageError.
+
+    The search ends after LOOSE_OBJECTS objects that lie in no folder.
+    """
+    folders, after, loose = Folders(), "", 0
+    unnamed: list[str] = []
+    empty: list[str] = []
+    has_loose_images = False
+    while loose < LOOSE_OBJECTS and (page := list_page(root, after)):
+        folder, slash, _ = page[0].name.partition("/")
+        own = [found.name for found in page if found.name.startswith(f"{folder}/")] if slash else _loose(page)
+        holds = any(name.lower().endswith((*IMAGE_SUFFIXES, *OPTIONAL_SUFFIXES, TAR_SUFFIX)) for name in own)
+        repeats, words = _parts(folder)
+        if not slash:
+            loose, after, has_loose_images = loose + len(own), own[-1], has_loose_images or holds
+            continue
+        after = f"{folder}0"  # the first name behind all that begin with "folder/"
+        if holds and repeats > 0:
+            folders.used.append((root / folder, repeats, words))
+        elif holds or repeats > 0:
+            (unnamed if holds else empty).append(folder)
+    if has_loose_images and not folders.used:
+        folders.used.append((root, None, None))
+    elif has_loose_images:
+        folders.remarks.append(f"images directly in {root} are not used, because {root} has folders N_words")
+    _remark_on_unused(folders, unnamed, empty)
+    if not folders.used:
+        folders.problem = (
+            f"no images to train on below this address: put images ({' '.join(IMAGE_SUFFIXES)}) or tar files there,"
+            " or folders of them named N_words for N repeats, as 5_cat"
+        )
+    return folders
+
+
+def _loose(page: Sequence[Found]) -> list[str]:
+    """The names at the start of a page that lie in no folder."""
+    return list(takewhile(lambda name: "/" not in name, (found.name for found in page)))
+
+
+def _remark_on_unused(folders: Folders, unnamed: list[str], empty: list[str]) -> None:
+    if unnamed:
+        message = "folders not used, because their names are not N_words (as 5_cat)"
+        folders.remarks.append(f"{message}: {_listed(unnamed)}")
+    if empty:
+        folders.remarks.append(f"folders not used, because they contain no images: {_listed(empty)}")
+
+
 def holds_images(folder: Path) -> bool:
     """True if an image lies directly in the folder."""
     with os.scandir(folder) as entries:
         return any(is_picture(entry, (*IMAGE_SUFFIXES, *OPTIONAL_SUFFIXES)) for entry in entries)
+
+
+def holds_tars(folder: Path, *, without_folders: bool = False) -> bool:
+    """True if tar files lie directly in the folder and no images. With `without_folders` no folders may lie there."""
+    found = False
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_picture(entry, (*IMAGE_SUFFIXES, *OPTIONAL_SUFFIXES)) or (without_folders and entry.is_dir()):
+                    return False
+                found |= entry.name.lower().endswith(TAR_SUFFIX) and entry.name[0] != "." and entry.is_file()
+    except OSError:
+        return False
+    return found
+
+
+def split_tars(place: Location) -> tuple[Location, str | None]:
+    """The folder and the pattern of names of a path that names tar files; the path itself and None of any other."""
+    is_pattern = place.name.lower().endswith(TAR_SUFFIX) and not (isinstance(place, Path) and place.is_dir())
+    return (place.parent, place.name) if is_pattern else (place, None)
 
 
 def count_endings(folder: Path, suffixes: tuple[str, ...]) -> Counter[str]:
@@ -174,7 +256,7 @@ def mark_problems(
 ) -> Iterator[tuple[str, str]]:
     """Yields option and message of what is wrong with the options of quality tags and weights."""
     if weights.image_weights and not weights.image_weights.is_file():
-        yield "image_weights", no_such("file")
+        yield "image_weights", not_found(weights.image_weights, "file")
     if not options.quality_tags:
         return
     for separator in ("caption_separator", "keep_tokens_separator", "secondary_separator"):
@@ -185,15 +267,20 @@ def mark_problems(
         yield "quality_missing", f"must be one of quality_tags or of {', '.join(MISSING_RULES)}"
     scores, groups = options.quality_scores, options.quality_groups or ""
     if scores and not is_ending(scores) and not Path(scores).is_file():
-        message = f'{no_such("file")}. A file beside each image is named by its ending, as ".score"'
+        message = f'{not_found(Path(scores), "file")}. A file beside each image is named by its ending, as ".score"'
         yield "quality_scores", message
     if groups.startswith("column:") and (scores is None or is_ending(scores)):
         yield "quality_groups", "needs quality_scores, the file with this column: set it, or name tags"
 
 
-def no_such(kind: str) -> str:
-    """Returns the message for a missing path of a kind, such as "folder"."""
-    return f"no such {kind}: check the path, which is relative to {Path.cwd()}"
+def not_found(path: Path, kind: str) -> str:
+    """Returns the message for a path that is not of a kind, "file", "folder" or "file or folder"."""
+    if path.is_dir():
+        return f"is a folder, and a {kind} is needed: name a {kind} in it"
+    if path.exists():
+        return f"is a file, and a {kind} is needed: name the {kind} that holds it"
+    place = "" if path.is_absolute() else f", which is relative to {Path.cwd()}"
+    return f"no such {kind}: check the path{place}"
 
 
 def _listed(names: list[str]) -> str:

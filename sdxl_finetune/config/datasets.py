@@ -19,18 +19,28 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_finetune.config.dataset import Dataset, Subset, caption_conflicts, find_folders, mark_problems, no_such
+from sdxl_finetune.config.dataset import (
+    Dataset,
+    Subset,
+    caption_conflicts,
+    find_folders,
+    mark_problems,
+    not_found,
+    split_tars,
+)
 from sdxl_finetune.config.fields import expected
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.reading import parse_toml
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.storage import Location, parse_location
 
 logger = logging.getLogger(__name__)
 
 RENAMED = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}
 """Options of the config that have another name as keys of the file."""
 DATASET_KEYS = Dataset.model_fields.keys() - {"subsets"}
-SUBSET_KEYS = set(Subset.model_fields)
+SUBSET_KEYS = set(Subset.model_fields) - {"caption_break", "draws_source", "tar_files"}
+"""Keys of a subset. The tokenizer of the run reads `caption_break`, so it is one value for all subsets."""
 SHARED_KEYS = SUBSET_KEYS - {"image_dir", "metadata_file", "is_reg"}
 """Keys of subsets that a dataset or [general] may hold for all their subsets."""
 NO_EFFECT = {
@@ -69,29 +79,33 @@ def _from_folders(config: Config) -> tuple[Dataset, ...]:
     common = {name: getattr(config, name) for name in Dataset.model_fields if name in Config.model_fields}
     sources: list[dict[str, Any]] = []
     if config.in_json:
-        folder = config.train_data_dir or Path()
-        sources = [{"image_dir": folder, "metadata_file": config.in_json, "num_repeats": None, "class_tokens": None}]
+        folder, tars = split_tars(config.train_data_dir or Path())
+        sources = [{"image_dir": folder, "tar_files": tars, "metadata_file": config.in_json}]
     else:
         for option in ("train_data_dir", "reg_data_dir"):
+            folder, tars = split_tars(getattr(config, option) or Path())
+            found = [(folder, None, None)] if tars else _folders(option, getattr(config, option))
+            is_reg = option == "reg_data_dir"
             sources += [
-                {"image_dir": path, "num_repeats": repeats, "class_tokens": words, "is_reg": option == "reg_data_dir"}
-                for path, repeats, words in _folders(option, getattr(config, option))
+                {"image_dir": path, "tar_files": tars, "num_repeats": repeats, "class_tokens": words, "is_reg": is_reg}
+                for path, repeats, words in found
             ]
     for source in sources:
-        if source["num_repeats"] is None:
+        if source.setdefault("num_repeats", None) is None:
             source["num_repeats"] = config.dataset_repeats
+        source.setdefault("class_tokens", None)
         source["conditioning_data_dir"] = None if source.get("is_reg") else _mask_folder(config, source["image_dir"])
     subsets = tuple(Subset(**{**shared, **source}) for source in sources)
     return (Dataset(**common, batch_size=config.train_batch_size, subsets=subsets),)
 
 
-def _mask_folder(config: Config, images: Path) -> Path | None:
+def _mask_folder(config: Config, images: Location) -> Path | None:
     """The folder of the masks of a folder of images: one of the same name in conditioning_data_dir, or that itself."""
     root = config.conditioning_data_dir
     return root / images.name if root and (root / images.name).is_dir() else root
 
 
-def _folders(option: str, root: Path | None) -> list[tuple[Path, int | None, str | None]]:
+def _folders(option: str, root: Location | None) -> list[tuple[Location, int | None, str | None]]:
     if root is None:
         return []
     folders = find_folders(root)
@@ -189,10 +203,16 @@ def _subset(
             mistakes.add("cannot be used with metadata_file: remove one of them", f"{place}.{key}", keys[key])
     for key in ("image_dir", "metadata_file"):
         if isinstance(keys.get(key), str):
-            keys[key] = Path(keys[key])
-    values = {name: value for name, value in {**inherited, **keys}.items() if name in SUBSET_KEYS}
+            try:
+                keys[key] = parse_location(keys[key])
+            except ValueError as error:
+                mistakes.add(str(error), f"{place}.{key}")
+                return None
+    values = {name: value for name, value in {**inherited, **keys}.items() if name in Subset.model_fields}
     if keys.get("is_reg") and "conditioning_data_dir" not in keys:
         values["conditioning_data_dir"] = None  # masks of the images that are learned, not of regularisation images
+    if "image_dir" in values:
+        values["image_dir"], values["tar_files"] = split_tars(values["image_dir"])
     subset = mistakes.build(Subset, {"num_repeats": 1, "class_tokens": None, **values}, place)
     if subset is None:
         return None
@@ -206,13 +226,14 @@ def _subset(
     if config.cache_text_encoder_outputs:
         for key, message in caption_conflicts(subset, config.text_encoder_outputs_variants):
             mistakes.add(message, f"{place}.{key}", getattr(subset, key))
-    if subset.metadata_file is None and not subset.image_dir.is_dir():
-        mistakes.add(no_such("folder"), f"{place}.image_dir", str(subset.image_dir))
-    if subset.metadata_file is not None and not subset.metadata_file.is_file():
-        mistakes.add(no_such("file"), f"{place}.metadata_file", str(subset.metadata_file))
+    images, metadata = subset.image_dir, subset.metadata_file
+    if metadata is None and isinstance(images, Path) and not images.is_dir():
+        mistakes.add(not_found(images, "folder"), f"{place}.image_dir", str(images))
+    if isinstance(metadata, Path) and not metadata.exists():
+        mistakes.add(not_found(metadata, "file"), f"{place}.metadata_file", str(metadata))
     masks = subset.conditioning_data_dir
     if config.masked_loss and masks and not masks.is_dir():
-        mistakes.add(no_such("folder"), f"{place}.conditioning_data_dir", str(masks))
+        mistakes.add(not_found(masks, "folder"), f"{place}.conditioning_data_dir", str(masks))
     return subset
 
 
@@ -230,7 +251,7 @@ def _used(path: Path, subsets: list[Subset]) -> Iterator[Subset]:
     """Yields the subsets that the reference uses: not those without repeats, and not those named a second time."""
     seen = set()
     for subset in subsets:
-        source = subset.metadata_file or subset.image_dir
+        source = subset.metadata_file or subset.image_dir / (subset.tar_files or "")
         if subset.num_repeats < 1:
             logger.warning("%s: %s is not used, because num_repeats is %d", path, source, subset.num_repeats)
         elif source in seen:

@@ -6,6 +6,7 @@ values into typed ones, and `plain` turns typed values back. `plain` of a value 
 """
 
 import ast
+import json
 import math
 import re
 import types
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from sdxl_finetune.storage import Address, parse_location
 
 ScheduleName: TypeAlias = Literal[
     "constant",
@@ -104,6 +107,8 @@ class Shown:
     """Describes a kind of value in words."""
 
     text: str
+    is_table: bool = False
+    """True if a config file may give the value as a table."""
 
 
 def _resolution(value: object) -> object:
@@ -169,6 +174,36 @@ def _block_rates(value: object) -> object:
     return numbers
 
 
+METADATA = ("path", "caption", "tags", "score", "image_size", "width", "height", "train_resolution")
+"""Values that columns of a metadata file hold."""
+
+
+def _metadata_columns(value: object) -> object:
+    """Returns texts `what=name`, of a text of several or of a list."""
+    texts = value.split(",") if isinstance(value, str) else value
+    pairs = [text.partition("=") for text in texts]  # type: ignore[attr-defined]
+    columns = {what.strip(): name.strip() for what, _, name in pairs}
+    if not columns or not set(columns) <= set(METADATA) or not all(columns.values()) or len(columns) < len(pairs):
+        raise ValueError
+    return tuple(f"{what}={name}" for what, name in columns.items())
+
+
+def _tag_groups(value: object) -> object:
+    """Returns the path of a file, or the JSON text of a table of lists of tags by tag."""
+    if isinstance(value, Path):
+        return value
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        return _path(value)
+    groups = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(groups, dict) or not all(_are_tags(tags) for tags in groups.values()):
+        raise ValueError
+    return json.dumps(groups, ensure_ascii=False)
+
+
+def _are_tags(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(tag, str) for tag in value))
+
+
 def _schedule(value: Any) -> Any:
     name, colon, rate = value.partition(":")
     is_adafactor = name == "adafactor" and (not colon or 0 <= float(rate) < math.inf)
@@ -177,7 +212,7 @@ def _schedule(value: Any) -> Any:
     return value
 
 
-def _parsed(parse: Callable[[Any], Any]) -> BeforeValidator:
+def parsed(parse: Callable[[Any], Any]) -> BeforeValidator:
     """Returns a validator that refuses a value if `parse` fails in any way."""
 
     def check(value: object) -> object:
@@ -195,20 +230,36 @@ def _path(value: object) -> object:
     return Path(value) if isinstance(value, str) else value
 
 
+def _location(value: object) -> object:
+    path = _path(value)
+    return parse_location(value) if isinstance(value, str) else path
+
+
 FilePath = Annotated[Path, BeforeValidator(_path), Shown("a path")]
-Resolution = Annotated[tuple[int, int], _parsed(_resolution), Shown('pixels, as 1024 or "1024,768"')]
+Resolution = Annotated[tuple[int, int], parsed(_resolution), Shown('pixels, as 1024 or "1024,768"')]
 FaceRange = Annotated[
-    tuple[float, float], _parsed(_face_range), Shown('two numbers above 0, the smaller one first, as "2.0,4.0"')
+    tuple[float, float], parsed(_face_range), Shown('two numbers above 0, the smaller one first, as "2.0,4.0"')
 ]
 StepsOrShare = Annotated[
-    int | float, _parsed(_steps_or_share), Shown('a whole number of steps, or a share of all steps as 0.1 or "10%"')
+    int | float, parsed(_steps_or_share), Shown('a whole number of steps, or a share of all steps as 0.1 or "10%"')
 ]
-Arguments = Annotated[dict[str, Any], _parsed(_arguments), Shown('a list as ["betas=0.9,0.99", "eps=1e-8"]')]
+FileLocation = Annotated[
+    Path | InstanceOf[Address], BeforeValidator(_location), Shown("a path, or an address as s3://bucket/folder")
+]
+MetadataColumns = Annotated[
+    tuple[str, ...], parsed(_metadata_columns), Shown(f'pairs as "path=key,score=aesthetic", of {", ".join(METADATA)}')
+]
+Arguments = Annotated[dict[str, Any], parsed(_arguments), Shown('a list as ["betas=0.9,0.99", "eps=1e-8"]')]
 BlockRates = Annotated[
-    tuple[float, ...], _parsed(_block_rates), Shown('a learning rate for each block, as "1e-5,1e-5,..."')
+    tuple[float, ...], parsed(_block_rates), Shown('a learning rate for each block, as "1e-5,1e-5,..."')
+]
+TagGroups = Annotated[
+    Path | str,
+    parsed(_tag_groups),
+    Shown("""a path, or a table as {"hatsune miku" = ["aqua hair", "twintails"]}""", is_table=True),
 ]
 Scheduler = Annotated[
-    str, _parsed(_schedule), Shown("one of " + ", ".join(LR_SCHEDULES) + ", adafactor, adafactor:RATE")
+    str, parsed(_schedule), Shown("one of " + ", ".join(LR_SCHEDULES) + ", adafactor, adafactor:RATE")
 ]
 ChunkTokens = BeforeValidator(
     lambda value: 75 if value is None else value - value % 75 if type(value) is int and value > 75 else value
@@ -261,7 +312,7 @@ def expected(field: FieldInfo) -> str:
 def plain(value: Any) -> Any:
     """Returns an option's value as a config file holds it, in a form that the reference reads as well."""
     match value:
-        case Path():
+        case Path() | Address():
             return str(value)
         case dict():
             return [f"{name}={argument!r}" for name, argument in value.items()]

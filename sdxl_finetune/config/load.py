@@ -167,12 +167,15 @@ def _remedy(name: str, given: Given) -> str:
     field = Config.model_fields[name]
     (kind,) = kinds(field)
     typed = given.place == COMMAND_LINE
-    if kind == Shown("a path") and isinstance(given.value, str):
+    is_path = isinstance(kind, Shown) and kind.text.startswith("a path")
+    if is_path and isinstance(given.value, str):
+        if "://" in given.value:
+            return f"must be {expected(field)}, without user name, password, . and .."
         return "must be a path. In double quotes a backslash begins an escape: use single quotes, or /"
     if field.annotation == dict[str, Any] and typed:
         return "must be arguments separated by spaces, as betas=0.9,0.99 eps=1e-8"
     choices = get_args(kind) if get_origin(kind) is Literal else ()
-    text = kind is str or kind == Shown("a path") or any(isinstance(choice, str) for choice in choices)
+    text = kind is str or is_path or any(isinstance(choice, str) for choice in choices)
     hint = ""
     if not typed and (not isinstance(kind, Shown) or text):
         hint = ", in quotes" if text else ", without quotes"

@@ -4,7 +4,9 @@ An attribute has the name of its option in a config file and on the command line
 built. `_imply` settles what one option implies for another.
 """
 
+import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from pydantic import model_validator
 
 from sdxl_finetune.config import data_options, output_options, quality_options, training_options
 from sdxl_finetune.config.fields import Options, plain
+from sdxl_finetune.storage import Address, LocalCopies, Location
 
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
 """Options that are never printed or saved."""
@@ -62,12 +65,58 @@ class Config(
         return values
 
     @property
-    def cache_folder(self) -> Path:
-        """Folder of the dataset index and of what is cached: `cache_dir`, or `cache` in `output_dir`."""
+    def cache_location(self) -> Location:
+        """Folder or address of what is cached: `cache_dir`, or `cache` in `output_dir`."""
         if self.cache_dir is not None:
             return self.cache_dir
         assert self.output_dir is not None
         return self.output_dir / "cache"
+
+    @property
+    def cache_folder(self) -> Path:
+        """Local folder of the dataset index: `cache_location`, or a folder for it in `local_folder`."""
+        return self._local(self.cache_location)
+
+    @property
+    def output_folder(self) -> Path:
+        """Local folder in which files are saved: `output_dir`, or a folder for it in `local_folder`."""
+        assert self.output_dir is not None
+        return self._local(self.output_dir)
+
+    @property
+    def model_path(self) -> Path:
+        """`pretrained_model_name_or_path` on this machine. `with_local_models` has downloaded an address."""
+        assert isinstance(self.pretrained_model_name_or_path, Path)
+        return self.pretrained_model_name_or_path
+
+    @property
+    def vae_path(self) -> Path | None:
+        """`vae` on this machine."""
+        assert not isinstance(self.vae, Address)
+        return self.vae
+
+    @property
+    def output_address(self) -> Address | None:
+        """`output_dir` if it is an address, to which finished files are uploaded."""
+        return self.output_dir if isinstance(self.output_dir, Address) else None
+
+    @property
+    def local_folder(self) -> Path:
+        """Local folder for parts of what is kept at addresses."""
+        return self.cache_dir_local or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sdxl_finetune")
+
+    @property
+    def copies(self) -> LocalCopies | None:
+        """Local copies of shards at an address; None if there are none."""
+        limit = int(self.cache_dir_local_gb * 1e9)
+        in_store = limit and self.output_dir and isinstance(self.cache_location, Address)
+        return LocalCopies(self.local_folder / "shards", limit) if in_store else None
+
+    def _local(self, location: Location) -> Path:
+        if isinstance(location, Path):
+            return location
+        digest = hashlib.blake2b(str(location).encode(), digest_size=4).hexdigest()
+        return self.local_folder / f"{location.name}-{digest}"
 
 
 GROUPS: tuple[type[Options], ...] = Config.__bases__

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_finetune.config.fields import FilePath, OnlyWith, Options, Period, Precision
+from sdxl_finetune.config.fields import FileLocation, FilePath, OnlyWith, Options, Period, Precision
 
 Sampler = Literal[
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++",
@@ -17,7 +17,7 @@ UPLOADS = OnlyWith("huggingface_repo_id")
 class SavingOptions(Options):
     """Checkpoints"""
 
-    output_dir: FilePath | None = None
+    output_dir: FileLocation | None = None
     """Folder for all files that a run saves. It is created if it does not exist."""
     output_name: str | None = None
     """Name of saved files, without ending. Default: names `epoch`, `at` and `last`."""
@@ -58,7 +58,7 @@ class ResumeOptions(Options):
         None, ge=1
     )
     """Keep only states saved by step within the last N steps. Default: `save_last_n_steps`."""
-    resume: FilePath | None = None
+    resume: FileLocation | None = None
     """Training state or checkpoint to continue from: a path, or `auto` for the newest of this `output_name`."""
     resume_at_next_epoch: Annotated[bool, OnlyWith("resume")] = False
     """Resume at the next epoch if images, captions or batches have changed. Off: refuse. Not in sd-scripts."""

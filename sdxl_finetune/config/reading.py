@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 import toml
 
 from sdxl_finetune import __version__
-from sdxl_finetune.config.fields import expected, kinds, plain
+from sdxl_finetune.config.fields import Shown, expected, kinds, plain
 from sdxl_finetune.config.options import GROUPS, SECRETS, Config
 from sdxl_finetune.config.unsupported import FOREIGN, REFERENCE
 from sdxl_finetune.errors import Problem, UserError
@@ -69,16 +69,21 @@ def read_file(name: str) -> tuple[dict[str, Given], list[Problem], list[Problem]
     Raises UserError if the file cannot be read.
     """
     path = config_path(name)
+    if not path.exists() and path != Path(name) and Path(name).exists():
+        kind = "folder: name a file in it" if Path(name).is_dir() else "file of another kind: name a .toml file"
+        raise UserError(Problem(f"a config is a TOML file whose name ends in .toml, and this is a {kind}", file=name))
     tables, text = parse_toml(path)
     lines = _line_numbers(text)
     given: dict[str, Given] = {}
     problems, remarks = [], []
-    entries = [("", key, value) for key, value in tables.items() if not isinstance(value, dict)]
-    for table, content in tables.items():
-        entries += [(table, key, value) for key, value in content.items()] if isinstance(content, dict) else []
+    groups = {key for key, value in tables.items() if isinstance(value, dict) and not _takes_table(key)}
+    entries = [("", key, value) for key, value in tables.items() if key not in groups]
+    for table in (key for key in tables if key in groups):
+        entries += [(table, key, value) for key, value in tables[table].items()]
     for table, key, value in entries:
         place = f"{path}:{lines[table, key]}" if (table, key) in lines else str(path)
-        if any(isinstance(part, dict) for part in (value if isinstance(value, list) else [value])):
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, dict) for part in parts) and not _takes_table(key):
             message = "a table inside a table is not allowed: write its options one level higher"
             problems.append(Problem(message, key, file=place))
             continue
@@ -89,6 +94,13 @@ def read_file(name: str) -> tuple[dict[str, Given], list[Problem], list[Problem]
         if earlier and earlier.value != value:
             remarks.append(problem(f"given twice; this value is used, not the one at {earlier.place}", key, given))
     return given, problems, remarks
+
+
+def _takes_table(name: str) -> bool:
+    """True for an option whose value may be a table. Every other table of a config file only groups options."""
+    return name in Config.model_fields and any(
+        isinstance(kind, Shown) and kind.is_table for kind in kinds(Config.model_fields[name])
+    )
 
 
 def parse_toml(path: Path) -> tuple[dict[str, Any], str]:
@@ -110,7 +122,11 @@ def parse_toml(path: Path) -> tuple[dict[str, Any], str]:
     except UnicodeDecodeError:
         raise UserError(Problem("not a UTF-8 text file: save it as UTF-8", file=str(path))) from None
     except OSError as error:
-        raise UserError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from None
+        raise UserError(Problem(f"cannot be read: {_reason(error)}", file=str(path))) from None
+
+
+def _reason(error: OSError) -> str:
+    return "it is a folder, and a file is needed" if isinstance(error, IsADirectoryError) else str(error.strerror)
 
 
 def _line_numbers(text: str) -> dict[tuple[str, str], int]:

@@ -10,6 +10,7 @@ from sdxl_finetune.config.fields import (
     Backend,
     BlockRates,
     ChunkTokens,
+    FileLocation,
     FilePath,
     OnlyWith,
     Options,
@@ -24,9 +25,9 @@ EMA = OnlyWith("ema_decay ema_half_life")
 class ModelOptions(Options):
     """Model"""
 
-    pretrained_model_name_or_path: FilePath | None = None
-    """SDXL checkpoint to start from: a file or a diffusers folder. Nothing is downloaded."""
-    vae: FilePath | None = None
+    pretrained_model_name_or_path: FileLocation | None = None
+    """SDXL checkpoint to start from: a file or a diffusers folder. Only what stands at an address is downloaded."""
+    vae: FileLocation | None = None
     """VAE that replaces the VAE of the checkpoint: a file or a diffusers folder."""
     tokenizer_cache_dir: FilePath | None = None
     """Folder with tokenizer files. Default: the CLIP vocabulary of this package."""
@@ -34,6 +35,8 @@ class ModelOptions(Options):
     """Caption tokens that are read: a multiple of 75. Other values are rounded down, as in sd-scripts."""
     weighted_captions: bool = False
     """Read `(tag:1.3)` and `[tag]` in captions as weights. Off: as plain text."""
+    caption_break: bool = False
+    """Start a new chunk of 75 tokens at the word BREAK in captions and preview prompts. Not in sd-scripts."""
 
 
 class NoiseOptions(Options):

@@ -122,7 +122,7 @@ FOREIGN_REFUSED = {
     "laplace_timestep_sampling_mu laplace_timestep_sampling_b min_snr_gamma_mix_debiased": _FORK,
     "loss_multiplier loss_multipler loss_scale multires_noise_scaling stochastic_accumulation": _FORK,
     "ip_noise_gamma_scaling sangoi_loss_modifier fourier_loss use_log_norm_timesteps": _FORK,
-    "vae_type latent_channels disable_cross_attn_mask use_zero_cond_dropout protected_tags_file": _FORK,
+    "vae_type latent_channels disable_cross_attn_mask use_zero_cond_dropout": _FORK,
     "adaptive_loss_weighting adaptive_loss_model_path use_kahan_summation skip_image_resolution": _FORK,
     "knn_noise_k cwmi_lambda masked_min reg_min_timestep reg_max_timestep": _FORK,
 }

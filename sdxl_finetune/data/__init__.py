@@ -2,8 +2,9 @@
 
 Modules:
 
-    sources     reads metadata files (in_json)
-    listing     lists the images of each folder or metadata file, and counts the other files
+    contents    the bytes of images in files, tar files and object stores
+    sources     folders, metadata files, tar files and object stores as tables of images
+    listing     lists the images of each subset from its source
     scan        finds the sizes and captions of all images, and keeps the result in cache_dir
     tables      writes and maps the Arrow files of scan and index
     buckets     chooses the aspect-ratio bucket, the resized size and the crop
@@ -14,5 +15,8 @@ Modules:
     batch_plan  which images form a batch, as a function of seed and epoch
     loader      makes the batches of one rank, in data-loader workers
     views       how an image is seen at one place of the run: flip, size, crop
+    caption_sources  the texts that may become an image's caption, and choosing one
+    tags             which tags are protected, and which are dropped together
+    caption_lengths  counts the captions that max_token_length cuts off
     captions, tokens, images, masks, faces    one caption, its tokens, one image file, its mask, a crop around a face
 """

@@ -3,19 +3,18 @@
 A caption is a list of tags, or several lines of which one is chosen. `caption` is a function of the options, the text,
 epoch, step and a random generator, and keeps no state. It draws random numbers in the order of sd-scripts'
 process_caption: caption dropout, line, wildcards from left to right, shuffle, and one number per tag for tag dropout.
-`read_caption` reads the text beside an image.
+`caption_sources` reads the texts beside an image.
 """
 
+import itertools
 import math
-import os
 import random
 import re
-from pathlib import Path
+from collections.abc import Sequence
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.faces import FACE_NAME
 from sdxl_finetune.data.quality_text import in_front, take_quality
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.data.tags import TagRules, tag_rules
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])+)\}(?!\})")
 """A doubled brace, or {options}. A doubled closing brace within the options is text."""
@@ -25,18 +24,31 @@ AS_WRITTEN = {
     "caption_dropout_every_n_epochs": 0,
     "caption_tag_dropout_rate": 0.0,
     "token_warmup_step": 0,
+    "draws_source": False,
 }
 """Options of captions that are whole and in order. A wildcard {a|b} still becomes one of its options."""
+BREAK = "BREAK"
+"""Word at which a new chunk of tokens starts, with `caption_break`."""
+BREAK_WORD = re.compile(rf"\b{BREAK}\b")
 
 
 def caption(
-    options: Subset, text: str, rng: random.Random, *, epoch: int, step: int, max_steps: int, quality: str | None = None
+    options: Subset,
+    text: str,
+    rng: random.Random,
+    *,
+    epoch: int,
+    step: int,
+    max_steps: int,
+    whole: bool = False,
+    quality: str | None = None,
 ) -> str:
     """The caption that the model is given for an image with caption file `text`. A dropped caption is "".
 
     `epoch` and `step` (optimizer steps) count from 0 at the start of training. `max_steps` is the length of the run; a
-    `token_warmup_step` below 1 is a share of it. `quality` is the quality tag of the image. It comes first, or stays
-    where the text has one. It is never shuffled or dropped alone, and counts as one of `keep_tokens`.
+    `token_warmup_step` below 1 is a share of it. A `whole` text is no list of tags. `quality` is the quality tag of the
+    image. It comes first, or stays where the text has one. It is never shuffled or dropped alone, and counts as one of
+    `keep_tokens`.
 
     The reference's function is process_caption. We differ in two places. Prefix and suffix are added to the line that
     is chosen, and not to the first and the last line. Tags are joined again with `caption_separator` and a space, and
@@ -58,18 +70,83 @@ def caption(
         text = draw_wildcards(text, rng)
     if front:
         text = in_front(options, text, front)
-    if options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0:
-        first, free, last = split_tags(options, text, least_kept=1 if quality else 0)
-        free = free[: tag_limit(options, len(free), step=step, max_steps=max_steps)]
-        if options.shuffle_caption:
-            rng.shuffle(free)
-        if options.caption_tag_dropout_rate > 0:
-            free = [tag for tag in free if rng.random() >= options.caption_tag_dropout_rate]
-        # The space after the separator is the reference's, which always joins with ", ".
-        text = f"{options.caption_separator.rstrip()} ".join([*first, *free, *last])
+    draws_tags = options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0
+    if draws_tags and not whole:
+        least_kept = 1 if quality else 0
+        text = draw_tags(options, text, rng, step=step, max_steps=max_steps, least_kept=least_kept)
     if options.secondary_separator:
         text = text.replace(options.secondary_separator, options.caption_separator)
     return text
+
+
+def draw_tags(options: Subset, text: str, rng: random.Random, *, step: int, max_steps: int, least_kept: int = 0) -> str:
+    """Shuffles and drops the tags of a caption, and leaves out those that tag warm-up does not use yet.
+
+    At least the first `least_kept` tags stay first.
+
+    A protected tag keeps its place among the tags, and is always used. With `caption_break` the word BREAK does so too,
+    and tags stay on their side of it.
+    """
+    rules, separator = tag_rules(options), options.caption_separator
+    has_break = options.caption_break and BREAK in text
+    if has_break:
+        text = f"{separator}{BREAK}{separator}".join(_trim(part, separator) for part in BREAK_WORD.split(text))
+    first, free, last = split_tags(options, text, least_kept=least_kept)
+    fixed = _fixed_tags(options, rules, free) if rules or has_break else frozenset()
+    limit = tag_limit(options, len(free) - len(fixed), step=step, max_steps=max_steps)
+    if limit < len(free) - len(fixed):
+        free, fixed = _first_tags(free, fixed, limit)
+    if options.shuffle_caption:
+        _shuffle(free, fixed, rng)
+    if (rate := options.caption_tag_dropout_rate) > 0:
+        kept = [at in fixed or rng.random() >= rate for at in range(len(free))]
+        if rules and not all(kept):
+            movable = [tag for at, tag in enumerate(free) if at not in fixed]
+            drawn = (tag for tag, keep in zip(free, kept, strict=True) if not keep)
+            followers = rules.dropped_with(drawn, movable)
+            kept = [keep and (at in fixed or free[at] not in followers) for at, keep in enumerate(kept)]
+        free = [tag for tag, keep in zip(free, kept, strict=True) if keep]
+    # The space after the separator is the reference's, which always joins with ", ".
+    glue, tags = f"{separator.rstrip()} ", [*first, *free, *last]
+    if not has_break:
+        return glue.join(tags)
+    walls = [at for at, tag in enumerate(tags) if tag == BREAK]
+    sections = itertools.pairwise([-1, *walls, len(tags)])
+    return f" {BREAK} ".join(glue.join(tags[start + 1 : end]) for start, end in sections).strip()
+
+
+def _trim(text: str, separator: str) -> str:
+    """The text without white space and separators at its ends."""
+    while (shorter := text.strip().removeprefix(separator).removesuffix(separator)) != text:
+        text = shorter
+    return text
+
+
+def _fixed_tags(options: Subset, rules: TagRules | None, tags: Sequence[str]) -> frozenset[int]:
+    """Places of protected tags, and of the word BREAK with `caption_break`."""
+    walls = {at for at, tag in enumerate(tags) if tag == BREAK} if options.caption_break else set()
+    return frozenset(walls.union(at for at, tag in enumerate(tags) if rules and rules.protected.holds(tag)))
+
+
+def _first_tags(tags: Sequence[str], fixed: frozenset[int], limit: int) -> tuple[list[str], frozenset[int]]:
+    """The fixed tags and the first `limit` of the others, and the places of the fixed tags among them."""
+    movable = [at for at in range(len(tags)) if at not in fixed]
+    places = sorted(fixed.union(movable[:limit]))
+    return [tags[at] for at in places], frozenset(new for new, old in enumerate(places) if old in fixed)
+
+
+def _shuffle(tags: list[str], fixed: frozenset[int], rng: random.Random) -> None:
+    """Shuffles tags in place. Fixed tags keep their places, and no tag crosses a BREAK."""
+    if not fixed:
+        rng.shuffle(tags)
+        return
+    walls = [at for at in sorted(fixed) if tags[at] == BREAK]
+    for start, end in itertools.pairwise([0, *walls, len(tags)]):
+        places = [at for at in range(start, end) if at not in fixed]
+        moved = [tags[at] for at in places]
+        rng.shuffle(moved)
+        for at, tag in zip(places, moved, strict=True):
+            tags[at] = tag
 
 
 def is_dropped(options: Subset, rng: random.Random, *, epoch: int) -> bool:
@@ -122,42 +199,3 @@ def tag_limit(options: Subset, count: int, *, step: int, max_steps: int) -> int:
     if step >= end:
         return count
     return math.floor(step * ((count - options.token_warmup_min) / end)) + options.token_warmup_min
-
-
-def caption_paths(image: str, options: Subset) -> list[str]:
-    """The paths where an image's caption file may be, in the order in which they are tried.
-
-    Paths are text here, because the scan calls this for millions of images, and Path is ten times slower.
-    """
-    extension = "." + options.caption_extension.removeprefix(".")
-    folder, name = os.path.split(os.path.splitext(image)[0])  # noqa: PTH122
-    stems = [name]
-    if face := FACE_NAME.fullmatch(name):
-        stems.append(face.group(1))
-    return [os.path.join(folder, stem + extension) for stem in stems]  # noqa: PTH118
-
-
-def read_caption(image: Path, options: Subset) -> str:
-    """Reads the caption file beside `image`: all its lines, stripped, without empty lines.
-
-    Without a caption file the result is the subset's `class_tokens`, or "". A face cutout
-    (`name_100_200_30_40.png`) may share the caption file of `name`. `caption` chooses the line later.
-
-    Raises UserError for a file that cannot be read or is not UTF-8.
-
-    The reference's function is read_caption of DreamBoothDataset. We differ: a byte order mark is not text, an empty
-    first line does not make the caption empty, and an empty file is not an error.
-    """
-    for path in caption_paths(str(image), options):
-        try:
-            lines = Path(path).read_bytes().decode("utf-8-sig").replace("\r", "\n").split("\n")
-        except (FileNotFoundError, IsADirectoryError):
-            continue
-        except UnicodeDecodeError as error:
-            message = f"the caption is not UTF-8 (byte {error.start}): save it as UTF-8"
-            raise UserError(Problem(message, file=path)) from error
-        except OSError as error:
-            message = f"the caption file cannot be read ({error}): check its permissions"
-            raise UserError(Problem(message, file=path)) from error
-        return "\n".join(stripped for line in lines if (stripped := line.strip()))
-    return options.class_tokens or ""

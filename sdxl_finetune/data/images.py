@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from sdxl_finetune.config.dataset import IMAGE_SUFFIXES, OPTIONAL_SUFFIXES
+from sdxl_finetune.storage import Location
 
 PLUGINS = ("pillow_jxl", "jxlpy.JXLImagePlugin", "pillow_avif")
 """Modules that teach Pillow a format when they are imported. Each process that opens images needs them."""
@@ -62,16 +63,19 @@ def image_extensions() -> tuple[str, ...]:
     return (*IMAGE_SUFFIXES, *(ending for ending in OPTIONAL_SUFFIXES if ending in known))
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) after EXIF orientation, from the file's header alone. Raises ImageError."""
+def image_size(path: Location, data: bytes | None = None) -> tuple[int, int]:
+    """(width, height) after EXIF orientation, from the file's header alone. Raises ImageError.
+
+    `data` is the file's content or its first bytes, if they were read.
+    """
     try:
-        with _open(path) as image:
+        with _open(Path(path) if data is None else io.BytesIO(data)) as image:
             width, height = image.size
             return (height, width) if _orientation(image) >= 5 else (width, height)
     except MemoryError:
         raise
     except Exception as error:
-        raise ImageError(str(path), _reason(error, path)) from error
+        raise ImageError(str(path), _reason(error, path, data)) from error
 
 
 def _open(file: Path | io.BytesIO) -> Image.Image:
@@ -83,7 +87,7 @@ def _open(file: Path | io.BytesIO) -> Image.Image:
 
 
 def load_image(
-    path: Path, at_least: tuple[int, int] | None = None, data: bytes | None = None, *, hides: bool = True
+    path: Location, at_least: tuple[int, int] | None = None, data: bytes | None = None, *, hides: bool = True
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The RGB pixels of a file, or of its content `data` if that was read already. Raises ImageError.
 
@@ -93,7 +97,7 @@ def load_image(
     large. The cosine transform then does the averaging; the result is within one grey level of decoding it whole.
     """
     try:
-        data = path.read_bytes() if data is None else data
+        data = Path(path).read_bytes() if data is None else data
         with _open(io.BytesIO(data)) as image:
             orientation, profile = _orientation(image), image.info.get("icc_profile")
             grey = image.mode in ("1", "L", "LA", "I", "I;16")
@@ -111,11 +115,11 @@ def load_image(
     except MemoryError:
         raise
     except Exception as error:
-        raise ImageError(str(path), _reason(error, path)) from error
+        raise ImageError(str(path), _reason(error, path, data)) from error
 
 
 def load_crop(
-    path: Path,
+    path: Location,
     *,
     size: tuple[int, int],
     resized: tuple[int, int],
@@ -133,19 +137,19 @@ def load_crop(
     height, width = pixels.shape[:2]
     by = max(1, round(size[0] / width))
     if (-(-size[0] // by), -(-size[1] // by)) != (width, height):
-        real, noted = ("x".join(map(str, sides)) for sides in (image_size(path), size))
+        real, noted = ("x".join(map(str, sides)) for sides in (image_size(path, data), size))
         remedy = "correct image_size in the metadata file, or start again without skip_cache_check"
         raise ImageError(str(path), f"its size is {real}, not {noted} as noted for it: {remedy}")
     return resize_and_crop(pixels, resized, left_top, bucket, interpolation)
 
 
-def load_channel(path: Path, channel: Literal["R", "A"], data: bytes | None = None) -> UInt8[np.ndarray, "H W"]:
+def load_channel(path: Location, channel: Literal["R", "A"], data: bytes | None = None) -> UInt8[np.ndarray, "H W"]:
     """One channel of an image file: red, or alpha, which is 255 everywhere in an opaque image. Raises ImageError.
 
     The channel is turned by EXIF orientation. Colour profiles do not change it.
     """
     try:
-        data = path.read_bytes() if data is None else data
+        data = Path(path).read_bytes() if data is None else data
         with _open(io.BytesIO(data)) as image:
             orientation = _orientation(image)
             if channel == "A" and not image.has_transparency_data:
@@ -157,7 +161,7 @@ def load_channel(path: Path, channel: Literal["R", "A"], data: bytes | None = No
     except MemoryError:
         raise
     except Exception as error:
-        raise ImageError(str(path), _reason(error, path)) from error
+        raise ImageError(str(path), _reason(error, path, data)) from error
 
 
 def resize_and_crop(
@@ -293,14 +297,14 @@ def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform | None, str]:
     return transform, space
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, path: Location, data: bytes | None) -> str:
     if isinstance(error, Image.DecompressionBombError):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         remedy = 'shrink it, or set on_bad_image = "skip"'
         return f"larger than the limit of {limit} pixels, above which Pillow opens no file: {remedy}"
     if isinstance(error, FileNotFoundError):
-        return "a link to a missing file" if path.is_symlink() else "no such file"
-    if path.stat().st_size == 0:
+        return "a link to a missing file" if isinstance(path, Path) and path.is_symlink() else "no such file"
+    if data == b"" or (data is None and isinstance(path, Path) and path.stat().st_size == 0):
         return "the file is empty"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"

@@ -22,14 +22,16 @@ import pyarrow.compute
 from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt8
 
 from sdxl_finetune.config.dataset import Dataset, Subset
+from sdxl_finetune.data.contents import read_image
 from sdxl_finetune.data.images import load_crop
 from sdxl_finetune.data.marks import find_marks
 from sdxl_finetune.data.placement import MARKED, PLACED, place
 from sdxl_finetune.data.quality import NO_TAG
-from sdxl_finetune.data.remarks import remark_on_captions, remark_on_faces
+from sdxl_finetune.data.remarks import remark_on_captions, remark_on_faces, remark_on_sources
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
-from sdxl_finetune.errors import Problem, Tally, UserError
+from sdxl_finetune.errors import Problem, Tally, UserError, counted
+from sdxl_finetune.storage import Location
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ class Bucket:
 class Entry:
     """One image of the index. Sizes are (width, height) in pixels."""
 
-    path: Path
+    path: Location
+    """In a tar file: the path of the tar file, and the member's name below it."""
     captions: tuple[str | None, ...]
     """The whole text of each caption source, None for a source that the image does not have."""
     subset: Subset
@@ -60,8 +63,10 @@ class Entry:
     resized: tuple[int, int]
     bucket: Bucket
     interpolation: str | None
+    stat: tuple[int, int]
+    """Size in bytes, and the modification time or version that the scan noted for the image."""
     offset: int = -1
-    """Position of the image in its container in bytes, -1 for a file of its own."""
+    """Position of the image in its tar file in bytes, -1 for a file of its own."""
     quality: str | None = None
     """Quality tag of the image."""
 
@@ -69,6 +74,16 @@ class Entry:
     def caption(self) -> str:
         """The text of the first caption source that the image has."""
         return next((text for text in self.captions if text is not None), "")
+
+    def read(self, *, unchanged: bool = False) -> bytes:
+        """The content of the image file. Raises ImageError.
+
+        An object and a tar file must be as the scan found them. A file of its own must be so if `unchanged` is true.
+        """
+        container = None
+        if self.offset >= 0:
+            container = self.subset.image_dir / self.path.relative_to(self.subset.image_dir).parts[0]
+        return read_image(self.path, container, self.offset, self.stat, unchanged=unchanged)
 
     def load(
         self, left_top: tuple[int, int], data: bytes | None = None, *, resized: tuple[int, int] | None = None
@@ -85,7 +100,7 @@ class Entry:
             left_top=left_top,
             bucket=(self.bucket.width, self.bucket.height),
             interpolation=self.interpolation,
-            data=data,
+            data=self.read() if data is None else data,
             hides=not self.subset.alpha_mask,
         )
 
@@ -122,6 +137,7 @@ class Index:
             resized=(int(self.numbers("resized_width")[row]), int(self.numbers("resized_height")[row])),
             bucket=bucket,
             interpolation=subset.resize_interpolation,
+            stat=(int(self.numbers("bytes")[row]), int(self.numbers("mtime")[row])),
             quality=self.quality_tag(row),
             offset=int(self.numbers("offset")[row]),
         )
@@ -243,12 +259,13 @@ class Index:
         images = np.bincount(self.bucket[used], minlength=len(self.buckets))
         occurrences = np.bincount(self.bucket, self.repeats, len(self.buckets)).astype(np.int64)
         lines = [
-            f"{used.sum()} images, {occurrences.sum()} with repeats, in {len(self.buckets)} buckets;"
+            f"{counted(used.sum(), 'image')}, {occurrences.sum()} with repeats,"
+            f" in {counted(len(self.buckets), 'bucket')};"
             f" {(enlarged & used).sum()} enlarged, {self.bad_files + len(self.excluded)} skipped"
             + (f", {self.held_out.sum()} held out for validation" if self.held_out.any() else "")
         ]
         lines += [
-            f"bucket {bucket.width}x{bucket.height}: {image} images, {occurrence} with repeats"
+            f"bucket {bucket.width}x{bucket.height}: {counted(image, 'image')}, {occurrence} with repeats"
             for bucket, image, occurrence in zip(self.buckets, images, occurrences, strict=True)
         ]
         return "\n".join([*lines, *self.describe_marks()])
@@ -323,6 +340,7 @@ def build_index(
         bad_files.add_all(problems)
     _check_some_left(table["repeats"].to_numpy(), table["held_out"].to_numpy())
     remark_on_captions(table, subsets)
+    remark_on_sources(table, subsets)
     remark_on_faces(table, subsets)
     metadata, added = table.schema.metadata, [name for name in (*PLACED, *MARKED) if name in table.column_names]
     parts = (metadata[b"digest"], metadata[b"buckets"], digest_of(table, added).encode())

@@ -8,12 +8,14 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.captions import caption_paths, read_caption
+from sdxl_finetune.data.caption_sources import caption_paths, read_texts
+from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.images import ImageError, image_size
 from sdxl_finetune.errors import Problem, UserError
 
@@ -57,7 +59,7 @@ class Contents:
     """The result of hash_of_stat for each image."""
     width: Int32[np.ndarray, " n"]
     height: Int32[np.ndarray, " n"]
-    captions: list[list[str] | None]
+    captions: list[list[str | None] | None]
     """One text for each caption source; None for captions that were not asked for."""
     failed: dict[int, Sequence[Problem]] = field(default_factory=dict)
     """Problems of images that cannot be used, by place."""
@@ -67,9 +69,9 @@ def look_at(files: Files) -> Stats:
     """Asks for the `stat` of image files and caption files."""
     count = len(files.names)
     stats = Stats(np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.int64))
-    folder = os.fsencode(files.subset.image_dir)
-    for place, name in enumerate(files.names):
-        path = os.path.join(folder, name)  # noqa: PTH118 (Path is slower, and there may be millions)
+    folder = os.fsencode(str(files.subset.image_dir))
+    for place in np.flatnonzero(files.images | files.captions).tolist():
+        path = os.path.join(folder, files.names[place])  # noqa: PTH118 (Path is slower, and there may be millions)
         if files.images[place]:
             try:
                 stat = os.stat(path)  # noqa: PTH116
@@ -86,7 +88,7 @@ def look_at(files: Files) -> Stats:
 
 def read(files: Files, stats: Int64[np.ndarray, "n 2"]) -> Contents:
     """Reads sizes from image headers, and captions. `stats` are bytes and mtime of each image file."""
-    folder = os.fsencode(files.subset.image_dir.absolute())
+    folder = os.fsencode(str(absolute(files.subset.image_dir)))
     hashes = (
         hash_of_stat(os.path.join(folder, name), *stat)  # noqa: PTH118
         for name, stat in zip(files.names, stats.tolist(), strict=True)
@@ -94,13 +96,13 @@ def read(files: Files, stats: Int64[np.ndarray, "n 2"]) -> Contents:
     stat_hashes = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)
     count = len(files.names)
     contents = Contents(stat_hashes, np.zeros(count, np.int32), np.zeros(count, np.int32), [None] * count)
-    for place, name in enumerate(files.names):
-        path = files.subset.image_dir / os.fsdecode(name)
+    for place in np.flatnonzero(files.images | files.captions).tolist():
+        path = Path(files.subset.image_dir) / os.fsdecode(files.names[place])
         try:
             if files.images[place]:
                 contents.width[place], contents.height[place] = image_size(path)
             if files.captions[place]:
-                contents.captions[place] = [read_caption(path, files.subset)]
+                contents.captions[place] = list(read_texts(path, files.subset))
         except ImageError as error:
             contents.failed[place] = (Problem(error.reason, file=error.path),)
         except UserError as error:

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from sdxl_finetune.batch import LATENT_CHANNELS, Batch, Position, TextOutputs, Tokens, to_images
 from sdxl_finetune.data.batch_plan import MicroBatch
+from sdxl_finetune.data.caption_sources import choose_text
 from sdxl_finetune.data.captions import caption, is_dropped
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Index
@@ -144,7 +145,8 @@ class TrainingDataset(TorchDataset):
         entry = self.index[row]
         rng = position_random(self.seed, "caption", position.step, position.micro_batch, slot)
         where = {"epoch": position.epoch, "step": position.step, "max_steps": self.max_steps}
-        return caption(entry.subset, entry.caption, rng, **where, quality=entry.quality)
+        chosen = choose_text(entry.subset, entry.captions, rng.random)
+        return caption(entry.subset, chosen.text, rng, **where, whole=chosen.whole, quality=entry.quality)
 
     def draw_variant(self, position: Position, slot: int, row: int) -> float | None:
         """A number from 0 to 1 that chooses a cached variant of the caption; None if the caption is dropped."""

@@ -180,6 +180,8 @@ def _apply_missing(
             if rule == "stop":
                 remedy = "add their scores, or set none (no tag), skip, or a tag for them"
                 raise UserError(Problem(f"{message}: {remedy}", key="quality_missing", value=rule))
+            if len(rows) == has_rule.sum():
+                what += ". Set quality_scores, or compare its paths and quality_column with the images"
             logged.append((logging.WARNING, f"quality_missing = {rule!r}: {message}: {what}"))
         left_out |= unscored & (rule == "skip")
         for number, one in enumerate(subsets):

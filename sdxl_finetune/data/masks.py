@@ -5,32 +5,42 @@ alpha channel of the image (`alpha_mask`). It is resized and cropped as its imag
 latent, as in the reference (`apply_masked_loss` of library/custom_train_functions.py).
 """
 
+import io
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from PIL import Image
 
 from sdxl_finetune.data.images import ImageError, image_extensions, image_size, load_channel, resize_and_crop
 from sdxl_finetune.data.index import Entry, Index, report_bad_images
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.progress import track
+from sdxl_finetune.storage import Location
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 100
+"""Images of which the header is read to find out if any has an alpha channel."""
 
 
-def find_mask(entry: Entry) -> Path:
-    """The file that holds the image's mask: the mask file, or the image itself for its alpha channel.
+def find_mask(entry: Entry) -> Path | None:
+    """The file that holds the image's mask. None: the alpha channel of the image is the mask.
 
     Raises ImageError if the mask file is missing.
     """
     folder = entry.subset.conditioning_data_dir
     if folder is None:
-        return entry.path
+        return None
     for ending in image_extensions():
         for spelling in (ending, ending.upper()):
             path = folder / (entry.path.stem + spelling)
             if path.is_file():
                 return path
-    raise ImageError(str(entry.path), f"its mask is missing: put {entry.path.stem}.png into {folder}")
+    raise ImageError(str(entry.path), f"its mask is missing: put '{entry.path.stem}.png' into {folder}")
 
 
 def load_mask(
@@ -38,11 +48,15 @@ def load_mask(
 ) -> UInt8[np.ndarray, "H W"]:
     """The mask of an image's crop, 0 to 255. Raises ImageError if it is missing, unreadable or of another size.
 
-    `resized` and `left_top` are those of the image. `data` is the content of the file of `find_mask`, if it was read.
+    `resized` and `left_top` are those of the image. `data` is the content of the mask file, or of the image if the mask
+    is its alpha channel, if it was read.
     """
     path = find_mask(entry)
-    mask = load_channel(path, "A" if path == entry.path else "R", data)
-    _check_size(path, mask.shape[::-1], entry)
+    if path is None:
+        mask = load_channel(entry.path, "A", entry.read() if data is None else data)
+    else:
+        mask = load_channel(path, "R", data)
+    _check_size(path or entry.path, mask.shape[::-1], entry)
     return resize_and_crop(mask, resized, left_top, (entry.bucket.width, entry.bucket.height), entry.interpolation)
 
 
@@ -66,15 +80,31 @@ def without_bad_masks(index: Index, on_bad_image: str) -> Index:
             entry = index[row]
             progress.update()
             try:
-                path = find_mask(entry)
-                _check_size(path, image_size(path), entry)
+                if path := find_mask(entry):
+                    _check_size(path, image_size(path), entry)
             except ImageError as error:
                 bad[row] = Problem(error.reason, file=error.path)
     report_bad_images(Tally(bad.values()), on_bad_image)
     return index.without(bad) if bad else index
 
 
-def _check_size(path: Path, size: Sequence[int], entry: Entry) -> None:
+def remark_on_alpha(index: Index) -> None:
+    """Warns if `alpha_mask` finds nothing to mask, because no image that is looked at has an alpha channel.
+
+    At most LOOKED_AT images are opened, evenly over the index. No image is decoded.
+    """
+    rows = np.flatnonzero(index.used & index.has_mask & ~index.has_mask_file)
+    looked_at = rows[:: max(1, -(-len(rows) // LOOKED_AT))].tolist()
+    for row in looked_at:
+        with suppress(OSError, ImageError), Image.open(io.BytesIO(index[row].read())) as image:
+            if image.has_transparency_data:
+                return
+    if looked_at:
+        message = "alpha_mask = true: none of the images looked at (%d) has an alpha channel, so nothing is masked"
+        logger.warning(f"{message}: save images with transparency as .png, or remove alpha_mask", len(looked_at))
+
+
+def _check_size(path: Location, size: Sequence[int], entry: Entry) -> None:
     if tuple(size) != entry.size:
         (width, height), (own_width, own_height) = size, entry.size
         message = f"the mask has {width}x{height} pixels, but its image {own_width}x{own_height}: make them equal"

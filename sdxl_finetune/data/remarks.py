@@ -33,6 +33,29 @@ def remark_on_captions(table: pa.Table, subsets: Sequence[Subset]) -> None:
         )
 
 
+def remark_on_sources(table: pa.Table, subsets: Sequence[Subset]) -> None:
+    """Logs how many images have each of the caption sources. Warns of a source that no image has."""
+    if not any(subset.caption_sources for subset in subsets):
+        return
+    starts = np.searchsorted(table["subset"].to_numpy(), np.arange(len(subsets) + 1)).tolist()
+    captions = one_chunk(table["captions"])
+    for subset, start, end in zip(subsets, starts, starts[1:], strict=False):
+        if subset.caption_sources:
+            texts = captions.slice(start, end - start).flatten()  # no copy: there may be millions
+            is_there = texts.is_valid().to_numpy(zero_copy_only=False).reshape(-1, len(subset.caption_sources))
+            counts = dict(zip((one.name for one in subset.caption_sources), is_there.sum(axis=0).tolist(), strict=True))
+            logger.info(
+                "%s: %d images, of which have the caption source %s; %d have none",
+                subset.image_dir,
+                end - start,
+                ", ".join(f"{name} {count}" for name, count in counts.items()),
+                int((~is_there.any(axis=1)).sum()),
+            )
+            if missing := [name for name, count in counts.items() if not count]:
+                message = "caption_sources: no image of %s has %s: check the name of the key or the ending of the file"
+                logger.warning(message, subset.metadata_file or subset.image_dir, " or ".join(missing))
+
+
 def remark_on_faces(table: pa.Table, subsets: Sequence[Subset]) -> None:
     """Warns of images without a face in their names, which `face_crop_aug_range` leaves as they are."""
     for number, subset in enumerate(subsets):

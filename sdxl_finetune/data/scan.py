@@ -26,8 +26,10 @@ import pyarrow.compute
 from jaxtyping import Bool, Int64, Shaped
 
 from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.inspection import Contents, Files, Stats, look_at, read, stat_of_missing
-from sdxl_finetune.data.listing import Listing, list_all, say_missing_captions
+from sdxl_finetune.data.listing import list_all, say_missing_captions
+from sdxl_finetune.data.sources.listed import Listing
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.progress import track
@@ -134,10 +136,12 @@ def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
     if skip_check and last is not None:
         logger.info("skip_cache_check: using %d images as the last scan found them", last.num_rows)
         return last, Tally()
-    listed = list_all(subsets)
+    listed = list_all(subsets, cache_dir)
     known = SCANNED.empty_table() if last is None else last
     total = sum(listing.table.num_rows for listing in listed)
     problems, parts = Tally(), [SCANNED.empty_table()]
+    for listing in listed:
+        problems.add_all(listing.problems)
     has_changed = last is None
     with (
         _executor(max(0, total - known.num_rows) + total // STAT_SHARE) as pool,
@@ -178,8 +182,11 @@ def digest_of(table: pa.Table, names: Sequence[str] | None = None, size: int = 1
 def _key(subsets: Sequence[Subset]) -> str:
     """A hash of everything that decides which files are scanned and how their captions are found or joined."""
     sources = [
-        (str(subset.image_dir.absolute()), str(subset.metadata_file), subset.caption_extension, subset.class_tokens)
+        (str(absolute(subset.image_dir)), str(subset.metadata_file), subset.caption_extension, subset.class_tokens)
+        + ((subset.tar_files,) if subset.tar_files else ())
+        + ((subset.metadata_columns,) if subset.metadata_columns else ())
         + ((subset.caption_separator, subset.enable_wildcard) if subset.metadata_file else ())
+        + tuple(source.name for source in subset.caption_sources or ())
         for subset in subsets
     ]
     return hashlib.blake2b(repr((FORMAT, sources)).encode(), digest_size=12).hexdigest()

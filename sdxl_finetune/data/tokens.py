@@ -1,9 +1,9 @@
 """Turns captions into token ids for SDXL's two CLIP text encoders.
 
 Both encoders read CLIP's byte-pair encoding. A caption of more than 75 tokens is cut, even inside a word, into chunks
-of 75 tokens that each have their own start and end token. The two encoders differ only in the id that fills up a
-chunk: the end token for encoder 1, id 0 for encoder 2. The ids equal those of transformers' slow CLIPTokenizer with
-ftfy, which sd-scripts uses; docs/differences.md names the exceptions.
+of 75 tokens that each have their own start and end token. With `breaks` the word BREAK starts a new chunk. The two
+encoders differ only in the id that fills up a chunk: the end token for encoder 1, id 0 for encoder 2. The ids equal
+those of transformers' slow CLIPTokenizer with ftfy, which sd-scripts uses; docs/differences.md names the exceptions.
 """
 
 import functools
@@ -14,8 +14,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import ftfy
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,10 +46,26 @@ WEIGHT_MARK = re.compile(
 BRACKET_WEIGHT = {"(": 1.1, "[": 1 / 1.1}
 """Factor on the weight of text between brackets without a number."""
 
+BREAK = re.compile(r"\bBREAK\b")
+ASCII_WORD = re.compile(r"[A-Za-z]+|[0-9]|'(?:[stmd]|re|ve|ll)|[^\sA-Za-z0-9]+", re.ASCII)
+"""WORD for text of ASCII characters."""
+MOST_WORDS = 1 << 16
+"""Different words whose ids a process remembers, about 15 MB. Nearly all words of captions are found there."""
+
 Encode = Callable[[str], list[int]]
 """Returns the ids of clean lower-case text, without start and end token."""
 
 logger = logging.getLogger(__name__)
+
+
+class Count(NamedTuple):
+    """Tokens of a whole caption."""
+
+    tokens: int
+    lost: int
+    """Tokens that are cut off."""
+    chunks: int
+    """Chunks of 75 that the whole caption needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,52 +79,77 @@ class Tokenizer:
     """Tokens of a caption that are read, rounded down to a multiple of 75 (255 becomes 225). None means 75."""
     weighted: bool = False
     """True if (brackets:1.3) and [brackets] are weights, as with `weighted_captions`. False if they are text."""
+    breaks: bool = False
+    """True if the word BREAK starts a new chunk, as with `caption_break`. False if it is text."""
     folders: tuple[Path | None, Path | None] = (None, None)
     """Saved tokenizers for encoder 1 and encoder 2. None is the package's vocabulary."""
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
         """Returns the tokens of k captions. Encoder 2 uses the weights of encoder 1's tokens, as in sd-scripts."""
-        pieces = [self._parse(caption) for caption in captions]
-        first = [_encode_pieces(row, load_encoding(self.folders[0])) for row in pieces]
+        sections = [self._sections(caption) for caption in captions]
+        first = [self._encode(caption, 0) for caption in sections]
         second = first
         if self.folders[0] != self.folders[1]:
-            second = [_encode_pieces(row, load_encoding(self.folders[1])) for row in pieces]
+            second = [self._encode(caption, 1) for caption in sections]
         weights = None
         if self.weighted:
-            weights = self._tensor([chunks(row, self._chunks, 1.0, 1.0, 1.0) for _, row in first], torch.float32)
-        return Tokens(
-            ids1=self._tensor([chunks(ids, self._chunks, START, END, END) for ids, _ in first], torch.int64),
-            ids2=self._tensor([chunks(ids, self._chunks, START, END, FILL_2) for ids, _ in second], torch.int64),
-            weights=weights,
-        )
+            weights = self._fill([[weights for _, weights in caption] for caption in first], (1.0, 1.0, 1.0))
+        ids1 = self._fill([[ids for ids, _ in caption] for caption in first], (START, END, END))
+        ids2 = self._fill([[ids for ids, _ in caption] for caption in second], (START, END, FILL_2))
+        return Tokens(ids1, ids2, weights)
 
     @property
     def positions(self) -> int:
         """Positions of the joined hidden states of a caption."""
-        return self._chunks * CHUNK + 2
+        return self.chunks * CHUNK + 2
 
     def identity(self) -> str:
         """A text that is equal for tokenizers that give the same tokens of every caption."""
         contents = [_hash_of_files(folder) if folder else "" for folder in self.folders]
-        return f"{self._chunks} {self.weighted} {contents}"
+        return f"{self.chunks} {self.weighted} {contents}" + (" break" if self.breaks else "")
 
-    def length(self, caption: str) -> int:
-        """Returns the number of tokens of a whole caption for encoder 1, also those beyond `max_token_length`."""
-        return len(_encode_pieces(self._parse(caption), load_encoding(self.folders[0]))[0])
+    def count(self, caption: str) -> "Count":
+        """Counts the tokens of a whole caption for encoder 1."""
+        sections = [ids for ids, _ in self._encode(self._sections(caption), 0)]
+        parts = split_chunks(sections)
+        tokens = sum(map(len, sections))
+        return Count(tokens, tokens - sum(map(len, parts[: self.chunks])), len(parts))
 
-    def _parse(self, caption: str) -> list[tuple[str, float]]:
-        return parse_weights(caption) if self.weighted else [(caption, 1.0)]
+    def _sections(self, caption: str) -> list[list[tuple[str, float]]]:
+        """The sections of a caption between BREAKs, each as pieces of text with their weights."""
+        pieces = parse_weights(caption) if self.weighted else [(caption, 1.0)]
+        return split_at_breaks(pieces) if self.breaks and "BREAK" in caption else [pieces]
+
+    def _encode(self, sections: list[list[tuple[str, float]]], number: int) -> list[tuple[list[int], list[float]]]:
+        encode = load_encoding(self.folders[number])
+        return [_encode_pieces(pieces, encode) for pieces in sections]
 
     @property
-    def _chunks(self) -> int:
+    def chunks(self) -> int:
+        """Chunks of 75 tokens that are read of each caption."""
         return (self.max_token_length or CHUNK) // CHUNK
 
-    def _tensor(self, rows: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(rows, dtype=dtype).reshape(len(rows), self._chunks, CHUNK + 2)
+    def _fill(self, captions: Sequence[Sequence[list]], values: tuple[int | float, ...]) -> Tensor:
+        """The chunks of all captions, (k, chunks, 77). Each is start, up to 75 of the section's values, end and fill.
+
+        `values` are start, end and fill. Chunks beyond `max_token_length` are left out.
+        """
+        start, end, fill = values
+        filled = np.full((len(captions), self.chunks, CHUNK + 2), fill, np.int64 if type(fill) is int else np.float32)
+        filled[:, :, 0], filled[:, :, 1] = start, end
+        for row, sections in zip(filled, captions, strict=True):
+            for chunk, part in zip(row, split_chunks(sections), strict=False):
+                chunk[1 : 1 + len(part)] = part
+                chunk[1 + len(part)] = end
+        return torch.from_numpy(filled)
 
 
 def build_tokenizer(
-    *, max_token_length: int | None, weighted_captions: bool = False, tokenizer_cache_dir: Path | None = None
+    *,
+    max_token_length: int | None,
+    weighted_captions: bool = False,
+    caption_break: bool = False,
+    tokenizer_cache_dir: Path | None = None,
 ) -> Tokenizer:
     """Returns the tokenizer of a run.
 
@@ -129,7 +172,12 @@ def build_tokenizer(
             )
     if problems:
         raise UserError(problems)
-    return Tokenizer(max_token_length=max_token_length, weighted=weighted_captions, folders=(folders[0], folders[1]))
+    return Tokenizer(
+        max_token_length=max_token_length,
+        weighted=weighted_captions,
+        breaks=caption_break,
+        folders=(folders[0], folders[1]),
+    )
 
 
 def _hash_of_files(folder: Path) -> str:
@@ -174,7 +222,22 @@ def _build_encoding() -> Encode:
     words = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pipeline.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
-    return lambda text: pipeline.encode(text).ids
+    known: dict[str, list[int]] = {}
+
+    def encode(text: str) -> list[int]:
+        # The words of ASCII text, the usual caption, are looked up. That is ten times faster than the pipeline.
+        if not (text.isascii() and text.isprintable()):
+            return list(pipeline.encode(text).ids)
+        ids: list[int] = []
+        for word in ASCII_WORD.findall(text):
+            if (found := known.get(word)) is None:
+                found = pipeline.encode(word).ids
+                if len(known) < MOST_WORDS:
+                    known[word] = found
+            ids += found
+        return ids
+
+    return encode
 
 
 def token_ids(text: str, encode: Encode) -> list[int]:
@@ -183,6 +246,8 @@ def token_ids(text: str, encode: Encode) -> list[int]:
     The name of a special token, written out in the text, becomes that token. The text around such a name is cleaned
     and encoded piece by piece, in the order of CLIPTokenizer.
     """
+    if "<|" not in text:
+        return encode(_clean(text).lower())
     ids: list[int] = []
     for piece in SPECIAL_NAME.split(text):
         ids += [SPECIAL_IDS[piece]] if piece in SPECIAL_IDS else encode(_clean(piece).lower())
@@ -203,10 +268,25 @@ def _encode_pieces(pieces: list[tuple[str, float]], encode: Encode) -> tuple[lis
     return [id for ids, _ in encoded for id in ids], [weight for ids, weight in encoded for _ in ids]
 
 
-def chunks(values: list, count: int, start: int | float, end: int | float, fill: int | float) -> list[list]:
-    """Returns `count` chunks of 77 entries: start, up to 75 of `values`, end, fill. Further values are dropped."""
-    parts = [values[index * CHUNK : (index + 1) * CHUNK] for index in range(count)]
-    return [[start, *part, end, *[fill] * (CHUNK - len(part))] for part in parts]
+def split_chunks(sections: Sequence[list]) -> list[list]:
+    """Splits the values of each section into chunks of up to 75. An empty section before another is an empty chunk."""
+    if len(sections) > 1 and not sections[-1]:
+        sections = sections[:-1]
+    return [part[start : start + CHUNK] for part in sections for start in range(0, len(part) or 1, CHUNK)]
+
+
+def split_at_breaks(pieces: Sequence[tuple[str, float]]) -> list[list[tuple[str, float]]]:
+    """Splits weighted pieces of text at the word BREAK, which must be upper case and a word of its own.
+
+    The rule is that of AUTOMATIC1111's web UI. We differ: BREAK within weighted brackets also starts a chunk.
+    """
+    sections: list[list[tuple[str, float]]] = [[]]
+    for text, weight in pieces:
+        for number, part in enumerate(BREAK.split(text)):
+            if number:
+                sections.append([])
+            sections[-1].append((part, weight))
+    return sections
 
 
 def parse_weights(text: str) -> list[tuple[str, float]]:

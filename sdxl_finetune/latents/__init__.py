@@ -4,7 +4,10 @@
 and a TextStore.
 
     keys        cache keys: which latent belongs to which image, crop and flip
-    shards      files of many records, in which records are found by key
+    shards      files of many records
+    catalogue   opening thousands of shards at once
+    library     many shards as one, in which records are found by key
+    records     reading records of shards, with their checksums
     store       reading latents and text encoder outputs by row of the index
     encoding    from image files to latents
     npz         latents that sd-scripts left beside the images

@@ -1,9 +1,10 @@
 """Cached outputs of the text encoders: variants of captions, their keys, and encoding those that are missing.
 
-A caption is encoded as it is trained: with prefix and suffix, one of its lines, and its wildcards drawn. With
-`text_encoder_outputs_variants` = N there are N such draws of each caption, which also differ by shuffled and dropped
-tags. Variant number i is a function of text and options of the caption, so that equal captions are encoded and stored
-once. A key is the hash of the variant's text and of the tokenizer. Outputs are computed in float32 and kept in float16.
+A caption is encoded as it is trained: from one of its sources, with prefix and suffix, one of its lines, and its
+wildcards drawn. With `text_encoder_outputs_variants` = N there are N such draws of each caption, which also differ by
+shuffled and dropped tags. Variant number i is a function of text and options of the caption, so that equal captions are
+encoded and stored once. A key is the hash of the variant's text and of the tokenizer. Outputs are computed in float32
+and kept in float16.
 """
 
 import logging
@@ -13,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -23,17 +25,21 @@ from jaxtyping import Bool, Float16, Int32, Int64, Shaped, UInt8
 from torch import Tensor
 
 from sdxl_finetune.config import Config, Subset
+from sdxl_finetune.data.caption_sources import Texts, choose_text
 from sdxl_finetune.data.captions import AS_WRITTEN, caption
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.keys import hash16
-from sdxl_finetune.latents.shards import Kind, Library, Shard, ShardWriter, remember_checked
+from sdxl_finetune.latents.library import Library
+from sdxl_finetune.latents.records import Records
+from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.latents.store import TextStore, write_table
 from sdxl_finetune.latents.together import (
+    check_complete,
     check_memory,
-    check_visible,
     encode_in_rounds,
     find_team,
+    join_shards,
     open_together,
     readable_shards,
 )
@@ -50,6 +56,7 @@ LOOKED_AT = 100
 """Images beside which the reference's cached outputs are looked for; a reference run writes one for each image."""
 ALWAYS_KEPT = {"caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0}
 """Options of captions to encode. A dropped caption is the empty one, which has an output of its own."""
+GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
 NEVER_DRAWN = random.Random(0)
 """Generator for captions in which nothing is random."""
 TOO_LARGE = "remove it, because 16-bit numbers cannot hold the text encoders' outputs for the caption"
@@ -94,36 +101,36 @@ class Captions:
 
     def text(self, row: int, number: int) -> str:
         """The caption of this row in the variant of this number."""
-        return (
-            "" if row == len(self.index) else self._variant(row, self.index.captions(row, row + 1)[0][0] or "", number)
-        )
+        return "" if row == len(self.index) else self._variant(row, self.index.captions(row, row + 1)[0], number)
 
     def keys(self) -> UInt8[np.ndarray, "rows v 16"]:
         """The keys of all captions in use, in all variants; 0 for captions that are not in use."""
         keys = np.zeros((len(self.index) + 1, self.variants, 16), np.uint8)
         used = self.index.used
         for start in range(0, len(self.index), ROWS):
-            for row, (text, *_) in enumerate(self.index.captions(start, start + ROWS), start):
-                variants = self.variants if self._is_drawn(row) else 1
+            for row, texts in enumerate(self.index.captions(start, start + ROWS), start):
+                variants = self.variants if self._is_drawn(row, texts) else 1
                 if used[row]:
-                    own = b"".join(self._key(self._variant(row, text or "", number)) for number in range(variants))
+                    own = b"".join(self._key(self._variant(row, texts, number)) for number in range(variants))
                     keys[row] = np.frombuffer(own, np.uint8).reshape(variants, 16)
         keys[-1] = np.frombuffer(self._key(""), np.uint8)
         return keys
 
-    def _variant(self, row: int, text: str, number: int) -> str:
+    def _variant(self, row: int, texts: Texts, number: int) -> str:
         options = self._options[self._subset[row]][int(self.index.held_out[row])]
+        text, whole = choose_text(options, texts, partial(_source_draw, texts, number))
         rng = NEVER_DRAWN
-        if options.enable_wildcard or self._is_drawn(row):
+        if options.enable_wildcard or self._is_drawn(row, texts):
             entropy = np.frombuffer(hash16(text.encode()), np.uint32).tolist()
             rng = position_random(0, "caption variant", number, *entropy)
-        return caption(options, text, rng, epoch=0, step=0, max_steps=1, quality=self.index.quality_tag(row))
+        quality = self.index.quality_tag(row)
+        return caption(options, text, rng, epoch=0, step=0, max_steps=1, whole=whole, quality=quality)
 
-    def _is_drawn(self, row: int) -> bool:
+    def _is_drawn(self, row: int, texts: Texts) -> bool:
         """True if the variants of this caption differ. A held-out caption has one variant, whole and in order."""
         options = self._options[self._subset[row]][0]
         drawn = options.enable_wildcard or options.shuffle_caption or options.caption_tag_dropout_rate > 0
-        return drawn and not self.index.held_out[row]
+        return (drawn or sum(text is not None for text in texts) > 1) and not self.index.held_out[row]
 
     def _key(self, text: str) -> bytes:
         return hash16(f"{OUTPUTS_VERSION} {self.tokenizer}\n{text}".encode())
@@ -139,6 +146,15 @@ class Captions:
         return [(one.model_copy(update=ALWAYS_KEPT), one.model_copy(update=AS_WRITTEN)) for one in subsets]
 
 
+def _source_draw(texts: Texts, number: int) -> float:
+    """A number from 0 to 1 that chooses the caption source of a variant.
+
+    Neighbouring variants are a golden section apart, so that a few variants have nearly the shares of the weights.
+    """
+    entropy = np.frombuffer(hash16("\0".join(text or "" for text in texts).encode()), np.uint32).tolist()
+    return (position_random(0, "caption source", *entropy).random() + number * GOLDEN_SECTION) % 1.0
+
+
 def prepare_text(
     index: Index, encoder: TextEncoder, config: Config, accelerator: Accelerator, stop: StopRequest | None = None
 ) -> TextStore:
@@ -149,10 +165,10 @@ def prepare_text(
     """
     scratch, on_disk = config.cache_folder, config.cache_text_encoder_outputs_to_disk
     kind = Kind("text_outputs", encoder.identity() if on_disk else "")
-    team = find_team(accelerator, kind, kind.folder(scratch) if on_disk else None)
+    team = find_team(accelerator, kind, config, on_disk=on_disk)
     captions = Captions(index, config.text_encoder_outputs_variants, encoder.tokenizer_identity)
     keys, used = captions.keys(), captions.used
-    if team.folder is None:
+    if not on_disk:
         size = 2 * (math.prod(encoder.hidden_shape) + encoder.pooled_size)
         check_memory(count_keys(keys, used) * size, "the text encoders' outputs", "cache_text_encoder_outputs")
     if accelerator.is_main_process:
@@ -163,26 +179,24 @@ def prepare_text(
     too_large: list[str] = []
     if sum(gather_object([len(missing)])):
         own = missing[team.share]
-        with encoder.on_device() as encode, ShardWriter(team.folder, kind, team.rank, scratch) as writer:
+        with encoder.on_device() as encode, team.writer() as writer:
             job = _encode_captions(captions, keys, own, encode, config.text_encoder_batch_size, writer, too_large)
             encode_in_rounds(job, len(own), writer, team, stop, "captions")
         if too_large := gather_object(too_large):
             raise UserError(Problem(f"{TOO_LARGE} {too_large[0]!r}", key="cache_text_encoder_outputs", value=True))
-        shards = sorted([*shards, *readable_shards(team, writer.shards)], key=lambda shard: shard.path.name)
+        shards = join_shards(team, shards, readable_shards(team, writer.shards))
         places = _find_places(keys, shards)
-        if team.folder and accelerator.is_main_process:
-            remember_checked(team.folder, shards)
     logger.info(
         "text encoder outputs in %s: %d encoded, %d there already",
-        scratch if team.folder else "memory",
+        team.shelf.folder if team.shelf else "memory",
         len(missing),
         count_keys(keys, used) - len(missing),
     )
     is_complete = bool((places["file"] >= 0)[used].all())
-    files = tuple(shard.path for shard in shards)
-    check_visible(files, complete=is_complete, scratch=scratch)
+    check_complete(team, complete=is_complete)
+    records = Records(tuple(shard.path for shard in shards), team.copies)
     return TextStore(
-        index, write_table(places, scratch), files, captions.variants, encoder.hidden_shape, encoder.pooled_size
+        index, write_table(places, scratch), records, captions.variants, encoder.hidden_shape, encoder.pooled_size
     )
 
 
@@ -195,6 +209,8 @@ def _mention_npz(index: Index) -> None:
     """Logs that the reference's cached outputs are not used, if there are any beside the first images."""
     for row in np.flatnonzero(index.used)[:LOOKED_AT].tolist():
         image = index[row].path
+        if not isinstance(image, Path):
+            return
         if (path := image.with_name(f"{image.stem}_te_outputs.npz")).is_file():
             logger.info("%s and other files like it are not used: sd-scripts encodes the pooled output wrongly", path)
             return

@@ -4,7 +4,6 @@ A latent is a sample of the VAE's distribution. Its noise is a function of the f
 the latent is the same in any batch and on any process.
 """
 
-import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -24,8 +23,9 @@ from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Entry, Index
 from sdxl_finetune.errors import Problem
 from sdxl_finetune.latents.keys import RowKeys, hash16, latent_shape
+from sdxl_finetune.latents.library import Library
 from sdxl_finetune.latents.npz import Rejected, find_npz, read_npz
-from sdxl_finetune.latents.shards import Library, ShardWriter
+from sdxl_finetune.latents.shards import ShardWriter
 from sdxl_finetune.seeding import position_rng
 
 Encode = Callable[[UInt8[Tensor, "k H W 3"], Float32[Tensor, "k 4 h w"]], Callable[[], Float16[Tensor, "k 4 h w"]]]
@@ -153,9 +153,9 @@ def _read_ahead(job: Encoding, rows: Int64[np.ndarray, " k"]) -> Iterator[tuple[
 
 
 def _read_image(job: Encoding, row: int) -> Image | ImageError:
-    entry, index = job.index[row], job.index
+    entry = job.index[row]
     try:
-        data = _read_file(entry.path, (int(index.numbers("bytes")[row]), int(index.numbers("mtime")[row])))
+        data = entry.read(unchanged=True)
         content = np.frombuffer(hash16(data), np.uint8)
         keys = {}
         for mirrored in {False, entry.subset.flip_aug}:
@@ -177,18 +177,6 @@ def _read_image(job: Encoding, row: int) -> Image | ImageError:
         return Image(row, entry, content, keys, pixels, latents)
     except ImageError as error:
         return error
-
-
-def _read_file(path: Path, expected: tuple[int, int]) -> bytes:
-    """The bytes of a file whose size and modification time are still the `expected` ones. Raises ImageError."""
-    try:
-        with path.open("rb") as file:
-            stat, data = os.fstat(file.fileno()), file.read()
-    except OSError as error:
-        raise ImageError(str(path), f"not readable ({error.strerror})") from None
-    if (stat.st_size, stat.st_mtime_ns) != expected:
-        raise ImageError(str(path), "changed since it was scanned: start again, without skip_cache_check")
-    return data
 
 
 def _start(job: Encoding, batch: Sequence[Image]) -> Running:
@@ -245,7 +233,7 @@ def find_foreign_npz(job: Encoding, rows: Int64[np.ndarray, " k"]) -> Path | Non
         image, shape = _read_image(job, row), job.shape(row)
         if isinstance(image, ImageError) or image.pixels is None:
             continue
-        saved = read_npz(image.entry, image.entry.path.read_bytes(), shape, [False])
+        saved = read_npz(image.entry, image.entry.read(), shape, [False])
         if isinstance(saved, dict):
             pixels = torch.from_numpy(image.pixels[None].copy())
             mean, above = (job.encode(pixels, torch.full((1, *shape), noise))().float()[0] for noise in (0.0, 1.0))

@@ -25,12 +25,15 @@ from sdxl_finetune.data.inspection import hash_of_stat
 from sdxl_finetune.data.masks import find_mask, latent_mask, load_mask
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.latents.keys import hash16, latent_shape
-from sdxl_finetune.latents.shards import PLACE, Kind, Library, ShardWriter, remember_checked
-from sdxl_finetune.latents.store import read_record, write_table
+from sdxl_finetune.latents.library import PLACE, Library
+from sdxl_finetune.latents.records import Records
+from sdxl_finetune.latents.shards import Kind, ShardWriter
+from sdxl_finetune.latents.store import write_table
 from sdxl_finetune.latents.together import (
-    check_visible,
+    check_complete,
     encode_in_rounds,
     find_team,
+    join_shards,
     open_together,
     readable_shards,
 )
@@ -49,11 +52,11 @@ class MaskStore:
     index: Index
     table: Path
     """File with one PLACE for each row of the index."""
-    files: tuple[Path, ...]
+    records: Records
     pixels_per_latent: int
 
     def __reduce__(self) -> tuple:
-        return MaskStore, (self.index, self.table, self.files, self.pixels_per_latent)
+        return MaskStore, (self.index, self.table, self.records, self.pixels_per_latent)
 
     def read(self, rows: Sequence[int], mirrored: Sequence[bool]) -> Float16[np.ndarray, "k h w"]:
         """Masks of images of one bucket, 0 to 1. An image without a mask counts fully.
@@ -68,7 +71,9 @@ class MaskStore:
         _, *shape = latent_shape(self.index.buckets[self.index.bucket[row]], self.pixels_per_latent)
         if number < 0:
             return np.ones(shape, np.float16)
-        return read_record(self.files[number], start, crc, tuple(shape), f"the mask of {self.index[row].path}")
+        mask = np.empty(shape, np.float16)
+        self.records.read(number, start, crc, mask, lambda: f"the mask of {self.index[row].path}")
+        return mask
 
     @cached_property
     def places(self) -> Shaped[np.ndarray, " n"]:
@@ -118,7 +123,7 @@ def prepare_masks(
         return index, None
     kind = Kind("masks", f"{VERSION}-{pixels_per_latent}")
     scratch = config.cache_folder
-    team = find_team(accelerator, kind, kind.folder(scratch) if config.cache_latents_to_disk else None)
+    team = find_team(accelerator, kind, config, on_disk=config.cache_latents_to_disk)
     shards = open_together(team, accelerator)
     files, bad = find_mask_files(index)
     library = Library(shards)
@@ -127,12 +132,9 @@ def prepare_masks(
         threads = max(1, (os.cpu_count() or 1) // team.ranks_here)
         job = MaskEncoding(index, files, library, pixels_per_latent, threads)
         own = missing[team.share]
-        with ShardWriter(team.folder, kind, team.rank, scratch) as writer:
+        with team.writer() as writer:
             encode_in_rounds(encode_masks(job, own, writer), len(own), writer, team, stop, "masks")
-        shards = sorted([*shards, *readable_shards(team, writer.shards)], key=lambda shard: shard.path.name)
-        library = Library(shards)
-        if team.folder and accelerator.is_main_process:
-            remember_checked(team.folder, shards)
+        library = Library(join_shards(team, shards, readable_shards(team, writer.shards)))
         for problems in gather_object([job.bad]):
             bad |= problems
     if accelerator.is_main_process or config.on_bad_image == "stop":
@@ -141,8 +143,9 @@ def prepare_masks(
     places = np.full(len(index), np.array((-1, 0, 0), PLACE))
     places[files.rows] = files.places(library)
     complete = bool((places["file"][index.used & index.has_mask] >= 0).all())
-    check_visible(library.files, complete=complete, scratch=scratch)
-    return index, MaskStore(index, write_table(places[:, None], scratch), library.files, pixels_per_latent)
+    check_complete(team, complete=complete)
+    records = Records(library.files, team.copies)
+    return index, MaskStore(index, write_table(places[:, None], scratch), records, pixels_per_latent)
 
 
 def find_mask_files(index: Index) -> tuple[MaskFiles, dict[int, Problem]]:
@@ -154,7 +157,8 @@ def find_mask_files(index: Index) -> tuple[MaskFiles, dict[int, Problem]]:
     for row in rows.tolist():
         entry = index[row]
         try:
-            stat_hashes += _stat_hash(find_mask(entry))
+            path = find_mask(entry)
+            stat_hashes += index.stat_hashes[row].tobytes() if path is None else _stat_hash(path)
         except (ImageError, OSError) as error:
             reason = error.reason if isinstance(error, ImageError) else f"its mask is not readable ({error.strerror})"
             bad[row] = Problem(reason, file=str(entry.path))
@@ -187,8 +191,8 @@ def _read(job: MaskEncoding, place: int) -> tuple[bytes, bytes, Float16[np.ndarr
     entry = job.index[int(job.files.rows[place])]
     try:
         path = find_mask(entry)
-        data = path.read_bytes()
-        if _stat_hash(path) != job.files.stat_hashes[place].tobytes():
+        data = entry.read(unchanged=True) if path is None else path.read_bytes()
+        if path and _stat_hash(path) != job.files.stat_hashes[place].tobytes():
             raise ImageError(str(path), "it was changed during the run")
         content = hash16(data)
         key = np.frombuffer(content, np.uint8) ^ job.files.geometry_hashes[place]

@@ -27,7 +27,12 @@ class Rejected:
 
 
 def find_npz(entry: Entry) -> Path | None:
-    """The file that the reference would use for this image, or would if it applied the EXIF orientation."""
+    """The file that the reference would use for this image, or would if it applied the EXIF orientation.
+
+    The reference has no such files for images in tar files and object stores.
+    """
+    if entry.offset >= 0 or not isinstance(entry.path, Path):
+        return None
     width, height = entry.size
     endings = [".npz", *(f"_{w:04d}x{h:04d}_sdxl.npz" for w, h in ((width, height), (height, width)))]
     paths = (entry.path.with_name(entry.path.stem + ending) for ending in endings)
@@ -68,7 +73,7 @@ def _misfit(
         return "made of an image of another size"
     if not np.allclose(arrays["crop_ltrb"], noted_crop(entry.size, (entry.bucket.width, entry.bucket.height))):
         return "made with another crop"
-    if path.stat().st_mtime_ns < entry.path.stat().st_mtime_ns:
+    if path.stat().st_mtime_ns < entry.stat[1]:
         return "older than the image"
     if not all((np.abs(array) <= np.finfo(np.float16).max).all() for array in wanted):
         return "not finite"

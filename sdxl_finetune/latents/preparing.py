@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
@@ -17,19 +16,22 @@ from sdxl_finetune.data.index import Index, report_bad_images
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.latents.encoding import Encoder, Encoding, Report, encode_images, find_foreign_npz
 from sdxl_finetune.latents.keys import RowKeys, latent_shape, row_keys
+from sdxl_finetune.latents.library import Library
 from sdxl_finetune.latents.npz import find_npz
-from sdxl_finetune.latents.shards import Kind, Library, Shard, ShardWriter, remember_checked
+from sdxl_finetune.latents.shards import Kind, Shard
 from sdxl_finetune.latents.store import LatentStore, build_store, find_places, missing_rows
 from sdxl_finetune.latents.together import (
     Team,
+    check_complete,
     check_memory,
-    check_visible,
     encode_in_rounds,
     find_team,
+    join_shards,
     open_together,
     readable_shards,
 )
 from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.storage import Location
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +51,9 @@ def prepare(
     """
     scale, scratch = encoder.pixels_per_latent, config.cache_folder
     kind = Kind("latents", encoder.identity() if config.cache_latents_to_disk else "")
-    folder = kind.folder(scratch) if config.cache_latents_to_disk else None
-    if folder is None:
+    if not config.cache_latents_to_disk:
         check_memory(latent_bytes(index, scale), "the latents", "cache_latents")
-    team = find_team(accelerator, kind, folder)
+    team = find_team(accelerator, kind, config, on_disk=config.cache_latents_to_disk)
     shards = open_together(team, accelerator)
     keys = row_keys(index)
     library = Library(shards)
@@ -61,18 +62,15 @@ def prepare(
     reports: list[Report] = []
     if sum(gather_object([len(rows)])):
         made, reports = _encode_missing(index, keys, rows, encoder, config, team, stop, library)
-        shards = sorted([*shards, *made], key=lambda shard: shard.path.name)
-        library = Library(shards)
+        library = Library(join_shards(team, shards, made))
         places = find_places(index, keys, library)
-        if folder and accelerator.is_main_process:
-            remember_checked(folder, shards)
-    _log_counts(reports, int(index.used.sum()) - len(rows), scratch if folder else None)
+    _log_counts(reports, int(index.used.sum()) - len(rows), team.shelf.folder if team.shelf else None)
     bad = _bad_images(index, reports)
     if accelerator.is_main_process or config.on_bad_image == "stop":
         report_bad_images(Tally(bad.values()), config.on_bad_image)
     index = index.without(bad)
-    store = build_store(index, places, library.files, pixels_per_latent=scale, scratch=scratch)
-    check_visible(store.files, complete=not len(missing_rows(index, places)), scratch=scratch)
+    store = build_store(index, places, library.files, team.copies, pixels_per_latent=scale, scratch=scratch)
+    check_complete(team, complete=not len(missing_rows(index, places)))
     return index, store
 
 
@@ -88,7 +86,7 @@ def _encode_missing(
 ) -> tuple[list[Shard], list[Report]]:
     """Encodes this process's share of `rows`; returns the new shards that this process can read, and all reports."""
     rows = rows[team.share]
-    with encoder.on_device() as encode, ShardWriter(team.folder, team.kind, team.rank, config.cache_folder) as writer:
+    with encoder.on_device() as encode, team.writer() as writer:
         job = Encoding(
             index=index,
             keys=keys,
@@ -98,7 +96,7 @@ def _encode_missing(
             batch_size=config.vae_batch_size,
             threads=max(1, min(READERS, (os.cpu_count() or 1) // team.ranks_here)),
         )
-        job = replace(job, use_npz=team.folder is not None and _trusts_npz(job, rows))
+        job = replace(job, use_npz=team.shelf is not None and _trusts_npz(job, rows))
         encode_in_rounds(encode_images(job, rows, writer), len(rows), writer, team, stop, "images")
     return readable_shards(team, writer.shards), gather_object([job.report])
 
@@ -131,7 +129,7 @@ def _bad_images(index: Index, reports: Sequence[Report]) -> dict[int, Problem]:
     return bad
 
 
-def _log_counts(reports: Sequence[Report], kept: int, folder: Path | None) -> None:
+def _log_counts(reports: Sequence[Report], kept: int, folder: Location | None) -> None:
     """Logs how many latents were found and made, and for each reason which .npz files were not used."""
     counts = sum((report.counts for report in reports), Counter({"there already": kept}))
     images = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))

@@ -1,4 +1,4 @@
-"""Shards: files of many records of one shape, written once and never changed, in which records are found by key.
+"""Shards: files of many records of one shape, written once and never changed, on the disk or in an object store.
 
 A record is what an encoder made: a latent, or the text encoders' outputs for a caption. All keys and hashes have 16
 bytes. A record's cache key stands for all that it depends on besides the encoder (keys.py, captions.py). A shard of
@@ -10,38 +10,37 @@ have the same key, the oldest shard counts, on every process. Damaged and foreig
 import atexit
 import contextlib
 import json
-import logging
 import os
 import secrets
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Float16, Int64, Shaped, UInt8, UInt32, UInt64
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Float16, UInt8, UInt32
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.files import atomic_path
+from sdxl_finetune.storage import Address, LocalCopies, Location, StorageError, read, write
 
-logger = logging.getLogger(__name__)
+L = TypeVar("L", Path, Address, Location)
 
 TABLES = ("keys", "crcs", "stamps", "digests")
 """Names of the tables in a file: keys, checksums, `stat` hashes and content hashes."""
+DTYPES = (np.uint8, np.uint32, np.uint8, np.uint8)
+"""Data types of the tables."""
 MAX_BYTES = 128 << 20
 """Largest size of the records in one shard: 128 MiB, which one process writes in seconds."""
 LEFT_OVER = 86400
 """Seconds after which an unfinished file is taken for that of a killed process: one day."""
-THREADS = 8
-"""Threads that read shards at the start; reading is limited by the disk."""
-PLACE = np.dtype([("file", "<i4"), ("crc", "<u4"), ("start", "<i8")])
-"""Place of a record: number of the file (-1 for none), CRC-32 of its bytes, position of the first byte."""
+FIRST = 1 << 15
+"""Bytes of a shard that are read first. They hold its header, and the checksums of up to 8,000 records."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Kind:
     encoder: str
     """Identity of the encoder: a hash of its weights. Empty for records in memory."""
 
-    def folder(self, cache_dir: Path) -> Path:
+    def folder(self, cache_dir: L) -> L:
         """The folder of the shards of this kind."""
         return cache_dir / self.name / self.encoder
 
@@ -70,7 +69,7 @@ class Kind:
 class Shard:
     """The tables of one shard. Its records stay in the file."""
 
-    path: Path
+    path: Location
     start: int
     """Position of the first record in the file, in bytes."""
     size: int
@@ -82,131 +81,54 @@ class Shard:
     """Content hashes of the files with these `stat_hashes`."""
 
 
-class Lookup:
-    """Finds rows of a table of hashes, many at once."""
+def read_shard(path: Location, kind: Kind, size: int, reads: Callable[[int, int], bytes] | None = None) -> Shard:
+    """Reads the tables of a shard of `size` bytes, in two reads; `reads` replaces reading from `path`.
 
-    def __init__(self, hashes: UInt8[np.ndarray, "n 16"]) -> None:
-        first_halves = _first_halves(hashes)
-        self._hashes = hashes
-        self._order = np.argsort(first_halves, kind="stable")
-        self._sorted = first_halves[self._order]
-
-    def find(self, hashes: UInt8[np.ndarray, "k 16"]) -> Int64[np.ndarray, " k"]:
-        """The first row that equals each hash, or -1."""
-        if not len(self._sorted):
-            return np.full(len(hashes), -1)
-        first_halves, last = _first_halves(hashes), len(self._sorted) - 1
-        at = np.searchsorted(self._sorted, first_halves).clip(max=last)
-        while True:
-            rows = self._order[at]
-            is_equal = (self._hashes[rows] == hashes).all(axis=1)
-            # Another hash may have the same first half, and then the wanted one may follow it.
-            goes_on = ~is_equal & (at < last) & (self._sorted[(at + 1).clip(max=last)] == first_halves)
-            if not goes_on.any():
-                return np.where(is_equal, rows, -1)
-            at = at + goes_on
-
-
-class Library:
-    """Many shards as one: records by key, and content hashes by `stat` hash. Of equal keys the first shard counts."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.files = tuple(shard.path for shard in shards)
-        nothing = np.zeros((0, 16), np.uint8)
-        places = [np.zeros(0, PLACE)]
-        for number, shard in enumerate(shards):
-            own = np.zeros(len(shard.keys), PLACE)
-            own["file"], own["crc"] = number, shard.crcs
-            own["start"] = shard.start + np.arange(len(own)) * shard.size
-            places.append(own)
-        self._places = np.concatenate(places)
-        self._keys = Lookup(np.concatenate([nothing, *(shard.keys for shard in shards)]))
-        self._stat_hashes = Lookup(np.concatenate([nothing, *(shard.stat_hashes for shard in shards)]))
-        self._contents = np.concatenate([nothing, *(shard.contents for shard in shards)])
-
-    def places(self, keys: UInt8[np.ndarray, "k 16"]) -> Shaped[np.ndarray, " k"]:
-        """The PLACE of the record of each key."""
-        rows = self._keys.find(keys)
-        found = np.full(len(keys), np.array((-1, 0, 0), PLACE))
-        found[rows >= 0] = self._places[rows[rows >= 0]]
-        return found
-
-    def contents(
-        self, stat_hashes: UInt8[np.ndarray, "k 16"]
-    ) -> tuple[Int64[np.ndarray, " j"], UInt8[np.ndarray, "j 16"]]:
-        """The positions of the known `stat_hashes`, and the content hashes of these."""
-        rows = self._stat_hashes.find(stat_hashes)
-        known = np.flatnonzero(rows >= 0)
-        return known, self._contents[rows[known]]
-
-
-def open_shards(folder: Path, kind: Kind, *, check: bool) -> list[Shard]:
-    """The sound shards of this kind in `folder`, oldest first.
-
-    With `check`, files that have changed since they were last checked are read and compared with their checksums.
-    Damaged files are renamed to `.damaged`, with a warning. Only one process at a time may use `check`.
+    Raises ValueError for any other or damaged file, and StorageError.
     """
-    paths = sorted(folder.glob(f"*{kind.ending}"))
-    checked = _load_checked(folder) if check else None
-    with ThreadPoolExecutor(THREADS) as pool:
-        opened = list(pool.map(partial(_open_shard, kind=kind, checked=checked), paths))
-    for path, shard in zip(paths, opened, strict=True):
-        if isinstance(shard, str) and check:
-            logger.warning("%s: %s; %s, and what it held is encoded again", path, shard, set_aside(path))
-    shards = [shard for shard in opened if isinstance(shard, Shard)]
-    if check and folder.is_dir():
-        remember_checked(folder, shards)
-        for unfinished in folder.glob(f".*{kind.ending}.*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - unfinished.stat().st_mtime > LEFT_OVER:
-                    unfinished.unlink()
-    return shards
-
-
-def set_aside(path: Path) -> str:
-    """Renames a damaged shard to `.damaged`, and says what has become of it. Another process may have renamed it."""
-    aside = path.with_suffix(".damaged")
+    part = reads or (lambda start, length: read(path, start, length))
+    head = part(0, min(FIRST, size))
+    begin = 8 + int.from_bytes(head[:8], "little")
+    if begin > size:
+        raise ValueError("it is cut short")
+    head += part(len(head), begin - len(head)) if begin > len(head) else b""
+    header = json.loads(head[8:begin])
     try:
-        path.rename(aside)
-    except OSError as error:
-        if path.exists():
-            return f"the file cannot be renamed ({error.strerror}) and should be deleted"
-    return f"the file is renamed to {aside.name}"
-
-
-def remember_checked(folder: Path, shards: Sequence[Shard]) -> None:
-    """Records that these files were checked, with their size and modification time."""
-    with contextlib.suppress(OSError), atomic_path(folder / "checked.json") as temporary:
-        temporary.write_text(json.dumps({shard.path.name: _state(shard.path) for shard in shards}))
-
-
-def read_shard(path: Path, kind: Kind) -> Shard:
-    """Reads the tables of a shard. Raises ValueError, SafetensorError or OSError for any other or damaged file."""
-    with safe_open(path, "numpy") as file:
-        about = file.metadata() or {}
-        # Shards of latents that were written before there were other kinds name their encoder "vae".
-        if about.get("format") != kind.format or about.get("encoder", about.get("vae")) != kind.encoder:
-            raise ValueError(f"it holds no {kind.name.replace('_', ' ')} of this encoder")
-        tables = [file.get_tensor(name) for name in TABLES]
+        about, spans = header["__metadata__"], [tuple(header[name]["data_offsets"]) for name in TABLES]
+        records, shapes = header[kind.name], [header[name]["shape"] for name in TABLES]
+    except (KeyError, TypeError):
+        raise ValueError("it is no shard") from None
+    # Shards of latents that were written before there were other kinds name their encoder "vae".
+    if about.get("format") != kind.format or about.get("encoder", about.get("vae")) != kind.encoder:
+        raise ValueError(f"it holds no {kind.name.replace('_', ' ')} of this encoder")
+    if begin + max(end for _, end in [*spans, records["data_offsets"]]) != size:
+        raise ValueError("it is cut short")
+    behind = [span for span in spans if begin + span[1] > len(head)]
+    first = min(start for start, _ in behind) if behind else 0
+    tail = part(begin + first, max(end for _, end in behind) - first) if behind else b""
+    data = [
+        tail[start - first : end - first] if (start, end) in behind else head[begin + start : begin + end]
+        for start, end in spans
+    ]
+    tables = [np.frombuffer(one, dtype).reshape(shape) for one, dtype, shape in zip(data, DTYPES, shapes, strict=True)]
     if about.get("tables") != _crc_of(tables):
         raise ValueError("its tables are damaged")
-    with path.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        records = json.loads(raw.read(length))[kind.name]
-    size = int(np.prod(records["shape"][1:])) * 2
-    return Shard(path, 8 + length + records["data_offsets"][0], size, *tables)
+    return Shard(path, begin + records["data_offsets"][0], int(np.prod(records["shape"][1:])) * 2, *tables)
 
 
 class ShardWriter:
-    """Packs records into shards: files in `folder`, or without a folder, memory that is freed with the process.
+    """Packs records into shards in `folder`, or without a folder, in memory that is freed with the process.
 
     A thread writes a shard while the next one is filled. Leaving the context writes what is left.
     """
 
-    def __init__(self, folder: Path | None, kind: Kind, rank: int, scratch: Path) -> None:
+    def __init__(
+        self, folder: Location | None, kind: Kind, rank: int, scratch: Path, copies: LocalCopies | None = None
+    ) -> None:
+        """`copies` keeps a local copy of each shard that is written to an address."""
         self.shards: list[Shard] = []
         """The shards that were written."""
-        self._folder, self._kind, self._rank = folder, kind, rank
+        self._folder, self._kind, self._rank, self._copies = folder, kind, rank, copies
         self._memory = None if folder else nameless_file(scratch)
         self._pool, self._writing = ThreadPoolExecutor(1), Future[None]()
         self._writing.set_result(None)
@@ -253,14 +175,18 @@ class ShardWriter:
         kind = self._kind
         name = f"{time.time_ns():020d}-{self._rank:05d}-{secrets.token_hex(4)}{kind.ending}"
         about = {"format": kind.format, "encoder": kind.encoder, "tables": _crc_of(tables)}
+        path = self._folder / name
         try:
-            with atomic_path(self._folder / name) as temporary:
-                temporary.write_bytes(save({kind.name: values, **dict(zip(TABLES, tables, strict=True))}, about))
-        except (OSError, SafetensorError) as error:
+            data = save({kind.name: values, **dict(zip(TABLES, tables, strict=True))}, about)
+            write(path, data)
+        except (StorageError, SafetensorError) as error:
             what = kind.name.replace("_", " ")
-            message = f"{what} cannot be written ({error}): free space, or set another cache_dir"
+            reason = error.reason if isinstance(error, StorageError) else f"cannot be written ({error})"
+            message = f"{what} {reason}: free space, or set another cache_dir"
             raise UserError(Problem(message, file=str(self._folder))) from None
-        self.shards.append(read_shard(self._folder / name, kind))
+        if self._copies and isinstance(path, Address):
+            self._copies.keep(path, data)
+        self.shards.append(read_shard(path, kind, len(data), lambda start, length: data[start : start + length]))
 
 
 def nameless_file(scratch: Path) -> Path:
@@ -286,40 +212,9 @@ def _unlink(path: Path) -> None:
         path.unlink()
 
 
-def _open_shard(path: Path, kind: Kind, checked: dict[str, list[int]] | None) -> Shard | str:
-    """The shard, or a text that says what is wrong. Records are verified if the file has changed since `checked`."""
-    try:
-        shard = read_shard(path, kind)
-        if checked is not None and checked.get(path.name) != _state(path):
-            with path.open("rb") as file:
-                file.seek(shard.start)
-                if any(zlib.crc32(file.read(shard.size)) != crc for crc in shard.crcs.tolist()):
-                    return "its records are damaged"
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        return f"not readable as a shard ({error})"
-    return shard
-
-
-def _load_checked(folder: Path) -> dict[str, list[int]]:
-    try:
-        return dict(json.loads((folder / "checked.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _state(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
-
-
 def _crc_of(tables: Sequence[np.ndarray]) -> str:
     return f"{zlib.crc32(b''.join(table.tobytes() for table in tables)):08x}"
 
 
 def _hashes(values: Sequence[bytes]) -> UInt8[np.ndarray, "n 16"]:
     return np.frombuffer(b"".join(values), np.uint8).reshape(-1, 16)
-
-
-def _first_halves(hashes: UInt8[np.ndarray, "n 16"]) -> UInt64[np.ndarray, " n"]:
-    """The first eight bytes of each hash as a number, which numpy sorts many times faster than 16 bytes of text."""
-    return np.ascontiguousarray(hashes[:, :8]).view(np.uint64).ravel()

@@ -1,18 +1,19 @@
 """Stores: read latents and text encoder outputs by row of the index, from shards on the disk or in memory."""
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float16, Int64, Shaped
 
 from sdxl_finetune.data.index import Index
-from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.keys import RowKeys, latent_shape
-from sdxl_finetune.latents.shards import PLACE, Library, nameless_file, set_aside
+from sdxl_finetune.latents.library import PLACE, Library
+from sdxl_finetune.latents.records import Records
+from sdxl_finetune.latents.shards import nameless_file
+from sdxl_finetune.storage import LocalCopies, Location
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,24 @@ class LatentStore:
     index: Index
     table: Path
     """File with two PLACEs for each row of the index: the latent of the image as it is, and mirrored."""
-    files: tuple[Path, ...]
+    records: Records
     pixels_per_latent: int
 
     def __reduce__(self) -> tuple:
-        return LatentStore, (self.index, self.table, self.files, self.pixels_per_latent)
+        return LatentStore, (self.index, self.table, self.records, self.pixels_per_latent)
 
     def read(self, rows: Sequence[int], mirrored: Sequence[bool]) -> Float16[np.ndarray, "k 4 h w"]:
         """Unscaled latents of images of one bucket. Raises UserError if the bytes differ from those written."""
-        return np.stack([self._read(row, flip) for row, flip in zip(rows, mirrored, strict=True)])
+        bucket = self.index.buckets[self.index.bucket[rows[0]]]
+        latents = np.empty((len(rows), *latent_shape(bucket, self.pixels_per_latent)), np.float16)
+        for row, flip, latent in zip(rows, mirrored, latents, strict=True):
+            number, crc, start = self.places[row, int(flip)].tolist()
+            assert number >= 0, "the latent was not encoded"
+            self.records.read(number, start, crc, latent, partial(self._describe, row))
+        return latents
 
-    def _read(self, row: int, mirrored: bool) -> Float16[np.ndarray, "4 h w"]:
-        number, crc, start = self.places[row, int(mirrored)].tolist()
-        assert number >= 0, "the latent was not encoded"
-        shape = latent_shape(self.index.buckets[self.index.bucket[row]], self.pixels_per_latent)
-        return read_record(self.files[number], start, crc, shape, f"the latent of {self.index[row].path}")
+    def _describe(self, row: int) -> str:
+        return f"the latent of {self.index[row].path}"
 
     @cached_property
     def places(self) -> Shaped[np.ndarray, "n 2"]:
@@ -50,7 +54,7 @@ class TextStore:
     index: Index
     table: Path
     """File with `variants` PLACEs for each row of the index, and in its last row those of the empty caption."""
-    files: tuple[Path, ...]
+    records: Records
     variants: int
     """Number of variants of each caption."""
     hidden_shape: tuple[int, int]
@@ -59,7 +63,7 @@ class TextStore:
     """Channels of the pooled output."""
 
     def __reduce__(self) -> tuple:
-        return TextStore, (self.index, self.table, self.files, self.variants, self.hidden_shape, self.pooled_size)
+        return TextStore, (self.index, self.table, self.records, self.variants, self.hidden_shape, self.pooled_size)
 
     def read(
         self, rows: Sequence[int | None], draws: Sequence[float]
@@ -69,35 +73,21 @@ class TextStore:
         A random number from 0 to 1 chooses among the variants of each caption. Raises UserError if the bytes differ
         from those written.
         """
-        records = np.stack([self._read(row, draw) for row, draw in zip(rows, draws, strict=True)])
-        hidden, pooled = np.split(records, [int(np.prod(self.hidden_shape))], axis=1)
-        return hidden.reshape(len(rows), *self.hidden_shape), pooled
+        size = int(np.prod(self.hidden_shape))
+        outputs = np.empty((len(rows), size + self.pooled_size), np.float16)
+        for row, draw, output in zip(rows, draws, outputs, strict=True):
+            number, crc, start = self.places[-1 if row is None else row, int(draw * self.variants)].tolist()
+            assert number >= 0, "the caption was not encoded"
+            self.records.read(number, start, crc, output, partial(self._describe, row))
+        return outputs[:, :size].reshape(len(rows), *self.hidden_shape), outputs[:, size:]
 
-    def _read(self, row: int | None, draw: float) -> Float16[np.ndarray, " n"]:
-        number, crc, start = self.places[-1 if row is None else row, int(draw * self.variants)].tolist()
-        assert number >= 0, "the caption was not encoded"
-        size = int(np.prod(self.hidden_shape)) + self.pooled_size
+    def _describe(self, row: int | None) -> str:
         caption = "the empty caption" if row is None else f"the caption of {self.index[row].path}"
-        return read_record(self.files[number], start, crc, (size,), f"the text encoders' output for {caption}")
+        return f"the text encoders' output for {caption}"
 
     @cached_property
     def places(self) -> Shaped[np.ndarray, "n v"]:
         return np.memmap(self.table, PLACE, mode="r").view(np.ndarray).reshape(-1, self.variants)
-
-
-def read_record(path: Path, start: int, crc: int, shape: tuple[int, ...], what: str) -> Float16[np.ndarray, "..."]:
-    """Reads a record of this shape at position `start` of a shard. Raises UserError if its checksum is not `crc`."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            data = file.read(2 * int(np.prod(shape)))
-    except OSError as error:
-        message = f"{what} cannot be read ({error.strerror}): start the run again"
-        raise UserError(Problem(message, file=str(path))) from None
-    if zlib.crc32(data) != crc:
-        message = f"{what} is damaged; {set_aside(path)}: start the run again, which encodes it again"
-        raise UserError(Problem(message, file=str(path)))
-    return np.frombuffer(data, np.float16).reshape(shape)
 
 
 def write_table(places: Shaped[np.ndarray, "n v"], scratch: Path) -> Path:
@@ -127,7 +117,8 @@ def missing_rows(index: Index, places: Shaped[np.ndarray, "n 2"]) -> Int64[np.nd
 def build_store(
     index: Index,
     places: Shaped[np.ndarray, "n 2"],
-    files: tuple[Path, ...],
+    files: tuple[Location, ...],
+    copies: LocalCopies | None = None,
     *,
     pixels_per_latent: int,
     scratch: Path,
@@ -136,4 +127,4 @@ def build_store(
 
     `scratch` is the folder for a temporary file, on systems without files in memory.
     """
-    return LatentStore(index, write_table(places, scratch), files, pixels_per_latent)
+    return LatentStore(index, write_table(places, scratch), Records(files, copies), pixels_per_latent)

@@ -14,11 +14,14 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from sdxl_finetune.config import Config
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter, open_shards
+from sdxl_finetune.latents.catalogue import CATALOGUE, Shelf
+from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.progress import track
 from sdxl_finetune.runtime.host import memory_bytes
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
+from sdxl_finetune.storage import Address, LocalCopies
 
 ROUND = 60
 """Seconds after which the processes meet and write their records. A kill loses at most this time."""
@@ -29,8 +32,12 @@ class Team:
     """The processes that encode records of one kind together, as one of them sees it."""
 
     kind: Kind
-    folder: Path | None
+    shelf: Shelf | None
     """Folder of the shards; None for records in memory."""
+    scratch: Path
+    """Local folder for temporary files."""
+    copies: LocalCopies | None
+    """Local copies of shards in an object store."""
     rank: int
     first_rank: int
     """Lowest rank on this machine."""
@@ -39,22 +46,45 @@ class Team:
     share: slice
     """The part of all records that this process encodes."""
 
+    @property
+    def is_local_first(self) -> bool:
+        """True for the first process of each machine."""
+        return self.rank == self.first_rank
 
-def find_team(accelerator: Accelerator, kind: Kind, folder: Path | None) -> Team:
-    """The team that fills `folder`, or this machine's memory if it is None. All processes call this together."""
+    @property
+    def in_store(self) -> bool:
+        """True if the shards are in an object store, so that each machine has a catalogue of its own."""
+        return self.shelf is not None and isinstance(self.shelf.folder, Address)
+
+    @property
+    def keeps_catalogue(self) -> bool:
+        """True for the process that checks the shards and writes the catalogue that this process reads."""
+        return self.is_local_first if self.in_store else self.rank == 0
+
+    def writer(self) -> ShardWriter:
+        """Writes this process's records."""
+        folder = self.shelf.folder if self.shelf else None
+        return ShardWriter(folder, self.kind, self.rank, self.scratch, self.copies)
+
+
+def find_team(accelerator: Accelerator, kind: Kind, config: Config, *, on_disk: bool) -> Team:
+    """The team that fills `cache_dir`, or without `on_disk` this machine's memory. All processes call this together."""
     first_rank = accelerator.process_index - accelerator.local_process_index
     ranks_here = gather_object([first_rank]).count(first_rank)
     everyone = slice(accelerator.process_index, None, accelerator.num_processes)
-    share = everyone if folder else slice(accelerator.local_process_index, None, ranks_here)
-    return Team(kind, folder, accelerator.process_index, first_rank, ranks_here, share)
+    share = everyone if on_disk else slice(accelerator.local_process_index, None, ranks_here)
+    scratch = config.cache_folder
+    catalogue = kind.folder(scratch) / CATALOGUE
+    shelf = Shelf(kind.folder(config.cache_location), kind, catalogue) if on_disk else None
+    return Team(kind, shelf, scratch, config.copies, accelerator.process_index, first_rank, ranks_here, share)
 
 
 def open_together(team: Team, accelerator: Accelerator) -> list[Shard]:
     """The sound shards in the team's folder. The first process checks them before the other processes open them."""
-    if team.folder is None:
+    if team.shelf is None:
         return []
-    with accelerator.main_process_first():
-        return open_shards(team.folder, team.kind, check=accelerator.is_main_process)
+    with accelerator.local_main_process_first() if team.in_store else accelerator.main_process_first():
+        return team.shelf.open(check=team.keeps_catalogue)
 
 
 def encode_in_rounds(
@@ -92,7 +122,18 @@ def encode_in_rounds(
 def readable_shards(team: Team, written: Sequence[Shard]) -> list[Shard]:
     """The shards that all processes have written and that this process can read, oldest first."""
     everything = gather_object([(team.first_rank, list(written))])
-    return [shard for machine, own in everything if team.folder or machine == team.first_rank for shard in own]
+    return [shard for machine, own in everything if team.shelf or machine == team.first_rank for shard in own]
+
+
+def join_shards(team: Team, before: Sequence[Shard], made: Sequence[Shard]) -> list[Shard]:
+    """All shards, oldest first. Keeps their tables for the next start, and raises UserError if some are not seen."""
+    shards = sorted([*before, *made], key=lambda shard: shard.path.name)
+    if team.shelf and made:
+        if not team.shelf.sees(made):
+            raise _not_seen(str(team.shelf.folder))
+        if team.keeps_catalogue:
+            team.shelf.remember(shards)
+    return shards
 
 
 def check_memory(size: int, what: str, option: str) -> None:
@@ -103,8 +144,12 @@ def check_memory(size: int, what: str, option: str) -> None:
         raise UserError(Problem(f"{message}: set {option}_to_disk", key=option, value=True))
 
 
-def check_visible(files: Sequence[Path], *, complete: bool, scratch: Path) -> None:
-    """Raises UserError if this process does not see what other processes have written."""
-    if not complete or not all(path.exists() for path in files):
-        message = "a process does not see what another process encoded: use one folder that all machines share"
-        raise UserError(Problem(message, key="cache_dir", value=str(scratch)))
+def check_complete(team: Team, *, complete: bool) -> None:
+    """Raises UserError if this process does not find what other processes have written."""
+    if not complete:
+        raise _not_seen(str(team.shelf.folder if team.shelf else team.scratch))
+
+
+def _not_seen(folder: str) -> UserError:
+    message = "a process does not see what another process encoded: use one folder or address that all machines share"
+    return UserError(Problem(message, key="cache_dir", value=folder))

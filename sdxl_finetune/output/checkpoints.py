@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from diffusers import AutoencoderKL
 
-from sdxl_finetune.config import SavingOptions
+from sdxl_finetune.config import Config, SavingOptions
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.save import SaveAs, saturated, save_checkpoint
 from sdxl_finetune.model.sdxl import SDXL
@@ -90,6 +90,15 @@ def existing_checkpoints(directory: Path, name: str, save_as: SaveAs) -> list[Pa
     return sorted((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime)
 
 
+def overwritten(options: Config, save_as: SaveAs) -> str | None:
+    """Says that a new run replaces the final checkpoint of an earlier run at its end; None if there is none."""
+    existing = existing_checkpoints(options.output_folder, final_name(options), save_as)
+    if not existing:
+        return None
+    message = f"{existing[-1]} exists and is replaced at the end of this run: to keep it, set another output_name"
+    return f"{message}, or continue its run with resume = auto"
+
+
 def replaced(save: Save, directory: Path, save_as: SaveAs) -> list[Path]:
     """Returns the checkpoints that this one replaces."""
     return existing_checkpoints(directory, save.replaces, save_as) if save.replaces else []
@@ -97,7 +106,7 @@ def replaced(save: Save, directory: Path, save_as: SaveAs) -> list[Path]:
 
 def write_checkpoint(
     save: Save,
-    options: SavingOptions,
+    options: Config,
     model: SDXL,
     vae: AutoencoderKL,
     *,
@@ -111,7 +120,6 @@ def write_checkpoint(
     A weight that is too large for float16 does not end the run. The file is then written in float32, FLOAT_SUFFIX is
     added to its name, and a warning names the tensors.
     """
-    assert options.output_dir is not None
     name, dtype = save.name, PRECISIONS[options.save_precision]
     if too_large := saturated(model, vae, dtype):
         name, dtype = name + FLOAT_SUFFIX, torch.float32
@@ -121,7 +129,7 @@ def write_checkpoint(
             ", ".join(too_large[:5]) + (", ..." if len(too_large) > 5 else ""),
             name,
         )
-    path = checkpoint_path(options.output_dir, name, save_as)
+    path = checkpoint_path(options.output_folder, name, save_as)
     with atomic_path(path) as temporary:
         save_checkpoint(
             temporary, model, vae, save_as=save_as, dtype=dtype, metadata=metadata, epoch=epoch, global_step=step

@@ -1,4 +1,5 @@
-"""Uploads of saved checkpoints and training states to the Hugging Face hub, beside the training.
+"""Uploads of saved checkpoints and training states, beside the training: to the Hugging Face hub, and to `output_dir`
+if it is an address in an object store.
 
 One thread takes the waiting uploads in turn. A failed upload is tried again after a while and at the next save, and
 never stops the training. The waiting uploads are kept in a file, so that the next run goes on with them. A file that a
@@ -18,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_finetune.config import HubOptions
+from sdxl_finetune.errors import counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.hub import HubCall, HubError, target
+from sdxl_finetune.output.store_call import StoreCall
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
+from sdxl_finetune.storage import Address, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -44,43 +48,62 @@ SAVE_WAIT = 120.0
 
 @dataclass(kw_only=True, eq=False)
 class Upload:
-    """A file or folder that waits for its upload."""
+    """A file or folder that waits for its upload to the hub, or to an address."""
 
     name: str
-    """Name in `output_dir`."""
-    repo_id: str
-    repo_type: str
-    private: bool
-    path_in_repo: str
+    """Name in the local folder of saved files."""
+    repo_id: str = ""
+    repo_type: str = "model"
+    private: bool = True
+    path_in_repo: str = ""
+    address: str = ""
+    """Place in an object store; empty for an upload to the hub."""
     remove: bool = False
     """True if the run has replaced the file, so that it is deleted after the upload."""
+    gone: bool = False
+    """True to remove what was uploaded to the address. This waits until all uploads are complete."""
     failures: int = 0
     """Failed attempts of this run."""
 
     def command(self, path: Path) -> str:
         """The command that uploads the file by hand."""
+        if self.address:
+            sync = ["aws", "s3", "cp", str(path), self.address, *(["--recursive"] if path.is_dir() else [])]
+            return shlex.join(sync)
         words = ["hf", "upload", self.repo_id, str(path), self.path_in_repo]
         words += ["--repo-type", self.repo_type] if self.repo_type != "model" else []
         words += ["--private"] if self.private else []
         return shlex.join(words)
 
+    @property
+    def place(self) -> str:
+        """The place that the file is uploaded to, for messages."""
+        return self.address or f"{self.repo_id}/{self.path_in_repo}"
+
 
 class Uploads:
-    """The uploads of one run. Without `huggingface_repo_id` nothing is uploaded, and files are deleted at once."""
+    """The uploads of one run. Without a place to upload to, files are deleted at once."""
 
     def __init__(
-        self, options: HubOptions, directory: Path, name: str, delete: Callable[[Path], None], *, rank: int = 0
+        self,
+        options: HubOptions,
+        directory: Path,
+        name: str,
+        delete: Callable[[Path], None],
+        *,
+        rank: int = 0,
+        address: Address | None = None,
     ) -> None:
-        """`directory` is `output_dir`, `name` the name of the final checkpoint. `delete` deletes a file or folder.
+        """`directory` holds the saved files, `name` is the name of the final checkpoint. `delete` deletes a path.
 
-        Only the first rank uploads.
+        `address` is the place in an object store to which everything saved is uploaded. Only the first rank uploads.
         """
-        self._options, self._directory, self._delete = options, directory, delete
+        self._options, self._directory, self._delete, self._address = options, directory, delete, address
         self._list = directory / f"{name}{SUFFIX}"
-        self._active = options.huggingface_repo_id is not None and rank == 0
+        self._active = (options.huggingface_repo_id is not None or address is not None) and rank == 0
         self._changed = threading.Condition()
         self._waiting: list[Upload] = self._load() if self._active else []
-        self._call: HubCall | None = None
+        self._call: HubCall | StoreCall | None = None
         self._current: Upload | None = None
         self._retry_at = 0.0
         self._failures = 0
@@ -93,29 +116,37 @@ class Uploads:
         if self._active:
             self._thread.start()
 
-    def add(self, path: Path) -> None:
-        """Uploads a file or folder of `output_dir` as soon as possible. Earlier failures are tried again."""
-        if not self._active:
+    def add(self, path: Path, *, to_hub: bool = True) -> None:
+        """Uploads a saved file or folder as soon as possible. Earlier failures are tried again."""
+        new = []
+        if self._active and self._address:
+            new.append(Upload(name=path.name, address=str(self._address / path.name)))
+        if self._active and to_hub and self._options.huggingface_repo_id:
+            folder = (self._options.huggingface_path_in_repo or "").strip("/")
+            new.append(
+                Upload(name=path.name, path_in_repo=f"{folder}/{path.name}".lstrip("/"), **target(self._options))
+            )
+        if not new:
             return
-        folder = (self._options.huggingface_path_in_repo or "").strip("/")
-        upload = Upload(name=path.name, path_in_repo=f"{folder}/{path.name}".lstrip("/"), **target(self._options))
         with self._changed:
-            self._waiting = [*(other for other in self._waiting if other.name != path.name), upload]
+            self._waiting = [*(other for other in self._waiting if other.name != path.name), *new]
             self._retry_at = 0.0
             self._write()
             self._changed.notify_all()
             if self._options.async_upload is False:
-                self._changed.wait_for(lambda: upload not in self._waiting or upload.failures > 0, SAVE_WAIT)
+                arrived = lambda: all(upload not in self._waiting or upload.failures > 0 for upload in new)  # noqa: E731
+                self._changed.wait_for(arrived, SAVE_WAIT)
 
     def remove(self, path: Path) -> None:
         """Deletes a file or folder, or if it waits for its upload, has it deleted after the upload."""
         with self._changed:
             if waiting := [upload for upload in self._waiting if upload.name == path.name]:
-                waiting[0].remove = True
+                for upload in waiting:
+                    upload.remove = True
                 self._write()
                 self._make_room(path)
             else:
-                self._delete(path)
+                self._remove(path.name)
 
     def finish(self, stop: StopRequest | None, *, complete: bool) -> None:
         """Waits for the waiting uploads for a limited time, and says which ones are missing and how to upload them.
@@ -132,8 +163,8 @@ class Uploads:
             size = sum(_size(self._directory / upload.name) for upload in self._waiting)
             seconds = LAST_WAIT + size / SLOWEST if complete else STOPPED_WAIT
             if self._waiting:
-                message = "waiting at most %d seconds for %d uploads (%.1f GB); Ctrl-C ends the wait"
-                logger.info(message, seconds, len(self._waiting), size / 1e9)
+                message = "waiting at most %d seconds for %s (%.1f GB); Ctrl-C ends the wait"
+                logger.info(message, seconds, counted(len(self._waiting), "upload"), size / 1e9)
             before, deadline = stop.number if stop else None, time.monotonic() + seconds
             while self._is_hopeful() and time.monotonic() < deadline and (stop.number if stop else None) == before:
                 self._changed.wait(0.2)
@@ -148,10 +179,10 @@ class Uploads:
                 self._call.stop()
             self._changed.notify_all()
         self._thread.join(10)
-        if self._waiting:
-            commands = "\n".join(f"  {upload.command(self._directory / upload.name)}" for upload in self._waiting)
+        if missing := [upload for upload in self._waiting if not upload.gone]:
+            commands = "\n".join(f"  {upload.command(self._directory / upload.name)}" for upload in missing)
             message = "not uploaded: %s. The next run with this config uploads them; by hand:\n%s"
-            logger.warning(message, ", ".join(upload.name for upload in self._waiting), commands)
+            logger.warning(message, ", ".join(upload.name for upload in missing), commands)
 
     def _is_hopeful(self) -> bool:
         return any(upload.failures < LAST_ATTEMPTS for upload in self._waiting)
@@ -161,13 +192,11 @@ class Uploads:
             path = self._directory / upload.name
             before, error = _identity(path), None
             try:
-                self._call = HubCall(
-                    "upload", self._options.huggingface_token, path=str(path.absolute()), **_request(upload)
-                )
+                self._call = self._start(upload, path)
                 if self._closed:
                     self._call.stop()
                 self._call.result(HANGING + _size(path) / CRAWLING)
-            except (HubError, OSError) as failure:
+            except (HubError, StorageError, OSError) as failure:
                 error = failure
             with self._changed:
                 self._call = self._current = None
@@ -175,17 +204,34 @@ class Uploads:
                     self._note(upload, error, is_unchanged=_identity(path) == before)
                 self._changed.notify_all()
 
+    def _start(self, upload: Upload, path: Path) -> "HubCall | StoreCall":
+        if upload.address:
+            return StoreCall(Address(upload.address), None if upload.gone else path)
+        return HubCall("upload", self._options.huggingface_token, path=str(path.absolute()), **_request(upload))
+
+    def _remove(self, name: str) -> None:
+        """Deletes a saved file that nothing waits for, here and in the object store."""
+        self._delete(self._directory / name)
+        if self._active and self._address:
+            self._waiting.append(Upload(name=name, address=str(self._address / name), gone=True))
+            self._write()
+            self._changed.notify_all()
+
     def _next(self) -> Upload | None:
         """Waits for the next upload that is due, and returns it; None when the uploads are closed."""
         with self._changed:
             while not self._closed:
-                for upload in [upload for upload in self._waiting if _identity(self._directory / upload.name) is None]:
+                for upload in [
+                    upload
+                    for upload in self._waiting
+                    if not upload.gone and _identity(self._directory / upload.name) is None
+                ]:
                     logger.warning("%s cannot be uploaded, because it does not exist any more", upload.name)
                     self._waiting.remove(upload)
                     self._write()
                 pause = self._retry_at - time.monotonic()
                 if self._waiting and pause <= 0 and (self._is_hopeful() or not self._ending):
-                    self._current = min(self._waiting, key=lambda upload: upload.failures)
+                    self._current = min(self._waiting, key=lambda upload: (upload.gone, upload.failures))
                     return self._current
                 self._changed.wait(pause if self._waiting and pause > 0 else None)
             return None
@@ -197,18 +243,19 @@ class Uploads:
             if is_unchanged:
                 self._waiting.remove(upload)
                 self._write()
-                logger.info("uploaded %s to %s/%s", upload.name, upload.repo_id, upload.path_in_repo)
-                if upload.remove:
-                    self._delete(self._directory / upload.name)
+                logger.info("%s %s", "removed" if upload.gone else f"uploaded {upload.name} to", upload.place)
+                if upload.remove and all(other.name != upload.name for other in self._waiting):
+                    self._remove(upload.name)
             return
         upload.failures += 1
         self._failures += 1
         delay = RETRY_AFTER[min(self._failures, len(RETRY_AFTER)) - 1]
         self._retry_at = time.monotonic() + (LAST_RETRY_AFTER if self._ending else delay)
-        kind = error.kind if isinstance(error, HubError) else str(error)
+        kind = error.kind if isinstance(error, HubError) else getattr(error, "reason", str(error))
         if kind != self._warned:
             self._warned = kind
-            logger.warning("%s was not uploaded to %s: %s. It is tried again", upload.name, upload.repo_id, error)
+            place = upload.address or upload.repo_id
+            logger.warning("%s was not uploaded to %s: %s. It is tried again", upload.name, place, error)
 
     def _make_room(self, path: Path) -> None:
         """Gives up the oldest replaced uploads if the disk has no room for two more files of this size."""

@@ -70,7 +70,7 @@ def measure_lengths(
 ) -> Lengths:
     """Counts the tokens of the captions of these rows. `text_of` gives the caption of a row as it is trained."""
     configured = (tokenizer.max_token_length or CHUNK) // CHUNK * CHUNK
-    lengths = np.array([tokenizer.length(text_of(row)) for row in rows.tolist()], np.int64)
+    lengths = np.array([tokenizer.count(text_of(row)).tokens for row in rows.tolist()], np.int64)
     beyond = {limit: (lengths - limit).clip(min=0) for limit in sorted({*LIMITS, configured})}
     limits = [
         Limit(limit, limit == configured, int((lost > 0).sum()), int(lost.sum())) for limit, lost in beyond.items()
@@ -89,7 +89,7 @@ def _beyond(text: str, separator: str, limit: int, tokenizer: Tokenizer) -> list
     low, high = 0, len(tags)  # the first `low` tags fit, and the first `high + 1` do not
     while low < high:
         middle = (low + high + 1) // 2
-        if tokenizer.length(separator.join(tags[:middle])) <= limit:
+        if tokenizer.count(separator.join(tags[:middle])).tokens <= limit:
             low = middle
         else:
             high = middle - 1

@@ -87,7 +87,7 @@ def describe(index: Index, config: Config, rare: int, bad_files: Tally | None = 
         sample = draw_sample(len(index), CAPTION_SAMPLE)
         lengths = measure_lengths(sample, rows.trained, rows.separator, tokenizer_of(config))
     with _timed("duplicates", seconds):
-        duplicates = find_duplicates(index, config.cache_folder)
+        duplicates = find_duplicates(index, config)
     with _timed("scores", seconds):
         scores = measure_scores(rows, config.cache_folder)
     findings = [

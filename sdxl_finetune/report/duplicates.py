@@ -7,15 +7,17 @@ candidates. Some candidates are then read, to see how many of them are duplicate
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64, Shaped
 
+from sdxl_finetune.config import Config
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Index
+from sdxl_finetune.latents.catalogue import CATALOGUE, Shelf
 from sdxl_finetune.latents.keys import hash16
-from sdxl_finetune.latents.shards import Kind, Library, open_shards
+from sdxl_finetune.latents.library import Library
+from sdxl_finetune.latents.shards import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -72,23 +74,24 @@ def group_rows(columns: Sequence[Shaped[np.ndarray, " n"]], most: int = EXAMPLES
     return Groups(len(several), int(sizes[several].sum()), largest)
 
 
-def find_duplicates(index: Index, cache_dir: Path) -> Duplicates:
+def find_duplicates(index: Index, options: Config) -> Duplicates:
     """Finds duplicate files by the content hashes of the latent cache, or else candidates by their size."""
-    contents = cached_contents(index, cache_dir)
+    contents = cached_contents(index, options)
     if contents is not None:
         return Duplicates(groups=group_rows([contents]), is_content=True)
     columns = [index.numbers(name) for name in ("bytes", "width", "height")]
     candidates = group_rows(columns, most=READ // 2)
-    return _confirm(candidates, lambda row: index[row].path.read_bytes())
+    return _confirm(candidates, lambda row: index[row].read())
 
 
-def cached_contents(index: Index, cache_dir: Path) -> Int64[np.ndarray, " n"] | None:
+def cached_contents(index: Index, options: Config) -> Int64[np.ndarray, " n"] | None:
     """The first half of each file's content hash, from the shards of any VAE; None if a file is unknown there."""
-    shards = [
-        shard
-        for folder in sorted((cache_dir / "latents").glob("*"))
-        for shard in open_shards(folder, Kind("latents", folder.name), check=False)
+    kinds = [Kind("latents", folder.name) for folder in sorted((options.cache_folder / "latents").glob("*"))]
+    shelves = [
+        Shelf(kind.folder(options.cache_location), kind, kind.folder(options.cache_folder) / CATALOGUE)
+        for kind in kinds
     ]
+    shards = [shard for shelf in shelves for shard in shelf.open(check=False)]
     known, contents = Library(shards).contents(index.stat_hashes)
     if len(known) < len(index):
         return None

@@ -94,6 +94,6 @@ def _picture(report: Report, example: Example | int) -> str | None:
 
     row = example if isinstance(example, int) else example.row
     if row is not None:
-        return thumbnail(report.index[row].path.read_bytes)
+        return thumbnail(report.index[row].read)
     assert isinstance(example, Example)
     return thumbnail(Path(example.name).read_bytes) if example.name else None

@@ -23,14 +23,17 @@ from sdxl_finetune.config import (
     ImageWeightOptions,
     LatentOptions,
     LrOptions,
+    MaskOptions,
     ModelOptions,
     OptimizerOptions,
     QualityOptions,
     load_datasets,
+    with_local_models,
 )
 from sdxl_finetune.data.index import Index, build_index, report_bad_images
-from sdxl_finetune.data.masks import without_bad_masks
+from sdxl_finetune.data.masks import remark_on_alpha, without_bad_masks
 from sdxl_finetune.data.scan import scan
+from sdxl_finetune.data.tags import check_tag_rules
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.errors import Problem, Problems, UserError
 from sdxl_finetune.model.compilation import check_compiler
@@ -54,6 +57,7 @@ DATA = {
         DataOptions,
         CaptionOptions,
         AugmentationOptions,
+        MaskOptions,
         BucketOptions,
         HoldOutOptions,
         LatentOptions,
@@ -111,11 +115,13 @@ def read_inputs(
         problems.attempt(build_lr, config, total_steps=1)  # no mistake depends on the number of steps
     if config.torch_compile and intact("torch_compile", "dynamo_backend"):
         problems.attempt(check_compiler, config.dynamo_backend, device)
-    if config.vae and intact("vae"):
+    if intact("pretrained_model_name_or_path", "vae"):
+        config = problems.attempt(with_local_models, config) or config
+    if isinstance(config.vae, Path) and intact("vae"):
         problems.attempt(open_vae, config.vae)
-    weights = weights or config.pretrained_model_name_or_path
-    has_model = weights is not None and intact("pretrained_model_name_or_path")
-    model = problems.attempt(outline_model, config, weights) if has_model else None
+    path = weights or config.pretrained_model_name_or_path
+    has_model = isinstance(path, Path) and intact("pretrained_model_name_or_path")
+    model = problems.attempt(outline_model, config, path) if has_model else None
     if intact(*OPTIMIZER):
         problems.attempt(check_optimizer, config, device, model.groups if model else ())
         problems.attempt(check_update, config, device)
@@ -135,6 +141,7 @@ def tokenizer_of(config: ModelOptions) -> Tokenizer:
     return build_tokenizer(
         max_token_length=config.max_token_length,
         weighted_captions=config.weighted_captions,
+        caption_break=config.caption_break,
         tokenizer_cache_dir=config.tokenizer_cache_dir,
     )
 
@@ -166,10 +173,14 @@ def find_further_problems(config: Config, faulty: Set[str]) -> Sequence[Problem]
 
 
 def index_images(config: Config) -> Index:
-    """Builds the index of a run, and looks for the masks of its images. Raises UserError."""
-    skip = config.skip_cache_check
-    index = build_index(load_datasets(config), config.cache_folder, config.on_bad_image, skip_check=skip)
-    return index if skip else without_bad_masks(index, config.on_bad_image)
+    """Builds the index of a run, and looks for its lists of tags and its masks. Raises UserError."""
+    skip, datasets = config.skip_cache_check, load_datasets(config)
+    check_tag_rules(subset for dataset in datasets for subset in dataset.subsets)
+    index = build_index(datasets, config.cache_folder, config.on_bad_image, skip_check=skip)
+    if skip:
+        return index
+    remark_on_alpha(index)
+    return without_bad_masks(index, config.on_bad_image)
 
 
 def _read_images(

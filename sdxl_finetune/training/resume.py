@@ -9,13 +9,13 @@ and compared with those of the resumed run.
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdxl_finetune.config import Config, ResumeOptions, SavingOptions
+from sdxl_finetune.config import Config, ResumeOptions
 from sdxl_finetune.config.hub import AUTO
 from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.data.index import MARK_FACTS, Index
@@ -24,8 +24,10 @@ from sdxl_finetune.model.load import open_checkpoint
 from sdxl_finetune.output.checkpoints import saved_names
 from sdxl_finetune.output.hub import download_start
 from sdxl_finetune.output.metadata import PREFIX, shareable
+from sdxl_finetune.storage import Address, StorageError, list_files
+from sdxl_finetune.storage.folders import fetch, fetch_to
 from sdxl_finetune.training.saves import STATE_SUFFIX
-from sdxl_finetune.training.state import OPTIMIZER, WEIGHTS, TrainingState, load_state, peek_state
+from sdxl_finetune.training.state import MANIFEST, OPTIMIZER, WEIGHTS, TrainingState, load_state, peek_state
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +41,21 @@ class Start:
     is_state: bool
     """True for a training state, False for a checkpoint."""
     state: TrainingState
+    address: Address | None = None
+    """Place from which other machines download it; None for a path that all machines share."""
 
     @property
     def weights(self) -> Path:
         """The checkpoint to load the model from."""
         return self.path / WEIGHTS if self.is_state else self.path
+
+    @property
+    def progress(self) -> str:
+        """How far the run was when this was saved."""
+        state = self.state
+        if state.steps_into_epoch:
+            return f"after step {state.step} (in epoch {state.epoch + 1})"
+        return f"after step {state.step}" + (f" (the end of epoch {state.epoch})" if state.epoch else "")
 
     @property
     def optimizer(self) -> Path:
@@ -59,8 +71,12 @@ def find_start(config: Config) -> Start | None:
     """
     if config.resume is None:
         return None
-    path = download_start(config) if config.resume_from_huggingface and config.resume != AUTO else config.resume
-    start = _load(path) if path != AUTO else next(_newest(config), None)
+    if config.resume == AUTO:
+        start = next(_newest(config), None)
+    elif isinstance(config.resume, Address):
+        start = _load(_download(config.resume, config), config.resume)
+    else:
+        start = _load(download_start(config) if config.resume_from_huggingface else config.resume)
     if start is None:
         name = config.output_name or "this run"
         message = "resume = auto: %s has no training state and no checkpoint of %s; training starts anew"
@@ -71,10 +87,26 @@ def find_start(config: Config) -> Start | None:
         kind += " of EMA weights"
     if not start.is_state:
         kind += " (the optimizer starts anew)"
-    logger.info(
-        "resuming after step %d (epoch %d) from the %s %s", start.state.step, start.state.epoch, kind, start.path
-    )
+    logger.info("resuming %s from the %s %s", start.progress, kind, start.path)
     return start
+
+
+def start_here(start: Start, config: Config) -> Start:
+    """Returns the start with its path on this machine. What another machine found at an address is downloaded."""
+    if start.address is None or start.path.exists():
+        return start
+    return replace(start, path=_download(start.address, config))
+
+
+def _download(address: Address, config: Config) -> Path:
+    try:
+        if address.parent == config.output_address:
+            path = config.output_folder / address.name
+            fetch_to(address, path)
+            return path
+        return fetch(address, config.local_folder / "downloads")
+    except StorageError as error:
+        raise UserError(Problem(error.reason, key="resume", value=str(address))) from None
 
 
 def data_order(index: Index, plan: Plan) -> dict[str, Any]:
@@ -150,41 +182,63 @@ def changed_optimizer_args(start: Start, config: Config) -> frozenset[str]:
     return frozenset(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
-def _newest(options: SavingOptions) -> Iterator[Start]:
-    """The sound training states of this `output_name`, newest first, then its sound checkpoints, newest first."""
-    assert options.output_dir is not None
-    names = saved_names(options)
-    paths = list(options.output_dir.iterdir()) if options.output_dir.is_dir() else []
+def _newest(config: Config) -> Iterator[Start]:
+    """The sound training states of this `output_name`, newest first, then its sound checkpoints, newest first.
+
+    Those that stand only in the object store are downloaded when it is their turn.
+    """
+    names = saved_names(config)
+    paths = list(config.output_folder.iterdir()) if config.output_folder.is_dir() else []
     states = {
-        path: state.saved_at if (state := peek_state(path)) else 0.0
+        path.name: state.saved_at if (state := peek_state(path)) else 0.0
         for path in paths
         if path.name.endswith(STATE_SUFFIX) and names.fullmatch(path.name.removesuffix(STATE_SUFFIX))
     }
     checkpoints = {
-        path: path.stat().st_mtime
+        path.name: path.stat().st_mtime
         for path in paths
         if names.fullmatch(path.name if path.is_dir() else path.stem)
         and (path.is_dir() or path.suffix in (".safetensors", ".ckpt"))
     }
+    if config.output_address:
+        stored_states, stored_checkpoints = find_stored(config, config.output_address)
+        states, checkpoints = stored_states | states, stored_checkpoints | checkpoints
     for times in (states, checkpoints):
-        for path in sorted(times, key=times.__getitem__, reverse=True):
-            if start := _load_if_sound(path):
+        for name in sorted(times, key=times.__getitem__, reverse=True):
+            if start := _load_if_sound(name, config):
                 yield start
 
 
-def _load_if_sound(path: Path) -> Start | None:
+def find_stored(config: Config, address: Address) -> tuple[dict[str, float], dict[str, float]]:
+    """The complete training states and the checkpoints of this `output_name` in a store, each with its time."""
+    names, states, checkpoints = saved_names(config), {}, {}
+    for found in list_files(address):
+        name, _, rest = found.name.partition("/")
+        if rest == MANIFEST and names.fullmatch(name.removesuffix(STATE_SUFFIX)):
+            states[name] = found.time
+        elif (rest == "model_index.json" and names.fullmatch(name)) or (
+            not rest and Path(name).suffix in (".safetensors", ".ckpt") and names.fullmatch(Path(name).stem)
+        ):
+            checkpoints[name] = found.time
+    return states, checkpoints
+
+
+def _load_if_sound(name: str, config: Config) -> Start | None:
+    path, address = config.output_folder / name, config.output_address and config.output_address / name
     try:
-        return _load(path)
+        if address and not path.exists():
+            _download(address, config)
+        return _load(path, address)
     except UserError as error:
         logger.warning("resume = auto: skipped %s", error)
         return None
 
 
-def _load(path: Path) -> Start:
+def _load(path: Path, address: Address | None = None) -> Start:
     if not path.exists():
         raise UserError(Problem("there is no such training state, file or folder", key="resume", value=str(path)))
     if path.is_dir() and not (path / "unet").is_dir():
-        return Start(path=path, is_state=True, state=load_state(path))
+        return Start(path=path, is_state=True, state=load_state(path), address=address)
     file, _ = open_checkpoint(path)
     step, epoch, seed, position = (file.metadata.get(PREFIX + name) for name in ("step", "epoch", "seed", "resume"))
     if step is None and file.global_step is not None:
@@ -202,4 +256,4 @@ def _load(path: Path) -> Start:
     except (ValueError, TypeError, AttributeError) as error:
         message = f"its metadata is damaged ({error}); to start anew from it, give it as pretrained_model_name_or_path"
         raise UserError(Problem(message, key="resume", value=str(path))) from None
-    return Start(path=path, is_state=False, state=state)
+    return Start(path=path, is_state=False, state=state, address=address)

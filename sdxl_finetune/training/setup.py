@@ -19,14 +19,15 @@ from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 
 from sdxl_finetune.batch import Batch
-from sdxl_finetune.config import Config, HardwareOptions, LengthOptions
+from sdxl_finetune.config import Config, HardwareOptions, LengthOptions, with_local_models
 from sdxl_finetune.data.batch_plan import Plan, build_plan
+from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
-from sdxl_finetune.errors import Problems, UserError
+from sdxl_finetune.errors import Problems, UserError, counted
 from sdxl_finetune.latents.captions import prepare_text
 from sdxl_finetune.latents.masks import MaskStore, prepare_masks
 from sdxl_finetune.latents.preparing import prepare
@@ -47,6 +48,8 @@ from sdxl_finetune.output.prompts import Prompt, with_size
 from sdxl_finetune.output.uploads import Uploads, open_uploads
 from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, trained_dtype, weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
+from sdxl_finetune.storage import Address, exists, write
+from sdxl_finetune.storage.folders import fetch_to
 from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
 from sdxl_finetune.training.every import Timeline, first_step, saves_every
@@ -90,8 +93,7 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        assert self.config.output_dir is not None
-        return self.config.output_dir
+        return self.config.output_folder
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, in order, from the first step that is still to be made to the last."""
@@ -113,8 +115,10 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
     accelerator = build_accelerator(config)
     with console(config, accelerator.process_index):
         problems = Problems()
+        config = problems.attempt(with_local_models, config) or config
         problems.attempt(_on_first_rank, accelerator, lambda: check_access(config))
         start = problems.attempt(_on_first_rank, accelerator, lambda: resume.find_start(config))
+        start = start and problems.attempt(resume.start_here, start, config)
         if problems.found:
             _read_inputs(config, accelerator, None, problems)
         with _open_log(config, accelerator, start) as log:
@@ -128,7 +132,7 @@ def _read_inputs(config: Config, accelerator: Accelerator, start: Start | None, 
     """Raises UserError with the problems of all inputs and those that `problems` holds already."""
     if start and start.is_state:
         problems.attempt(resume.check_options, start, config)
-    share = partial(_on_first_rank, accelerator)
+    share = partial(_share_index, config, accelerator)
     weights = start.weights if start else None
     inputs = read_inputs(config, accelerator.device, problems, weights=weights, share=share)
     problems.raise_if_any()
@@ -175,7 +179,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         ranks=ranks,
     )
     _log_beginning(config, log, index, timeline, learner, inputs.prompts or ())
-    assert config.output_dir is not None
+    _log_captions(index, tokenizer, accelerator)
     return Run(
         config=config,
         seed=seed,
@@ -192,13 +196,39 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
         log=log,
-        uploads=Uploads(config, config.output_dir, final_name(config), remove, rank=accelerator.process_index),
+        uploads=Uploads(
+            config,
+            config.output_folder,
+            final_name(config),
+            remove,
+            rank=accelerator.process_index,
+            address=config.output_address,
+        ),
     )
 
 
 def shared_index(config: Config, accelerator: Accelerator) -> Index:
-    """The dataset index. The first rank scans the files, and the other ranks map the index that it wrote."""
-    return _on_first_rank(accelerator, lambda: index_images(config))
+    """The dataset index. The first rank scans the files, and the other ranks map the index that it wrote.
+
+    With `cache_dir` at an address, machines that share no folder receive the index through the store.
+    """
+    return _share_index(config, accelerator, lambda: index_images(config))
+
+
+def _share_index(config: Config, accelerator: Accelerator, build: Callable[[], Index]) -> Index:
+    location = config.cache_location
+
+    def build_and_publish() -> Index:
+        index = build()
+        if isinstance(location, Address) and not exists(location / "indexes" / index.path.name):
+            write(location / "indexes" / index.path.name, index.path)
+        return index
+
+    index = _on_first_rank(accelerator, build_and_publish)
+    if isinstance(location, Address) and not accelerator.is_main_process:
+        index = replace(index, path=config.cache_folder / index.path.name)
+        fetch_to(location / "indexes" / index.path.name, index.path)
+    return index
 
 
 def total_steps(options: LengthOptions, plan: Plan) -> int:
@@ -235,7 +265,7 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
     Checkpoints hold the VAE in their own precision. A run that resumes from a checkpoint therefore reads the VAE that
     training began with.
     """
-    path, vae = config.pretrained_model_name_or_path, config.vae
+    path, vae = config.model_path, config.vae_path
     assert path is not None
     if start:
         vae = None if start.is_state else vae or path
@@ -281,11 +311,22 @@ def _restore(start: Start, learner: Learner) -> None:
         start.optimizer, update.optimizer, update.optimizer_groups, changed=changed
     )
     if unknown:
-        logger.info("%d parameters start without optimizer state, for example %s", len(unknown), unknown[0])
+        count = counted(len(unknown), "parameter")
+        logger.info("without saved optimizer state, which starts anew: %s, for example %s", count, unknown[0])
     if saved_scale is not None and update.loss_scale is not None:
         update.loss_scale.load_state_dict(saved_scale)
     if learner.ema and (unknown := learner.ema.load(load_ema(start.optimizer))):
-        logger.info("the EMA of %d parameters starts with their values, for example %s", len(unknown), unknown[0])
+        count = counted(len(unknown), "parameter")
+        logger.info("without a saved EMA, which starts with the weights: %s, for example %s", count, unknown[0])
+
+
+def _log_captions(index: Index, tokenizer: Tokenizer, accelerator: Accelerator) -> None:
+    """Logs once how many captions are cut off."""
+    if not accelerator.is_main_process:
+        return
+    lengths = measure_captions(index, tokenizer)
+    for number, sentence in enumerate(lengths.describe()):
+        logger.log(logging.WARNING if lengths.cut or number else logging.INFO, "captions: %s", sentence)
 
 
 def _log_beginning(
@@ -294,11 +335,15 @@ def _log_beginning(
     plan, steps = timeline.plan, timeline.steps
     logger.info("%s", index.describe())
     logger.info(
-        "%d batches and %d steps an epoch, %d steps in all", plan.batches_per_epoch, plan.steps_per_epoch, steps
+        "%s and %s an epoch, %s in all",
+        counted(plan.batches_per_epoch, "batch"),
+        counted(plan.steps_per_epoch, "step"),
+        counted(steps, "step"),
     )
     if unsized := sum(prompt.width is None or prompt.height is None for prompt in prompts):
         size = "x".join(map(str, index.resolution))
-        logger.info("%d preview prompts name no size, and are drawn at the training resolution, %s", unsized, size)
+        prompts_text = counted(unsized, "preview prompt")
+        logger.info("%s without a size: drawn at the training resolution, %s", prompts_text, size)
     for group in learner.parameters.groups:
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
     with suppress(Exception):  # a user's own optimizer may not step on a small tensor

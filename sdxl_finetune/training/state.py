@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sdxl_finetune.config import SavingOptions
+from sdxl_finetune.config import Config, SavingOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.load import Format
@@ -172,12 +172,11 @@ def peek_state(directory: Path) -> TrainingState | None:
         return None
 
 
-def interrupted_states(options: SavingOptions, *, before: int) -> list[Path]:
+def interrupted_states(options: Config, *, before: int) -> list[Path]:
     """The directories of training states that stopped runs saved before the step `before`."""
-    assert options.output_dir is not None
     return [
         path
-        for path in options.output_dir.glob(f"*{STATE_SUFFIX}")
+        for path in options.output_folder.glob(f"*{STATE_SUFFIX}")
         if is_saved_name(options, path.name)
         and (state := peek_state(path))
         and state.is_interrupted

@@ -92,6 +92,20 @@ def test_a_prompt_that_is_too_long_is_reported(models, tmp_path: Path, caplog) -
     assert "only the first 75 of 80 tokens are used of the prompt: (cat:1.2)" in caplog.text
 
 
+def test_break_starts_the_next_chunk_of_a_prompt(models, tmp_path: Path, caplog) -> None:
+    texts = ["a cat BREAK a dog", "a cat", "a cat break a dog"]
+    pictures = [
+        draw(models[0], tmp_path, "--prompt", text, "--seed", "1", "--max_token_length", "75") for text in texts
+    ]
+    one, alone, word = (pixels(path) for (path,) in pictures)
+    assert (one == alone).all() and (one != word).any()
+    assert "only the first 2 of 4 tokens are used of the prompt: a cat BREAK a dog" in caplog.text
+    longer = draw(models[0], tmp_path, "--prompt", texts[0], "--seed", "1", "--max_token_length", "300")
+    assert (pixels(longer[0]) != one).any()
+    with pytest.raises(SystemExit):
+        draw(models[0], tmp_path, "--prompt", "a cat", "--max_token_length", "100")
+
+
 def test_a_model_name_with_a_comma_is_quoted(models, tmp_path: Path) -> None:
     model = tmp_path / "one, two: three.safetensors"
     model.symlink_to(models[0])

@@ -149,6 +149,31 @@ def test_a_missing_value_is_taken_from_dataset_general_and_config(folder) -> Non
     assert all(one.shuffle_caption for one in subsets)
 
 
+def test_quality_tags_and_weights_differ_between_subsets(folder) -> None:
+    Path("rules.toml").write_text('[tags]\n"x" = { repeats = 2 }\n')
+    own = {"image_dir": "e", "quality_tags": "", "image_weights": "rules.toml"}
+    content = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": "d"}, own]}]}
+    (dataset,) = datasets(content, "--quality_tags", "good > 0.5, bad", "--quality_scores", ".score")
+    first, second = dataset.subsets
+    assert [str(tag) for tag in first.quality_tags or ()] == ["good > 0.5", "bad"] and first.quality_scores == ".score"
+    assert second.quality_tags is None and second.image_weights == Path("rules.toml") and first.image_weights is None
+
+
+def test_mistakes_in_quality_tags_of_a_subset_are_named_with_their_place(folder) -> None:
+    wrong = {
+        "image_dir": "d",
+        "quality_tags": "good > 0.5, bad",
+        "quality_missing": "worse",
+        "image_weights": "no.toml",
+    }
+    with pytest.raises(UserError) as error:
+        datasets({"datasets": [{"resolution": 64, "subsets": [wrong, {"image_dir": "e", "quality_tags": "a > x"}]}]})
+    place = "datasets[0].subsets"
+    assert {problem.key for problem in error.value.problems} == {
+        f"{place}[0].quality_missing", f"{place}[0].image_weights", f"{place}[1].quality_tags",
+    }  # fmt: skip
+
+
 def test_a_resolution_may_be_missing_if_metadata_files_name_all_images(folder) -> None:
     content: dict = {"datasets": [{"subsets": [{"metadata_file": "m.json", "image_dir": "d"}]}]}
     (dataset,) = datasets(content)

@@ -17,7 +17,8 @@ VALIDATION = {name for name in Config.model_fields if name.startswith("valid")} 
 STARTS = {"initial_step", "initial_epoch", "lr_scheduler_cycle_decay"}
 TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
 OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters"}
-OURS |= {"no_memory", *QualityOptions.model_fields, *ImageWeightOptions.model_fields}
+OURS |= {"no_memory", "metadata_columns", *QualityOptions.model_fields, *ImageWeightOptions.model_fields}
+OURS |= {"caption_sources", "caption_break", "caption_tag_dropout_groups", "protected_tags_file"}
 
 
 @pytest.fixture(scope="module")

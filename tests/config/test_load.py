@@ -336,6 +336,10 @@ def _values() -> dict[str, st.SearchStrategy]:
         "lr_scheduler": st.sampled_from(["constant", "cosine", "adafactor:3e-05"]),
         "optimizer_args": arguments,
         "lr_scheduler_args": arguments,
+        "metadata_columns": st.sampled_from(["path=key", "caption=a b,score=x"]),
+        "caption_sources": st.sampled_from([".txt", ".json#a b:0.25,.txt:1e-9", "tags:0.6, caption:0.4", ["a", "b:3"]]),
+        "caption_tag_dropout_groups": path.filter(lambda name: name.lstrip()[:1] not in ("", "{"))
+        | st.dictionaries(text, text | st.lists(text), max_size=3),
     }
     for name in set(Config.model_fields) - set(strategies) - SECRETS:
         field = Config.model_fields[name]
@@ -353,6 +357,7 @@ def _values() -> dict[str, st.SearchStrategy]:
                 bool: st.booleans(),
                 int: st.integers(least, most),
                 Shown("a path"): path,
+                Shown("a path, or an address as s3://bucket/folder"): path,
             }.get(kind, text)
     return strategies
 
@@ -367,3 +372,19 @@ def test_a_printed_config_loads_as_the_same_config(tmp_path_factory, values):
         given_again, problems, _ = read_file(str(path))
         assert not problems
         assert Config(**{name: one.value for name, one in given_again.items()}) == config
+
+
+def test_tables_of_tag_groups_are_values_and_not_groups_of_options(folder, capsys):
+    expected = '{"miku": ["aqua hair"]}'
+    for text in (
+        'caption_tag_dropout_groups = {miku = ["aqua hair"]}\n',
+        '[captions]\ncaption_tag_dropout_groups = {miku = ["aqua hair"]}\n',
+        '[caption_tag_dropout_groups]\nmiku = ["aqua hair"]\n',
+        'caption_tag_dropout_groups = \'{"miku": ["aqua hair"]}\'\n',
+    ):
+        Path("c.toml").write_text(text)
+        assert printed(["--config", "c.toml", "--print_config"], capsys)["caption_tag_dropout_groups"] == expected
+    Path("c.toml").write_text("[captions]\nseed = {a = 1}\n[more]\ncaption_tag_dropout_groups = {miku = [3]}\n")
+    nested, wrong = problems("--config", "c.toml")
+    assert "c.toml:2: seed" in nested and "a table inside a table is not allowed" in nested
+    assert "caption_tag_dropout_groups = {'miku': [3]}: must be a path, or a table" in wrong

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from sdxl_finetune.config import Dataset, Subset
+from sdxl_finetune.latents.catalogue import local_shelf
 from sdxl_finetune.latents.encoding import Encoding, Report, encode_images
 from sdxl_finetune.latents.keys import row_keys
-from sdxl_finetune.latents.shards import Kind, Library, Shard, ShardWriter, open_shards
+from sdxl_finetune.latents.library import Library
+from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.latents.store import LatentStore, build_store, find_places, missing_rows
 
 
@@ -42,7 +44,7 @@ def cache_latents(tmp_path: Path) -> Callable[..., tuple[LatentStore, Report, li
 
     def cache(index, encode, *, folder=None, parts=1, **options):
         kind = Kind("latents", "vae")
-        shards = open_shards(folder, kind, check=True) if folder else []
+        shards = local_shelf(folder, kind).open(check=True) if folder else []
         keys, library = row_keys(index), Library(shards)
         rows = missing_rows(index, find_places(index, keys, library))
         settings = {"pixels_per_latent": 8, "batch_size": 2, "threads": 2, **options}

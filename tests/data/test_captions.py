@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.captions import caption, draw_wildcards, read_caption, split_tags, tag_limit
+from sdxl_finetune.data.caption_sources import read_caption
+from sdxl_finetune.data.captions import caption, draw_wildcards, split_tags, tag_limit
 from sdxl_finetune.errors import UserError
 
 

@@ -17,6 +17,7 @@ from sdxl_finetune.config.dataset import mark_problems
 from sdxl_finetune.data import marks as marks_module
 from sdxl_finetune.data.batch_plan import build_plan
 from sdxl_finetune.data.index import Index, build_index
+from sdxl_finetune.data.marks import find_marks
 from sdxl_finetune.errors import UserError
 
 RELEASE = "masterpiece > 0.75, high quality > 0.6, normal quality > 0.5, low quality > 0.3, worst quality"
@@ -72,11 +73,16 @@ def test_scores_become_tags(folder: Path, build, kind: str) -> None:
     )
 
 
-def test_the_metadata_file_may_give_the_score(folder: Path, subset, dataset) -> None:
-    table = pa.table({"image_path": NAMES, "caption": ["x"] * 6, "score": pa.array(SCORES, pa.float32())})
-    pa.parquet.write_table(table, folder.parent / "meta.parquet")
-    own = subset(folder, metadata_file=folder.parent / "meta.parquet", quality_tags=RELEASE)
-    assert tags(build_index([dataset(own)], folder.parent / "cache", "stop")) == EXPECTED
+def test_scores_of_the_listing_are_used_without_a_file(tmp_path: Path, subset) -> None:
+    columns = {
+        "subset": pa.array([0] * 8, pa.int32()),
+        "name": pa.array([f"{number}.png".encode() for number in range(8)], pa.large_binary()),
+        "captions": pa.array([["x"]] * 8, pa.large_list(pa.large_string())),
+        "score": pa.array([*SCORES, math.nan, math.inf], pa.float32()),
+    }
+    table = pa.table(columns).replace_schema_metadata({"digest": "x"})
+    marks = find_marks(table, [subset(tmp_path, quality_tags=RELEASE)], tmp_path / "cache")
+    assert marks["quality"].to_pylist() == [0, 1, 2, 3, 4, 4, -1, -1]
 
 
 def test_an_index_without_the_options_is_that_of_before(folder: Path, build) -> None:

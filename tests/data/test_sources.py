@@ -5,30 +5,35 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_finetune.data.sources import SHOWN, Described, read_metadata
-from sdxl_finetune.errors import UserError
+from sdxl_finetune.data.sources import entries as entries_module
+from sdxl_finetune.data.sources.listed import Listing
+from sdxl_finetune.data.sources.metadata import read_metadata
+from sdxl_finetune.errors import SHOWN, UserError
 
 CAPTION = {"caption": "a cat", "tags": "1cat, sitting"}
 
 
 @pytest.fixture
-def captions(described):
-    """captions(content, **options): the captions of a .json file, or of .jsonl for a text."""
+def captions(listed):
+    """captions(content, **options): the captions of a .json file, or of .jsonl for a text. Mistakes raise."""
 
     def read(content: object, **options: object) -> dict[str, str]:
-        return {name: one.caption for name, one in described(content, **options).items()}
+        listing = listed(content, **options)
+        if listing.problems:
+            raise UserError(listing.problems.problems())
+        return {row["name"].decode(): row["captions"][0] for row in listing.table.to_pylist()}
 
     return read
 
 
 @pytest.fixture
-def described(tmp_path: Path, subset):
-    """described(content, **options): everything that is read of a .json file, or of .jsonl for a text."""
+def listed(tmp_path: Path, subset):
+    """listed(content, **options): the listing of a .json file, or of .jsonl for a text."""
 
-    def read(content: object, **options: object) -> dict[str, Described]:
+    def read(content: object, **options: object) -> Listing:
         path = tmp_path / ("meta.jsonl" if isinstance(content, str) else "meta.json")
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8-sig")
-        return read_metadata(subset(tmp_path, metadata_file=path, **options))
+        return read_metadata(subset(tmp_path, metadata_file=path, **options), tmp_path)
 
     return read
 
@@ -61,13 +66,13 @@ def test_names_are_files_with_or_without_ending(captions, tmp_path: Path) -> Non
         (folder / name).touch()
     absolute = str(folder / "two")
     content = {"below/one.v2": CAPTION, absolute: CAPTION, "gone.png": CAPTION}
-    assert list(captions(content)) == ["below/one.v2.webp", f"{absolute}.PNG", "gone.png"]
+    assert set(captions(content)) == {"below/one.v2.webp", f"{absolute}.PNG", "gone.png"}
     with pytest.raises(UserError) as caught:
         captions({"below/three": CAPTION, "nowhere/one": CAPTION, "below/two": 3})
-    several, missing, number = (problem.message for problem in caught.value.problems)
-    assert several.startswith("'below/three': several images") and "three.jpg, three.png" in several
-    assert missing == f"'nowhere/one': no image {tmp_path}/nowhere/one.*"
+    number, several, missing = (problem.message for problem in caught.value.problems)
     assert number == "'below/two': the entry must be an object with caption or tags"
+    assert several.startswith("'below/three': several images") and "three.jpg" in several and "three.png" in several
+    assert missing == f"'nowhere/one': no image has this name ({tmp_path}/nowhere/one.*)"
 
 
 def test_a_line_each(captions) -> None:
@@ -98,27 +103,64 @@ def test_mistakes(captions, content: object, message: str) -> None:
         captions(content)
 
 
-def test_many_mistakes_are_counted(captions) -> None:
-    with pytest.raises(UserError) as caught:
-        captions({f"{number}.png": [] for number in range(SHOWN + 7)})
-    assert len(caught.value.problems) == SHOWN + 1 and caught.value.problems[-1].message == "and 7 more"
+def test_many_mistakes_are_counted(listed) -> None:
+    content = {f"{number}.png": [] for number in range(SHOWN + 7)} | {"good.png": CAPTION}
+    listing = listed(content)
+    shown = listing.problems.problems()
+    assert len(listing.problems) == SHOWN + 7 and len(shown) == SHOWN + 1
+    assert shown[-1].message.startswith("and 7 more of this kind") and listing.table.num_rows == 1
 
 
-def test_sizes_are_read(described) -> None:
+def test_chunks_of_entries_are_joined(captions, monkeypatch) -> None:
+    monkeypatch.setattr(entries_module, "CHUNK", 3)
+    content = {f"{number:02}.png": {"caption": str(number)} for number in range(8)}
+    expected = {name: entry["caption"] for name, entry in content.items()}
+    assert captions(content) == expected
+    assert captions("\n".join(json.dumps({"image_path": name, **entry}) for name, entry in content.items())) == expected
+
+
+def test_the_last_entry_of_a_name_counts(captions) -> None:
+    text = '{"image_path": "b.png"}\n{"image_path": "a.png", "tags": "1"}\n{"image_path": "a.png", "tags": "2"}'
+    assert captions(text) == {"a.png": "2", "b.png": ""}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": {}, }', '{"a": {} "b": {}}', '{"a" {}}', '{"a": {}} 3', '{"a": ', "{a: 1}", ""]
+)
+def test_malformed_json_is_refused_at_the_place_that_python_names(tmp_path: Path, subset, text: str) -> None:
+    path = tmp_path / "meta.json"
+    path.write_text(text)
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    with pytest.raises(UserError, match="not valid JSON") as caught:
+        read_metadata(subset(tmp_path, metadata_file=path), tmp_path)
+    assert str(expected.value).partition(": ")[2] in str(caught.value)
+
+
+def test_scores_and_caption_columns(listed) -> None:
+    content = {"a.png": {"score": 3, "aesthetic": 0.5, "long": "x", "short": ["a", "b"]}, "b.png": {"long": None}}
+    columns = ("caption=long", "tags=short", "score=aesthetic")
+    rows = listed(content, metadata_columns=columns).table.to_pylist()
+    assert [(row["captions"], row["score"]) for row in rows] == [(["x,a, b"], 0.5), ([""], None)]
+    for score in ("good", True, float("inf")):
+        problems = listed({"a.png": {"score": score}, "b.png": {}}).problems.problems()
+        assert [problem.message for problem in problems] == ["'a.png': score must be a number"]
+
+
+def test_sizes_are_read(listed) -> None:
     content = {
         "both.png": {"image_size": [3, 4], "train_resolution": [64, 96], **CAPTION},
         "neither.png": {"image_size": None},
     }
-    assert described(content) == {
-        "both.png": Described("a cat,1cat, sitting", (3, 4), (64, 96)),
-        "neither.png": Described("", None, None),
-    }
+    sides = ("width", "height", "train_width", "train_height")
+    rows = [[row[side] for side in sides] for row in listed(content).table.to_pylist()]
+    assert rows == [[3, 4, 64, 96], [None] * 4]
     line = {"image_path": "a.png", "image_size": [30, 40]}
-    assert described(json.dumps(line))["a.png"].size == (30, 40)
+    assert listed(json.dumps(line)).table["width"].to_pylist() == [30]
 
 
 def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, subset) -> None:
     path = tmp_path / "meta.json"
     path.write_bytes('{"a.png": {"caption": "日本"}}'.encode("shift-jis"))
     with pytest.raises(UserError, match=r"meta\.json: not a UTF-8 text file \(byte 23\): save it as UTF-8"):
-        read_metadata(subset(tmp_path, metadata_file=path))
+        read_metadata(subset(tmp_path, metadata_file=path), tmp_path)

@@ -222,3 +222,75 @@ def test_a_saved_tokenizer_other_than_clip_is_refused(tmp_path) -> None:
         build_tokenizer(max_token_length=None, tokenizer_cache_dir=tmp_path)
     assert [problem.file for problem in caught.value.problems] == [str(tmp_path / name) for name in SAVED_NAMES]
     assert "vocab.json" in str(caught.value)
+
+
+def words(ids: torch.Tensor) -> list[int]:
+    """The tokens of a chunk between its start and its first end token."""
+    return ids[1 : ids.tolist().index(END)].tolist()
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a cat BREAK a dog", ["a cat", "a dog", ""]),
+        ("a catBREAK a dog", ["a catBREAK a dog", "", ""]),
+        ("a cat break a dog", ["a cat break a dog", "", ""]),
+        ("a cat,BREAK,a dog", ["a cat,", ",a dog", ""]),
+        ("BREAK a dog", ["", "a dog", ""]),
+        ("a cat BREAK BREAK a dog", ["a cat", "", "a dog"]),
+        ("a cat BREAK", ["a cat", "", ""]),
+        ("BREAK", ["", "", ""]),
+        ("cat " * 75 + "BREAK a dog", ["cat " * 75, "a dog", ""]),
+        ("cat " * 76 + "BREAK a dog", ["cat " * 75, "cat", "a dog"]),
+        ("a BREAK b BREAK c BREAK d", ["a", "b", "c"]),
+    ],
+)
+def test_break_starts_a_new_chunk_for_both_encoders(caption: str, expected: list[str]) -> None:
+    tokens = Tokenizer(max_token_length=225, breaks=True)([caption, "a cat"])
+    encode = load_encoding(None)
+    assert [words(chunk) for chunk in tokens.ids1[0]] == [token_ids(part, encode) for part in expected]
+    assert [words(chunk) for chunk in tokens.ids2[0]] == [token_ids(part, encode) for part in expected]
+    alone = [Tokenizer(max_token_length=75)([part]) for part in expected]  # each chunk is filled up as one of its own
+    assert torch.equal(tokens.ids1[0], torch.cat([one.ids1[0] for one in alone]))
+    assert torch.equal(tokens.ids2[0], torch.cat([one.ids2[0] for one in alone]))
+
+
+def test_break_is_a_word_unless_caption_break_is_set() -> None:
+    off, on = (build_tokenizer(max_token_length=150, caption_break=is_on) for is_on in (False, True))
+    assert words(off(["a BREAK b"]).ids1[0, 0]) == token_ids("a break b", load_encoding(None))
+    assert torch.equal(off(["a cat"]).ids1, on(["a cat"]).ids1)
+    assert off.identity() == Tokenizer(max_token_length=150).identity() != on.identity()
+
+
+def test_break_within_weights_starts_a_chunk_and_keeps_the_weights() -> None:
+    tokens = build_tokenizer(max_token_length=150, weighted_captions=True, caption_break=True)(
+        ["x (a BREAK b:1.5), c [BREAK] d"]
+    )
+    encode = load_encoding(None)
+    assert [words(chunk) for chunk in tokens.ids1[0]] == [token_ids("x a", encode), token_ids("b, c", encode)]
+    assert tokens.weights[0, 0, :5].tolist() == [1.0, 1.0, 1.5, 1.0, 1.0]
+    assert tokens.weights[0, 1, :5].tolist() == [1.0, 1.5, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("length", [75, 300, 525])
+def test_any_multiple_of_75_is_read_and_what_is_cut_off_is_counted(length: int) -> None:
+    tokenizer = Tokenizer(max_token_length=length)
+    tokens = tokenizer(["cat " * 500, "a cat"])
+    assert tokens.ids1.shape == tokens.ids2.shape == (2, length // 75, 77)
+    assert sum(len(words(chunk)) for chunk in tokens.ids1[0]) == min(length, 500)
+    assert tokenizer.count("cat " * 500) == (500, max(0, 500 - length), 7)
+    assert tokenizer.count("a cat") == (2, 0, 1)
+
+
+def test_break_counts_the_tokens_of_lost_chunks_only() -> None:
+    tokenizer = Tokenizer(max_token_length=150, breaks=True)
+    assert tokenizer.count("a cat BREAK a dog") == (4, 0, 2)
+    assert tokenizer.count("a cat BREAK a dog BREAK two birds") == (6, 2, 3)
+    assert tokenizer.count("cat " * 80 + "BREAK a dog") == (82, 2, 3)
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=1, max_codepoint=127), max_size=40))
+def test_remembered_words_of_ascii_text_have_the_ids_of_the_whole_text(text: str) -> None:
+    encode = load_encoding(None)
+    # A letter that is not ASCII sends the whole text through the library.
+    assert encode(f"{text} é")[: len(encode(text))] == encode(text)

@@ -181,3 +181,27 @@ def test_identity_and_outputs_are_those_of_the_trained_model(tmp_path: Path, dty
     with torch.no_grad():
         next(alone.te2.parameters()).view(-1)[0] += 1
     assert encoders[1].identity() != encoders[0].identity()
+
+
+def test_variants_share_the_sources_by_their_weights(index, tmp_path: Path) -> None:
+    for name in "abd":
+        (tmp_path / "images" / f"{name}.json").write_text('{"long": "A long text."}')
+    options = {"caption_sources": ".txt:0.7, .json#long:0.3", "shuffle_caption": True}
+    found = Captions(index(**options), 20, "tokenizer")
+    drawn = texts(found, 0)
+    assert abs(drawn.count("A long text.") - 6) <= 1 and len(set(drawn)) > 8
+    assert texts(found, 1) == drawn and texts(found, 3) == ["A long text."] * 20  # d.txt is empty
+    few = Captions(found.index, 4, "tokenizer")
+    assert texts(few, 0) == drawn[:4] and np.array_equal(few.keys(), found.keys()[:, :4])
+    once = Captions(index(caption_sources=options["caption_sources"]), 1, "tokenizer")
+    assert once.text(0, 0) in ("A long text.", TEXTS["a"])
+
+
+def test_a_held_out_caption_is_its_heaviest_source(index, tmp_path: Path) -> None:
+    for name in TEXTS:
+        (tmp_path / "images" / f"{name}.json").write_text('{"long": "A long text."}')
+    own = index(caption_sources=".txt:0.3, .json#long:0.7", validation_split=0.5)
+    found = Captions(own, 5, "tokenizer")
+    for row in np.flatnonzero(own.held_out).tolist():
+        assert set(texts(found, row)) == {"A long text."}
+        assert (found.keys()[row] == found.keys()[row, 0]).all()

@@ -188,7 +188,8 @@ def test_a_flip_or_another_geometry_is_encoded_and_the_rest_kept(
 def test_an_interrupted_run_keeps_what_it_finished(index: Index, tmp_path: Path, cache_latents) -> None:
     from sdxl_finetune.latents.encoding import Encoding, encode_images
     from sdxl_finetune.latents.keys import row_keys
-    from sdxl_finetune.latents.shards import Kind, Library, ShardWriter
+    from sdxl_finetune.latents.library import Library
+    from sdxl_finetune.latents.shards import Kind, ShardWriter
     from sdxl_finetune.latents.store import find_places, missing_rows
 
     folder, keys, library = tmp_path / "disk", row_keys(index), Library([])
@@ -210,7 +211,7 @@ def test_damage_is_noticed_when_a_latent_is_read(index: Index, tmp_path: Path, c
         file.seek(shards[0].start + 5)
         file.write(b"\xff\xff")
     plain = store.places[:, 0]
-    here = (plain["file"] == store.files.index(shards[0].path)) & (plain["start"] == shards[0].start)
+    here = (plain["file"] == store.records.files.index(shards[0].path)) & (plain["start"] == shards[0].start)
     row = int(np.flatnonzero(here)[0])
     with pytest.raises(UserError, match=r"is damaged.*start the run again") as caught:
         store.read([row], [False])

@@ -13,9 +13,10 @@ from sdxl_finetune.config import Config, Subset
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.masks import latent_mask, load_mask
 from sdxl_finetune.errors import UserError
+from sdxl_finetune.latents.catalogue import local_shelf
 from sdxl_finetune.latents.keys import row_keys
 from sdxl_finetune.latents.masks import MaskStore, prepare_masks
-from sdxl_finetune.latents.shards import Kind, Shard, open_shards
+from sdxl_finetune.latents.shards import Kind, Shard
 
 SIZES = {"a.png": (64, 64), "b.png": (200, 180), "c.png": (70, 64), "d.png": (64, 90), "same_as_a.png": (64, 64)}
 
@@ -76,7 +77,7 @@ def test_a_run_without_masks_has_no_store(folders, subset, prepare, tmp_path: Pa
 
 def mask_shards(tmp_path: Path) -> list[Shard]:
     (folder,) = (tmp_path / "cache" / "masks").iterdir()
-    return open_shards(folder, Kind("masks", folder.name), check=False)
+    return local_shelf(folder, Kind("masks", folder.name)).open(check=False)
 
 
 def keys_in(tmp_path: Path) -> list[bytes]:

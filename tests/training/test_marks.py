@@ -144,6 +144,7 @@ def test_the_gradient_of_a_weighted_batch_is_that_of_its_parts_on_several_ranks(
 
 def test_a_changed_score_is_named_on_resume(work) -> None:
     run(*QUALITY, "--max_train_steps", "1", "--save_state")
+    assert len(losses(run(*QUALITY, "--max_train_steps", "2", "--save_state", "--resume", "auto"))) == 1
     Path("scores.jsonl").write_text('{"path": "x", "score": 1}')
     with pytest.raises(Exception, match="quality tags"):
         run(*QUALITY, "--resume", "auto")

@@ -1,0 +1,88 @@
+"""Whole files and folders: downloads that are made once, and uploads that count only when they are complete."""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sdxl_finetune.files import atomic_path
+from sdxl_finetune.storage.access import delete, list_files, stat, write
+from sdxl_finetune.storage.address import Address, Found, StorageError
+from sdxl_finetune.storage.copies import locked
+from sdxl_finetune.storage.objects import download
+
+logger = logging.getLogger(__name__)
+
+LAST = ("manifest.json", "model_index.json")
+"""Names of the files without which a training state or a diffusers folder is incomplete. They are written last."""
+
+
+def fetch(address: Address, folder: Path) -> Path:
+    """Downloads a file, or all files of a folder, into a folder for its version, and returns the path there.
+
+    The next call finds the same version on the disk. Processes that ask for the same address wait for one another.
+    Raises StorageError.
+    """
+    files = files_at(address)
+    version = hashlib.blake2b(
+        f"{address} {[(one.name, one.size, one.version) for one in files]}".encode(), digest_size=8
+    ).hexdigest()
+    path = folder / version / address.name
+    fetch_to(address, path, files)
+    return path
+
+
+def fetch_to(address: Address, path: Path, files: Sequence[Found] | None = None) -> None:
+    """Downloads a file, or all files of a folder, to `path`, unless it exists. Raises StorageError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f".{path.name}.lock")):
+            if path.exists():
+                return
+            files = files_at(address) if files is None else files
+            size = sum(found.size for found in files)
+            logger.info("downloading %s (%.1f GB) to %s", address, size / 1e9, path)
+            with atomic_path(path) as temporary:
+                for found in files:
+                    download(address / found.name, temporary / found.name if found.name else temporary, found.size)
+    except OSError as error:
+        raise StorageError(address, f"cannot be downloaded to {path} ({error.strerror})") from None
+
+
+def files_at(address: Address) -> list[Found]:
+    """The files of a folder by name, or the object itself with an empty name. Raises StorageError if there is none."""
+    with contextlib.suppress(StorageError):
+        found = stat(address)
+        return [Found(found.size, found.version, "")]
+    files = sorted(list_files(address), key=lambda found: found.name)
+    if not files:
+        raise StorageError(address, "does not exist", missing=True)
+    return files
+
+
+def upload(path: Path, address: Address) -> None:
+    """Writes a file or folder to an address. Of a folder, the file that makes it complete comes last.
+
+    A folder that stands there already is incomplete meanwhile. Raises StorageError.
+    """
+    if not path.is_dir():
+        write(address, path)
+        return
+    files = sorted(_files(path), key=lambda name: (name in LAST, name))
+    for old in list_files(address):
+        if old.name in LAST or old.name not in files:
+            delete(address / old.name)
+    for name in files:
+        write(address / name, path / name)
+
+
+def remove(address: Address) -> None:
+    """Deletes a file or a folder, and in a folder first what makes it complete. Raises StorageError."""
+    delete(address)
+    for found in sorted(list_files(address), key=lambda found: (found.name not in LAST, found.name)):
+        delete(address / found.name)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    return (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
