@@ -112,7 +112,9 @@ def find_folders(root: Location) -> Folders:
     if isinstance(root, Address):
         return find_prefixes(root)
     if not root.is_dir():
-        return Folders(problem=not_found(root, "folder"))
+        compressed = root.name.lower().endswith((".tar.gz", ".tgz"))
+        remedy = "a compressed tar file cannot be read in place: unpack it with gunzip, and name the .tar file"
+        return Folders(problem=remedy if compressed else not_found(root, "folder"))
     folders = Folders()
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")

@@ -101,6 +101,8 @@ def find_remarks(config: Config) -> Findings:
             message += ", and optimizer states in fp16 overflow or vanish, with which AdamW divides by zero"
         yield "exact_masters", f"{message}: true keeps the updates, for 2 bytes per weight"
     yield from _without_effect(config)
+    if config.cache_dir_local_gb and config.copies is None:
+        yield "cache_dir_local_gb", "has no effect, because neither cache_dir nor output_dir is an address"
     if config.alpha_mask and config.conditioning_data_dir and config.masked_loss and not config.dataset_config:
         yield "alpha_mask", "has no effect with conditioning_data_dir, as in the reference"
     for option in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
