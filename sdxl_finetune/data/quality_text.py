@@ -48,8 +48,8 @@ def _grammar(tags: tuple[QualityTag, ...], separators: tuple[str, ...]) -> tuple
 
 def _find(options: Subset, line: str) -> tuple[list[str], list[int]]:
     """Splits a line into tags and, between them, separators; returns them and the places of the quality tags."""
-    separators = (options.caption_separator, options.keep_tokens_separator, options.secondary_separator)
-    separators = (*separators, BREAK if options.caption_break else None)
+    own = (options.caption_separator, options.keep_tokens_separator, options.secondary_separator or "")
+    separators = (*own, BREAK if options.caption_break else "")
     pattern, names = _grammar(options.quality_tags or (), tuple(filter(None, separators)))
     parts = pattern.split(line)
     return parts, [place for place in range(0, len(parts), 2) if comparable(parts[place]) in names]
