@@ -76,6 +76,13 @@ def _check_sources(datasets: Sequence[Dataset]) -> None:
         if subset.caption_sources
     ]
     problems += [
+        Problem(
+            f"captions of several sources are not rewritten: {REMEDY}", "caption_sources", file=str(subset.image_dir)
+        )
+        for subset in subsets
+        if subset.caption_sources
+    ]
+    problems += [
         Problem(f"captions in an object store are not rewritten: {REMEDY}", file=str(subset.image_dir))
         for subset in subsets
         if not isinstance(subset.image_dir, Path)

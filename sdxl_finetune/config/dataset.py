@@ -269,7 +269,9 @@ def mark_problems(
     if options.quality_missing not in (*MISSING_RULES, *(tag.tag for tag in options.quality_tags)):
         yield "quality_missing", f"must be one of quality_tags or of {', '.join(MISSING_RULES)}"
     scores, groups = options.quality_scores, options.quality_groups or ""
-    if scores and not is_ending(scores) and not Path(scores).is_file():
+    if scores and "://" in scores:
+        yield "quality_scores", "must be a local file: download it, or name scores in the metadata file"
+    elif scores and not is_ending(scores) and not Path(scores).is_file():
         message = f'{not_found(Path(scores), "file")}. A file beside each image is named by its ending, as ".score"'
         yield "quality_scores", message
     if groups.startswith("column:") and (scores is None or is_ending(scores)):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.quality_text import in_front, take_quality
-from sdxl_finetune.data.tags import TagRules, tag_rules
+from sdxl_finetune.data.tags import BREAK, TagRules, tag_rules
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])+)\}(?!\})")
 """A doubled brace, or {options}. A doubled closing brace within the options is text."""
@@ -27,8 +27,6 @@ AS_WRITTEN = {
     "draws_source": False,
 }
 """Options of captions that are whole and in order. A wildcard {a|b} still becomes one of its options."""
-BREAK = "BREAK"
-"""Word at which a new chunk of tokens starts, with `caption_break`."""
 BREAK_WORD = re.compile(rf"\b{BREAK}\b")
 
 

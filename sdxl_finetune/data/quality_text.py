@@ -8,7 +8,8 @@ import re
 from functools import lru_cache
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.config.quality_options import QualityTag, same_tag
+from sdxl_finetune.config.quality_options import QualityTag
+from sdxl_finetune.data.tags import BREAK, comparable
 
 
 def with_quality(options: Subset, line: str, tag: str) -> str:
@@ -38,18 +39,20 @@ def in_front(options: Subset, text: str, tag: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _grammar(tags: tuple[QualityTag, ...], separators: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str]]:
-    """A pattern that splits a caption, longer separators first, and the quality tags in the form of `same_tag`."""
+    """A pattern that splits a caption, longer separators first, and the quality tags as they are compared."""
     longest_first = sorted(separators, key=len, reverse=True)
-    pattern = re.compile("(" + "|".join(re.escape(separator) for separator in longest_first) + ")")
-    return pattern, frozenset(same_tag(tag.tag) for tag in tags)
+    marks = [rf"\b{BREAK}\b" if separator == BREAK else re.escape(separator) for separator in longest_first]
+    pattern = re.compile(f"({'|'.join(marks)})")
+    return pattern, frozenset(comparable(tag.tag) for tag in tags)
 
 
 def _find(options: Subset, line: str) -> tuple[list[str], list[int]]:
     """Splits a line into tags and, between them, separators; returns them and the places of the quality tags."""
-    separators = (options.caption_separator, options.keep_tokens_separator, options.secondary_separator)
+    own = (options.caption_separator, options.keep_tokens_separator, options.secondary_separator or "")
+    separators = (*own, BREAK if options.caption_break else "")
     pattern, names = _grammar(options.quality_tags or (), tuple(filter(None, separators)))
     parts = pattern.split(line)
-    return parts, [place for place in range(0, len(parts), 2) if same_tag(parts[place]) in names]
+    return parts, [place for place in range(0, len(parts), 2) if comparable(parts[place]) in names]
 
 
 def _stays(options: Subset, parts: list[str], place: int) -> bool:
@@ -64,6 +67,7 @@ def _stays(options: Subset, parts: list[str], place: int) -> bool:
     if mark and mark in parts[1::2]:
         return parts[1:place:2].count(mark) != 1  # the free tags are those between the first and the second mark
     before = (options.caption_prefix or "").count(separator) + parts[1:place:2].count(separator)
+    before += 2 * parts[1:place:2].count(BREAK)  # the word counts as a tag, and ends the tag before it
     return before < options.keep_tokens
 
 
@@ -71,7 +75,7 @@ def _replaced(options: Subset, parts: list[str], places: list[int], tag: str) ->
     """The line with this tag at the first of the places, and without the tags at the others."""
     first, *others = places
     old = parts[first]
-    if same_tag(old) != same_tag(tag):
+    if comparable(old) != comparable(tag):
         start = len(old) - len(old.lstrip())
         parts = [*parts[:first], old[:start] + tag + old[len(old.rstrip()) :], *parts[first + 1 :]]
     return _without(options, parts, others)
@@ -80,16 +84,17 @@ def _replaced(options: Subset, parts: list[str], places: list[int], tag: str) ->
 def _without(options: Subset, parts: list[str], places: list[int]) -> str:
     """The line without the tags at these places, each removed with a separator beside it.
 
-    `keep_tokens_separator` is never removed.
+    `keep_tokens_separator` and BREAK are never removed.
     """
-    left = list(parts)
+    left, lasting = list(parts), (options.keep_tokens_separator, BREAK)
     for place in reversed(places):
-        if place + 1 < len(left) and left[place + 1] != options.keep_tokens_separator:
+        if place + 1 < len(left) and left[place + 1] not in lasting:
             del left[place : place + 2]
-        elif place and left[place - 1] != options.keep_tokens_separator:
-            del left[place - 1 : place + 1]
+        elif place and left[place - 1] not in lasting:
+            left[place - 1 : place + 1] = []
+            left[place - 2] += " " * (place < len(left))  # BREAK is a word
         else:
-            left[place] = ""
+            left[place] = " "
     line = "".join(left)
     line = line.lstrip() if 0 in places else line
     return line.rstrip() if len(parts) - 1 in places else line

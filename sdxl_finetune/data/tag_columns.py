@@ -1,7 +1,7 @@
 """Finds tags in a column of captions: each different tag is compared once, however many captions hold it.
 
-Tags are compared without regard to case, and an underscore counts as a space. In a pattern `*` stands for any text, `?`
-for one character and `[ab]` for one of these.
+Tags are compared in the form of `tags.comparable`. In a pattern `*` stands for any text, `?` for one character and
+`[ab]` for one of these.
 """
 
 import fnmatch
@@ -14,7 +14,7 @@ import pyarrow.compute
 from jaxtyping import Int64
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.config.quality_options import same_tag
+from sdxl_finetune.data.tags import comparable
 from sdxl_finetune.progress import track
 
 ROWS = 1 << 16
@@ -29,7 +29,7 @@ class TagPatterns:
         self._exact: dict[str, list[int]] = {}
         self._globs: list[tuple[int, re.Pattern[str]]] = []
         self._known: dict[str, tuple[int, ...]] = {}
-        for number, pattern in enumerate(map(same_tag, patterns)):
+        for number, pattern in enumerate(map(comparable, patterns)):
             if set(pattern) & set("*?["):
                 self._globs.append((number, re.compile(fnmatch.translate(pattern))))
             else:
@@ -42,7 +42,7 @@ class TagPatterns:
     def match(self, tag: str) -> tuple[int, ...]:
         """Numbers of the patterns that match a tag. The empty text is no tag."""
         if (found := self._known.get(tag)) is None:
-            text = same_tag(tag)
+            text = comparable(tag)
             numbers = list(self._exact.get(text, ()))
             if text and self._any_glob.match(text):
                 numbers += [number for number, glob in self._globs if glob.match(text)]

@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+BREAK = "BREAK"
+"""Word at which a new chunk of tokens starts, with `caption_break`."""
 WEIGHTED = re.compile(r"[(\[]+((?:[^()\[\]\\]|\\.)+?)(?::[+-]?[\d.]+)?[)\]]+")
 """A tag in brackets of weights. Brackets after a backslash belong to the tag."""
 STAR = re.compile(r"(?<!\\)\*")

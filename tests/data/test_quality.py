@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.config.quality_options import QualityTag, parse_quality_tags, same_tag
+from sdxl_finetune.config.quality_options import QualityTag, parse_quality_tags
 from sdxl_finetune.data.captions import caption
 from sdxl_finetune.data.quality import NO_TAG, Groups, assign_tags, count_tags, with_missing
 from sdxl_finetune.data.quality_text import with_quality
+from sdxl_finetune.data.tags import comparable
 
 RELEASE = "masterpiece > 0.75, high quality > 0.6, normal quality > 0.5, low quality > 0.3, worst quality"
 TAGS = parse_quality_tags(RELEASE)
@@ -162,8 +163,8 @@ def quality_of(text: str, separators: tuple[str, ...] = (",", "|||")) -> list[st
     """The quality tags of a caption."""
     for separator in separators:
         text = text.replace(separator, ",")
-    names = {same_tag(tag.tag): tag.tag for tag in TAGS}
-    return [names[same_tag(part)] for part in text.split(",") if same_tag(part) in names]
+    names = {comparable(tag.tag): tag.tag for tag in TAGS}
+    return [names[comparable(part)] for part in text.split(",") if comparable(part) in names]
 
 
 @given(LINES, TAG)
@@ -185,10 +186,11 @@ def test_a_written_line_holds_the_tag_once_and_writing_it_again_changes_nothing(
         ("1girl,masterpiece ,  sitting", "1girl,masterpiece ,  sitting"),
         ("style_a, low_quality, 1girl", "style_a, masterpiece, 1girl"),
         ("Masterpiece, 1girl", "Masterpiece, 1girl"),
+        ("(masterpiece:1.2), 1girl", "(masterpiece:1.2), 1girl"),
         ("worst quality, 1girl, high quality, sitting", "masterpiece, 1girl, sitting"),
         ("1girl, a masterpiece by x", "masterpiece, 1girl, a masterpiece by x"),
         ("style_a, low quality ||| 1girl", "style_a, masterpiece ||| 1girl"),
-        ("low quality ||| high quality ||| x", "masterpiece |||||| x"),
+        ("low quality ||| high quality ||| x", "masterpiece ||| ||| x"),
     ],
 )
 def test_where_the_tag_is_written(line: str, written: str) -> None:
@@ -234,6 +236,18 @@ def test_keep_tokens_separator_keeps_the_tag_too() -> None:
         "style, high quality ||| b": "style, masterpiece",
     }.items():
         assert caption(subset, text, random.Random(0), **where, quality="masterpiece") == expected
+
+
+def test_a_break_ends_a_tag_and_stays() -> None:
+    options = {"caption_break": True, "shuffle_caption": True, "caption_tag_dropout_rate": 1.0}
+    where = {"epoch": 0, "step": 0, "max_steps": 1, "quality": "masterpiece"}
+    for keep, text, expected in [
+        (1, "style BREAK low quality, b", "masterpiece BREAK"),
+        (3, "style BREAK low quality, b", "style BREAK masterpiece"),
+        (0, "a, (worst quality:1.2) BREAK b", "masterpiece BREAK"),
+    ]:
+        assert caption(rules(**options, keep_tokens=keep), text, random.Random(0), **where) == expected
+    assert with_quality(rules(caption_break=True), "a BREAK low quality, b", "masterpiece") == "a BREAK masterpiece, b"
 
 
 def test_the_tag_comes_before_a_prefix_and_is_dropped_with_the_whole_caption() -> None:
