@@ -124,6 +124,11 @@ class Tally:
         return listed
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns a number and its noun: "1 image", "3 images", "2 batches"."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith(("s", "ch", "x")) else "s")
+
+
 def say_errors(*errors: object, cause: bool = True) -> None:
     """Prints the errors that end this process, one a line, and passes them to the launcher of several processes.
 

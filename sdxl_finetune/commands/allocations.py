@@ -5,6 +5,7 @@ repeat an earlier one on tensors of the same shapes. Their results are made from
 of the time of FakeTensorMode.
 """
 
+import gc
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
@@ -22,6 +23,8 @@ SCRATCH_BYTES = {"bitsandbytes::optimizer_update_8bit_blockwise": 20, "bitsandby
 Its CUDA kernels take none."""
 OPTIMIZER_STATES = "optimizer states"
 CPU = torch.device("cpu")
+CREATIONS = torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default
+"""Operations without a tensor as argument whose results depend on nothing but the arguments."""
 
 
 class Event(NamedTuple):
@@ -55,6 +58,8 @@ class Allocations(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._fake_context = ExitStack()
         self._results = {} if results is None else results
+        self._attributes: dict[str, Any] = {}
+        """Attributes of a new fake tensor."""
         self._numbers: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._events: list[Event] = []
@@ -72,6 +77,9 @@ class Allocations(TorchDispatchMode):
         return False  # the check takes time in every call, and dynamo is not used here
 
     def __enter__(self) -> "Allocations":
+        if gc.isenabled():  # it would take a sixth of the time; tensors of a step are not in reference cycles
+            gc.disable()
+            self._fake_context.callback(gc.enable)
         self._fake_context.enter_context(self._fake)
         super().__enter__()
         return self
@@ -88,7 +96,7 @@ class Allocations(TorchDispatchMode):
         results = self._compute(func, args, kwargs or {})
         if func is torch.ops.aten.any.default and args[0].is_floating_point():
             self._tests_for_nonzero.add(self.number(results))
-        if not func.is_view:
+        if not _is_view(func):
             for result in results if isinstance(results, list | tuple) else (results,):
                 if isinstance(result, FakeTensor):
                     self.number(result)
@@ -99,19 +107,23 @@ class Allocations(TorchDispatchMode):
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The results of an operation, made from those of the same operation on tensors of the same shapes."""
-        if func.is_view and isinstance(args[0], FakeTensor):
+        if _is_view(func) and isinstance(args[0], FakeTensor):
             with in_kernel_invocation_manager(self._fake):
                 view = func(*args, **kwargs)
             if isinstance(view, Tensor):
-                return FakeTensor(self._fake, view, CPU)
-            return type(view)(FakeTensor(self._fake, each, CPU) for each in view)
-        key = None if func.is_view or func._schema.is_mutable else _key(func, args, kwargs)
+                return self._fake_tensor(view)
+            return type(view)(self._fake_tensor(each) for each in view)
+        key = None if func.is_view else _key(func, args, kwargs)
         known = self._results.get(key) if key else None
         if known is None:
             results = func(*args, **kwargs)
-            if key:
+            if key and func._schema.is_mutable:
+                self._results[key] = _written(results, args, kwargs) if key == _key(func, args, kwargs) else None
+            elif key:
                 self._results[key] = _layouts(results, args)
             return results
+        if isinstance(known, _Written):
+            return None if known.argument is None else [*args, *kwargs.values()][known.argument]
         made: list[Any] = []
         for layout in known.layouts:
             if layout is None:
@@ -120,8 +132,21 @@ class Allocations(TorchDispatchMode):
             size, stride, dtype = layout
             with in_kernel_invocation_manager(self._fake):
                 tensor = torch.empty_strided(size, stride, dtype=dtype, device="meta")
-            made.append(FakeTensor(self._fake, tensor, CPU))
+            made.append(self._fake_tensor(tensor))
         return made[0] if known.kind is Tensor else known.kind(made)
+
+    def _fake_tensor(self, meta: Tensor) -> FakeTensor:
+        """A fake CPU tensor with the storage of a tensor on the meta device.
+
+        FakeTensor's constructor takes most of the time of an estimate. All new fake tensors of a mode have the same
+        attributes, so only the first one is made by the constructor.
+        """
+        if not self._attributes:
+            self._attributes = vars(FakeTensor(self._fake, meta, CPU))
+        fake = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=CPU)
+        torch._C._set_throw_on_mutable_data_ptr(fake)
+        vars(fake).update(self._attributes)
+        return fake
 
     def number(self, tensor: Tensor) -> int:
         """The number of the tensor's storage, which is recorded if it is new."""
@@ -211,9 +236,28 @@ class _Layouts(NamedTuple):
     layouts: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]
 
 
+class _Written(NamedTuple):
+    """The result of an operation that writes into an argument."""
+
+    argument: int | None
+    """Position of the argument that is returned, among args and kwargs; None if nothing is returned."""
+
+
+def _written(results: Any, args: Any, kwargs: Any) -> _Written | None:
+    """The argument that an operation returned; None if it returned anything else."""
+    if results is None:
+        return _Written(None)
+    return next((_Written(at) for at, each in enumerate([*args, *kwargs.values()]) if each is results), None)
+
+
+def _is_view(func: Any) -> bool:
+    """True if the result shares the storage of the first argument. torch does not count `_unsafe_view` as a view."""
+    return func.is_view or func is torch.ops.aten._unsafe_view.default
+
+
 def _key(func: Any, args: Any, kwargs: Any) -> Hashable | None:
     """Everything that the results of an operation depend on; None if there may be more than its arguments."""
-    if func is not torch.ops.aten.empty.memory_format and not any(isinstance(each, Tensor) for each in _flat(args)):
+    if func not in CREATIONS and not any(isinstance(each, Tensor) for each in _flat(args)):
         return None
     if kwargs.get("device") not in (None, CPU):
         return None

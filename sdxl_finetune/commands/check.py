@@ -12,6 +12,7 @@ import os
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,19 +33,22 @@ from sdxl_finetune.config import Config, with_local_models
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Bucket, Index, build_index
-from sdxl_finetune.errors import UserError
+from sdxl_finetune.errors import UserError, counted
 from sdxl_finetune.model.declared import read_declared
 from sdxl_finetune.model.load import inspect_checkpoint
 from sdxl_finetune.optim.lr import Rate, build_lr
 from sdxl_finetune.optim.optimizer import state_bytes
 from sdxl_finetune.optim.parameters import Group
+from sdxl_finetune.output.checkpoints import format_to_save, overwritten
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_token
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.output.prompts import Prompt, load_prompts, with_size
 from sdxl_finetune.runtime.processes import trained_dtype
+from sdxl_finetune.storage import Address
 from sdxl_finetune.training.checks import Outline, index_images, read_inputs
 from sdxl_finetune.training.every import Timeline, first_step, previews_every
+from sdxl_finetune.training.resume import Start, check_options, data_order, find_start, resumed_origin
 from sdxl_finetune.training.setup import total_steps
 
 logger = logging.getLogger(__name__)
@@ -63,16 +67,25 @@ def check(config: Config) -> int:
     with console(config, 0):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = found.attempt(with_local_models, config) or config
-        inputs = read_inputs(config, device, found)
+        in_store = isinstance(config.resume, Address) or config.output_address is not None
+        is_elsewhere = config.resume_from_huggingface or in_store
+        start = None if is_elsewhere else found.attempt(find_start, config)
+        if start and start.is_state:
+            found.attempt(check_options, start, config)
+        inputs = read_inputs(config, device, found, weights=start.weights if start else None)
         index = _describe_data(config, inputs.index, found)
         if index and inputs.tokenizer:
             found.say("captions", *measure_captions(index, inputs.tokenizer).describe())
-        groups = _describe_model(config, inputs.model, found) if inputs.model else None
+        groups = _describe_model(config, inputs.model, found, start) if inputs.model else None
         per_element = found.attempt(state_bytes, config, trained_dtype(config))
         if index:
-            plan = _plan(config, index, processes())
+            plan = _plan(config, index, processes(), start)
+            if start:
+                order = data_order(index, plan)
+                plan = replace(plan, origin=found.attempt(resumed_origin, start, order, config) or plan.origin)
+                found.say("resumes", f"{start.progress}, from {start.path}")
             steps = total_steps(config, plan)
-            timeline = Timeline(plan, steps, first_step(config, plan, steps))
+            timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
             found.say("steps", *_steps(config, index, timeline))
             lr = found.attempt(build_lr, config, timeline.steps)
             if lr and groups:
@@ -130,13 +143,16 @@ def _describe_data(config: Config, index: Index | None, found: Findings) -> Inde
     return index
 
 
-def _describe_model(config: Config, model: Outline, found: Findings) -> Sequence[Group]:
-    remarks = read_declared(model.inspected.file).contradictions(
+def _describe_model(config: Config, model: Outline, found: Findings, start: Start | None) -> Sequence[Group]:
+    contradictions = read_declared(model.inspected.file).contradictions(
         config.model_path,
         v_parameterization=config.v_parameterization,
         zero_terminal_snr=config.zero_terminal_snr,
     )
-    found.say("remarks", *map(str, remarks))
+    remarks = [str(remark) for remark in contradictions]
+    if not start and (replaced := overwritten(config, format_to_save(config, model.inspected.format))):
+        remarks.append(replaced)
+    found.say("remarks", *remarks)
     trained = [f"{group.name} {_millions(group.size)} at {group.lr:g}" for group in model.groups]
     frozen = [
         f"{part} {_millions(size)}"
@@ -152,16 +168,18 @@ def _millions(size: int) -> str:
     return f"{size / 1e6:.1f} million"
 
 
-def _plan(config: Config, index: Index, ranks: int) -> Plan:
-    return build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=config.seed or 0)
+def _plan(config: Config, index: Index, ranks: int, start: Start | None = None) -> Plan:
+    seed = start.state.seed if start and config.seed is None else config.seed
+    return build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed or 0)
 
 
 def _steps(config: Config, index: Index, timeline: Timeline) -> Iterator[str]:
     own, plan, steps = processes(), timeline.plan, timeline.steps
     epochs = steps / plan.steps_per_epoch
     yield (
-        f"{plan.batches_per_epoch} batches and {plan.steps_per_epoch} steps an epoch, {steps} steps in all"
-        f" ({epochs:.4g} epochs) on {own} process{'es' if own > 1 else ''}"
+        f"{counted(plan.batches_per_epoch, 'batch')} and {counted(plan.steps_per_epoch, 'step')} an epoch,"
+        f" {counted(steps, 'step')} in all"
+        f" ({epochs:.4g} epochs) on {counted(own, 'process')}"
     )
     others = [count for count in (1, 2, 4, 8) if count != own]
     plans = {count: _plan(config, index, count).steps_per_epoch for count in others}

@@ -4,9 +4,11 @@ Fake tensors of a GPU need a CUDA build of torch, so fake CPU tensors are used. 
 stated here (`_cast_norms_as_cuda`, `_step_on_all_tensors_at_once`).
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,29 +19,65 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sdxl_finetune.commands.allocations import OPTIMIZER_STATES, Allocations
 from sdxl_finetune.config import Config
+from sdxl_finetune.low_bits import MasterWeights
 from sdxl_finetune.model.architecture import Architecture, vae_config
 from sdxl_finetune.model.attention import enable_gradient_checkpointing
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.runtime.processes import weight_dtype
 from sdxl_finetune.training.learner import Learner, build_learner
 
+Module = TypeVar("Module", bound=nn.Module)
 FORWARD, BACKWARD, OPTIMIZER_STEP = "forward pass", "backward pass", "optimizer step"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Data type of the arithmetic for each value of `mixed_precision`."""
 
 
-def build_fake_learner(config: Config, architecture: Architecture, allocations: Allocations, *, cuda: bool) -> Learner:
+class Modules:
+    """The modules of an architecture, built once on the meta device and copied for each estimate."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+
+    @cached_property
+    def _sdxl(self) -> SDXL:
+        with unallocated():
+            return SDXL(self._architecture)
+
+    @cached_property
+    def _vae(self) -> AutoencoderKL:
+        with unallocated():
+            return AutoencoderKL(**vae_config(self._architecture)).eval().requires_grad_(False)
+
+    def sdxl(self) -> SDXL:
+        """U-Net and text encoders, which `allocate` then gives fake tensors."""
+        sdxl = _copy(self._sdxl)
+        sdxl.masters = MasterWeights()
+        return sdxl
+
+    def vae(self) -> AutoencoderKL:
+        """The VAE in evaluation mode, which `allocate` then gives fake tensors."""
+        return _copy(self._vae)
+
+
+def _copy(module: Module) -> Module:
+    """A copy whose parameters, buffers, hooks and submodules can be replaced. It takes a sixth of the time to build."""
+    copy = object.__new__(type(module))
+    own = (dict, OrderedDict)  # torch's registries; diffusers' FrozenDict stays shared
+    vars(copy).update({name: each.copy() if type(each) in own else each for name, each in vars(module).items()})
+    copy._modules = {name: None if each is None else _copy(each) for name, each in module._modules.items()}
+    return copy
+
+
+def build_fake_learner(config: Config, modules: Modules, allocations: Allocations, *, cuda: bool) -> Learner:
     """A learner of fake tensors whose owners are noted."""
-    with unallocated():
-        sdxl, vae = SDXL(architecture), AutoencoderKL(**vae_config(architecture))
-    modules = [sdxl]
+    sdxl, vae = modules.sdxl(), modules.vae()
+    on_device: list[nn.Module] = [sdxl]
     if config.cache_text_encoder_outputs:
         sdxl.detach_text_encoders()
-        modules += [] if cuda else [sdxl.te1, sdxl.te2]  # a GPU does not hold encoders whose outputs are cached
-    for module in modules:
+        on_device += [] if cuda else [sdxl.te1, sdxl.te2]  # a GPU does not hold encoders whose outputs are cached
+    for module in on_device:
         allocate(module, weight_dtype(config))
         allocations.set_owner("weights", [*module.parameters(), *module.buffers()])
-    vae = vae.eval().requires_grad_(False)
     if not (cuda and config.cache_latents):  # with cached latents the VAE is back in host memory
         allocate(vae, torch.float32)
         allocations.set_owner("VAE", vae.parameters())
@@ -131,11 +169,13 @@ def unallocated() -> Iterator[None]:
 def allocate(module: nn.Module, dtype: torch.dtype) -> None:
     """Gives a module on the meta device fake tensors; parameters are of `dtype`."""
     for child in module.modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            fake = torch.empty(parameter.shape, dtype=dtype)
-            setattr(child, name, Parameter(fake, requires_grad=parameter.requires_grad))
-        for name, buffer in child.named_buffers(recurse=False):
-            setattr(child, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=dtype)
+                child._parameters[name] = Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in child._buffers.items():
+            if buffer is not None:
+                child._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _cast_norms_as_cuda(sdxl: SDXL) -> None:

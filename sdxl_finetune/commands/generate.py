@@ -22,7 +22,7 @@ from PIL import Image
 
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.schedule import build_schedule
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.load import load_checkpoint, open_base_model
 from sdxl_finetune.output.previews import PreviewModel, draw_latents, generation_parameters, save_image, to_image
@@ -69,7 +69,7 @@ def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
     for number, (request, image) in enumerate(_draw(arguments.model, requests, arguments), first_number):
         path = arguments.output / f"{number:05d}-{request.seed}.png"
         save_image(path, image, request.parameters(arguments.model.stem, model_hash))
-    print(f"wrote {len(requests)} images into {arguments.output}")
+    print(f"wrote {counted(len(requests), 'image')} into {arguments.output}")
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -93,7 +93,8 @@ def compare(arguments: argparse.Namespace) -> None:
     page = f'<!doctype html><meta charset="utf-8"><title>Checkpoints compared</title><style>{STYLE}</style>{table}\n'
     with atomic_path(arguments.output) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    print(f"wrote {arguments.output}: {len(requests)} images from each of {len(arguments.models)} checkpoints")
+    models = counted(len(arguments.models), "checkpoint")
+    print(f"wrote {arguments.output}: {counted(len(requests), 'image')} from each of {models}")
 
 
 def _draw_column(model: Path, requests: Sequence[ImageRequest], arguments: argparse.Namespace) -> list[str]:

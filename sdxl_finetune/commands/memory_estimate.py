@@ -23,6 +23,7 @@ from sdxl_finetune.batch import Batch, Position, Tokens
 from sdxl_finetune.commands.allocations import OPTIMIZER_STATES, Allocations, Recording
 from sdxl_finetune.commands.fake_learner import (
     OPTIMIZER_STEP,
+    Modules,
     allocate,
     build_fake_learner,
     optimizer_states,
@@ -32,7 +33,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.latents.keys import latent_shape
-from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, vae_config
+from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config
 from sdxl_finetune.model.text import build_te1, build_te2, encode_tokens
 from sdxl_finetune.model.vae import decode, encode
 from sdxl_finetune.optim.meter import sample
@@ -100,6 +101,15 @@ class Known:
     """Recorded forward and backward passes, by options, shape, and whether they are those of a GPU."""
     results: dict[Hashable, Any] = field(default_factory=dict)
     """Shapes of the results of operations (Allocations)."""
+    caches: dict[Hashable, list[Estimate]] = field(default_factory=dict)
+    """Estimates of the encoding for caches, by everything that they depend on."""
+    modules: dict[Architecture, Modules] = field(default_factory=dict)
+
+    def modules_of(self, architecture: Architecture) -> Modules:
+        """The modules of this architecture, built at the first call."""
+        if architecture not in self.modules:
+            self.modules[architecture] = Modules(architecture)
+        return self.modules[architecture]
 
 
 def estimate(
@@ -116,14 +126,15 @@ def estimate(
     Raises UserError for an optimizer or for learning rates that cannot be used.
     """
     known = known or Known()
+    modules = known.modules_of(architecture)
     pass_config = config.model_copy(update=PASS_ONLY)
     key = repr(pass_config), shape, cuda
     if key not in known.passes:
         with Allocations(count_scratch=not cuda, results=known.results) as allocations:
-            learner = build_fake_learner(pass_config, architecture, allocations, cuda=cuda)
+            learner = build_fake_learner(pass_config, modules, allocations, cuda=cuda)
             known.passes[key] = _record_pass(learner, shape, allocations)
     with Allocations(count_scratch=not cuda, results=known.results) as allocations:
-        learner = build_fake_learner(config, architecture, allocations, cuda=cuda)
+        learner = build_fake_learner(config, modules, allocations, cuda=cuda)
         _make_step(learner, known.passes[key], allocations, ranks)
         allocations.set_owner(OPTIMIZER_STATES, optimizer_states(learner))
         parts, phase = _parts_of_peak(allocations)
@@ -133,22 +144,34 @@ def estimate(
     return Estimate(parts=parts, phase=phase, step_unit=step_unit)
 
 
-def estimate_caches(config: Config, architecture: Architecture, largest: BatchShape) -> list[Estimate]:
+def estimate_caches(
+    config: Config, architecture: Architecture, largest: BatchShape, known: Known | None = None
+) -> list[Estimate]:
     """Estimates the encoding of images and captions for the caches that the config asks for, on a GPU.
 
     The model is still in host memory then. `largest` is the largest bucket, whose images are encoded in batches of
     `vae_batch_size`.
     """
+    known = known or Known()
+    images = config.vae_batch_size if config.cache_latents else None
+    captions = (config.text_encoder_batch_size, _chunks(config)) if config.cache_text_encoder_outputs else None
+    key = architecture, largest, images, captions
+    if key not in known.caches:
+        known.caches[key] = _estimate_caches(config, architecture, largest, known)
+    return known.caches[key]
+
+
+def _estimate_caches(config: Config, architecture: Architecture, largest: BatchShape, known: Known) -> list[Estimate]:
     found = []
     if config.cache_latents:
         shape = replace(largest, images=config.vae_batch_size)
-        with Allocations(count_scratch=False) as allocations, torch.no_grad():
-            vae = _build_fake_vae(architecture, allocations)
+        with Allocations(count_scratch=False, results=known.results) as allocations, torch.no_grad():
+            vae = _build_fake_vae(known.modules_of(architecture), allocations)
             noise = torch.zeros(shape.images, *latent_shape(shape, architecture.pixels_per_latent))
             encode(vae, torch.zeros(shape.images, 3, shape.height, shape.width), noise)
             found.append(Estimate(parts=_parts_of_peak(allocations)[0], phase="encoding of images"))
     if config.cache_text_encoder_outputs:
-        with Allocations(count_scratch=False) as allocations, torch.no_grad():
+        with Allocations(count_scratch=False, results=known.results) as allocations, torch.no_grad():
             encoders = []
             for build, settings in ((build_te1, te1_config(architecture)), (build_te2, te2_config(architecture))):
                 with unallocated():
@@ -167,7 +190,7 @@ def estimate_previews(architecture: Architecture, step: Estimate, width: int, he
     Their peak is in the VAE, which decodes one picture at a time in float32.
     """
     with Allocations(count_scratch=False) as allocations, torch.no_grad():
-        vae = _build_fake_vae(architecture, allocations)
+        vae = _build_fake_vae(Modules(architecture), allocations)
         decode(vae, torch.zeros(1, *latent_shape(BatchShape(1, height, width), architecture.pixels_per_latent)))
         parts, _ = _parts_of_peak(allocations)
     return Estimate(parts=step.kept | parts, phase="previews")
@@ -181,12 +204,11 @@ def largest_batch(index: Index, plan: Plan) -> BatchShape:
     return BatchShape(images, bucket.height, bucket.width)
 
 
-def _build_fake_vae(architecture: Architecture, allocations: Allocations) -> AutoencoderKL:
-    with unallocated():
-        vae = AutoencoderKL(**vae_config(architecture))
+def _build_fake_vae(modules: Modules, allocations: Allocations) -> AutoencoderKL:
+    vae = modules.vae()
     allocate(vae, torch.float32)
     allocations.set_owner("VAE", vae.parameters())
-    return vae.eval().requires_grad_(False)
+    return vae
 
 
 def _record_pass(learner: Learner, shape: BatchShape, allocations: Allocations) -> Recording:

@@ -1,5 +1,6 @@
 """The memory lines of sdxl-check: memory of each phase, cards that the run fits, options that make it fit others."""
 
+import gc
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from sdxl_finetune.commands.memory_estimate import (
 )
 from sdxl_finetune.config import Config
 from sdxl_finetune.config.rules import find_problems
-from sdxl_finetune.errors import UserError
+from sdxl_finetune.errors import UserError, counted
 from sdxl_finetune.model.architecture import Architecture
 from sdxl_finetune.optim.step_unit import StepUnit
 from sdxl_finetune.runtime.host import memory_bytes
@@ -72,7 +73,7 @@ class Estimator:
             ranks=work.ranks,
             known=self.known,
         )
-        return [step, *estimate_caches(config, self.architecture, work.bucket)]
+        return [step, *estimate_caches(config, self.architecture, work.bucket, self.known)]
 
 
 def on_cuda(found: Sequence[Estimate]) -> int:
@@ -136,10 +137,11 @@ def _listed(used: Sequence[Remedy]) -> str:
 def describe(config: Config, architecture: Architecture, workload: Workload) -> Iterator[str]:
     """The lines on memory for sdxl-check."""
     estimator, shape = Estimator(architecture, workload), workload.batch
+    gc.freeze()  # the modules imported so far need not be searched for garbage
     logger.info("estimating the memory of a step, on tensors without memory (--no_memory leaves it out)")
     found = estimator.phases(config)
     step, *others = found
-    images = f"{shape.images} image{'s' * (shape.images > 1)} of {shape.width}x{shape.height}"
+    images = f"{counted(shape.images, 'image')} of {shape.width}x{shape.height}"
     yield f"{images}, {config.max_token_length} tokens, on a GPU:"
     yield ", ".join(f"{part} {_size(size)}" for part, size in step.parts.items())
     yield f"together {_size(step.total)} at the peak, in the {step.phase}"

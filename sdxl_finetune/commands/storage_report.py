@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
-from sdxl_finetune.errors import Problem, Problems
+from sdxl_finetune.errors import Problem, Problems, counted
 from sdxl_finetune.latents.captions import Captions, count_keys
 from sdxl_finetune.latents.preparing import latent_bytes
 from sdxl_finetune.latents.together import check_memory
@@ -69,7 +69,7 @@ def file_lines(
         yield f"a training state, saved when the run is stopped by a signal, takes {size_text(state)}"
     previews = len(list(previews_every(config).moments(timeline))) if config.sample_prompts else 0
     if previews:
-        yield f"{previews} rounds of previews"
+        yield f"{counted(previews, 'round')} of previews"
     # One more of each kind for the end of the run, and one more while it is being written.
     needed = (_kept(weights_saves) + 2) * parameters * dtype.itemsize + (_kept(state_saves) + 2) * state
     free = shutil.disk_usage(existing(config.output_folder)).free

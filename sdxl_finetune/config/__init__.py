@@ -7,6 +7,7 @@ from sdxl_finetune.config.data_options import (
     DataOptions,
     HoldOutOptions,
     LatentOptions,
+    MaskOptions,
 )
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.config.datasets import load_datasets
@@ -37,7 +38,7 @@ from sdxl_finetune.config.training_options import (
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "Config", "DataOptions", "Dataset", "EmaOptions",
     "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions", "LatentOptions",
-    "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MetadataOptions", "ModelOptions", "NoiseOptions",
-    "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset",
+    "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions",
+    "NoiseOptions", "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset",
     "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models",
 ]  # fmt: skip

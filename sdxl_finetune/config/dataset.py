@@ -26,6 +26,7 @@ from sdxl_finetune.config.data_options import (
 )
 from sdxl_finetune.config.fields import FileLocation, MetadataColumns, Resolution
 from sdxl_finetune.config.quality_options import MISSING_RULES, ImageWeightOptions, QualityOptions, is_ending
+from sdxl_finetune.errors import counted
 from sdxl_finetune.storage import Address, Found, Location, list_page
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -57,7 +58,8 @@ def unread_pictures(counts: Mapping[str, int]) -> str:
     remedies = {ending: f"pip install {package}" for ending, package in OPTIONAL_SUFFIXES.items()}
     remedies |= {".jfif": "rename them to .jpg"}
     return "; ".join(
-        f"{count} {ending} files are not read: {remedies.get(ending, 'convert them to .png or .jpg')}"
+        f"{counted(count, f'{ending} file')} {'is' if count == 1 else 'are'} not read: "
+        f"{remedies.get(ending, 'convert them to .png or .jpg')}"
         for ending, count in sorted(counts.items())
     )
 
@@ -110,7 +112,7 @@ def find_folders(root: Location) -> Folders:
     if isinstance(root, Address):
         return find_prefixes(root)
     if not root.is_dir():
-        return Folders(problem=no_such("folder"))
+        return Folders(problem=not_found(root, "folder"))
     folders = Folders()
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
@@ -254,7 +256,7 @@ def mark_problems(
 ) -> Iterator[tuple[str, str]]:
     """Yields option and message of what is wrong with the options of quality tags and weights."""
     if weights.image_weights and not weights.image_weights.is_file():
-        yield "image_weights", no_such("file")
+        yield "image_weights", not_found(weights.image_weights, "file")
     if not options.quality_tags:
         return
     for separator in ("caption_separator", "keep_tokens_separator", "secondary_separator"):
@@ -267,15 +269,20 @@ def mark_problems(
     if scores and "://" in scores:
         yield "quality_scores", "must be a local file: download it, or name scores in the metadata file"
     elif scores and not is_ending(scores) and not Path(scores).is_file():
-        message = f'{no_such("file")}. A file beside each image is named by its ending, as ".score"'
+        message = f'{not_found(Path(scores), "file")}. A file beside each image is named by its ending, as ".score"'
         yield "quality_scores", message
     if groups.startswith("column:") and (scores is None or is_ending(scores)):
         yield "quality_groups", "needs quality_scores, the file with this column: set it, or name tags"
 
 
-def no_such(kind: str) -> str:
-    """Returns the message for a missing path of a kind, such as "folder"."""
-    return f"no such {kind}: check the path, which is relative to {Path.cwd()}"
+def not_found(path: Path, kind: str) -> str:
+    """Returns the message for a path that is not of a kind, "file", "folder" or "file or folder"."""
+    if path.is_dir():
+        return f"is a folder, and a {kind} is needed: name a {kind} in it"
+    if path.exists():
+        return f"is a file, and a {kind} is needed: name the {kind} that holds it"
+    place = "" if path.is_absolute() else f", which is relative to {Path.cwd()}"
+    return f"no such {kind}: check the path{place}"
 
 
 def _listed(names: list[str]) -> str:

@@ -25,7 +25,7 @@ from sdxl_finetune.config.dataset import (
     caption_conflicts,
     find_folders,
     mark_problems,
-    no_such,
+    not_found,
     split_tars,
 )
 from sdxl_finetune.config.fields import expected
@@ -228,12 +228,12 @@ def _subset(
             mistakes.add(message, f"{place}.{key}", getattr(subset, key))
     images, metadata = subset.image_dir, subset.metadata_file
     if metadata is None and isinstance(images, Path) and not images.is_dir():
-        mistakes.add(no_such("folder"), f"{place}.image_dir", str(images))
+        mistakes.add(not_found(images, "folder"), f"{place}.image_dir", str(images))
     if isinstance(metadata, Path) and not metadata.exists():
-        mistakes.add(no_such("file"), f"{place}.metadata_file", str(metadata))
+        mistakes.add(not_found(metadata, "file"), f"{place}.metadata_file", str(metadata))
     masks = subset.conditioning_data_dir
     if config.masked_loss and masks and not masks.is_dir():
-        mistakes.add(no_such("folder"), f"{place}.conditioning_data_dir", str(masks))
+        mistakes.add(not_found(masks, "folder"), f"{place}.conditioning_data_dir", str(masks))
     return subset
 
 

@@ -57,7 +57,7 @@ BETTER = {
     "train_data_dir": "images directly in the folder are used if there are no folders `N_words`",
     "random_crop": "the model reads the crop that was made",
     "face_crop_aug_range": "works with buckets too; the model reads the crop that was made",
-    "conditioning_data_dir": "works without a dataset_config file too; masks are resized and cropped as their images",
+    "conditioning_data_dir": "works without a dataset_config file too; a mask of its image's size is cropped with it",
     "alpha_mask": "works without loss weights too",
     "debug_dataset": "draws the first batches on one picture in output_dir",
     "max_token_length": "any multiple of 75; 255 is read as 225, and said; captions that are cut off are counted",

@@ -69,6 +69,9 @@ def read_file(name: str) -> tuple[dict[str, Given], list[Problem], list[Problem]
     Raises UserError if the file cannot be read.
     """
     path = config_path(name)
+    if not path.exists() and path != Path(name) and Path(name).exists():
+        kind = "folder: name a file in it" if Path(name).is_dir() else "file of another kind: name a .toml file"
+        raise UserError(Problem(f"a config is a TOML file whose name ends in .toml, and this is a {kind}", file=name))
     tables, text = parse_toml(path)
     lines = _line_numbers(text)
     given: dict[str, Given] = {}
@@ -119,7 +122,11 @@ def parse_toml(path: Path) -> tuple[dict[str, Any], str]:
     except UnicodeDecodeError:
         raise UserError(Problem("not a UTF-8 text file: save it as UTF-8", file=str(path))) from None
     except OSError as error:
-        raise UserError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from None
+        raise UserError(Problem(f"cannot be read: {_reason(error)}", file=str(path))) from None
+
+
+def _reason(error: OSError) -> str:
+    return "it is a folder, and a file is needed" if isinstance(error, IsADirectoryError) else str(error.strerror)
 
 
 def _line_numbers(text: str) -> dict[tuple[str, str], int]:

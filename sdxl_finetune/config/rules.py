@@ -4,7 +4,7 @@ A finding names all options that it is about. It is left out if one of them has 
 Checks that need the device, the model or the class of the optimizer are where these are built.
 """
 
-import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from sdxl_finetune.config.dataset import (
     find_folders,
     is_text,
     mark_problems,
-    no_such,
+    not_found,
     split_tars,
 )
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
-from sdxl_finetune.config.hub import hub_problems, hub_remarks
+from sdxl_finetune.config.hub import AUTO, hub_problems, hub_remarks
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.training_options import LrOptions
 
@@ -101,6 +101,8 @@ def find_remarks(config: Config) -> Findings:
             message += ", and optimizer states in fp16 overflow or vanish, with which AdamW divides by zero"
         yield "exact_masters", f"{message}: true keeps the updates, for 2 bytes per weight"
     yield from _without_effect(config)
+    if config.cache_dir_local_gb and config.copies is None:
+        yield "cache_dir_local_gb", "has no effect, because neither cache_dir nor output_dir is an address"
     if config.alpha_mask and config.conditioning_data_dir and config.masked_loss and not config.dataset_config:
         yield "alpha_mask", "has no effect with conditioning_data_dir, as in the reference"
     for option in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
@@ -124,7 +126,8 @@ def find_remarks(config: Config) -> Findings:
         message = "gives each image one of its texts for the whole run, because cache_text_encoder_outputs encodes one"
         yield "caption_sources", f"{message}: text_encoder_outputs_variants = 8 draws 8 times"
     for option, direction in (("min_bucket_reso", "down"), ("max_bucket_reso", "up")):
-        if config.enable_bucket and getattr(config, option) % config.bucket_reso_steps:
+        is_used = config.enable_bucket and not config.bucket_no_upscale
+        if is_used and getattr(config, option) % config.bucket_reso_steps:
             yield option, f"is rounded {direction} to a multiple of bucket_reso_steps, {config.bucket_reso_steps}"
     yield from hub_remarks(config)
 
@@ -152,13 +155,19 @@ def _without_effect(config: Config) -> Findings:
             replaced = name not in ("lr_scheduler_type", "lr_scheduler_args")
             reasons = ["has no effect with lr_scheduler_type"] if replaced else []
         if reasons:
-            yield name, reasons[0] + (_warmup_remedy(config) if name == "lr_warmup_steps" else "")
+            yield name, reasons[0] + _remedy(config, name)
 
 
-def _warmup_remedy(config: Config) -> str:
-    if config.is_schedule_free:
-        return ': use optimizer_args = ["warmup_steps=100"]'
-    return ": for a warm-up set lr_scheduler to constant_with_warmup"
+def _remedy(config: Config, option: str) -> str:
+    """Returns advice on an option without effect, if the other option's name does not say it."""
+    match option:
+        case "lr_warmup_steps" if config.is_schedule_free:
+            return ': use optimizer_args = ["warmup_steps=100"]'
+        case "lr_warmup_steps":
+            return ": for a warm-up set lr_scheduler to constant_with_warmup"
+        case "masked_loss":
+            return ": set conditioning_data_dir to a folder of masks, or alpha_mask = true"
+    return ""
 
 
 def _rate_remarks(config: Config) -> Findings:
@@ -175,6 +184,14 @@ def _rate_remarks(config: Config) -> Findings:
     if config.estimates_rate and (far := [rate for rate in rates if rate and not 0.1 < rate <= 10]):
         message = f"{config.optimizer_name} multiplies the rate by its own estimate, so it should be near 1"
         yield "learning_rate", f"{message}, but is {far[0]:g}: set 1, and watch lr/d*lr in the log"
+    own = (config.learning_rate_te1, config.learning_rate_te2)
+    encoders = [config.learning_rate if rate is None else rate for rate in own]
+    if config.train_text_encoder and not any(encoders) and (config.learning_rate or config.block_lr):
+        message = "trains no text encoder, because both of their learning rates are 0"
+        yield (
+            "train_text_encoder",
+            f"{message}: set learning_rate_te1 or learning_rate_te2",
+        )
 
 
 def _training(config: Config) -> Findings:
@@ -272,13 +289,22 @@ def _buckets(config: Config) -> Findings:
     shortest, longest = sorted(config.resolution or (config.min_bucket_reso, config.max_bucket_reso))
     if config.bucket_reso_steps % 32 or not config.bucket_reso_steps:
         yield "bucket_reso_steps enable_bucket", "must be a multiple of 32 with enable_bucket, as 32 or 64"
+    if config.bucket_no_upscale:  # buckets then follow the sizes of images
+        return
     if config.min_bucket_reso > shortest:
-        yield "min_bucket_reso resolution enable_bucket", f"must be at most {shortest}, resolution's shorter side"
+        message = f"must be at most {shortest}, resolution's shorter side, and is {config.min_bucket_reso}"
+        yield "min_bucket_reso resolution enable_bucket", message + _default_remedy(config, "min_bucket_reso", shortest)
     if config.max_bucket_reso < longest:
-        yield "max_bucket_reso resolution enable_bucket", f"must be at least {longest}, resolution's longer side"
+        message = f"must be at least {longest}, resolution's longer side, and is {config.max_bucket_reso}"
+        yield "max_bucket_reso resolution enable_bucket", message + _default_remedy(config, "max_bucket_reso", longest)
     if config.min_bucket_reso < config.bucket_reso_steps:
         message = f"must be at least bucket_reso_steps, now {config.bucket_reso_steps}"
         yield "min_bucket_reso bucket_reso_steps enable_bucket", message
+
+
+def _default_remedy(config: Config, option: str, value: int) -> str:
+    """Tells a user who has not set the option what to set, because the message shows an option without a value."""
+    return "" if option in config.model_fields_set else f" by default: set {option} = {value}"
 
 
 def _output(config: Config) -> Findings:
@@ -291,39 +317,51 @@ def _output(config: Config) -> Findings:
         yield "output_name", "must be a file name without folders: set output_dir to the folder"
     for option in ("output_dir", "logging_dir", "cache_dir", "cache_dir_local"):
         folder = getattr(config, option)
-        if isinstance(folder, Path) and not _is_writable(folder):
-            yield option, "cannot be created or written to: name another folder, or change its permissions"
+        if isinstance(folder, Path) and (reason := _not_writable(folder)):
+            yield option, f"cannot be created or written to ({reason}): name another folder, or change its permissions"
 
 
 def _files(config: Config) -> Findings:
     for option in ("pretrained_model_name_or_path", "vae"):
         path = getattr(config, option)
         if isinstance(path, Path) and not path.exists():
-            yield option, f"{no_such('file or folder')}; nothing is downloaded"
+            yield option, f"{not_found(path, 'file or folder')}; nothing is downloaded"
+    resume = config.resume
+    if isinstance(resume, Path) and resume != AUTO and not config.resume_from_huggingface and not resume.exists():
+        yield "resume", not_found(resume, "training state or checkpoint")
     for option in FILES:
         path = getattr(config, option)
         if isinstance(path, Path) and not path.is_file():
-            yield option, no_such("file")
+            yield option, not_found(path, "file")
     if isinstance(config.in_json, Path) and not config.in_json.exists():
-        yield "in_json", no_such("file")
+        yield "in_json", not_found(config.in_json, "file")
     thumbnail = config.metadata_thumbnail
     if thumbnail and not thumbnail.startswith("data:") and not Path(thumbnail).is_file():
-        yield "metadata_thumbnail", f"neither a data URL nor a file; {no_such('file')}"
+        yield "metadata_thumbnail", f"neither a data URL nor a file; {not_found(Path(thumbnail), 'file')}"
     if config.dataset_config:
         return
     yield from mark_problems(config, config, config)
     if config.masked_loss and config.conditioning_data_dir and not config.conditioning_data_dir.is_dir():
-        yield "conditioning_data_dir", no_such("folder")
+        yield "conditioning_data_dir", not_found(config.conditioning_data_dir, "folder")
     for option in ("reg_data_dir",) if config.in_json else ("train_data_dir", "reg_data_dir"):
         folder, tars = split_tars(getattr(config, option) or Path())
         if getattr(config, option) and (message := None if tars else find_folders(folder).problem):
             yield option, message
     images = split_tars(config.train_data_dir or Path())[0]
     if config.in_json and isinstance(images, Path) and not images.is_dir():
-        yield "train_data_dir", no_such("folder")
+        yield "train_data_dir", not_found(images, "folder")
 
 
-def _is_writable(folder: Path) -> bool:
-    """True if the folder can be written to. A folder that does not exist yet must be possible to create."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK)
+def _not_writable(folder: Path) -> str | None:
+    """Returns why nothing can be written to the folder, or to the folder in which it has to be created; else None.
+
+    A file without a name is written, because permissions say too little: root has all of them in /proc, too.
+    """
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            return f"{existing} is a file"
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)

@@ -30,7 +30,7 @@ from sdxl_finetune.data.quality import NO_TAG
 from sdxl_finetune.data.remarks import remark_on_captions, remark_on_faces, remark_on_sources
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
-from sdxl_finetune.errors import Problem, Tally, UserError
+from sdxl_finetune.errors import Problem, Tally, UserError, counted
 from sdxl_finetune.storage import Location
 
 logger = logging.getLogger(__name__)
@@ -259,12 +259,13 @@ class Index:
         images = np.bincount(self.bucket[used], minlength=len(self.buckets))
         occurrences = np.bincount(self.bucket, self.repeats, len(self.buckets)).astype(np.int64)
         lines = [
-            f"{used.sum()} images, {occurrences.sum()} with repeats, in {len(self.buckets)} buckets;"
+            f"{counted(used.sum(), 'image')}, {occurrences.sum()} with repeats,"
+            f" in {counted(len(self.buckets), 'bucket')};"
             f" {(enlarged & used).sum()} enlarged, {self.bad_files + len(self.excluded)} skipped"
             + (f", {self.held_out.sum()} held out for validation" if self.held_out.any() else "")
         ]
         lines += [
-            f"bucket {bucket.width}x{bucket.height}: {image} images, {occurrence} with repeats"
+            f"bucket {bucket.width}x{bucket.height}: {counted(image, 'image')}, {occurrence} with repeats"
             for bucket, image, occurrence in zip(self.buckets, images, occurrences, strict=True)
         ]
         return "\n".join([*lines, *self.describe_marks()])

@@ -5,17 +5,26 @@ alpha channel of the image (`alpha_mask`). It is resized and cropped as its imag
 latent, as in the reference (`apply_masked_loss` of library/custom_train_functions.py).
 """
 
+import io
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from PIL import Image
 
 from sdxl_finetune.data.images import ImageError, image_extensions, image_size, load_channel, resize_and_crop
 from sdxl_finetune.data.index import Entry, Index, report_bad_images
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.progress import track
 from sdxl_finetune.storage import Location
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 100
+"""Images of which the header is read to find out if any has an alpha channel."""
 
 
 def find_mask(entry: Entry) -> Path | None:
@@ -31,7 +40,7 @@ def find_mask(entry: Entry) -> Path | None:
             path = folder / (entry.path.stem + spelling)
             if path.is_file():
                 return path
-    raise ImageError(str(entry.path), f"its mask is missing: put {entry.path.stem}.png into {folder}")
+    raise ImageError(str(entry.path), f"its mask is missing: put '{entry.path.stem}.png' into {folder}")
 
 
 def load_mask(
@@ -77,6 +86,22 @@ def without_bad_masks(index: Index, on_bad_image: str) -> Index:
                 bad[row] = Problem(error.reason, file=error.path)
     report_bad_images(Tally(bad.values()), on_bad_image)
     return index.without(bad) if bad else index
+
+
+def remark_on_alpha(index: Index) -> None:
+    """Warns if `alpha_mask` finds nothing to mask, because no image that is looked at has an alpha channel.
+
+    At most LOOKED_AT images are opened, evenly over the index. No image is decoded.
+    """
+    rows = np.flatnonzero(index.used & index.has_mask & ~index.has_mask_file)
+    looked_at = rows[:: max(1, -(-len(rows) // LOOKED_AT))].tolist()
+    for row in looked_at:
+        with suppress(OSError, ImageError), Image.open(io.BytesIO(index[row].read())) as image:
+            if image.has_transparency_data:
+                return
+    if looked_at:
+        message = "alpha_mask = true: none of the images looked at (%d) has an alpha channel, so nothing is masked"
+        logger.warning(f"{message}: save images with transparency as .png, or remove alpha_mask", len(looked_at))
 
 
 def _check_size(path: Location, size: Sequence[int], entry: Entry) -> None:

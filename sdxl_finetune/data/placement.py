@@ -133,7 +133,8 @@ def _named_buckets(
 
 def _misfit(size: tuple[int, int], bucket: tuple[int, int], resized: tuple[int, int]) -> str:
     if not min(bucket):
-        return f"{size[0]}x{size[1]} has too short a side for bucket_no_upscale: no multiple of bucket_reso_steps"
+        message = "its shorter side is below bucket_reso_steps, and bucket_no_upscale does not enlarge images"
+        return f"{size[0]}x{size[1]}: {message}: remove the image or bucket_no_upscale, or lower bucket_reso_steps"
     return (
         f"{size[0]}x{size[1]} is too narrow: to fill a bucket of {bucket[0]}x{bucket[1]} it would have to be"
         f" enlarged to {resized[0]}x{resized[1]}, and the limit is {MAX_RESIZED_PIXELS} pixels"

@@ -68,8 +68,10 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         remedy = f"needs a package that is not installed: pip install {PACKAGES.get(package, package)}"
         raise UserError(Problem(remedy, key="optimizer_type", value=name)) from None
     except AttributeError:
-        near = difflib.get_close_matches(name, [*CLASSES, *torch.optim.__all__], n=1)
-        hint = f"did you mean {near[0]}?" if near else "name a class of torch.optim, or the path of a class"
+        names = {known.lower(): known for known in [*torch.optim.__all__, *CLASSES]}
+        begun = sorted((known for known in names if known.startswith(name.lower())), key=len)
+        near = begun or difflib.get_close_matches(name.lower(), names, n=1)
+        hint = f"did you mean {names[near[0]]}?" if near else "name a class of torch.optim, or the path of a class"
         raise UserError(Problem(f"no such optimizer: {hint}", key="optimizer_type", value=name)) from None
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
         message = f"{path} is not a torch optimizer: name a class derived from torch.optim.Optimizer"

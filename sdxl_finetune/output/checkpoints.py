@@ -90,6 +90,15 @@ def existing_checkpoints(directory: Path, name: str, save_as: SaveAs) -> list[Pa
     return sorted((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime)
 
 
+def overwritten(options: Config, save_as: SaveAs) -> str | None:
+    """Says that a new run replaces the final checkpoint of an earlier run at its end; None if there is none."""
+    existing = existing_checkpoints(options.output_folder, final_name(options), save_as)
+    if not existing:
+        return None
+    message = f"{existing[-1]} exists and is replaced at the end of this run: to keep it, set another output_name"
+    return f"{message}, or continue its run with resume = auto"
+
+
 def replaced(save: Save, directory: Path, save_as: SaveAs) -> list[Path]:
     """Returns the checkpoints that this one replaces."""
     return existing_checkpoints(directory, save.replaces, save_as) if save.replaces else []

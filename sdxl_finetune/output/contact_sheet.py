@@ -6,23 +6,32 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 MIN_SIDE, MAX_SIDE = 160, 384
-"""Pixels of the longest side of an image on the sheet. Smaller images are enlarged, larger images are reduced."""
+"""Pixels of the longest side of an image on the sheet. Smaller images are enlarged, larger images are reduced. The text
+below an image is at least MIN_SIDE wide."""
 LINES = 3
 """Most lines of text below an image. The rest of the text is cut off."""
 MARGIN, FONT_SIZE, HEADING_SIZE = 6, 13, 18
 """Pixels."""
+LINE_HEIGHT = FONT_SIZE + 3
+"""Pixels."""
+LEGEND_LINES = 20
+"""Most lines of a legend."""
 HEADING_COLORS = ("white", "#30343c")
 """Text and background of a heading."""
 
 
-def stack(pages: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Puts pictures below each other, each under its heading."""
+def stack(pages: Sequence[tuple[str, Image.Image]], legend: str = "") -> Image.Image:
+    """Puts pictures below each other, each under its heading. The legend stands above all of them."""
     bar = 2 * HEADING_SIZE
     width = max(image.width for _, image in pages)
     font = ImageFont.load_default(HEADING_SIZE)
     width = max(width, *(int(font.getlength(heading)) + 4 * MARGIN for heading, _ in pages))
-    sheet = Image.new("RGB", (width, sum(bar + image.height for _, image in pages)), "white")
-    pen, top = ImageDraw.Draw(sheet), 0
+    lines = _wrap(legend, _letters(width - 4 * MARGIN), LEGEND_LINES)
+    top = len(lines) * LINE_HEIGHT + 4 * MARGIN if lines else 0
+    sheet = Image.new("RGB", (width, top + sum(bar + image.height for _, image in pages)), "white")
+    pen = ImageDraw.Draw(sheet)
+    small = ImageFont.load_default(FONT_SIZE)
+    pen.multiline_text((2 * MARGIN, 2 * MARGIN), "\n".join(lines), fill="black", font=small, spacing=2)
     text_color, background = HEADING_COLORS
     for heading, image in pages:
         pen.rectangle((0, top, width, top + bar - 1), fill=background)
@@ -44,10 +53,9 @@ def contact_sheet(
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     sizes = [(round(image.width * scale), round(image.height * scale)) for image in images]
     columns, rows = min(columns, len(images)), -(-len(images) // columns)
-    cell_width = max(width for width, _ in sizes) + MARGIN
-    letters = max(8, int((cell_width - MARGIN) / (0.52 * FONT_SIZE)))  # a letter is about half as wide as high
-    wrapped = [_wrap(text, letters, lines) for text in texts]
-    text_height = max(len(own) for own in wrapped) * (FONT_SIZE + 3)
+    cell_width = max(MIN_SIDE, *(width for width, _ in sizes)) + MARGIN
+    wrapped = [_wrap(text, _letters(cell_width - MARGIN), lines) for text in texts]
+    text_height = max(len(own) for own in wrapped) * LINE_HEIGHT
     image_height = max(height for _, height in sizes)
     cell_height = image_height + text_height + MARGIN
     page = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
@@ -61,5 +69,13 @@ def contact_sheet(
 
 def _wrap(text: str, letters: int, lines: int) -> list[str]:
     """The lines of a text, of at most `letters` letters. If there are more than `lines`, the last one ends in dots."""
-    wrapped = [part for line in text.split("\n") for part in textwrap.wrap(line, letters)]
-    return wrapped if len(wrapped) <= lines else [*wrapped[: lines - 1], wrapped[lines - 1][: letters - 4] + " ..."]
+    wrapped: list[str] = []
+    for line in text.split("\n") if text else ():
+        room = lines - len(wrapped)
+        wrapped += textwrap.wrap(line, letters, max_lines=room, placeholder=" ...") if room else []
+    return wrapped
+
+
+def _letters(width: int) -> int:
+    """Letters that fit in so many pixels: a letter is about half as wide as high."""
+    return int(width / (0.52 * FONT_SIZE))

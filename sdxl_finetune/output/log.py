@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config, LoggingOptions, to_toml
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
@@ -324,7 +324,7 @@ class Log:
             parts = [f"epoch {epoch}/{self._epochs}", f"avr_loss={mean_loss:.4g}"]
             parts += [f"images/s={record.images_per_second:.3g}"]
             if self._next_save and number < self._steps:
-                parts += [f"next save in {self._next_save(number) - number} steps"]
+                parts += [f"next save in {counted(self._next_save(number) - number, 'step')}"]
             self._progress.set_postfix_str(", ".join(parts), refresh=False)
             self._progress.update(number - self._progress.n)
 

@@ -13,7 +13,7 @@ import mimetypes
 import platform
 from contextlib import suppress
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import sdxl_finetune
@@ -99,11 +99,11 @@ def load_thumbnail(thumbnail: str | None) -> str | None:
 
 
 def shareable(config: Config) -> dict[str, Any]:
-    """Returns the options that are set, with values as in a config file, but without secrets and without paths."""
+    """Returns the options that are set, with values as in a config file, but without secrets, paths and addresses."""
     return {
         name: plain(value)
         for name, value in config
-        if value is not None and not isinstance(value, Path) and name not in SECRETS | TEXT_PATHS
+        if value is not None and not isinstance(value, PurePath) and name not in SECRETS | TEXT_PATHS
     }
 
 

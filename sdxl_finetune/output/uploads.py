@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_finetune.config import HubOptions
+from sdxl_finetune.errors import counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.hub import HubCall, HubError, target
 from sdxl_finetune.output.store_call import StoreCall
@@ -162,8 +163,8 @@ class Uploads:
             size = sum(_size(self._directory / upload.name) for upload in self._waiting)
             seconds = LAST_WAIT + size / SLOWEST if complete else STOPPED_WAIT
             if self._waiting:
-                message = "waiting at most %d seconds for %d uploads (%.1f GB); Ctrl-C ends the wait"
-                logger.info(message, seconds, len(self._waiting), size / 1e9)
+                message = "waiting at most %d seconds for %s (%.1f GB); Ctrl-C ends the wait"
+                logger.info(message, seconds, counted(len(self._waiting), "upload"), size / 1e9)
             before, deadline = stop.number if stop else None, time.monotonic() + seconds
             while self._is_hopeful() and time.monotonic() < deadline and (stop.number if stop else None) == before:
                 self._changed.wait(0.2)

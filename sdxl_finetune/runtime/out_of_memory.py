@@ -9,6 +9,7 @@ import torch
 
 from sdxl_finetune.batch import Batch
 from sdxl_finetune.config import Config
+from sdxl_finetune.errors import counted
 
 OPTIMIZER = {"optimizer_args": {}, "use_8bit_adam": False, "use_lion_optimizer": False}
 """Options that would overrule or contradict a new `optimizer_type`."""
@@ -88,7 +89,7 @@ def name_the_batch(batch: Batch, config: Config) -> Iterator[None]:
         texts = [f"{each.text} ({each.cost})" if each.cost else each.text for each in remedies(config, images)]
         texts.append("a lower resolution or max_bucket_reso")
         raise OutOfMemory(
-            f"out of memory in step {batch.position.step + 1}: {images} image{'s' * (images > 1)} of bucket"
+            f"out of memory in step {batch.position.step + 1}: {counted(images, 'image')} of bucket"
             f" {width}x{height}, {config.max_token_length} tokens. Options that need less memory: {'; '.join(texts)}."
             " sdxl-check estimates how much each of them leaves"
         ) from error

@@ -1,6 +1,7 @@
 """Read, write, list and delete at any location."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +77,10 @@ def write(location: Location, data: bytes | Path) -> None:
         return
     try:
         with atomic_path(location) as temporary:
-            temporary.write_bytes(data.read_bytes() if isinstance(data, Path) else data)
+            if isinstance(data, Path):
+                shutil.copyfile(data, temporary)
+            else:
+                temporary.write_bytes(data)
     except OSError as error:
         raise _local_error(location, "written", error) from None
 

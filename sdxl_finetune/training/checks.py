@@ -23,6 +23,7 @@ from sdxl_finetune.config import (
     ImageWeightOptions,
     LatentOptions,
     LrOptions,
+    MaskOptions,
     ModelOptions,
     OptimizerOptions,
     QualityOptions,
@@ -30,7 +31,7 @@ from sdxl_finetune.config import (
     with_local_models,
 )
 from sdxl_finetune.data.index import Index, build_index, report_bad_images
-from sdxl_finetune.data.masks import without_bad_masks
+from sdxl_finetune.data.masks import remark_on_alpha, without_bad_masks
 from sdxl_finetune.data.scan import scan
 from sdxl_finetune.data.tags import check_tag_rules
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
@@ -56,6 +57,7 @@ DATA = {
         DataOptions,
         CaptionOptions,
         AugmentationOptions,
+        MaskOptions,
         BucketOptions,
         HoldOutOptions,
         LatentOptions,
@@ -175,7 +177,10 @@ def index_images(config: Config) -> Index:
     skip, datasets = config.skip_cache_check, load_datasets(config)
     check_tag_rules(subset for dataset in datasets for subset in dataset.subsets)
     index = build_index(datasets, config.cache_folder, config.on_bad_image, skip_check=skip)
-    return index if skip else without_bad_masks(index, config.on_bad_image)
+    if skip:
+        return index
+    remark_on_alpha(index)
+    return without_bad_masks(index, config.on_bad_image)
 
 
 def _read_images(

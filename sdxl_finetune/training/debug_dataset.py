@@ -23,7 +23,7 @@ from sdxl_finetune.data.loader import TrainingDataset
 from sdxl_finetune.data.views import View, draw_view
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.latents.captions import Captions
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.contact_sheet import contact_sheet, stack
@@ -35,7 +35,14 @@ logger = logging.getLogger(__name__)
 
 BATCHES, IMAGES = 8, 64
 """Most batches on the picture, and images after which no further batch is drawn: the picture stays readable."""
-COLUMNS, LINES = 4, 8
+LEGEND = """Each dark bar begins a batch: its step, its epoch, and its aspect-ratio bucket, width x height in pixels.
+Each picture is an image as it is trained: resized to fill the bucket, cropped to it, and perhaps mirrored.
+Below it stand the name of the file, its size, and the size to which it is resized.
+"Cut off" counts the pixels that the crop removes at each side of the resized image.
+Last comes the caption as it is trained in this step. A caption that ends in ... is longer: the log has all of it."""
+MASK_LEGEND = """
+Stripes cover what the mask hides from the loss. Masks have the squares of the latents."""
+COLUMNS, LINES = 4, 12
 """Images beside each other, and lines of text below each."""
 PIXELS_PER_LATENT = 8
 """Pixels for one latent of SDXL's VAE, along one side."""
@@ -87,7 +94,7 @@ def _draw(config: Config, index: Index, seed: int, accelerator: Accelerator) -> 
     path = config.output_folder / "debug_dataset.png"
     try:
         config.output_folder.mkdir(parents=True, exist_ok=True)
-        stack(pages).save(path)
+        stack(pages, LEGEND + MASK_LEGEND * bool(index.has_mask.any())).save(path)
     except OSError as error:
         raise UserError(Problem(f"cannot be written: {error.strerror}", file=str(path))) from None
     return path
@@ -102,8 +109,8 @@ def _page(
     heading = f"step {position.step + 1}"
     if plan.accumulation > 1:
         heading += f", micro-batch {position.micro_batch + 1} of {position.micro_batches_in_step}"
-    count = f"{len(rows)} image{'s' * (len(rows) > 1)}"
-    heading += f"      epoch {position.epoch + 1}      bucket {bucket.width} x {bucket.height}      {count}"
+    heading += f"      epoch {position.epoch + 1}      bucket {bucket.width} x {bucket.height}"
+    heading += f"      {counted(len(rows), 'image')}"
     logger.info("%s", " ".join(heading.split()))
     pictures, texts = [], []
     for slot, row in enumerate(rows):

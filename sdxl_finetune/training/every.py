@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sdxl_finetune.config import PreviewOptions, ResumeOptions, SavingOptions, ValidationOptions
 from sdxl_finetune.data.batch_plan import Plan
+from sdxl_finetune.errors import counted
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ def first_step(options: ResumeOptions, plan: Plan, steps: int) -> int:
         step = plan.steps_until((options.initial_epoch or 1) - 1)
     if step < steps:
         return step
-    message = "initial step %d has no effect: the run has only %d steps, counted from 0. Raise its number of steps"
-    logger.warning(message, step, steps)
+    message = "initial step %d has no effect: the run has only %s, counted from 0. Raise its number of steps"
+    logger.warning(message, step, counted(steps, "step"))
     return 0
 
 

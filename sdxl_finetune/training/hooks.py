@@ -18,7 +18,7 @@ from sdxl_finetune.errors import UserError
 from sdxl_finetune.files import remove_leftovers
 from sdxl_finetune.model.save import single_file_tensors
 from sdxl_finetune.output import checkpoints
-from sdxl_finetune.output.checkpoints import Save
+from sdxl_finetune.output.checkpoints import Save, overwritten
 from sdxl_finetune.output.metadata import build_metadata, shareable
 from sdxl_finetune.output.previews import PreviewModel, draw_previews
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts, with_size
@@ -42,6 +42,8 @@ def begin(run: Run) -> None:
         for path in remove_leftovers(run.output_dir, lambda name: is_saved_name(run.config, name)):
             logger.info("removed %s, which an earlier run left half-written", path)
     if run.start is None:
+        if message := overwritten(run.config, run.save_as):
+            logger.warning("%s", message)
         moment = run.timeline.after(run.timeline.first)
         preview_if_due(run, moment)
         validate_if_due(run, moment)

@@ -50,6 +50,14 @@ class Start:
         return self.path / WEIGHTS if self.is_state else self.path
 
     @property
+    def progress(self) -> str:
+        """How far the run was when this was saved."""
+        state = self.state
+        if state.steps_into_epoch:
+            return f"after step {state.step} (in epoch {state.epoch + 1})"
+        return f"after step {state.step}" + (f" (the end of epoch {state.epoch})" if state.epoch else "")
+
+    @property
     def optimizer(self) -> Path:
         """The optimizer's file of a training state."""
         return self.path / OPTIMIZER
@@ -79,9 +87,7 @@ def find_start(config: Config) -> Start | None:
         kind += " of EMA weights"
     if not start.is_state:
         kind += " (the optimizer starts anew)"
-    logger.info(
-        "resuming after step %d (epoch %d) from the %s %s", start.state.step, start.state.epoch, kind, start.path
-    )
+    logger.info("resuming %s from the %s %s", start.progress, kind, start.path)
     return start
 
 

@@ -27,7 +27,7 @@ from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
-from sdxl_finetune.errors import Problems, UserError
+from sdxl_finetune.errors import Problems, UserError, counted
 from sdxl_finetune.latents.captions import prepare_text
 from sdxl_finetune.latents.masks import MaskStore, prepare_masks
 from sdxl_finetune.latents.preparing import prepare
@@ -311,11 +311,13 @@ def _restore(start: Start, learner: Learner) -> None:
         start.optimizer, update.optimizer, update.optimizer_groups, changed=changed
     )
     if unknown:
-        logger.info("%d parameters start without optimizer state, for example %s", len(unknown), unknown[0])
+        count = counted(len(unknown), "parameter")
+        logger.info("without saved optimizer state, which starts anew: %s, for example %s", count, unknown[0])
     if saved_scale is not None and update.loss_scale is not None:
         update.loss_scale.load_state_dict(saved_scale)
     if learner.ema and (unknown := learner.ema.load(load_ema(start.optimizer))):
-        logger.info("the EMA of %d parameters starts with their values, for example %s", len(unknown), unknown[0])
+        count = counted(len(unknown), "parameter")
+        logger.info("without a saved EMA, which starts with the weights: %s, for example %s", count, unknown[0])
 
 
 def _log_captions(index: Index, tokenizer: Tokenizer, accelerator: Accelerator) -> None:
@@ -333,11 +335,15 @@ def _log_beginning(
     plan, steps = timeline.plan, timeline.steps
     logger.info("%s", index.describe())
     logger.info(
-        "%d batches and %d steps an epoch, %d steps in all", plan.batches_per_epoch, plan.steps_per_epoch, steps
+        "%s and %s an epoch, %s in all",
+        counted(plan.batches_per_epoch, "batch"),
+        counted(plan.steps_per_epoch, "step"),
+        counted(steps, "step"),
     )
     if unsized := sum(prompt.width is None or prompt.height is None for prompt in prompts):
         size = "x".join(map(str, index.resolution))
-        logger.info("%d preview prompts name no size, and are drawn at the training resolution, %s", unsized, size)
+        prompts_text = counted(unsized, "preview prompt")
+        logger.info("%s without a size: drawn at the training resolution, %s", prompts_text, size)
     for group in learner.parameters.groups:
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
     with suppress(Exception):  # a user's own optimizer may not step on a small tensor

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from sdxl_finetune.batch import to_images
+from sdxl_finetune.errors import counted
 from sdxl_finetune.latents.encoding import Encode
 from sdxl_finetune.model.vae import encode, pixels_per_latent, vae_identity
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory, is_out_of_memory
@@ -45,7 +46,7 @@ class VaeEncoder:
                 raise
             count, height, width, _ = pixels.shape
             remedy = "lower vae_batch_size" if count > 1 else "use a lower max_bucket_reso or resolution"
-            batch = f"{count} image{'s' * (count > 1)} of {width}x{height}"
+            batch = f"{counted(count, 'image')} of {width}x{height}"
             raise OutOfMemory(f"out of memory encoding {batch}: {remedy}") from error
         return start_copy(latents)
 

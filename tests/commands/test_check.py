@@ -144,3 +144,34 @@ def test_it_says_where_uploads_go_and_asks_for_a_token(work, hub: HubServer, mon
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert check(config("sdxl-check", *asked)) == 0
     assert TOKEN not in capsys.readouterr().out and not hub.repositories
+
+
+def test_what_a_run_would_resume_from_is_looked_at(work, capsys) -> None:
+    """The check of a resumed run names its place, or the mistake that would stop it."""
+    short = ["--no_memory", "--max_train_epochs", "", "--max_train_steps", "3", "--save_every_n_epochs", ""]
+    assert train(config("sdxl-train", *short, "--save_state")) == 0
+    capsys.readouterr()
+    assert check(config("sdxl-check", *short)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "remarks out/style.safetensors exists and is replaced at the end of this run" in said
+    resumed = [*short, "--max_train_steps", "30", "--resume"]
+    assert check(config("sdxl-check", *resumed, "out/style-state")) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"resumes +after step 3 \(in epoch 2\), from out/style-state", said) and "remarks" not in said
+    assert "learning rate step 1 " in said
+    Path("empty").mkdir()
+    assert check(config("sdxl-check", *resumed, "empty")) == 2
+    assert "this is not a complete training state" in capsys.readouterr().out.partition("\nproblems")[2]
+    shutil.copy(min(Path("images").glob("*.jpg")), "images/new.jpg")
+    assert check(config("sdxl-check", *resumed, "out/style-state", "--optimizer_type", "Adafactor")) == 2
+    problems = capsys.readouterr().out.partition("\nproblems")[2]
+    assert "the order of images has changed" in problems and "holds the state of AdamW" in problems
+
+
+def test_counts_of_one_are_singular(work, capsys) -> None:
+    Path("prompts.txt").write_text("a cat")
+    asked = ["--max_train_epochs", "1", "--train_batch_size", "100", "--sample_every_n_epochs", "1", "--no_memory"]
+    assert check(config("sdxl-check", *asked, "--sample_prompts", "prompts.txt", "--learning_rate_te1", "0")) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"1 step in all \(1 epochs?\) on 1 process", said) and "1 round of previews" in said
+    assert not re.search(r"(?<![\d.])1 (batches|steps|rounds|buckets|images|processes)\b", said)

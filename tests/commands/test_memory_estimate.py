@@ -8,6 +8,7 @@ import torch
 
 from scripts.benchmarks.memory import GRID, build_config, compare
 from sdxl_finetune.commands.allocations import Allocations
+from sdxl_finetune.commands.fake_learner import Modules, build_fake_learner
 from sdxl_finetune.commands.memory_estimate import (
     BatchShape,
     Known,
@@ -166,3 +167,32 @@ def test_attention_keeps_no_scores(autocast: bool) -> None:
     config = config.model_copy(update={"train_text_encoder": False, "fused_backward_pass": True})
     small, large = (estimate(config, TINY, BatchShape(1, side, side), cuda=False).total for side in (512, 1024))
     assert small < large < 5 * small
+
+
+def test_repeated_operations_give_what_the_first_one_gave() -> None:
+    """The second result has the same attributes, or is the very argument that was written to."""
+    with Allocations(count_scratch=False):
+        weight, step = torch.zeros(3, 4), torch.zeros(3, 4)
+        first, second = weight + 1, weight + 1
+        assert type(first) is type(second) and vars(first) == vars(second)
+        assert (first.shape, first.stride(), first.device) == (second.shape, second.stride(), second.device)
+        for _ in range(2):
+            assert weight.mul_(0.5) is weight
+            assert torch.add(weight, step, out=first) is first
+            assert torch._foreach_add_([weight], [step])[0] is weight
+            changed = torch.zeros(3, 4)
+            assert changed.t_() is changed and changed.shape == (4, 3)
+
+
+def test_modules_of_an_estimate_are_copies() -> None:
+    modules, config = Modules(TINY), Config(**NEEDS, gradient_checkpointing=True, cache_text_encoder_outputs=True)
+    before = modules.sdxl()
+    with Allocations(count_scratch=False) as allocations:
+        build_fake_learner(config, modules, allocations, cuda=True)
+    after = modules.sdxl()
+    assert after.masters is not before.masters
+    for part in (before, after):
+        assert {parameter.device.type for parameter in part.parameters()} == {"meta"}
+        assert "te1" in dict(part.named_children())
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
+        assert not any(module._forward_pre_hooks for module in part.modules())

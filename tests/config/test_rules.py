@@ -219,7 +219,8 @@ secondary_separator enable_wildcard caption_prefix caption_suffix caption_dropou
 caption_dropout_every_n_epochs caption_tag_dropout_rate token_warmup_step flip_aug color_aug random_crop
 alpha_mask debug_dataset quality_tags image_weights
 enable_bucket validation_split cache_latents cache_latents_to_disk
-cache_text_encoder_outputs cache_text_encoder_outputs_to_disk skip_cache_check cache_dir
+cache_text_encoder_outputs cache_text_encoder_outputs_to_disk skip_cache_check
+cache_dir cache_dir_local cache_dir_local_gb
 max_train_epochs gradient_accumulation_steps seed optimizer_type use_8bit_adam use_lion_optimizer optimizer_args
 learning_rate train_text_encoder block_lr max_grad_norm lr_scheduler lr_scheduler_type lr_scheduler_args
 ema_decay ema_half_life
@@ -271,5 +272,52 @@ def test_an_option_without_effect_is_remarked_once_its_condition_is_missing():
             if getattr(config, name) != default:
                 break
         expected = [note for note in notes if not note.holds(config)]
-        said = [message for option, message in find_remarks(config) if option == name]
-        assert said[:1] == [note.remark() for note in expected[:1]] or name == "lr_warmup_steps", name
+        said = [message.partition(": ")[0] for option, message in find_remarks(config) if option == name]
+        assert said[:1] == [note.remark() for note in expected[:1]], name
+
+
+def remarks(**values) -> dict[str, str]:
+    base = {"learning_rate": 1e-5, "optimizer_args": OWN_RATES["optimizer_args"]}
+    return dict(find_remarks(Config(**{**base, **values})))
+
+
+def test_masked_loss_without_masks_says_how_to_get_them():
+    assert "set conditioning_data_dir to a folder of masks" in remarks(masked_loss=True)["masked_loss"]
+    assert "masked_loss" not in remarks(masked_loss=True, alpha_mask=True)
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ({"learning_rate_te1": 0.0, "learning_rate_te2": 0.0}, True),
+        ({"learning_rate": 0.0, "block_lr": "1e-5,1e-5"}, True),
+        ({"learning_rate_te1": 0.0, "learning_rate_te2": 1e-6}, False),
+        ({"learning_rate_te1": 0.0}, False),
+        ({}, False),
+    ],
+)
+def test_text_encoders_that_train_at_rate_0_are_named(rates, said):
+    assert ("train_text_encoder" in remarks(train_text_encoder=True, **rates)) is said
+    assert "train_text_encoder" not in remarks(**rates)
+
+
+def test_bucket_limits_that_the_user_has_not_set():
+    def messages(**values):
+        return {names.split()[0]: message for names, message in find_problems(Config(enable_bucket=True, **values))}
+
+    small, large = messages(resolution=128), messages(resolution=1536)
+    assert small["min_bucket_reso"].endswith("and is 256 by default: set min_bucket_reso = 128")
+    assert large["max_bucket_reso"].endswith("and is 1024 by default: set max_bucket_reso = 1536")
+    assert messages(resolution=128, min_bucket_reso=256)["min_bucket_reso"].endswith("and is 256")
+    free = messages(resolution=128, bucket_no_upscale=True)
+    assert "min_bucket_reso" not in free, "buckets follow the sizes of images"
+
+
+def test_one_remark_on_bucket_limits_without_effect():
+    limits = {"min_bucket_reso": 100, "max_bucket_reso": 1000}
+    found = [
+        name
+        for name, _ in find_remarks(Config(enable_bucket=True, bucket_no_upscale=True, **limits))
+        if name.endswith("bucket_reso")
+    ]
+    assert found == ["min_bucket_reso", "max_bucket_reso"], "and none about rounding"

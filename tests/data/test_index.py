@@ -47,8 +47,8 @@ def test_rows(tmp_path: Path, subset, dataset, write_images) -> None:
     assert built.describe().splitlines() == [
         "4 images, 10 with repeats, in 3 buckets; 1 enlarged, 0 skipped",
         "bucket 32x96: 2 images, 4 with repeats",
-        "bucket 64x64: 1 images, 3 with repeats",
-        "bucket 96x32: 1 images, 3 with repeats",
+        "bucket 64x64: 1 image, 3 with repeats",
+        "bucket 96x32: 1 image, 3 with repeats",
     ]
     assert built[3].load((0, 0)).shape == (96, 32, 3)
 
@@ -124,7 +124,7 @@ def test_nothing_to_train_on(tmp_path: Path, subset, dataset, write_images) -> N
 def test_no_upscale_too_small(tmp_path: Path, subset, dataset, write_images) -> None:
     """differences.md: images too narrow for bucket_no_upscale."""
     write_images(tmp_path / "a", {"a.png": (64, 64), "small.png": (31, 200)})
-    with pytest.raises(UserError, match=r"small\.png: 31x200 has too short a side"):
+    with pytest.raises(UserError, match=r"small\.png: 31x200: its shorter side is below"):
         build_index([dataset(subset(tmp_path / "a"), bucket_no_upscale=True)], tmp_path / "cache", on_bad_image="stop")
 
 

@@ -67,9 +67,9 @@ def test_pictures_that_are_not_read_are_counted_by_ending(folder: Path, subset, 
     (folder / "notes.md").write_text("no picture")
     assert len(names_of(subset(folder), tmp_path)) == 3
     (message,) = [record.getMessage() for record in caplog.records if ".gif" in record.getMessage()]
-    assert message.startswith(f"{folder}: 2 .gif files are not read: convert them to .png or .jpg; 1 .heic files")
-    assert "1 .jfif files are not read: rename them to .jpg" in message
-    assert "1 .jxl files are not read: pip install pillow-jxl-plugin" in message and ".md" not in message
+    assert message.startswith(f"{folder}: 2 .gif files are not read: convert them to .png or .jpg; 1 .heic file is")
+    assert "1 .jfif file is not read: rename them to .jpg" in message
+    assert "1 .jxl file is not read: pip install pillow-jxl-plugin" in message and ".md" not in message
 
 
 def test_a_folder_without_readable_pictures_says_what_it_holds(subset, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_folder_without_readable_pictures_says_what_it_holds(subset, tmp_path:
     (found,) = load_datasets(Config(train_data_dir=str(tmp_path), resolution=64))
     with pytest.raises(UserError, match=r"2 \.jxl files are not read: pip install pillow-jxl-plugin"):
         scan(found.subsets, tmp_path / "cache")
-    with pytest.raises(UserError, match=r"it contains no folders, and 1 \.gif files are not read: convert them"):
+    with pytest.raises(UserError, match=r"it contains no folders, and 1 \.gif file is not read: convert them"):
         load_datasets(Config(train_data_dir=str(tmp_path / "2_b"), resolution=64))
 
 

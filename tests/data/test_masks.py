@@ -134,7 +134,7 @@ def test_all_unusable_masks_are_named_together(with_bad_masks: Index, tmp_path: 
         without_bad_masks(with_bad_masks, "stop")
     missing, broken, other = caught.value.problems
     assert missing.file == str(tmp_path / "images" / "a.png")
-    assert missing.message == f"its mask is missing: put a.png into {tmp_path / 'masks'}"
+    assert missing.message == f"its mask is missing: put 'a.png' into {tmp_path / 'masks'}"
     assert broken.file == str(tmp_path / "masks" / "b.png") and "not an image" in broken.message
     assert other.file == str(tmp_path / "masks" / "d.png")
     assert other.message == "the mask has 70x80 pixels, but its image 90x150: make them equal"

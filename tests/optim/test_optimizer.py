@@ -74,6 +74,7 @@ def test_optimizers_and_their_first_step_are_the_reference_s(golden) -> None:
     ("options", "message"),
     [
         ({"optimizer_type": "adam8bits"}, "did you mean AdamW8bit|did you mean Adam8bit"),
+        ({"optimizer_type": "adamw8"}, "did you mean AdamW8bit"),
         ({"optimizer_type": "AdamX"}, "did you mean Adam"),
         ({"optimizer_type": "no.such.Class"}, "pip install no"),
         ({"optimizer_type": "prodigyplus.ProdigyPlusScheduleFree"}, "pip install prodigy-plus-schedule-free"),

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import load_file
 
 from sdxl_finetune.commands.cache import cache
 from sdxl_finetune.commands.check import check
 from sdxl_finetune.config import Config, load_config
 from sdxl_finetune.errors import UserError
+from sdxl_finetune.output.contact_sheet import HEADING_COLORS
+from sdxl_finetune.training.checks import index_images
 from sdxl_finetune.training.debug_dataset import STRIPES
 from sdxl_finetune.training.loop import train
 
@@ -116,6 +118,29 @@ def test_unusable_masks_are_reported_by_every_program(work, capsys) -> None:
     assert "its mask is missing" in printed and "the mask has 32x32 pixels" in printed
 
 
+def test_a_missing_folder_of_masks_is_one_problem(work) -> None:
+    options = [*OPTIONS, "--pretrained_model_name_or_path", "base.safetensors", "--masked_loss"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sdxl_finetune", *options, "--conditioning_data_dir", "none"],
+        capture_output=True,
+        text=True,
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and "conditioning_data_dir = 'none': no such folder" in errors[0]
+
+
+def test_alpha_masks_of_opaque_images_are_remarked_once(work, caplog) -> None:
+    """One image with an alpha channel is enough to be silent."""
+    index_images(config("--alpha_mask"))
+    (said,) = [record.getMessage() for record in caplog.records if "alpha_mask" in record.getMessage()]
+    assert "none of the images looked at (4) has an alpha channel" in said
+    caplog.clear()
+    with Image.open("images/2.png") as image:
+        image.convert("RGBA").save("images/2.png")
+    index_images(config("--alpha_mask"))
+    assert "alpha channel" not in caplog.text
+
+
 def test_debug_dataset_draws_the_first_batches_and_loads_no_model(work) -> None:
     (work / "none.safetensors").touch()
     command = [sys.executable, "-m", "sdxl_finetune", *OPTIONS, *MASKED, "--debug_dataset", "--shuffle_caption"]
@@ -131,7 +156,9 @@ def test_debug_dataset_draws_the_first_batches_and_loads_no_model(work) -> None:
     assert not (work / "logs").exists()
     with Image.open("out/debug_dataset.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB")).astype(int)
-    shown = pixels[80:190]  # within the first row of images
+    (top,) = np.flatnonzero((pixels[:, 0] == ImageColor.getrgb(HEADING_COLORS[1])).all(axis=1))[:1]
+    assert top > 100, "the legend stands above the first heading"
+    shown = pixels[top + 50 : top + 160]  # within the first row of images
     purple = (shown[..., 2] - shown[..., 1] > 0.7 * STRIPES[1][2]) & (
         shown[..., 0] - shown[..., 1] > 0.7 * STRIPES[1][0]
     )

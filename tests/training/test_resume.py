@@ -118,7 +118,7 @@ def test_a_new_run_may_count_from_a_later_step(work, asked: list[str]) -> None:
 
 def test_an_initial_step_beyond_the_end_has_no_effect_and_is_named(work, caplog) -> None:
     assert run("one", "--initial_step", "100", "--max_train_steps", "1", "--no-save_state") == 0
-    assert "initial step 100 has no effect: the run has only 1 steps" in caplog.text
+    assert "initial step 100 has no effect: the run has only 1 step," in caplog.text
     assert [row["step"] for row in read_metrics(Path("one"))] == [1]
 
 
