@@ -45,9 +45,11 @@ FEW = 100
 PICTURES = 100
 """Different images, each of which has many hard links. ext4 allows 65,000 links to a file."""
 KIND = Kind("latents", "benchmark")
-LATENT = (4, 128, 128)
-"""Shape of the synthetic latents, in buckets of 1024x1024 pixels."""
-PER_SHARD = 1023
+SIDES = (1152, 896)
+"""Sides of the synthetic images in pixels, half of them upright."""
+LATENT = (4, 112, 144)
+"""Shape of their latents. Those of upright images take as many bytes."""
+PER_SHARD = 1040
 """Latents in a shard of 128 MiB."""
 CAPTION = "best quality, style %d, one object, number %d, " + ", ".join(f"a tag of the image {n}" for n in range(8))
 """Caption of a synthetic image, about 200 characters."""
@@ -107,7 +109,7 @@ def make_rows(folder: Path, size: int) -> None:
     """Writes the scan of images that do not exist, and shards that hold a latent of each."""
     numbers = np.arange(size)
     captions = pa.array([CAPTION % (number % 2000, number) for number in range(size)], pa.large_string())
-    sides = np.where(numbers[:, None] % 3 == np.arange(2), 1024, 1216).astype(np.int32)
+    sides = np.where(numbers[:, None] % 2 == np.arange(2), *SIDES)
     hashes = np.random.default_rng(0).integers(0, 256, (size, 16), np.uint8)
     columns = {
         "subset": np.zeros(size, np.int32),
@@ -194,7 +196,7 @@ def scan_all(folder: Path) -> dict[str, float]:
 
 def start(folder: Path) -> dict[str, float]:
     """Does what a run with cached latents does before its first batch, except for the model."""
-    before, began = private_bytes(), time.perf_counter()
+    before, began, cpu = private_bytes(), time.perf_counter(), time.process_time()
     laps = {}
 
     def lap(name: str) -> None:
@@ -232,6 +234,7 @@ def start(folder: Path) -> dict[str, float]:
         "seconds": round(seconds, 2),
         "main": round(used / 1e6),
         "worker": round(max(workers, default=0) / 1e6),
+        "cpu": round(time.process_time() - cpu, 2),
         **laps,
     }
 

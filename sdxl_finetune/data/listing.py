@@ -98,21 +98,29 @@ def _list(subset: Subset) -> Listing:
 def _search(folder: Path, endings: tuple[str, ...]) -> tuple[pa.LargeBinaryArray, Counter[str]]:
     """The names of the images directly in a folder, and the number of its other files by ending."""
     chunks: list[pa.Array] = []
-    names: list[bytes] = []
+    names: list[str] = []
     others: Counter[str] = Counter()
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if is_picture(entry, endings):
-                    names.append(os.fsencode(entry.name))
+                    names.append(entry.name)
                     if len(names) == CHUNK:
-                        chunks.append(pa.array(names, pa.large_binary()))
+                        chunks.append(_encoded(names))
                         names = []
                 elif entry.name[0] != ".":
                     others[entry.name[entry.name.rfind(".") :].lower()] += 1
     except OSError as error:
         raise UserError(Problem(f"the folder cannot be listed: {error.strerror}", file=str(folder))) from None
-    return pa.concat_arrays([*chunks, pa.array(names, pa.large_binary())]), others
+    return pa.concat_arrays([*chunks, _encoded(names)]), others
+
+
+def _encoded(names: list[str]) -> pa.LargeBinaryArray:
+    """The names as bytes. Arrow encodes them faster than Python, but refuses those that are not UTF-8."""
+    try:
+        return pa.array(names, pa.large_string()).cast(pa.large_binary())
+    except UnicodeEncodeError:
+        return pa.array(map(os.fsencode, names), pa.large_binary())
 
 
 def _described(described: Mapping[str, Described]) -> pa.Table:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -251,7 +252,16 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _start_worker(_number: int) -> None:
+    # Python ends threads that are in C++ code at its own exit, and C++ then aborts the process. The thread that sends
+    # batches may be there if the main process ends the workers early.
+    atexit.register(_exit_at_once)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     cv2.setNumThreads(0)  # torch sets its own number of threads in a worker, but not OpenCV's
+
+
+def _exit_at_once() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
