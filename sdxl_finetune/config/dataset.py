@@ -278,6 +278,13 @@ def mark_problems(
         yield "quality_groups", "needs quality_scores, the file with this column: set it, or name tags"
 
 
+def is_metadata(location: Location) -> bool:
+    """False for a path that is neither a file nor a folder of Parquet files. Addresses are looked up later."""
+    if isinstance(location, Address) or location.is_file():
+        return True
+    return location.is_dir() and next(location.glob("*.parquet"), None) is not None
+
+
 def not_found(path: Path, kind: str) -> str:
     """Returns the message for a path that is not of a kind, "file", "folder" or "file or folder"."""
     if path.is_dir():

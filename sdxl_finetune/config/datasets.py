@@ -24,6 +24,7 @@ from sdxl_finetune.config.dataset import (
     Subset,
     caption_conflicts,
     find_folders,
+    is_metadata,
     mark_problems,
     not_found,
     split_tars,
@@ -229,7 +230,7 @@ def _subset(
     images, metadata = subset.image_dir, subset.metadata_file
     if metadata is None and isinstance(images, Path) and not images.is_dir():
         mistakes.add(not_found(images, "folder"), f"{place}.image_dir", str(images))
-    if isinstance(metadata, Path) and not metadata.exists():
+    if metadata and not is_metadata(metadata):
         mistakes.add(not_found(metadata, "file"), f"{place}.metadata_file", str(metadata))
     masks = subset.conditioning_data_dir
     if config.masked_loss and masks and not masks.is_dir():

@@ -74,6 +74,10 @@ BETTER = {
     "weighted_captions": "exclamation marks at the edge of a chunk keep their weight",
 }
 """Options of the reference that do more here, each with what is better."""
+DIFFERENT = {
+    "adaptive_noise_scale": "needs `cache_latents`: the noise is drawn before the device encodes images",
+}
+"""Options of the reference that do less here, each with what is missing and why."""
 
 
 def default_text(value: object) -> str:
@@ -135,9 +139,10 @@ def reference_table() -> str:
     }
     lines = ["| option | here | |", "|---|---|---|"]
     for group in GROUPS:
-        same = [f"`{name}`" for name in group.model_fields if name in fields and name not in BETTER]
+        same = [f"`{name}`" for name in group.model_fields if name in fields and name not in BETTER | DIFFERENT]
         lines += [f"| {' '.join(same)} | the same | {group.__doc__} |"] if same else []
     lines += [f"| `{name}` | better | {BETTER[name]} |" for name in fields if name in BETTER]
+    lines += [f"| `{name}` | differs | {DIFFERENT[name]} |" for name in fields if name in DIFFERENT]
     outcomes = {"no effect": "no effect, with a warning", "honoured": "other name", "refused": "refused"}
     lines += [f"| `{name}` | {outcomes[row.outcome]} | {row.remark} |" for name, row in REFERENCE.items()]
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from sdxl_finetune.config.dataset import (
     Subset,
     caption_conflicts,
     find_folders,
+    is_metadata,
     is_text,
     mark_problems,
     not_found,
@@ -32,11 +33,11 @@ REQUIRED = {
     "resolution": 'the training size in pixels, as "1024,1024"',
     "output_dir": "the folder for saved files",
 }
-NEEDS = {
+NEEDS: dict[str, tuple[str, ...]] = {
     "scale_v_pred_loss_like_noise_pred": ("v_parameterization",),
-    "adaptive_noise_scale": ("noise_offset", "cache_latents"),
+    "adaptive_noise_scale": ("noise_offset",),
 }
-"""Options that are wrong without others. `adaptive_noise_scale` needs cached latents when the noise is drawn."""
+"""Options that are wrong without others."""
 EXCLUDES = {
     "v_pred_like_loss": ("v_parameterization",),
     "color_aug": ("cache_latents",),
@@ -75,6 +76,9 @@ def find_problems(config: Config) -> Findings:
         for other in others:
             if getattr(config, option) and not getattr(config, other):
                 yield f"{option} {other}", f"needs {other}: set {other}, or remove {option}"
+    if config.adaptive_noise_scale and not config.cache_latents:
+        message = "needs cache_latents: the noise of a step is drawn before its images are encoded"
+        yield "adaptive_noise_scale cache_latents", f"{message}. Set cache_latents, or remove adaptive_noise_scale"
     for option, others in EXCLUDES.items():
         for other in others:
             if getattr(config, option) and getattr(config, other):
@@ -333,7 +337,7 @@ def _files(config: Config) -> Findings:
         path = getattr(config, option)
         if isinstance(path, Path) and not path.is_file():
             yield option, not_found(path, "file")
-    if isinstance(config.in_json, Path) and not config.in_json.exists():
+    if config.in_json and not is_metadata(config.in_json):
         yield "in_json", not_found(config.in_json, "file")
     thumbnail = config.metadata_thumbnail
     if thumbnail and not thumbnail.startswith("data:") and not Path(thumbnail).is_file():

@@ -81,7 +81,9 @@ def measure_captions(index: Index, tokenizer: Tokenizer, sample: int = SAMPLE) -
     for place, row in enumerate(chosen.tolist()):
         subset, rng = options[index.subset[row]], position_random(0, "caption lengths", row)
         source = choose_text(subset, index.captions(row, row + 1)[0], rng.random)
-        text = caption(subset, source.text, rng, epoch=0, step=0, max_steps=1)
+        text = caption(
+            subset, source.text, rng, epoch=0, step=0, max_steps=1, whole=source.whole, quality=index.quality_tag(row)
+        )
         count = tokenizer.count(text)
         counts.append((count.tokens, count.lost))
         chunks[place] = count.chunks

@@ -32,6 +32,13 @@ Encode = Callable[[UInt8[Tensor, "k H W 3"], Float32[Tensor, "k 4 h w"]], Callab
 """Starts to encode pixels with standard normal noise, both on the CPU. Returns a function that waits for the latents:
 mean + standard deviation x noise of the VAE's distribution."""
 
+QUEUED = 2
+"""Batches on the device while the host waits for the oldest. With one, the device would wait for each delay of the
+host."""
+READ_AHEAD = 128 << 20
+"""Bytes of decoded pixels that may wait for the VAE, beside a few images for each thread. Files take unequal times, and
+the VAE should not wait for a slow one."""
+
 
 @runtime_checkable  # jaxtyping checks annotations in the tests
 class Encoder(Protocol):
@@ -98,6 +105,8 @@ class Image:
     """Cache keys of the latents to make; the mirrored one under True."""
     pixels: UInt8[np.ndarray, "H W 3"] | None
     """None if nothing has to be encoded."""
+    noise: Mapping[bool, Float32[np.ndarray, "4 h w"]]
+    """Noise of the samples to encode; that of the mirrored one under True."""
     latents: dict[bool, Float16[np.ndarray, "4 h w"]]
 
 
@@ -109,7 +118,7 @@ def encode_images(job: Encoding, rows: Int64[np.ndarray, " k"], writer: ShardWri
     """Encodes the images of these rows in batches of one bucket, and yields how many images were finished since the
     last yield.
 
-    Threads read the next images meanwhile, and the device is one batch behind the host. If the generator is closed
+    Threads read the next images meanwhile, and the device is QUEUED batches behind the host. If the generator is closed
     early, it finishes the batches that are on the device.
     """
     batch: list[Image] = []
@@ -123,11 +132,14 @@ def encode_images(job: Encoding, rows: Int64[np.ndarray, " k"], writer: ShardWri
                 if isinstance(image, ImageError) or image.pixels is None:
                     yield 1 if isinstance(image, ImageError) else _store(job, writer, [image])
                     continue
-                if batch and (len(batch) == job.batch_size or batch[0].entry.bucket != image.entry.bucket):
+                if batch and batch[0].entry.bucket != image.entry.bucket:
                     running.append(_start(job, batch))
                     batch = []
                 batch.append(image)
-                if len(running) > 1:
+                if len(batch) == job.batch_size:  # now, and not when the next image has been read
+                    running.append(_start(job, batch))
+                    batch = []
+                while len(running) > QUEUED:
                     yield _finish(job, writer, running.popleft())
             running += [_start(job, batch)] if batch else []
         finally:
@@ -137,12 +149,14 @@ def encode_images(job: Encoding, rows: Int64[np.ndarray, " k"], writer: ShardWri
 
 def _read_ahead(job: Encoding, rows: Int64[np.ndarray, " k"]) -> Iterator[tuple[int, Image | ImageError]]:
     """Yields each image in order, or its error, while threads read the next ones."""
+    largest = max((3 * bucket.width * bucket.height for bucket in job.index.buckets), default=1)
+    ahead = 2 * job.threads + job.batch_size + READ_AHEAD // largest
     with ThreadPoolExecutor(job.threads) as pool:
         waiting: deque[tuple[int, Future[Image | ImageError]]] = deque()
         try:
             for row in rows.tolist():
                 waiting.append((row, pool.submit(_read_image, job, row)))
-                if len(waiting) > 2 * job.threads + job.batch_size:
+                if len(waiting) > ahead:
                     row, reading = waiting.popleft()
                     yield row, reading.result()
             while waiting:
@@ -170,11 +184,12 @@ def _read_image(job: Encoding, row: int) -> Image | ImageError:
         if isinstance(saved, Rejected):
             job.report.rejected.setdefault(saved.reason, []).append(saved.path)
         latents = saved if isinstance(saved, dict) else {}
-        pixels = None
+        pixels, noise = None, {}
         if keys and not latents:
+            noise = {mirrored: _sample_noise(content, mirrored, job.shape(row)) for mirrored in keys}
             left_top = crop_left_top(entry.resized, (entry.bucket.width, entry.bucket.height), None)
             pixels = entry.load(left_top, data)
-        return Image(row, entry, content, keys, pixels, latents)
+        return Image(row, entry, content, keys, pixels, noise, latents)
     except ImageError as error:
         return error
 
@@ -184,9 +199,8 @@ def _start(job: Encoding, batch: Sequence[Image]) -> Running:
     for mirrored in (False, True):
         images = [image for image in batch if mirrored in image.keys]
         if images:
-            shape = job.shape(images[0].row)
             pixels = torch.from_numpy(np.stack([image.pixels for image in images if image.pixels is not None]))
-            noise = torch.from_numpy(np.stack([_sample_noise(image.content, mirrored, shape) for image in images]))
+            noise = torch.from_numpy(np.stack([image.noise[mirrored] for image in images]))
             running.append((images, mirrored, job.encode(pixels.flip(2) if mirrored else pixels, noise)))
     return running
 
