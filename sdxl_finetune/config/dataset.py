@@ -285,8 +285,10 @@ def is_metadata(location: Location) -> bool:
     return location.is_dir() and next(location.glob("*.parquet"), None) is not None
 
 
-def not_found(path: Path, kind: str) -> str:
+def not_found(path: Location, kind: str) -> str:
     """Returns the message for a path that is not of a kind, "file", "folder" or "file or folder"."""
+    if isinstance(path, Address):
+        return f"no such {kind}: check the address"
     if path.is_dir():
         return f"is a folder, and a {kind} is needed: name a {kind} in it"
     if path.exists():

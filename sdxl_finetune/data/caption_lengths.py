@@ -1,7 +1,7 @@
 """Counts the captions that `max_token_length` cuts off, and the tokens that they lose.
 
 A large set is sampled, because five million captions would take minutes. Each caption is counted whole and in order:
-with prefix and suffix, from a source and a line drawn for it, and without dropout.
+with prefix, suffix and quality tag, from a source and a line drawn for it, and without dropout.
 """
 
 from collections.abc import Iterator
@@ -81,9 +81,7 @@ def measure_captions(index: Index, tokenizer: Tokenizer, sample: int = SAMPLE) -
     for place, row in enumerate(chosen.tolist()):
         subset, rng = options[index.subset[row]], position_random(0, "caption lengths", row)
         source = choose_text(subset, index.captions(row, row + 1)[0], rng.random)
-        text = caption(
-            subset, source.text, rng, epoch=0, step=0, max_steps=1, whole=source.whole, quality=index.quality_tag(row)
-        )
+        text = caption(subset, source.text, rng, epoch=0, step=0, max_steps=1, quality=index.quality_tag(row))
         count = tokenizer.count(text)
         counts.append((count.tokens, count.lost))
         chunks[place] = count.chunks

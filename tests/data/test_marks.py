@@ -16,8 +16,10 @@ from sdxl_finetune.config import Subset
 from sdxl_finetune.config.dataset import mark_problems
 from sdxl_finetune.data import marks as marks_module
 from sdxl_finetune.data.batch_plan import build_plan
+from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.marks import find_marks
+from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.errors import UserError
 
 RELEASE = "masterpiece > 0.75, high quality > 0.6, normal quality > 0.5, low quality > 0.3, worst quality"
@@ -92,6 +94,15 @@ def test_an_index_without_the_options_is_that_of_before(folder: Path, build) -> 
     assert not plain.describe_marks() and not {"quality tags", "loss weights"} & plain.facts().keys()
     marked = build(quality_tags=RELEASE, quality_scores=write_scores(folder, SCORES, "parquet"))
     assert {"quality tags", "loss weights"} <= marked.facts().keys() and marked.path != plain.path
+
+
+def test_quality_tags_count_as_tokens_of_captions(folder: Path, build) -> None:
+    tokenizer = Tokenizer(max_token_length=75)
+    plain = measure_captions(build(), tokenizer).tokens
+    marked = build(quality_tags=RELEASE, quality_scores=write_scores(folder, SCORES, "parquet"))
+    assert measure_captions(marked, tokenizer).tokens - plain == sum(
+        tokenizer.count(f"{tag},").tokens for tag in EXPECTED
+    )
 
 
 def test_marks_are_kept_until_something_changes(folder: Path, build, monkeypatch, caplog) -> None:
