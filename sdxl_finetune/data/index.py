@@ -27,7 +27,7 @@ from sdxl_finetune.data.images import load_crop
 from sdxl_finetune.data.marks import find_marks
 from sdxl_finetune.data.placement import MARKED, PLACED, place
 from sdxl_finetune.data.quality import NO_TAG
-from sdxl_finetune.data.remarks import remark_on_captions, remark_on_faces, remark_on_sources
+from sdxl_finetune.data.remarks import count_captions, remark_on_captions, remark_on_faces, remark_on_sources
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally, UserError, counted
@@ -35,6 +35,8 @@ from sdxl_finetune.storage import Location
 
 logger = logging.getLogger(__name__)
 
+FORMAT = b"index 2"
+"""Version of the file of an index. A file of another version has another name."""
 MARK_FACTS = {"quality tags": "quality", "loss weights": "loss_weight"}
 """Facts of an index that only a run with such options has, and their columns."""
 MOST_VALUES = 8
@@ -236,11 +238,10 @@ class Index:
 
         Training states save them, and a resumed run compares them.
         """
-        saved = json.loads(self._table.schema.metadata[b"digests"])
         return {
             "images": int((self.repeats > 0).sum()),
             "images with repeats": int(self.repeats.sum()),
-            **saved,
+            **self.saved["digests"],
             "repeats": hashlib.blake2b(self.repeats.tobytes(), digest_size=4).hexdigest(),
         }
 
@@ -293,6 +294,12 @@ class Index:
         return lines
 
     @cached_property
+    def saved(self) -> dict[str, dict]:
+        """Digests of columns, and counts of captions by subset, which take long to compute for millions of images."""
+        saved: dict[str, dict] = json.loads(self._table.schema.metadata[b"saved"])
+        return saved
+
+    @cached_property
     def _table(self) -> pa.Table:
         return map_table(self.path)
 
@@ -339,16 +346,22 @@ def build_index(
     if bad_files is not None:
         bad_files.add_all(problems)
     _check_some_left(table["repeats"].to_numpy(), table["held_out"].to_numpy())
-    remark_on_captions(table, subsets)
     remark_on_sources(table, subsets)
     remark_on_faces(table, subsets)
+    index = Index(_write(table, subsets, cache_dir), tuple(datasets), bad_files=len(problems))
+    remark_on_captions(index.saved["captions"], subsets)
+    return index
+
+
+def _write(table: pa.Table, subsets: Sequence[Subset], cache_dir: Path) -> Path:
+    """Writes the file of an index, with what `Index.saved` returns. A file of the same content is left as it is."""
     metadata, added = table.schema.metadata, [name for name in (*PLACED, *MARKED) if name in table.column_names]
-    parts = (metadata[b"digest"], metadata[b"buckets"], digest_of(table, added).encode())
-    name = hashlib.blake2b(b" ".join(parts), digest_size=12).hexdigest()
-    path = cache_dir / f"{name}.index"
+    parts = (FORMAT, metadata[b"digest"], metadata[b"buckets"], digest_of(table, added).encode())
+    path = cache_dir / f"{hashlib.blake2b(b' '.join(parts), digest_size=12).hexdigest()}.index"
     if not path.exists():
-        write_table(path, table.replace_schema_metadata(metadata | {b"digests": json.dumps(_digests(table)).encode()}))
-    return Index(path, tuple(datasets), bad_files=len(problems))
+        saved = {"digests": _digests(table), "captions": count_captions(table, subsets)}
+        write_table(path, table.replace_schema_metadata(metadata | {b"saved": json.dumps(saved).encode()}))
+    return path
 
 
 def _digests(table: pa.Table) -> dict[str, str]:

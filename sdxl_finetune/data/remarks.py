@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -16,21 +16,30 @@ from sdxl_finetune.data.tables import one_chunk
 logger = logging.getLogger(__name__)
 
 
-def remark_on_captions(table: pa.Table, subsets: Sequence[Subset]) -> None:
-    """Warns of images without a caption, and of captions of which only the first line is used."""
+def count_captions(table: pa.Table, subsets: Sequence[Subset]) -> dict[str, list[int]]:
+    """Counts images, images without a caption and captions of several lines, for each subset."""
     captions = one_chunk(table["captions"])
     texts, row = captions.flatten(), pa.compute.list_parent_indices(captions).to_numpy()
     is_text, has_lines = np.zeros(len(captions), bool), np.zeros(len(captions), bool)
     is_text[row[pa.compute.not_equal(texts, "").fill_null(False).to_numpy(zero_copy_only=False)]] = True
     has_lines[row[pa.compute.match_substring(texts, "\n").fill_null(False).to_numpy(zero_copy_only=False)]] = True
-    if uncaptioned := int((~is_text).sum()):
-        logger.warning("%d of %d images have no caption file, or an empty one", uncaptioned, table.num_rows)
-    uses_first = ~np.array([subset.enable_wildcard for subset in subsets])[table["subset"].to_numpy()]
-    if lines := int((has_lines & uses_first).sum()):
+    subset = table["subset"].to_numpy()
+    masks = {"images": np.ones(len(captions), bool), "without caption": ~is_text, "of several lines": has_lines}
+    return {name: np.bincount(subset[mask], minlength=len(subsets)).tolist() for name, mask in masks.items()}
+
+
+def remark_on_captions(counts: Mapping[str, Sequence[int]], subsets: Sequence[Subset]) -> None:
+    """Warns of images without a caption, and of captions of which only the first line is used.
+
+    `counts` is the result of `count_captions`.
+    """
+    total = sum(counts["images"])
+    if uncaptioned := sum(counts["without caption"]):
+        logger.warning("%d of %d images have no caption file, or an empty one", uncaptioned, total)
+    by_subset = zip(counts["of several lines"], subsets, strict=True)
+    if lines := sum(count for count, subset in by_subset if not subset.enable_wildcard):
         remedy = "enable_wildcard = true draws one of the lines each time"
-        logger.warning(
-            "%d of %d captions have several lines, and only the first is used: %s", lines, len(table), remedy
-        )
+        logger.warning("%d of %d captions have several lines, and only the first is used: %s", lines, total, remedy)
 
 
 def remark_on_sources(table: pa.Table, subsets: Sequence[Subset]) -> None:
