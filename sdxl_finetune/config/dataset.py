@@ -111,6 +111,9 @@ def find_folders(root: Location) -> Folders:
     """Finds the folders in `root` to train on. Raises StorageError."""
     if isinstance(root, Address):
         return find_prefixes(root)
+    if root.name.lower().endswith((".tar.gz", ".tgz")) and not root.is_dir():
+        message = "a compressed tar file cannot be read in place: unpack it with gunzip, and name the .tar file"
+        return Folders(problem=message)
     if not root.is_dir():
         return Folders(problem=not_found(root, "folder"))
     folders = Folders()

@@ -232,6 +232,8 @@ def _path(value: object) -> object:
 
 def _location(value: object) -> object:
     path = _path(value)
+    if not isinstance(path, Path | Address):
+        raise ValueError
     return parse_location(value) if isinstance(value, str) else path
 
 

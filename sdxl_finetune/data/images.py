@@ -78,6 +78,33 @@ def image_size(path: Location, data: bytes | None = None) -> tuple[int, int]:
         raise ImageError(str(path), _reason(error, path, data)) from error
 
 
+def size_of_start(path: Location, start: bytes) -> tuple[int, int] | None:
+    """The result of image_size for the first bytes of a longer file. None: they do not say it."""
+    try:
+        return _webp_size(start) or image_size(path, start)
+    except ImageError:
+        return None
+
+
+def _webp_size(start: bytes) -> tuple[int, int] | None:
+    """(width, height) in the header of a WebP file, which Pillow reads only from whole files.
+
+    None for other files, and for files with metadata at their end that may turn the image. The layout is that of RFC
+    9649.
+    """
+    if len(start) < 30 or start[:4] + start[8:12] != b"RIFFWEBP":
+        return None
+    match start[12:16]:
+        case b"VP8X" if not start[20] & 0x0C:  # neither EXIF nor XMP
+            return 1 + int.from_bytes(start[24:27], "little"), 1 + int.from_bytes(start[27:30], "little")
+        case b"VP8 " if start[23:26] == b"\x9d\x01\x2a":
+            return int.from_bytes(start[26:28], "little") & 0x3FFF, int.from_bytes(start[28:30], "little") & 0x3FFF
+        case b"VP8L" if start[20] == 0x2F:
+            bits = int.from_bytes(start[21:25], "little")
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return None
+
+
 def _open(file: Path | io.BytesIO) -> Image.Image:
     """Opens an image of any format that Pillow knows."""
     try:

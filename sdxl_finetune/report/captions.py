@@ -7,7 +7,7 @@ counted in a random sample of the images, because a caption takes a tenth of a m
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Int64
@@ -43,6 +43,8 @@ class Lengths:
     rows: Int64[np.ndarray, " k"]
     """Rows of the sample."""
     lengths: Int64[np.ndarray, " k"]
+    lost: Int64[np.ndarray, " k"]
+    """Tokens of each caption that the configured limit cuts off."""
     limits: Sequence[Limit]
     lost_tags: Sequence[tuple[str, int]]
     """Tags that are most often beyond the configured limit, and the number of captions in which they are."""
@@ -69,27 +71,33 @@ def measure_lengths(
     tokenizer: Tokenizer,
 ) -> Lengths:
     """Counts the tokens of the captions of these rows. `text_of` gives the caption of a row as it is trained."""
-    configured = (tokenizer.max_token_length or CHUNK) // CHUNK * CHUNK
-    lengths = np.array([tokenizer.count(text_of(row)).tokens for row in rows.tolist()], np.int64)
-    beyond = {limit: (lengths - limit).clip(min=0) for limit in sorted({*LIMITS, configured})}
+    configured = tokenizer.chunks * CHUNK
+    tokenizers = [replace(tokenizer, max_token_length=limit) for limit in sorted({*LIMITS, configured})]
+    texts = map(text_of, rows.tolist())
+    # Counts of all limits, because a limit that is read in chunks between BREAKs does not follow from the length.
+    counts = [[(count.tokens, count.lost) for count in (one.count(text) for one in tokenizers)] for text in texts]
+    found = np.array(counts, np.int64).reshape(len(rows), len(tokenizers), 2)
+    lengths = found[:, 0, 0]
+    beyond = {one.chunks * CHUNK: found[:, place, 1] for place, one in enumerate(tokenizers)}
     limits = [
         Limit(limit, limit == configured, int((lost > 0).sum()), int(lost.sum())) for limit, lost in beyond.items()
     ]
-    cut = rows[lengths > configured][:SEARCHED].tolist()
+    cut = rows[beyond[configured] > 0][:SEARCHED].tolist()
     lost_tags: Counter[str] = Counter()
     for row in cut:
-        lost_tags.update(set(_beyond(text_of(row), separator_of(row), configured, tokenizer)))
+        lost_tags.update(set(_beyond(text_of(row), separator_of(row), tokenizer)))
     most = sorted(lost_tags.items(), key=lambda item: (-item[1], item[0]))[:EXAMPLES]
-    return Lengths(rows=rows, lengths=lengths, limits=limits, lost_tags=most, searched=len(cut))
+    lost = beyond[configured]
+    return Lengths(rows=rows, lengths=lengths, lost=lost, limits=limits, lost_tags=most, searched=len(cut))
 
 
-def _beyond(text: str, separator: str, limit: int, tokenizer: Tokenizer) -> list[str]:
+def _beyond(text: str, separator: str, tokenizer: Tokenizer) -> list[str]:
     """The tags of a caption that are at least partly beyond the limit."""
     tags = text.split(separator)
     low, high = 0, len(tags)  # the first `low` tags fit, and the first `high + 1` do not
     while low < high:
         middle = (low + high + 1) // 2
-        if tokenizer.count(separator.join(tags[:middle])).tokens <= limit:
+        if not tokenizer.count(separator.join(tags[:middle])).lost:
             low = middle
         else:
             high = middle - 1

@@ -80,14 +80,19 @@ class CaptionFindings:
 
     def __init__(self, index: Index) -> None:
         self._index = index
+        # The words of a folder's name take the place of all texts that an image lacks.
+        self._is_named = np.array([subset.class_tokens is not None for subset in index.subsets])
         self._uses_first = ~np.array([subset.enable_wildcard for subset in index.subsets])
         self._empty, self._lines = _First(), _First()
 
     def add(self, start: int, texts: pa.LargeStringArray) -> None:
         """Adds the captions of the rows from `start`."""
-        self._empty.add(start, pc.equal(pc.fill_null(texts, ""), "").to_numpy(zero_copy_only=False))
+        subset = self._index.subset[start : start + len(texts)]
+        is_empty = pc.equal(pc.fill_null(texts, ""), "").to_numpy(zero_copy_only=False)
+        is_null = texts.is_null().to_numpy(zero_copy_only=False)
+        self._empty.add(start, is_empty & ~(is_null & self._is_named[subset]))
         has_lines = pc.fill_null(pc.match_substring(texts, "\n"), False).to_numpy(zero_copy_only=False)
-        self._lines.add(start, has_lines & self._uses_first[self._index.subset[start : start + len(texts)]])
+        self._lines.add(start, has_lines & self._uses_first[subset])
 
     def result(self) -> list[Finding]:
         """The findings about the captions that were added."""
@@ -128,11 +133,11 @@ def find_cut_captions(rows: Rows, lengths: Lengths) -> list[Finding]:
     limit = lengths.configured
     if not limit.cut:
         return []
-    longest = np.argsort(-lengths.lengths, kind="stable")[: min(EXAMPLES, limit.cut)].tolist()
+    longest = np.argsort(-lengths.lost, kind="stable")[: min(EXAMPLES, limit.cut)].tolist()
     examples = [
         Example(
             name=str(rows.index[row := int(lengths.rows[place])].path),
-            note=f"{lengths.lengths[place]} tokens, {lengths.lengths[place] - limit.tokens} are cut off",
+            note=f"{lengths.lengths[place]} tokens, {lengths.lost[place]} are cut off",
             row=row,
         )
         for place in longest

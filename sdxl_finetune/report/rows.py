@@ -1,6 +1,6 @@
 """The captions of an index in columns, a chunk of images at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from jaxtyping import Int64
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.captions import AS_WRITTEN, caption
+from sdxl_finetune.data.caption_sources import choose_text
+from sdxl_finetune.data.captions import AS_WRITTEN, BREAK, caption
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.tables import map_table, one_chunk
 from sdxl_finetune.report.tags import CHUNK, split_texts
@@ -23,23 +24,32 @@ class Grammar:
 
     separators: tuple[str, ...]
     uses_all_lines: bool
+    sources: tuple[int, ...]
+    """Places of the caption sources that are lists of tags, the heaviest first."""
 
     @classmethod
     def of(cls, subset: Subset) -> "Grammar":
         """The grammar of a subset's options."""
         marks = (subset.caption_separator, subset.keep_tokens_separator, subset.secondary_separator)
-        lines = ("\n",) if subset.enable_wildcard else ()
-        return cls(tuple(filter(None, (*marks, *lines))), subset.enable_wildcard)
+        others = ("\n" if subset.enable_wildcard else "", BREAK if subset.caption_break else "")
+        order = [0]
+        if sources := subset.caption_sources:
+            lists = [place for place, source in enumerate(sources) if not source.whole]
+            order = sorted(lists, key=lambda place: -sources[place].weight)
+        return cls(tuple(filter(None, (*marks, *others))), subset.enable_wildcard, tuple(order))
 
 
-def first_texts(captions: pa.LargeListArray) -> pa.LargeStringArray:
-    """The text of the first caption source that each image has, null for an image without any."""
+def first_texts(captions: pa.LargeListArray, places: Sequence[int] | None = None) -> pa.LargeStringArray:
+    """The text of the first caption source that each image has, null for an image without any.
+
+    `places` is the order in which the sources are tried, by default their own.
+    """
     texts, offsets = captions.flatten(), captions.offsets.to_numpy()
-    if len(texts) == len(captions):  # one source, as nearly always
-        return texts
     starts, counts = offsets[:-1] - offsets[0], np.diff(offsets)
+    if places != () and (counts == 1).all():  # one source, as nearly always
+        return texts
     first = pa.nulls(len(captions), pa.large_string())
-    for place in range(counts.max(initial=0)):
+    for place in range(counts.max(initial=0)) if places is None else places:
         first = pc.coalesce(first, texts.take(pa.array(starts + place, mask=counts <= place)))
     return first
 
@@ -58,7 +68,10 @@ class Rows:
 
     def texts(self, start: int, end: int) -> pa.LargeStringArray:
         """The whole captions of the rows from `start` to `end`, null for an image without any."""
-        return first_texts(one_chunk(self.table["captions"].slice(start, end - start)))
+        return first_texts(self._captions(start, end))
+
+    def _captions(self, start: int, end: int) -> pa.LargeListArray:
+        return one_chunk(self.table["captions"].slice(start, end - start))
 
     def chunks(self) -> Iterator[tuple[int, pa.LargeStringArray]]:
         """The captions of all rows in chunks, each with the number of its first row."""
@@ -71,21 +84,27 @@ class Rows:
         for start in range(0, total, CHUNK):
             chosen = slice(start, start + CHUNK) if rows is None else rows[start : start + CHUNK]
             if isinstance(chosen, slice):
-                texts = self.texts(start, start + CHUNK)
+                captions = self._captions(start, start + CHUNK)
             else:
-                texts = first_texts(one_chunk(self.table["captions"].take(chosen)))
+                captions = one_chunk(self.table["captions"].take(chosen))
             grammar = self._grammar_of_subset[self.index.subset[chosen]]
             for number in np.unique(grammar).tolist():
-                own, options = texts.filter(pa.array(grammar == number)), self._grammars[number]
+                options = self._grammars[number]
+                own = first_texts(captions.filter(pa.array(grammar == number)), options.sources)
                 if not options.uses_all_lines:
                     own = pc.replace_substring_regex(own, r"(?s)\n.*", "")
                 yield split_texts(own, options.separators)
 
     def trained(self, row: int) -> str:
-        """The caption of a row as the model is given it, whole and in order. Wildcards are drawn."""
+        """The caption of a row as the model is given it, whole and with its quality tag.
+
+        Source, line and wildcards are drawn.
+        """
+        entry, rng = self.index[row], position_random(0, "report", row)
+        chosen = choose_text(entry.subset, entry.captions, rng.random)
         options = self._as_written[self.index.subset[row]]
-        rng = position_random(0, "report", row)
-        return caption(options, self.index[row].caption, rng, epoch=0, step=0, max_steps=1)
+        where = {"epoch": 0, "step": 0, "max_steps": 1}
+        return caption(options, chosen.text, rng, **where, whole=chosen.whole, quality=entry.quality)
 
     def separator(self, row: int) -> str:
         """The text between two tags of the row's caption."""

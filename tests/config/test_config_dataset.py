@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_finetune.config import Config, load_datasets
-from sdxl_finetune.config.dataset import find_folders
+from sdxl_finetune.config.dataset import find_folders, holds_tars, split_tars
 from sdxl_finetune.errors import UserError
 
 
@@ -80,3 +80,23 @@ def test_options_reach_the_dataset(tmp_path):
     assert (subset.caption_extension, subset.token_warmup_step, subset.is_reg) == (".txt", 0.5, False)
     (square,) = load_datasets(Config(train_data_dir=str(tmp_path), resolution=64, min_bucket_reso=3))
     assert square.min_bucket_reso == 3 and not square.enable_bucket
+
+
+def test_a_compressed_tar_file_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").write_bytes(b"")
+    assert "unpack it with gunzip" in str(find_folders(tmp_path / "x.tar.gz").problem)
+
+
+def test_folders_of_tar_files(tmp_path: Path) -> None:
+    for name in ("5_cat/x.tar", "3_dog/a.png", "2_empty/x.txt", "6_both/a.png", "6_both/x.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [(path.name, repeats) for path, repeats, _ in find_folders(tmp_path).used] == [
+        ("3_dog", 3),
+        ("5_cat", 5),
+        ("6_both", 6),
+    ]
+    assert holds_tars(tmp_path / "5_cat") and not holds_tars(tmp_path / "6_both")
+    assert split_tars(tmp_path / "5_cat" / "x-{0..3}.tar") == (tmp_path / "5_cat", "x-{0..3}.tar")
+    (tmp_path / "folder.tar").mkdir()
+    assert split_tars(tmp_path / "folder.tar") == (tmp_path / "folder.tar", None)

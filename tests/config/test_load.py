@@ -15,6 +15,7 @@ from sdxl_finetune.config.fields import Shown, kinds
 from sdxl_finetune.config.options import SECRETS
 from sdxl_finetune.config.reading import read_file, tomllib
 from sdxl_finetune.errors import UserError
+from sdxl_finetune.storage import Address
 
 STYLE = Path(__file__).parents[2] / "configs" / "style.toml"
 
@@ -323,6 +324,7 @@ def _values() -> dict[str, st.SearchStrategy]:
     """A strategy for each option, from its type."""
     text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
     path = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
+    address = st.sampled_from([Address("s3://bucket"), Address("gs://b/a b/c")])
     finite = st.floats(allow_nan=False, allow_infinity=False)
     argument = st.none() | st.booleans() | st.integers() | finite | text
     arguments = st.dictionaries(st.sampled_from("abc"), argument | st.tuples(argument, argument))
@@ -357,7 +359,7 @@ def _values() -> dict[str, st.SearchStrategy]:
                 bool: st.booleans(),
                 int: st.integers(least, most),
                 Shown("a path"): path,
-                Shown("a path, or an address as s3://bucket/folder"): path,
+                Shown("a path, or an address as s3://bucket/folder"): st.one_of(path, address),
             }.get(kind, text)
     return strategies
 

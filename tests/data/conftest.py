@@ -1,6 +1,8 @@
-"""Folders of generated images, and the datasets over them."""
+"""Folders of generated images, tar files of them, and the datasets over them."""
 
-from collections.abc import Callable
+import io
+import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ from sdxl_finetune.latents.keys import row_keys
 from sdxl_finetune.latents.library import Library
 from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.latents.store import LatentStore, build_store, find_places, missing_rows
+
+SIZES = {"a.png": (64, 64), "b.jpg": (80, 64), "c.webp": (160, 64), "d.bmp": (64, 160), "e.JPEG": (70, 70)}
+"""Images of the fixture `images`."""
 
 
 @pytest.fixture
@@ -59,3 +64,29 @@ def cache_latents(tmp_path: Path) -> Callable[..., tuple[LatentStore, Report, li
         return store, job.report, shards
 
     return cache
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Callable[..., Path]:
+    """pack(name, {member: bytes}, format=GNU): a tar file in the folder `tars`."""
+
+    def pack(name: str, members: Mapping[str, bytes], format: int = tarfile.GNU_FORMAT) -> Path:
+        path = tmp_path / "tars" / name
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w", format=format) as tar:
+            for member, data in members.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return pack
+
+
+@pytest.fixture
+def images(tmp_path: Path, write_images) -> dict[str, bytes]:
+    """Images and captions by name, as they are in the folder `plain`."""
+    write_images(tmp_path / "plain", SIZES)
+    for name in SIZES:
+        (tmp_path / "plain" / f"{name[0]}.caption").write_text(f" a picture of {name[0]} \n\n another line \n")
+    return {path.name: path.read_bytes() for path in sorted((tmp_path / "plain").iterdir())}

@@ -1,5 +1,6 @@
 """Every kind of file gives the pixels that a viewer shows; what cannot be read is an ImageError with its name."""
 
+import io
 import random
 import struct
 import zlib
@@ -11,7 +12,14 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from sdxl_finetune.data import images
-from sdxl_finetune.data.images import ImageError, image_extensions, image_size, load_image, resize_and_crop
+from sdxl_finetune.data.images import (
+    ImageError,
+    image_extensions,
+    image_size,
+    load_image,
+    resize_and_crop,
+    size_of_start,
+)
 
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128)
 
@@ -300,3 +308,20 @@ def test_color_jitter_is_weak() -> None:
     assert 0.2 < np.mean(np.array(changes) > 0) < 0.45
     assert max(changes) < 25
     assert (images.jitter_color(np.full((2, 2, 3), 255, np.uint8), random.Random(1)) == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("orientation", [None, 6])
+def test_the_start_of_a_webp_file_says_its_size(mode: str, lossless: bool, orientation: int | None) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (97, 155, len(mode)), np.uint8)
+    exif = Image.Exif()
+    if orientation:
+        exif[ExifTags.Base.Orientation] = orientation
+    file = io.BytesIO()
+    Image.fromarray(noise, mode).save(file, "WEBP", lossless=lossless, exif=exif if orientation else b"")
+    whole = image_size(Path("x.webp"), file.getvalue())
+    assert whole == ((97, 155) if orientation else (155, 97))
+    start = size_of_start(Path("x.webp"), file.getvalue()[:100])
+    assert start == (None if orientation else whole), "a turn is written at the end of the file"
+    assert size_of_start(Path("x.webp"), file.getvalue()[:20]) is None

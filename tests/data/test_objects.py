@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from sdxl_finetune.config import load_config, load_datasets
 from sdxl_finetune.config.dataset import find_folders
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Index, build_index
@@ -20,9 +21,10 @@ from sdxl_finetune.data.sources.listed import Listing
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.storage import Address, delete, open_location, write
 from sdxl_finetune.storage.objects import _store
-from tests.data.test_tars import SIZES, Pack, captions, images, messages, pack, picture  # noqa: F401  (fixtures)
+from tests.data.conftest import SIZES
+from tests.data.test_tars import Pack, captions, messages, picture
 from tests.latents.test_encoding import encode
-from tests.s3_server import BUCKET, S3Server, environment, running_server
+from tests.s3_server import BUCKET, Proxy, S3Server, environment, running_server
 
 ROOT = Address(f"s3://{BUCKET}")
 
@@ -87,7 +89,7 @@ def assert_same(plain: Index, other: Index) -> None:
         assert same.read() == one.path.read_bytes() and np.array_equal(one.load((0, 0)), same.load((0, 0)))
 
 
-def test_the_same_images_as_in_a_folder(images, tmp_path: Path, upload, server: S3Server, index_of) -> None:  # noqa: F811
+def test_the_same_images_as_in_a_folder(images, tmp_path: Path, upload, server: S3Server, index_of) -> None:
     address = upload(tmp_path / "plain")
     index = index_of(address)
     # One listing, and for each image its first kilobytes and its caption.
@@ -98,7 +100,7 @@ def test_the_same_images_as_in_a_folder(images, tmp_path: Path, upload, server: 
     assert_same(index_of(tmp_path / "plain"), index)
 
 
-def test_only_what_has_changed_is_read_again(images, tmp_path: Path, upload, server: S3Server, index_of) -> None:  # noqa: F811
+def test_only_what_has_changed_is_read_again(images, tmp_path: Path, upload, server: S3Server, index_of) -> None:
     address = upload(tmp_path / "plain")
     index_of(address)
     write(address / "b.caption", b"another")
@@ -122,15 +124,15 @@ def test_large_images_are_not_read_for_their_size(tmp_path: Path, upload, server
     folder = tmp_path / "large"
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (500, 600, 3), np.uint8)
-    for name in ("a.png", "b.jpg", "c.bmp"):
+    for name in ("a.png", "b.jpg", "c.bmp", "d.webp"):
         Image.fromarray(noise).save(folder / name)
     address = upload(folder)
     table = listing(address).table
-    assert table["width"].to_pylist() == [600] * 3 and table["height"].to_pylist() == [500] * 3
-    assert server.requests == {"GET": 1 + 3}
+    assert table["width"].to_pylist() == [600] * 4 and table["height"].to_pylist() == [500] * 4
+    assert server.requests == {"GET": 1 + 4}
 
 
-def test_tars_in_a_store(images, tmp_path: Path, pack: Pack, upload, server: S3Server, index_of) -> None:  # noqa: F811
+def test_tars_in_a_store(images, tmp_path: Path, pack: Pack, upload, server: S3Server, index_of) -> None:
     names = list(images)
     for number in range(2):
         pack(f"{number}.tar", {name: images[name] for name in names[number::2]} | {"big.bin": bytes(3_000_000)})
@@ -148,7 +150,7 @@ def test_tars_in_a_store(images, tmp_path: Path, pack: Pack, upload, server: S3S
     assert_same(index_of(tmp_path / "plain"), index_of(address, tar_files="{0..1}.tar"))
 
 
-def test_changed_and_missing_objects_are_noticed(images, tmp_path: Path, pack: Pack, upload, index_of) -> None:  # noqa: F811
+def test_changed_and_missing_objects_are_noticed(images, tmp_path: Path, pack: Pack, upload, index_of) -> None:
     pack("x.tar", images)
     plain, tars = upload(tmp_path / "plain"), upload(tmp_path / "tars")
     in_store, in_tar = index_of(plain), index_of(tars)
@@ -179,7 +181,7 @@ def test_bad_objects_are_counted(upload, tmp_path: Path, listing) -> None:
         listing(ROOT / "nothing")
 
 
-def test_metadata_in_a_store(images, tmp_path: Path, upload, server: S3Server, index_of) -> None:  # noqa: F811
+def test_metadata_in_a_store(images, tmp_path: Path, upload, server: S3Server, index_of) -> None:
     lines = [{"image_path": name, "caption": f"a picture of {name[0]}\nanother line"} for name in SIZES]
     folder = tmp_path / "metadata"
     (folder / "parts").mkdir(parents=True)
@@ -221,9 +223,9 @@ def test_folders_below_an_address(tmp_path: Path, upload, server: S3Server) -> N
 
 
 def test_latents_are_found_again_across_all_sources(
-    images,  # noqa: F811
+    images,
     tmp_path: Path,
-    pack: Pack,  # noqa: F811
+    pack: Pack,
     upload,
     index_of,
     cache_latents,
@@ -246,7 +248,7 @@ def _read_all(index: Index, results: "multiprocessing.Queue[list[bytes]]") -> No
     results.put([index[row].read() for row in range(len(index))])
 
 
-def test_other_processes_read_by_themselves(images, tmp_path: Path, pack: Pack, upload, index_of) -> None:  # noqa: F811
+def test_other_processes_read_by_themselves(images, tmp_path: Path, pack: Pack, upload, index_of) -> None:
     pack("x.tar", images)
     index = index_of(upload(tmp_path / "tars"))
     expected = [index[row].read() for row in range(len(index))]
@@ -278,3 +280,37 @@ def test_an_object_reads_as_a_file_does(tmp_path: Path, upload, server: S3Server
         assert file.read() == data
     assert server.requests["GET"] <= 5
     shutil.rmtree(folder)
+
+
+def test_a_broken_connection_is_tried_again(
+    images, tmp_path: Path, upload, running: S3Server, monkeypatch, index_of
+) -> None:
+    address = upload(tmp_path / "plain")
+    proxy = Proxy(running.port, faults=3, limit=300)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    _store.cache_clear()
+    assert_same(index_of(tmp_path / "plain"), index_of(address))
+    assert proxy.connections > 3
+    proxy.close()
+
+
+def test_a_store_that_does_not_answer_is_named(server: S3Server, monkeypatch, index_of) -> None:
+    monkeypatch.setattr("sdxl_finetune.storage.objects.PAUSES", ())
+    with pytest.raises(UserError, match=r"s3://nowhere/folder: cannot be listed.*bucket does not exist"):
+        index_of(Address("s3://nowhere/folder"))
+    with pytest.raises(UserError, match=r"gone\.parquet: .*(does not exist|cannot be read)"):
+        index_of(ROOT, metadata_file=ROOT / "gone.parquet")
+
+
+@pytest.mark.parametrize("text", ["ftp://x/y", "s3://", "s3://key:secret@bucket/x", "s3://bucket/../x"])
+def test_impossible_addresses_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "data.toml").write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{text}'\n")
+    options = ["--pretrained_model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    options += ["--max_train_steps", "1"]
+    with pytest.raises(UserError, match="must be a path, or an address") as caught:
+        load_config([*options, "--resolution", "64", "--train_data_dir", text], program="sdxl-train")
+    config = load_config([*options, "--dataset_config", str(tmp_path / "data.toml")], program="sdxl-train")
+    assert config is not None
+    with pytest.raises(UserError, match=r"image_dir.*address") as caught_in_file:
+        load_datasets(config)
+    assert "secret" not in str(caught_in_file.value) and len(caught.value.problems) == 1

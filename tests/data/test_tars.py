@@ -5,7 +5,7 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,35 +22,9 @@ from sdxl_finetune.data.sources import tar_files
 from sdxl_finetune.data.sources.listed import Listing
 from sdxl_finetune.data.sources.tars import expand
 from sdxl_finetune.errors import UserError
+from tests.data.conftest import SIZES
 
-SIZES = {"a.png": (64, 64), "b.jpg": (80, 64), "c.webp": (160, 64), "d.bmp": (64, 160), "e.JPEG": (70, 70)}
 Pack = Callable[..., Path]
-
-
-@pytest.fixture
-def pack(tmp_path: Path) -> Pack:
-    """pack(name, {member: bytes}, format=GNU): a tar file in the folder `tars`."""
-
-    def pack(name: str, members: Mapping[str, bytes], format: int = tarfile.GNU_FORMAT) -> Path:
-        path = tmp_path / "tars" / name
-        path.parent.mkdir(exist_ok=True)
-        with tarfile.open(path, "w", format=format) as tar:
-            for member, data in members.items():
-                info = tarfile.TarInfo(member)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        return path
-
-    return pack
-
-
-@pytest.fixture
-def images(tmp_path: Path, write_images) -> dict[str, bytes]:
-    """Images and captions by name, as they are in the folder `plain`."""
-    write_images(tmp_path / "plain", SIZES)
-    for name in SIZES:
-        (tmp_path / "plain" / f"{name[0]}.caption").write_text(f" a picture of {name[0]} \n\n another line \n")
-    return {path.name: path.read_bytes() for path in sorted((tmp_path / "plain").iterdir())}
 
 
 @pytest.fixture
@@ -81,6 +55,9 @@ def test_names_with_ranges() -> None:
     assert expand("data-{000..003}.tar") == ["data-000.tar", "data-001.tar", "data-002.tar", "data-003.tar"]
     assert expand("{9..11}-{0..1}.tar") == ["9-0.tar", "9-1.tar", "10-0.tar", "10-1.tar", "11-0.tar", "11-1.tar"]
     assert expand("one.tar") == ["one.tar"] and expand("{b..a}.tar") == ["{b..a}.tar"]
+    for impossible in ("{5..3}.tar", "{0..999999999999}.tar", "{0..9999}-{0..9999}.tar"):
+        with pytest.raises(UserError, match="must rise, and all of them may name 1,000,000 tar files"):
+            expand(impossible)
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -277,6 +254,7 @@ def test_patterns_name_the_tars(pack: Pack, listing) -> None:
     for number in range(4):
         pack(f"data-{number:02}.tar", {"a.png": picture(number)})
     assert list(captions(listing(tar_files="data-{01..02}.tar"))) == ["data-01.tar/a.png", "data-02.tar/a.png"]
+    assert list(captions(listing(tar_files="data-*1.tar"))) == ["data-01.tar/a.png"]
     with pytest.raises(UserError, match=r"2 of 4 tar files are missing: data-04\.tar, data-05\.tar"):
         listing(tar_files="data-{02..05}.tar")
 

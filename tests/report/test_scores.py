@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sdxl_finetune.commands.data import load_data_config
 from sdxl_finetune.commands.data import main as data_tool
+from sdxl_finetune.data.tokens import build_tokenizer
+from sdxl_finetune.report.collect import collect
 
 SCORES = [round(0.1 + 0.8 * number / 11, 3) for number in range(12)]
 
@@ -47,9 +50,32 @@ def test_scores_quality_tags_and_weights_equal_plain_counts(tmp_path, config) ->
     assert list(bars("quality")) == ["masterpiece", "high quality", "worst quality", "no quality tag"]
     assert bars("weights") == {"0.5": 5, "1": 9}
     assert bars("repeats") == {"1 ×": 9, "3 ×": 5}
+    short = build_tokenizer(max_token_length=None).count("worst quality, cat").tokens
+    assert sum(sum(trace["y"]) for trace in figures["tokens"]["data"]) == 14
+    assert max(trace["x"][-1] for trace in figures["tokens"]["data"]) >= short - 2.5, "quality tags count as tokens"
     assert sum(figures["scores"]["data"][0]["y"]) == 12
     assert [shape["x0"] for shape in figures["scores"]["layout"]["shapes"]] == [0.5, 0.7]
     assert f"12 images have a score, {np.mean(SCORES):.3f} on average. 2 images have none." in text
+
+
+def test_tags_come_from_the_heaviest_source_that_is_a_list(tmp_path, config) -> None:
+    for number in range(14):
+        (tmp_path / "images" / f"{number:02}.long").write_text("A cat, which sits.")
+        if number < 3:
+            (tmp_path / "images" / f"{number:02}.tags").write_text("dog, tail")
+    lines = Path(config).read_text().splitlines()
+    lines = [line for line in lines if not line.startswith(("quality", "image_weights", "caption_extension"))]
+    lines.append('caption_sources = ".txt:0.2, .tags:0.3, .long:0.5:whole"')
+    (tmp_path / "sources.toml").write_text("\n".join(lines))
+    config_of_sources = load_data_config(["--config", str(tmp_path / "sources.toml")], "sdxl-data report")
+    report = collect(config_of_sources, rare=3)
+    assert dict(zip(report.tags.names, report.tags.images.tolist(), strict=True)) == {
+        "cat": 11,
+        "style": 4,
+        "dog": 3,
+        "tail": 3,
+    }
+    assert set(report.lengths.lengths.tolist()) >= {1, 6}, "the text is drawn for the count of tokens"
 
 
 def test_a_dataset_without_scores_has_no_such_section(tmp_path, config) -> None:

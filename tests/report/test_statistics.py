@@ -54,8 +54,10 @@ def test_the_first_caption_source_of_each_image_is_used() -> None:
     captions = pa.array(lists, pa.large_list(pa.large_string()))
     assert first_texts(captions).to_pylist() == ["z", "b", "c", None, None]
     assert first_texts(captions.slice(1, 2)).to_pylist() == ["b", "c"]
+    assert first_texts(captions, [1, 0]).to_pylist() == ["z", "b", "d", None, None]
     assert first_texts(captions.slice(0, 1)).to_pylist() == ["z"]
     assert first_texts(captions.slice(0, 0)).to_pylist() == []
+    assert first_texts(pa.array([["a", "b"], []], captions.type)).to_pylist() == ["a", None]
 
 
 def test_the_rarest_tags_are_dropped_when_there_are_too_many() -> None:
@@ -130,7 +132,7 @@ def test_lengths_say_what_each_limit_cuts() -> None:
     texts = {0: "cat", 1: ", ".join(["cat"] * 38), 2: ", ".join(["cat"] * 38) + ", dog", 3: ", ".join(tags)}
     tokenizer = build_tokenizer(max_token_length=100)  # as 75
     found = measure_lengths(np.arange(4), texts.__getitem__, lambda row: ",", tokenizer)
-    lengths = [tokenizer.length(text) for text in texts.values()]
+    lengths = [tokenizer.count(text).tokens for text in texts.values()]
     assert lengths[:3] == [1, 75, 77]
     assert found.lengths.tolist() == lengths
     assert [(one.tokens, one.cut, one.lost) for one in found.limits] == [
@@ -143,6 +145,15 @@ def test_lengths_say_what_each_limit_cuts() -> None:
     assert found.searched == 2
     assert "cat" not in lost
     assert set(lost.values()) == {1}, "a tag counts once for each caption"
+
+
+def test_a_caption_with_breaks_is_cut_after_its_chunks() -> None:
+    tokenizer = build_tokenizer(max_token_length=150, caption_break=True)
+    texts = {0: "cat BREAK dog BREAK bird, fish", 1: "cat BREAK dog"}
+    found = measure_lengths(np.arange(2), texts.__getitem__, lambda row: ",", tokenizer)
+    assert found.lengths.tolist() == [5, 2]
+    assert [(one.tokens, one.cut, one.lost) for one in found.limits] == [(75, 2, 5), (150, 1, 3), (225, 0, 0)]
+    assert found.lost.tolist() == [3, 0]
 
 
 def test_a_tag_at_the_end_of_a_cut_caption_is_named() -> None:

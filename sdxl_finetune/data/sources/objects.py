@@ -20,7 +20,7 @@ import pyarrow.compute
 from jaxtyping import Bool, Int64
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.images import ImageError, image_extensions, image_size
+from sdxl_finetune.data.images import ImageError, image_extensions, image_size, size_of_start
 from sdxl_finetune.data.sources.beside import Texts, Wanted, captions_of, read_text, wanted_of
 from sdxl_finetune.data.sources.folders import list_folder
 from sdxl_finetune.data.sources.listed import Listing, listed_table
@@ -118,12 +118,9 @@ class Reading:
             read_text(ending, read(self.folder / name), self.wanted, texts)
         place = self.folder / self.name
         head = read(place, 0, min(HEAD, self.size)) if self.size else b""
-        try:
+        if len(head) == self.size:
             return image_size(place, head), texts
-        except ImageError:
-            if len(head) == self.size:
-                raise
-            return image_size(place, read(place)), texts
+        return size_of_start(place, head) or image_size(place, read(place)), texts
 
 
 def _contents(

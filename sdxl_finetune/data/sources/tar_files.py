@@ -13,7 +13,7 @@ from io import BufferedReader
 
 import pyarrow as pa
 
-from sdxl_finetune.data.images import ImageError, image_extensions, image_size
+from sdxl_finetune.data.images import ImageError, image_extensions, image_size, size_of_start
 from sdxl_finetune.data.sources.beside import LARGEST_TEXT, Texts, Wanted, read_text
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.storage import Location, open_location
@@ -144,8 +144,7 @@ def member_size(file: BufferedReader, member: tarfile.TarInfo, location: Locatio
     file.seek(member.offset_data)
     head = file.read(min(HEAD, member.size))
     if len(head) < member.size:
-        try:
-            return image_size(location, head)
-        except ImageError:
-            head += file.read(member.size - len(head))
+        if size := size_of_start(location, head):
+            return size
+        head += file.read(member.size - len(head))
     return image_size(location, head)

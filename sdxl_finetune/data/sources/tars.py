@@ -6,8 +6,10 @@ read where they are.
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -41,12 +43,18 @@ THREADS = 32
 """Tar files in an object store that are looked through at once. Each waits for one request at a time."""
 IN_PROCESS = 1 << 24
 """Bytes of tar files up to which no processes are started."""
+MOST_TARS = 1_000_000
+"""Tar files that a pattern may name. More are a mistake in a range."""
 NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 """A range of numbers in a name, as {000..099}: both ends belong to it, and zeros in front are kept."""
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a pattern such as `data-{000..099}.tar` stands for."""
+    """The names that a pattern such as `data-{000..099}.tar` stands for. Raises UserError for an impossible range."""
+    sizes = [int(last) - int(first) + 1 for first, last in NUMBERS.findall(pattern)]
+    if not all(size > 0 for size in sizes) or math.prod(sizes) > MOST_TARS:
+        message = f"a range {{first..last}} must rise, and all of them may name {MOST_TARS:,} tar files at most"
+        raise UserError(Problem(message, file=pattern))
     parts = NUMBERS.split(pattern)
     texts, firsts, lasts = parts[::3], parts[1::3], parts[2::3]
     ranges = [
@@ -64,6 +72,8 @@ def find_tars(folder: Location, pattern: str | None) -> list[Found]:
     there = {one.name: one for one in list_folder(folder) if one.name.lower().endswith(TAR_SUFFIX)}
     if pattern is None:
         names = list(there)
+    elif "*" in pattern:
+        names = [name for name in there if fnmatch.fnmatchcase(name, pattern)]
     else:
         names = expand(pattern)
         if missing := [name for name in names if name not in there]:
