@@ -194,15 +194,13 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
         log=log,
-        uploads=Uploads(
-            config,
-            config.output_folder,
-            final_name(config),
-            remove,
-            rank=accelerator.process_index,
-            address=config.output_address,
-        ),
+        uploads=_build_uploads(config, accelerator),
     )
+
+
+def _build_uploads(config: Config, accelerator: Accelerator) -> Uploads:
+    rank, address = accelerator.process_index, config.output_address
+    return Uploads(config, config.output_folder, final_name(config), remove, rank=rank, address=address)
 
 
 def shared_index(config: Config, accelerator: Accelerator) -> Index:

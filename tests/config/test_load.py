@@ -14,8 +14,8 @@ from sdxl_finetune.config import Config, load_config, to_toml
 from sdxl_finetune.config.fields import Shown, kinds
 from sdxl_finetune.config.options import SECRETS
 from sdxl_finetune.config.reading import read_file, tomllib
-from sdxl_finetune.storage import Address
 from sdxl_finetune.errors import UserError
+from sdxl_finetune.storage import Address
 
 STYLE = Path(__file__).parents[2] / "configs" / "style.toml"
 
