@@ -2,10 +2,8 @@
 
 import contextlib
 import logging
-import os
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +26,6 @@ class S3Server:
     def __init__(self) -> None:
         from moto.server import DomainDispatcherApplication, create_backend_app
 
-        os.environ.setdefault("MOTO_S3_CUSTOM_ENDPOINTS", "")
         self.requests: Counter[str] = Counter()
         """Requests by method."""
         self.paths: list[tuple[str, str]] = []
@@ -127,4 +124,3 @@ def running_server() -> Iterator[S3Server]:
         yield server
     finally:
         server.close()
-        time.sleep(0)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt8
 
 from sdxl_finetune.config.dataset import Dataset, Subset
@@ -27,7 +26,13 @@ from sdxl_finetune.data.images import load_crop
 from sdxl_finetune.data.marks import find_marks
 from sdxl_finetune.data.placement import MARKED, PLACED, place
 from sdxl_finetune.data.quality import NO_TAG
-from sdxl_finetune.data.remarks import count_captions, remark_on_captions, remark_on_faces, remark_on_sources
+from sdxl_finetune.data.remarks import (
+    count_captions,
+    remark_on_captions,
+    remark_on_faces,
+    remark_on_sources,
+    report_bad_images,
+)
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally, UserError, counted
@@ -393,12 +398,3 @@ def _check_some_left(repeats: np.ndarray, held_out: np.ndarray) -> None:
         message = f"no image is left to train on, because {held_out.sum()} are held out: lower validation_split"
         raise UserError(Problem(message, key="validation_split"))
     raise UserError("no image is left to train on: see the warnings above, and add images or repeats")
-
-
-def report_bad_images(problems: Tally, on_bad_image: str) -> None:
-    """Raises UserError with the problems if `on_bad_image` is "stop", or names them in one warning if it is "skip"."""
-    if problems and on_bad_image == "stop":
-        raise UserError(problems.problems())
-    if problems:
-        lines = "\n".join(str(problem) for problem in problems.problems())
-        logger.warning("%d files are skipped (on_bad_image = skip):\n%s", len(problems), lines)

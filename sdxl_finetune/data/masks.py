@@ -16,7 +16,8 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from sdxl_finetune.data.images import ImageError, image_extensions, image_size, load_channel, resize_and_crop
-from sdxl_finetune.data.index import Entry, Index, report_bad_images
+from sdxl_finetune.data.index import Entry, Index
+from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.progress import track
 from sdxl_finetune.storage import Location

@@ -1,4 +1,4 @@
-"""Warnings about the images of an index that are allowed but may surprise the user.
+"""Warnings about the images of an index: files that cannot be used, and what is allowed but may surprise the user.
 
 `table` has one row for each image, with the columns name, captions and subset.
 """
@@ -12,6 +12,7 @@ import pyarrow.compute
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.tables import one_chunk
+from sdxl_finetune.errors import Tally, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -76,3 +77,12 @@ def remark_on_faces(table: pa.Table, subsets: Sequence[Subset]) -> None:
                     "%s: %d of %d images have no face in their names (name_X_Y_W_H): face_crop_aug_range has no effect"
                 )
                 logger.warning(f"{message} on them", subset.image_dir, len(names) - named, len(names))
+
+
+def report_bad_images(problems: Tally, on_bad_image: str) -> None:
+    """Raises UserError with the problems if `on_bad_image` is "stop", or names them in one warning if it is "skip"."""
+    if problems and on_bad_image == "stop":
+        raise UserError(problems.problems())
+    if problems:
+        lines = "\n".join(str(problem) for problem in problems.problems())
+        logger.warning("%d files are skipped (on_bad_image = skip):\n%s", len(problems), lines)

@@ -20,9 +20,10 @@ from jaxtyping import Float16, Int64, Shaped, UInt8
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.buckets import crop_left_top
 from sdxl_finetune.data.images import ImageError
-from sdxl_finetune.data.index import Entry, Index, report_bad_images
+from sdxl_finetune.data.index import Entry, Index
 from sdxl_finetune.data.inspection import hash_of_stat
 from sdxl_finetune.data.masks import find_mask, latent_mask, load_mask
+from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.latents.keys import hash16, latent_shape
 from sdxl_finetune.latents.library import PLACE, Library

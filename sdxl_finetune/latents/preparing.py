@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sdxl_finetune.config import Config
-from sdxl_finetune.data.index import Index, report_bad_images
+from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.latents.encoding import Encoder, Encoding, Report, encode_images, find_foreign_npz
 from sdxl_finetune.latents.keys import RowKeys, latent_shape, row_keys

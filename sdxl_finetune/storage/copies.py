@@ -1,9 +1,8 @@
 """Local copies of whole objects that never change, in a folder with a size limit, shared by processes.
 
 A copy appears under its name when it is complete. A lock for each object keeps other processes from sending for the
-same object. The copies that were used longest ago are removed first. A copy that was used within the last hour stays,
-because a run that reads more than the folder may hold would otherwise load whole objects again and again. If there is
-no room, the caller reads the object itself.
+same object. The copies that were used longest ago are removed first, but none that was used within the last hour. A
+run that reads more than the folder may hold would otherwise send for whole objects again and again.
 """
 
 import contextlib

@@ -30,8 +30,9 @@ from sdxl_finetune.config import (
     load_datasets,
     with_local_models,
 )
-from sdxl_finetune.data.index import Index, build_index, report_bad_images
+from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.masks import remark_on_alpha, without_bad_masks
+from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.data.scan import scan
 from sdxl_finetune.data.tags import check_tag_rules
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer

@@ -54,10 +54,12 @@ def begin(run: Run) -> None:
 def is_finished(run: Run) -> bool:
     """True if no step is left to make, and the final checkpoint exists and is not that of an earlier run."""
     start = run.start
-    final = checkpoints.existing_checkpoints(run.output_dir, checkpoints.final_name(run.config), run.save_as)
-    if start is None or start.state.step < run.timeline.steps or not final:
+    if start is None or start.state.step < run.timeline.steps:
         return False
-    return not start.is_state or final[-1].stat().st_mtime >= start.state.saved_at
+    final = checkpoints.existing_checkpoints(run.output_dir, checkpoints.final_name(run.config), run.save_as)
+    shared = [bool(final) and (not start.is_state or final[-1].stat().st_mtime >= start.state.saved_at)]
+    broadcast_object_list(shared)  # machines with folders of their own may hold other files
+    return shared[0]
 
 
 def preview_if_due(run: Run, moment: Moment) -> None:
@@ -161,6 +163,9 @@ def _save_missing(run: Run, start: Start) -> None:
     states = states_due(run.config, moment, epochs) if start.is_state else []
     missing = [save for save in weights if not checkpoints.existing_checkpoints(run.output_dir, save.name, run.save_as)]
     missing_states = [save for save in states if not (run.output_dir / save.name).exists()]
+    shared = [(missing, missing_states)]
+    broadcast_object_list(shared)  # machines with folders of their own may hold other files
+    missing, missing_states = shared[0]
     _save(run, missing, missing_states, step=step)
     if run.accelerator.is_main_process:
         for save in weights:

@@ -93,9 +93,7 @@ def find_start(config: Config) -> Start | None:
 
 def start_here(start: Start, config: Config) -> Start:
     """Returns the start with its path on this machine. What another machine found at an address is downloaded."""
-    if start.address is None or start.path.exists():
-        return start
-    return replace(start, path=_download(start.address, config))
+    return start if start.address is None else replace(start, path=_download(start.address, config))
 
 
 def _download(address: Address, config: Config) -> Path:

@@ -196,13 +196,13 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
         log=log,
-        uploads=_build_uploads(config, accelerator.process_index),
+        uploads=_build_uploads(config, accelerator),
     )
 
 
-def _build_uploads(config: Config, rank: int) -> Uploads:
-    folder, address = config.output_folder, config.output_address
-    return Uploads(config, folder, final_name(config), remove, rank=rank, address=address)
+def _build_uploads(config: Config, accelerator: Accelerator) -> Uploads:
+    rank, address = accelerator.process_index, config.output_address
+    return Uploads(config, config.output_folder, final_name(config), remove, rank=rank, address=address)
 
 
 def shared_index(config: Config, accelerator: Accelerator) -> Index:
