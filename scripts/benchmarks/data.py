@@ -35,6 +35,12 @@ SIZE = (3000, 2000)
 
 
 def main() -> None:
+    arguments = build_parser().parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        {"pipeline": pipeline, "stub": stub, "restart": restart}[arguments.what](Path(folder), arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("pipeline", "stub", "restart"))
     parser.add_argument("--images", type=int, default=160)
@@ -43,9 +49,7 @@ def main() -> None:
     parser.add_argument("--vae_ms", type=float, help="of the clock; unset: as long as reading takes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        {"pipeline": pipeline, "stub": stub, "restart": restart}[arguments.what](Path(folder), arguments)
+    return parser
 
 
 def photographs(folder: Path, count: int) -> None:
@@ -119,7 +123,8 @@ def vae_alone(encode, arguments: argparse.Namespace) -> float:
     return rate((encode(pixels, noise)() for _ in range(batches)), batches * arguments.batch_size)
 
 
-def pipeline(folder: Path, arguments: argparse.Namespace) -> None:
+def pipeline(folder: Path, arguments: argparse.Namespace) -> float:
+    """Prints the rates of each round, and returns the median ratio."""
     index = build(folder, arguments)
     rows_of_table: list[tuple[float, float, float, float]] = []
     print(f"{'decode alone':>14}{'VAE alone':>11}{'pipeline':>10}{'ratio':>8}   images/s")
@@ -134,6 +139,7 @@ def pipeline(folder: Path, arguments: argparse.Namespace) -> None:
         print("{:14.2f}{:11.2f}{:10.2f}{:8.3f}".format(*rows_of_table[-1]), flush=True)
     medians = [statistics.median(column) for column in zip(*rows_of_table, strict=True)]
     print("{:14.2f}{:11.2f}{:10.2f}{:8.3f}   medians (target 0.95)".format(*medians))
+    return medians[-1]
 
 
 def stub(folder: Path, arguments: argparse.Namespace) -> None:

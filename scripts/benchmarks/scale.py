@@ -1,16 +1,18 @@
 """Measures how the start of a run grows with the number of images.
 
-    python -m scripts.benchmarks.scale [--rows 100000 5000000] [--files 100000 1000000] [--folder FOLDER]
+    python -m scripts.benchmarks.scale [--rows 100000 5000000] [--files 100000 1000000] [--no_rates] [--folder FOLDER]
 
 `--rows` are synthetic: an index of images that do not exist, and shards of sparse files with real tables. They measure
 a start with skip_cache_check up to the first batch, which two data-loader workers make. `--files` are real: hard links
 to small JPEGs, with caption files. They measure the first scan and a start that checks every file.
 
 Each measurement is a new process. Imports are not counted: the figures of a start with FEW images are taken off, in
-which the workers import the same modules. The last column is the growth from the smallest to the largest size.
+which the workers import the same modules. The last column is the growth from the smallest to the largest size. The
+last table has the rates of reading latents, of the caching pipeline and of making tokens, from the other scripts.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +30,7 @@ import psutil
 import pyarrow as pa
 import torch
 
+from scripts.benchmarks import captions, data, latent_reading
 from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Dataset, Subset
 from sdxl_finetune.data import scan as scan_module
@@ -63,6 +66,15 @@ LINES = {
     "checked": ("files", "start with every file checked, images/s", "rate"),
 }
 """Lines of the table: which sizes it has, its title and the figure."""
+RATES = {
+    "reading": {
+        "from the disk": "batches of 5 latents of 128x128 a second, two workers, page cache warm, checksums verified",
+        "from a store, with warm local copies": "the same from an object store on the loopback with warm local copies",
+    },
+    "pipeline": {"ratio": "caching pipeline, as a share of the slower of reading and encoding alone"},
+    "tokens": {"milliseconds": "milliseconds from the texts of an image to its tokens, all options on"},
+}
+"""Lines of the last table, by step and figure."""
 
 
 def main() -> None:
@@ -70,6 +82,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 1_000_000, 5_000_000])
     parser.add_argument("--files", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--folder", type=Path, help="where to make files; default: a temporary folder")
+    parser.add_argument("--no_rates", action="store_true", help="leave out the last table")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
@@ -85,6 +98,10 @@ def main() -> None:
     for size in arguments.files:
         figures.setdefault("files", {})[size] = measure(arguments.folder, size, make_files, ["first", "checked"])
     print_table(figures)
+    if not arguments.no_rates:
+        rates = measure(arguments.folder, 0, lambda _folder, _size: None, list(RATES))
+        lines = [(title, f"{rates[step][figure]:,.4g}") for step, own in RATES.items() for figure, title in own.items()]
+        print("\n".join(f"| {title} | {value} |" for title, value in [("", "measured"), ("---", "--:"), *lines]))
 
 
 def measure(
@@ -110,13 +127,13 @@ def run(folder: Path, step: str) -> dict[str, float]:
 def make_rows(folder: Path, size: int) -> None:
     """Writes the scan of images that do not exist, and shards that hold a latent of each."""
     numbers = np.arange(size)
-    captions = pa.array([CAPTION % (number % 2000, number) for number in range(size)], pa.large_string())
+    texts = pa.array([CAPTION % (number % 2000, number) for number in range(size)], pa.large_string())
     sides = np.where(numbers[:, None] % 2 == np.arange(2), *SIDES)
     hashes = np.random.default_rng(0).integers(0, 256, (size, 16), np.uint8)
     columns = {
         "subset": np.zeros(size, np.int32),
         "name": pa.array([b"%08d.jpg" % number for number in range(size)], pa.large_binary()),
-        "captions": pa.LargeListArray.from_arrays(np.arange(size + 1), captions),
+        "captions": pa.LargeListArray.from_arrays(np.arange(size + 1), texts),
         "width": sides[:, 0],
         "height": sides[:, 1],
         "bytes": numbers % 1000 + 100_000,
@@ -242,6 +259,24 @@ def start(folder: Path) -> dict[str, float]:
     }
 
 
+def read_latents(folder: Path) -> dict[str, float]:
+    """Batches a second, from the disk and from a store on the loopback."""
+    rates = latent_reading.reading_rates(folder)
+    return {name: rates[name][0] for name in ("from the disk", "from a store, with warm local copies")}
+
+
+def cache_latents(folder: Path) -> dict[str, float]:
+    """The rate of the caching pipeline, as a share of the slower of reading and encoding alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        arguments = data.build_parser().parse_args(["pipeline", "--rounds", "5"])
+        return {"ratio": data.pipeline(folder, arguments)}
+
+
+def make_tokens(_folder: Path) -> dict[str, float]:
+    """Milliseconds from the texts of an image to its tokens."""
+    return {"milliseconds": captions.caption_to_tokens(10_000)[0]}
+
+
 def plain_noise(
     _position: Position, shape: tuple[int, int, int, int], _latents: torch.Tensor | None
 ) -> tuple[torch.Tensor, None]:
@@ -271,7 +306,14 @@ def print_table(figures: dict[str, dict[int, dict[str, float]]]) -> None:
         print("\n".join("| " + " | ".join(row) + " |" for row in rows), end="\n\n")
 
 
-STEPS: dict[str, Callable[[Path], dict[str, float]]] = {"unchecked": start, "first": scan_all, "checked": scan_all}
+STEPS: dict[str, Callable[[Path], dict[str, float]]] = {
+    "unchecked": start,
+    "first": scan_all,
+    "checked": scan_all,
+    "reading": read_latents,
+    "pipeline": cache_latents,
+    "tokens": make_tokens,
+}
 
 if __name__ == "__main__":
     main()

@@ -31,7 +31,16 @@ class Placement:
 
 
 def place_images(sizes: Int64[np.ndarray, "n 2"], dataset: Dataset) -> Placement:
-    """Places images in buckets by the bucket options of their dataset, which has a resolution."""
+    """Places images in buckets by the bucket options of their dataset, which has a resolution.
+
+    Each different size is placed once, because millions of images share thousands of sizes.
+    """
+    keys, rows = np.unique(_keys(sizes), return_inverse=True)
+    placement = _place_sizes(np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1), dataset)
+    return Placement(bucket=placement.bucket[rows], resized=placement.resized[rows])
+
+
+def _place_sizes(sizes: Int64[np.ndarray, "n 2"], dataset: Dataset) -> Placement:
     assert dataset.resolution is not None
     if not dataset.enable_bucket:
         return nearest_buckets(sizes, np.array([dataset.resolution], np.int64))
