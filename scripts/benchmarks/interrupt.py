@@ -88,10 +88,11 @@ class Process:
 
     def kill(self) -> None:
         """Kills the run with all its processes. The processes of a launcher are in sessions of their own."""
-        process = psutil.Process(self.pid)
-        for member in [process, *process.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+            process = psutil.Process(self.pid)
+            for member in [process, *process.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
         self.wait()
 
     def terminate(self) -> None:

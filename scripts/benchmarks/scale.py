@@ -301,7 +301,9 @@ def print_table(figures: dict[str, dict[int, dict[str, float]]]) -> None:
         for step, (own, title, figure) in LINES.items():
             if own == kind:
                 values = [of_size[size].get(step, of_size[size].get("unchecked", {})).get(figure, 0) for size in sizes]
-                rows.append([title, *(f"{value:,.5g}" for value in values), f"{values[-1] / max(values[0], 1e-9):.1f}"])
+                # A start that takes no longer than its imports has no growth that could be told.
+                growth = f"{values[-1] / values[0]:.1f}" if values[0] > 0 else "–"
+                rows.append([title, *(f"{value:,.5g}" for value in values), growth])
         rows.insert(1, ["---", *["--:"] * (len(rows[0]) - 1)])
         print("\n".join("| " + " | ".join(row) + " |" for row in rows), end="\n\n")
 

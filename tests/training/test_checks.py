@@ -51,6 +51,7 @@ def test_training_and_the_dry_run_name_all_mistakes_at_once(work, capsys) -> Non
 
 
 def test_mistakes_of_a_resume_are_told_with_the_others(work) -> None:
+    Path("nowhere-state").mkdir()
     with pytest.raises(UserError) as caught:
         train(config("sdxl-train", "--resume", "nowhere-state", "--optimizer_type", "AdamX"))
     told = str(caught.value)
