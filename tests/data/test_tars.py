@@ -321,3 +321,19 @@ def test_indexes_of_one_run(pack: Pack, tmp_path: Path, subset, dataset, images,
     (plain, counts), (packed, counts_of_tar) = latents("plain"), latents("tars")
     assert counts == {"encoded": 5} and counts_of_tar == {"found again": 5}
     assert all(np.array_equal(one, other) for one, other in zip(plain, packed, strict=True))
+
+
+def test_face_cutouts_in_tars_share_the_caption_of_their_image(pack: Pack, listing) -> None:
+    members = {
+        "a/cat.png": picture(),
+        "a/cat.txt": b"a cat",
+        "a/cat_10_20_5_5.png": picture(1),
+        "a/cat_1_2_3_4.png": picture(2),
+        "a/cat_1_2_3_4.txt": b"its face",
+        "b/dog_1_2_3_4.png": picture(3),
+    }
+    pack("x.tar", members)
+    expected = {"a/cat": "a cat", "a/cat_10_20_5_5": "a cat", "a/cat_1_2_3_4": "its face", "b/dog_1_2_3_4": ""}
+    assert captions(listing()) == {f"x.tar/{name}.png": [text] for name, text in expected.items()}
+    pack("x.tar", members | {"a/cat.txt": b"\xff"})
+    assert list(captions(listing())) == ["x.tar/a/cat_1_2_3_4.png", "x.tar/b/dog_1_2_3_4.png"]

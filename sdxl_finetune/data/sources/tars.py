@@ -37,7 +37,7 @@ from sdxl_finetune.errors import Problem, Tally, UserError
 from sdxl_finetune.progress import track
 from sdxl_finetune.storage import Found, Location, StorageError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files of members in `cache_dir`. Files of another version are not found."""
 THREADS = 32
 """Tar files in an object store that are looked through at once. Each waits for one request at a time."""
