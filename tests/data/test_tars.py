@@ -337,3 +337,12 @@ def test_face_cutouts_in_tars_share_the_caption_of_their_image(pack: Pack, listi
     assert captions(listing()) == {f"x.tar/{name}.png": [text] for name, text in expected.items()}
     pack("x.tar", members | {"a/cat.txt": b"\xff"})
     assert list(captions(listing())) == ["x.tar/a/cat_1_2_3_4.png", "x.tar/b/dog_1_2_3_4.png"]
+
+
+def test_a_tar_is_looked_through_again_when_more_kinds_of_images_can_be_read(pack: Pack, listing, monkeypatch) -> None:
+    """As after the installation of a package that a warning has recommended."""
+    pack("x.tar", {"a.png": picture(), "b.jpg": picture(1, "JPEG")})
+    with monkeypatch.context() as fewer:
+        fewer.setattr("sdxl_finetune.data.images.IMAGE_SUFFIXES", (".png",))
+        assert list(captions(listing())) == ["x.tar/a.png"]
+    assert list(captions(listing())) == ["x.tar/a.png", "x.tar/b.jpg"]
