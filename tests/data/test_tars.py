@@ -18,6 +18,7 @@ from sdxl_finetune.config.caption_sources import read_sources
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.listing import list_all
+from sdxl_finetune.data.scan import scan
 from sdxl_finetune.data.sources import tar_files
 from sdxl_finetune.data.sources.listed import Listing
 from sdxl_finetune.data.sources.tars import expand
@@ -346,3 +347,13 @@ def test_a_tar_is_looked_through_again_when_more_kinds_of_images_can_be_read(pac
         fewer.setattr("sdxl_finetune.data.images.IMAGE_SUFFIXES", (".png",))
         assert list(captions(listing())) == ["x.tar/a.png"]
     assert list(captions(listing())) == ["x.tar/a.png", "x.tar/b.jpg"]
+
+
+def test_other_options_of_captions_count_also_without_a_check(pack: Pack, tmp_path: Path, subset) -> None:
+    pack("x.tar", {"a.png": picture(), "a.json": json.dumps({"caption": "a cat", "tags": "1cat"}).encode()})
+
+    def texts(**options: object) -> list[str]:
+        table, _ = scan([subset(tmp_path / "tars", **options)], tmp_path / "cache", skip_check=True)
+        return table["captions"].to_pylist()[0]
+
+    assert texts() == ["a cat,1cat"] and texts(caption_separator=";") == ["a cat;1cat"]
