@@ -141,10 +141,17 @@ def data_order(index: Index, plan: Plan) -> dict[str, Any]:
     """The facts that the order of the images depends on, by names that a message can show."""
     return {
         **index.facts(),
-        "images in a batch of all processes": np.unique(plan.batch_sizes).tolist(),
+        "images in a batch of all processes": _batch_sizes(index, plan),
         "gradient_accumulation_steps": plan.accumulation,
         "seed": plan.seed,
     }
+
+
+def _batch_sizes(index: Index, plan: Plan) -> list[int]:
+    """Images of a global batch: one number, or if datasets differ, a number for each dataset that has buckets."""
+    _, first = np.unique([bucket.dataset for bucket in index.buckets], return_index=True)
+    sizes: list[int] = plan.batch_sizes[first].tolist()
+    return sizes if len(set(sizes)) > 1 else sizes[:1]
 
 
 def resumed_origin(start: Start, order: Mapping[str, Any], options: ResumeOptions) -> tuple[int, int]:
