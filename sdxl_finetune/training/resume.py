@@ -27,6 +27,7 @@ from sdxl_finetune.output.hub import download_start
 from sdxl_finetune.output.metadata import PREFIX, shareable
 from sdxl_finetune.storage import Address, StorageError, list_files, read
 from sdxl_finetune.storage.folders import fetch, fetch_to
+from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.saves import STATE_SUFFIX
 from sdxl_finetune.training.state import MANIFEST, OPTIMIZER, STATE, WEIGHTS, TrainingState, load_state, peek_state
 
@@ -186,7 +187,7 @@ def check_options(start: Start, config: Config) -> None:
 
     Raises UserError for a changed option that the saved optimizer state cannot follow.
     """
-    before, now = start.state.config, shareable(config)
+    before, now = start.state.config, saved_options(config)
     if before is None:
         return
     problems = []
