@@ -8,7 +8,7 @@ from pathlib import Path
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import Problem, Problems, counted
-from sdxl_finetune.latents.captions import Captions, count_keys
+from sdxl_finetune.latents.captions import KEYS_FOLDER, Captions, count_keys, find_keys
 from sdxl_finetune.latents.preparing import latent_bytes
 from sdxl_finetune.latents.together import check_memory
 from sdxl_finetune.model.architecture import FULL
@@ -114,7 +114,8 @@ def say_text_outputs(config: Config, index: Index, found: Findings) -> None:
         return
     tokenizer = tokenizer_of(config)
     captions = Captions(index, config.text_encoder_outputs_variants, tokenizer.identity())
-    count = count_keys(captions.keys(), captions.used)
+    keys = find_keys(captions, config.cache_folder / KEYS_FOLDER, writes=True)
+    count = count_keys(keys, captions.used)
     channels = tokenizer.positions * (architecture.te1.width + architecture.te2.width) + architecture.te2.projection
     place = _place_of_cache(config, 2 * count * channels, "cache_text_encoder_outputs", found)
     found.say("text outputs", f"{count} different captions: {place}")
