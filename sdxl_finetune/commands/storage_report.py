@@ -19,11 +19,14 @@ from sdxl_finetune.optim.parameters import Group
 from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
 from sdxl_finetune.runtime.host import memory_bytes
 from sdxl_finetune.runtime.processes import weight_dtype
+from sdxl_finetune.storage import Address
 from sdxl_finetune.training.checks import tokenizer_of
 from sdxl_finetune.training.every import Timeline, previews_every, saves_every
 from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
 
 MiB, GiB = 1 << 20, 1 << 30
+ENDINGS = {"cache_latents": ".latents", "cache_text_encoder_outputs": ".text_outputs"}
+"""Endings of the files that each option writes."""
 
 
 class Findings(Problems):
@@ -124,9 +127,11 @@ def say_text_outputs(config: Config, index: Index, found: Findings) -> None:
 def _place_of_cache(config: Config, size: int, option: str, found: Findings) -> str:
     """Where the cache of an option is kept. Notes a problem if that place is too small for it."""
     if getattr(config, f"{option}_to_disk"):
-        folder = config.cache_folder
+        folder = config.cache_location
+        if isinstance(folder, Address):
+            return f"{size_text(size)} at {folder}"
         free = shutil.disk_usage(existing(folder)).free
-        cached = sum(path.stat().st_size for path in folder.rglob("*.latents")) if folder.exists() else 0
+        cached = sum(path.stat().st_size for path in folder.rglob(f"*{ENDINGS[option]}")) if folder.exists() else 0
         if size - cached > free:
             message = f"the cache takes {size_text(size)}, and the disk has {size_text(free)} free"
             message += ": free space, or set another cache_dir"
