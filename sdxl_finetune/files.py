@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,19 +16,19 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
     Before the rename, everything is flushed to the disk. The rename replaces what was at `final`. After an exception
     the temporary path is removed. Its name ends in `.tmp`, so that no tool takes an incomplete file for a checkpoint.
+    Machines that share a folder may have processes of the same number. Therefore the name also holds a random word.
     """
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    _remove(temporary)
+    owner = f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = final.with_name(f".{final.name}.{owner}.tmp")
     try:
         yield temporary
         if temporary.is_dir():
             for path in temporary.rglob("*"):
                 if path.is_file():
                     _flush(path)
-            replaced = final.with_name(f".{final.name}.{os.getpid()}.old.tmp")
-            _remove(replaced)
+            replaced = final.with_name(f".{final.name}.{owner}.old.tmp")
             if final.exists():
                 final.rename(replaced)
             temporary.rename(final)
@@ -47,7 +48,8 @@ def remove_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> list[Path]
     """
     removed = []
     for path in list(folder.glob(".*.tmp")):
-        final, _, process = path.name[1:].removesuffix(".tmp").removesuffix(".old").rpartition(".")
+        final, _, owner = path.name[1:].removesuffix(".tmp").removesuffix(".old").rpartition(".")
+        process = owner.partition("-")[0]
         # Process numbers repeat, in containers almost at once. A path with our own number is not from this process.
         if process.isdecimal() and is_ours(final) and (int(process) == os.getpid() or not _is_running(int(process))):
             if path.name.endswith(".old.tmp") and not (folder / final).exists():

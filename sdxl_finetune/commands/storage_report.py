@@ -8,7 +8,7 @@ from pathlib import Path
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import Problem, Problems, counted
-from sdxl_finetune.latents.captions import Captions, count_keys
+from sdxl_finetune.latents.captions import KEYS_FOLDER, Captions, count_keys, find_keys
 from sdxl_finetune.latents.preparing import latent_bytes
 from sdxl_finetune.latents.together import check_memory
 from sdxl_finetune.model.architecture import FULL
@@ -19,11 +19,14 @@ from sdxl_finetune.optim.parameters import Group
 from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
 from sdxl_finetune.runtime.host import memory_bytes
 from sdxl_finetune.runtime.processes import weight_dtype
+from sdxl_finetune.storage import Address
 from sdxl_finetune.training.checks import tokenizer_of
 from sdxl_finetune.training.every import Timeline, previews_every, saves_every
 from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
 
 MiB, GiB = 1 << 20, 1 << 30
+ENDINGS = {"cache_latents": ".latents", "cache_text_encoder_outputs": ".text_outputs"}
+"""Endings of the files that each option writes."""
 
 
 class Findings(Problems):
@@ -114,7 +117,8 @@ def say_text_outputs(config: Config, index: Index, found: Findings) -> None:
         return
     tokenizer = tokenizer_of(config)
     captions = Captions(index, config.text_encoder_outputs_variants, tokenizer.identity())
-    count = count_keys(captions.keys(), captions.used)
+    keys = find_keys(captions, config.cache_folder / KEYS_FOLDER, writes=True)
+    count = count_keys(keys, captions.used)
     channels = tokenizer.positions * (architecture.te1.width + architecture.te2.width) + architecture.te2.projection
     place = _place_of_cache(config, 2 * count * channels, "cache_text_encoder_outputs", found)
     found.say("text outputs", f"{count} different captions: {place}")
@@ -123,9 +127,11 @@ def say_text_outputs(config: Config, index: Index, found: Findings) -> None:
 def _place_of_cache(config: Config, size: int, option: str, found: Findings) -> str:
     """Where the cache of an option is kept. Notes a problem if that place is too small for it."""
     if getattr(config, f"{option}_to_disk"):
-        folder = config.cache_folder
+        folder = config.cache_location
+        if isinstance(folder, Address):
+            return f"{size_text(size)} at {folder}"
         free = shutil.disk_usage(existing(folder)).free
-        cached = sum(path.stat().st_size for path in folder.rglob("*.latents")) if folder.exists() else 0
+        cached = sum(path.stat().st_size for path in folder.rglob(f"*{ENDINGS[option]}")) if folder.exists() else 0
         if size - cached > free:
             message = f"the cache takes {size_text(size)}, and the disk has {size_text(free)} free"
             message += ": free space, or set another cache_dir"

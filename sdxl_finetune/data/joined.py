@@ -23,7 +23,7 @@ import pyarrow.parquet
 from jaxtyping import Bool, Float32, Int, Int64, UInt8
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.tables import one_chunk
+from sdxl_finetune.data.tables import one_chunk, with_slashes
 from sdxl_finetune.errors import Problem, UserError
 
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "image", "name")
@@ -72,7 +72,7 @@ class Images:
 
     def _below(self, folders: Sequence[bytes]) -> pa.Array:
         each = pa.array(folders, pa.large_binary()).take(pa.array(self.folder))
-        return pa.compute.binary_join_element_wise(each, self.names, pa.scalar(b"/", pa.large_binary()))
+        return with_slashes(pa.compute.binary_join_element_wise(each, self.names, pa.scalar(b"/", pa.large_binary())))
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def read_rows(path: Path, wanted: Sequence[str], default: str) -> pa.Table:
         raise UserError(Problem(f"not a valid {path.suffix} file ({reason}): correct it", file=str(path))) from None
     if not table.num_rows:
         raise UserError(Problem("the file has no rows: add a row for each image", file=str(path)))
-    paths = pa.compute.cast(table["path"], pa.large_string())
-    paths = pa.compute.replace_substring_regex(paths.fill_null(""), r"^(\./)+", "").cast(pa.large_binary())
+    paths = one_chunk(pa.compute.cast(table["path"], pa.large_string()).fill_null("")).cast(pa.large_binary())
+    paths = pa.compute.replace_substring_regex(with_slashes(paths), rb"^(\./)+", b"")
     return table.set_column(table.column_names.index("path"), "path", paths).combine_chunks()
 
 

@@ -39,7 +39,8 @@ FORMAT = 1
 DECIDING = (
     *QualityOptions.model_fields,
     *ImageWeightOptions.model_fields,
-    *("caption_separator", "keep_tokens_separator", "secondary_separator", "num_repeats", "image_dir"),
+    *("caption_separator", "keep_tokens_separator", "secondary_separator", "caption_break"),
+    *("num_repeats", "image_dir"),
 )
 """Options of a subset on which its marks depend."""
 MOST_GROUPS = 20

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute
 from jaxtyping import Bool, Int64, Shaped
 
-from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.config.dataset import Subset, holds_tars
 from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.inspection import Contents, Files, Stats, look_at, read, stat_of_missing
 from sdxl_finetune.data.listing import list_all, say_missing_captions
@@ -185,11 +185,17 @@ def _key(subsets: Sequence[Subset]) -> str:
         (str(absolute(subset.image_dir)), str(subset.metadata_file), subset.caption_extension, subset.class_tokens)
         + ((subset.tar_files,) if subset.tar_files else ())
         + ((subset.metadata_columns,) if subset.metadata_columns else ())
-        + ((subset.caption_separator, subset.enable_wildcard) if subset.metadata_file else ())
+        + ((subset.caption_separator, subset.enable_wildcard) if _joins_texts(subset) else ())
         + tuple(source.name for source in subset.caption_sources or ())
         for subset in subsets
     ]
     return hashlib.blake2b(repr((FORMAT, sources)).encode(), digest_size=12).hexdigest()
+
+
+def _joins_texts(subset: Subset) -> bool:
+    """True if captions may be joined from several texts, as those of metadata files and tar files are."""
+    folder = subset.image_dir
+    return bool(subset.metadata_file or subset.tar_files) or not isinstance(folder, Path) or holds_tars(folder)
 
 
 def _load(path: Path) -> pa.Table | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.ipc
 from jaxtyping import UInt8
 
@@ -32,6 +33,14 @@ def map_table(path: Path, *, mapped: bool = True) -> pa.Table:
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
     """The column as one array. A column of one chunk is not copied."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def with_slashes(paths: pa.Array) -> pa.Array:
+    """Paths (large_binary) with / between folders. Programs on Windows write a backslash there.
+
+    On other systems a backslash may be part of a name.
+    """
+    return paths if os.sep == "/" else pa.compute.replace_substring(paths, os.sep.encode(), b"/")
 
 
 def fixed_binary(column: pa.FixedSizeBinaryArray) -> UInt8[np.ndarray, "n size"]:

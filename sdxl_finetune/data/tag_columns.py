@@ -14,7 +14,7 @@ import pyarrow.compute
 from jaxtyping import Int64
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.tags import comparable
+from sdxl_finetune.data.tags import BREAK, comparable
 from sdxl_finetune.progress import track
 
 ROWS = 1 << 16
@@ -52,7 +52,8 @@ class TagPatterns:
 
 def separators_of(options: Subset) -> tuple[str, ...]:
     """The texts between two tags of a caption; `caption_separator` is the first."""
-    others = {options.keep_tokens_separator, options.secondary_separator or "", "\n"}
+    own = options.keep_tokens_separator, options.secondary_separator or ""
+    others = {*own, "\n", BREAK if options.caption_break else ""}
     return (options.caption_separator, *sorted(filter(None, others), key=len, reverse=True))
 
 
@@ -91,10 +92,20 @@ def _tracked(rows: int) -> Iterator[int]:
 def _split(captions: pa.Array, separators: Sequence[str]) -> tuple[Int64[np.ndarray, " t"], pa.DictionaryArray]:
     """The row of each tag, and the tags."""
     texts, owner = captions.flatten(), _owners(captions)
-    for other in separators[1:]:
-        texts = pa.compute.replace_substring(texts, other, separators[0])
-    tags = pa.compute.split_pattern(texts.fill_null(""), separators[0])
+    texts = with_one_separator(texts, separators).fill_null("")
+    tags = pa.compute.split_pattern(texts, separators[0])
     return owner[_owners(tags)], pa.compute.utf8_trim_whitespace(tags.flatten()).dictionary_encode()
+
+
+def with_one_separator(texts: pa.Array, separators: Sequence[str]) -> pa.Array:
+    """The texts with the first separator in place of the others. BREAK separates only as a word of its own."""
+    for other in separators[1:]:
+        if other == BREAK:
+            replacement = separators[0].replace("\\", "\\\\")
+            texts = pa.compute.replace_substring_regex(texts, rf"\b{BREAK}\b", replacement)
+        else:
+            texts = pa.compute.replace_substring(texts, other, separators[0])
+    return texts
 
 
 def _owners(lists: pa.Array) -> Int64[np.ndarray, " n"]:

@@ -7,11 +7,13 @@ encoded and stored once. A key is the hash of the variant's text and of the toke
 and kept in float16.
 """
 
+import contextlib
+import hashlib
 import logging
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,6 +31,7 @@ from sdxl_finetune.data.caption_sources import Texts, choose_text
 from sdxl_finetune.data.captions import AS_WRITTEN, caption
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.files import atomic_path
 from sdxl_finetune.latents.keys import hash16
 from sdxl_finetune.latents.library import Library
 from sdxl_finetune.latents.records import Records
@@ -52,6 +55,14 @@ OUTPUTS_VERSION = "1"
 """Version of the way from a caption's text to a record. Another version gives other keys."""
 ROWS = 1 << 16
 """Rows of the index whose captions are in Python's memory at once."""
+KEYS_FOLDER = "caption_keys"
+"""Folder of files of keys in `cache_dir`."""
+KEYS = ".keys.npy"
+"""Ending of a file of keys."""
+KEPT = 4
+"""Files of keys that are kept, the newest ones. Each has 16 bytes for each image and variant."""
+CHECKED = 100
+"""Images whose keys are made again at each start: at most 0.1 seconds."""
 LOOKED_AT = 100
 """Images beside which the reference's cached outputs are looked for; a reference run writes one for each image."""
 ALWAYS_KEPT = {"caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0}
@@ -109,12 +120,21 @@ class Captions:
         used = self.index.used
         for start in range(0, len(self.index), ROWS):
             for row, texts in enumerate(self.index.captions(start, start + ROWS), start):
-                variants = self.variants if self._is_drawn(row, texts) else 1
                 if used[row]:
-                    own = b"".join(self._key(self._variant(row, texts, number)) for number in range(variants))
-                    keys[row] = np.frombuffer(own, np.uint8).reshape(variants, 16)
-        keys[-1] = np.frombuffer(self._key(""), np.uint8)
+                    keys[row] = self._keys_of(row, texts)
+        keys[-1] = self.keys_of(len(self.index))
         return keys
+
+    def keys_of(self, row: int) -> UInt8[np.ndarray, "v 16"]:
+        """The keys of one caption."""
+        if row < len(self.index):
+            return self._keys_of(row, self.index.captions(row, row + 1)[0])
+        return np.tile(np.frombuffer(self._key(""), np.uint8), (self.variants, 1))
+
+    def _keys_of(self, row: int, texts: Texts) -> UInt8[np.ndarray, "v 16"]:
+        variants = self.variants if self._is_drawn(row, texts) else 1
+        own = b"".join(self._key(self._variant(row, texts, number)) for number in range(variants))
+        return np.broadcast_to(np.frombuffer(own, np.uint8).reshape(variants, 16), (self.variants, 16))
 
     def _variant(self, row: int, texts: Texts, number: int) -> str:
         options = self._options[self._subset[row]][int(self.index.held_out[row])]
@@ -155,6 +175,57 @@ def _source_draw(texts: Texts, number: int) -> float:
     return (position_random(0, "caption source", *entropy).random() + number * GOLDEN_SECTION) % 1.0
 
 
+def find_keys(captions: Captions, folder: Path, *, writes: bool) -> UInt8[np.ndarray, "rows v 16"]:
+    """The result of `captions.keys`, from a file of an earlier start if there is one. With `writes` it is kept.
+
+    Making keys takes 30 to 500 microseconds for each image. The file's name is a hash of all that decides about
+    captions. Some keys are made again and compared. Therefore keys of another version of this program are not used.
+    """
+    path = folder / f"{_question(captions)}{KEYS}"
+    keys = _load(path, captions)
+    if keys is not None:
+        return keys
+    keys = captions.keys()
+    if writes:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, keys)
+        files = sorted(folder.glob(f"*{KEYS}"), key=lambda file: file.stat().st_mtime)
+        for old in files[:-KEPT]:
+            with contextlib.suppress(OSError):  # Windows removes no file that a process has mapped
+                old.unlink()
+    return keys
+
+
+def _load(path: Path, captions: Captions) -> UInt8[np.ndarray, "rows v 16"] | None:
+    """The keys of a file; None if there is no such file, or if it does not hold the keys that would be made now."""
+    try:
+        keys = np.load(path, mmap_mode="r").view(np.ndarray)
+    except (OSError, ValueError, EOFError):
+        return None
+    used = np.flatnonzero(captions.used)
+    if keys.dtype != np.uint8 or keys.shape != (len(captions.used), captions.variants, 16):
+        return None
+    rows = np.unique(used[np.linspace(0, len(used) - 1, CHECKED).astype(np.int64)]).tolist()
+    return keys if all(np.array_equal(keys[row], captions.keys_of(row)) for row in rows) else None
+
+
+def _question(captions: Captions) -> str:
+    """A hash of everything that captions depend on. The name of the index is a hash of its content."""
+    index = captions.index
+    about = (index.path.name, index.excluded, captions.variants, captions.tokenizer, index.subsets)
+    digest = hashlib.blake2b(repr(about).encode("utf-8", "surrogateescape"), digest_size=12)
+    for subset in index.subsets:
+        for file in _rule_files(subset):
+            digest.update(b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _rule_files(subset: Subset) -> Iterator[Path]:
+    for value in (subset.protected_tags_file, subset.caption_tag_dropout_groups):
+        if isinstance(value, Path):
+            yield value
+
+
 def prepare_text(
     index: Index, encoder: TextEncoder, config: Config, accelerator: Accelerator, stop: StopRequest | None = None
 ) -> TextStore:
@@ -167,7 +238,8 @@ def prepare_text(
     kind = Kind("text_outputs", encoder.identity() if on_disk else "")
     team = find_team(accelerator, kind, config, on_disk=on_disk)
     captions = Captions(index, config.text_encoder_outputs_variants, encoder.tokenizer_identity)
-    keys, used = captions.keys(), captions.used
+    keys = find_keys(captions, scratch / KEYS_FOLDER, writes=accelerator.is_local_main_process)
+    used = captions.used
     if not on_disk:
         size = 2 * (math.prod(encoder.hidden_shape) + encoder.pooled_size)
         check_memory(count_keys(keys, used) * size, "the text encoders' outputs", "cache_text_encoder_outputs")

@@ -20,7 +20,7 @@ from jaxtyping import Float16, Int64, Shaped, UInt8
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.buckets import crop_left_top
 from sdxl_finetune.data.images import ImageError
-from sdxl_finetune.data.index import Entry, Index
+from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.inspection import hash_of_stat
 from sdxl_finetune.data.masks import find_mask, latent_mask, load_mask
 from sdxl_finetune.data.remarks import report_bad_images
@@ -42,6 +42,8 @@ from sdxl_finetune.runtime.signals import StopRequest
 
 VERSION = "1"
 """Version of the way from a mask's file to its record. Another version gives other keys."""
+RESIZED = ("resized_width", "resized_height")
+"""Columns of the size before the crop."""
 CHUNK = 64
 """Masks that the threads read before the records are written."""
 
@@ -153,21 +155,34 @@ def find_mask_files(index: Index) -> tuple[MaskFiles, dict[int, Problem]]:
     """Looks for the file of every mask in use. Returns the files, and problems of missing files by row."""
     rows = np.flatnonzero(index.used & index.has_mask)
     rows = rows[np.argsort(index.bucket[rows], kind="stable")]
-    found, stat_hashes, geometry_hashes = [], bytearray(), bytearray()
-    bad: dict[int, Problem] = {}
-    for row in rows.tolist():
-        entry = index[row]
+    stat_hashes, bad = index.stat_hashes[rows], dict[int, Problem]()
+    for place in np.flatnonzero(index.has_mask_file[rows]).tolist():
+        entry = index[int(rows[place])]
         try:
             path = find_mask(entry)
-            stat_hashes += index.stat_hashes[row].tobytes() if path is None else _stat_hash(path)
+            assert path is not None
+            stat_hashes[place] = np.frombuffer(_stat_hash(path), np.uint8)
         except (ImageError, OSError) as error:
             reason = error.reason if isinstance(error, ImageError) else f"its mask is not readable ({error.strerror})"
-            bad[row] = Problem(reason, file=str(entry.path))
-            continue
-        found.append(row)
-        geometry_hashes += hash16(_geometry(entry).encode())
-    hashes = (np.frombuffer(bytes(table), np.uint8).reshape(-1, 16) for table in (stat_hashes, geometry_hashes))
-    return MaskFiles(np.array(found, np.int64), *hashes), bad
+            bad[int(rows[place])] = Problem(reason, file=str(entry.path))
+    kept = ~np.isin(rows, list(bad))
+    return MaskFiles(rows[kept], stat_hashes[kept], _geometry_hashes(index, rows[kept])), bad
+
+
+def _geometry_hashes(index: Index, rows: Int64[np.ndarray, " k"]) -> UInt8[np.ndarray, "k 16"]:
+    """Hashes of all that masks depend on besides the content of their files. Equal geometry is hashed once."""
+    columns = [index.numbers(name)[rows] for name in ("subset", "width", "height", *RESIZED, "bucket")]
+    kind, first = np.zeros(len(rows), np.int64), np.zeros(0, np.int64)
+    for values in columns:
+        kind = kind * (int(values.max(initial=0)) + 1) + values
+        _, first, kind = np.unique(kind, return_index=True, return_inverse=True)
+    hashes = bytearray()
+    for number, *sizes, place in np.stack(columns, axis=1)[first].tolist():
+        subset, bucket = index.subsets[number], index.buckets[place]
+        channel = "red" if subset.conditioning_data_dir else "alpha"
+        parts = (VERSION, channel, subset.resize_interpolation, *sizes, bucket.width, bucket.height)
+        hashes += hash16(" ".join(map(str, parts)).encode())
+    return np.frombuffer(bytes(hashes), np.uint8).reshape(-1, 16)[kind]
 
 
 def encode_masks(job: MaskEncoding, places: Int64[np.ndarray, " k"], writer: ShardWriter) -> Generator[int, None, None]:
@@ -211,10 +226,3 @@ def _read(job: MaskEncoding, place: int) -> tuple[bytes, bytes, Float16[np.ndarr
 def _stat_hash(path: Path) -> bytes:
     stat = path.stat()
     return hash_of_stat(os.fsencode(path.absolute()), stat.st_size, stat.st_mtime_ns)
-
-
-def _geometry(entry: Entry) -> str:
-    """All that a mask depends on besides the content of its file."""
-    channel = "red" if entry.subset.conditioning_data_dir else "alpha"
-    numbers = (*entry.size, *entry.resized, entry.bucket.width, entry.bucket.height)
-    return " ".join(map(str, (VERSION, channel, entry.interpolation, *numbers)))

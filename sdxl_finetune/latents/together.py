@@ -80,11 +80,17 @@ def find_team(accelerator: Accelerator, kind: Kind, config: Config, *, on_disk: 
 
 
 def open_together(team: Team, accelerator: Accelerator) -> list[Shard]:
-    """The sound shards in the team's folder. The first process checks them before the other processes open them."""
+    """The sound shards in the team's folder that all processes see.
+
+    The first process checks them before the other processes open them.
+    """
     if team.shelf is None:
         return []
     with accelerator.local_main_process_first() if team.in_store else accelerator.main_process_first():
-        return team.shelf.open(check=team.keeps_catalogue)
+        shards = team.shelf.open(check=team.keeps_catalogue)
+    # Another run may have added shards between two openings. All processes must find the same records missing.
+    names = [set(own) for own in gather_object([[shard.path.name for shard in shards]])]
+    return [shard for shard in shards if all(shard.path.name in own for own in names)]
 
 
 def encode_in_rounds(

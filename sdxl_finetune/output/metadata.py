@@ -26,7 +26,7 @@ from sdxl_finetune.errors import Problem, UserError
 PREFIX = "sdxl_finetune."
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "bitsandbytes", "numpy", "pydantic")
 """Libraries whose version can change a result."""
-TEXT_PATHS = {"metadata_thumbnail"}
+TEXT_PATHS = {"metadata_thumbnail", "quality_scores"}
 """Options with text values that may be paths. All other paths have the type Path."""
 
 

@@ -15,6 +15,8 @@ from jaxtyping import Float64, Int64
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.sparse import csr_matrix
 
+from sdxl_finetune.data.tag_columns import with_one_separator
+
 CHUNK = 1 << 16
 """Images whose captions are split at once."""
 MOST_TAGS = 2_000_000
@@ -133,10 +135,8 @@ class ArrowNames(Sequence[str]):
 
 def split_texts(texts: pa.LargeStringArray, separators: Iterable[str]) -> pa.LargeListArray:
     """Splits captions into tags at any of the separators. Tags are stripped; empty tags and null captions vanish."""
-    first, *others = separators
-    for other in others:
-        texts = pc.replace_substring(texts, other, first)
-    parts = pc.split_pattern(pc.fill_null(texts, ""), first)
+    first, *_ = separators = tuple(separators)
+    parts = pc.split_pattern(pc.fill_null(with_one_separator(texts, separators), ""), first)
     tags = pc.utf8_trim_whitespace(parts.flatten())
     kept = pc.not_equal(tags, "").to_numpy(zero_copy_only=False)
     before = np.concatenate([[0], np.cumsum(kept)])

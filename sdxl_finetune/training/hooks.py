@@ -19,7 +19,7 @@ from sdxl_finetune.files import remove_leftovers
 from sdxl_finetune.model.save import single_file_tensors
 from sdxl_finetune.output import checkpoints
 from sdxl_finetune.output.checkpoints import Save, overwritten
-from sdxl_finetune.output.metadata import build_metadata, shareable
+from sdxl_finetune.output.metadata import build_metadata
 from sdxl_finetune.output.previews import PreviewModel, draw_previews
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts, with_size
 from sdxl_finetune.training.every import Moment, previews_every, validation_every
@@ -209,7 +209,7 @@ def _training_state(run: Run, step: int, is_interrupted: bool) -> TrainingState:
         log=run.log.name,
         checkpoint_format=run.checkpoint_format,
         optimizer=run.config.optimizer_name,
-        config=shareable(run.config),
+        config=run.options,
         is_interrupted=is_interrupted,
     )
 

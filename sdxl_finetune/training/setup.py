@@ -55,6 +55,7 @@ from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
 from sdxl_finetune.training.every import Timeline, first_step, saves_every
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
+from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.resume import Start
 from sdxl_finetune.training.text_encoder import TextEncoders
 from sdxl_finetune.training.vae_encoder import VaeEncoder
@@ -70,6 +71,8 @@ class Run:
     """Everything that the training loop and its hooks work with."""
 
     config: Config
+    options: Mapping[str, Any]
+    """The options that training states save, with digests of files as they were at the start."""
     seed: int
     accelerator: Accelerator
     start: Start | None
@@ -182,6 +185,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     _log_captions(index, tokenizer, accelerator)
     return Run(
         config=config,
+        options=saved_options(config),
         seed=seed,
         accelerator=accelerator,
         start=start,

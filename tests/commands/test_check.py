@@ -99,6 +99,23 @@ def test_a_disk_that_is_too_small_is_a_problem(work, capsys, monkeypatch) -> Non
     assert "output_dir" in problems and "save_last_n_epochs" in problems and "cache_dir" in problems
 
 
+@pytest.mark.parametrize("kind", ["latents", "text_outputs", "store"])
+def test_a_full_disk_is_no_problem_for_what_is_cached_already(work, capsys, monkeypatch, kind: str) -> None:
+    option = "cache_latents_to_disk" if kind == "latents" else "cache_text_encoder_outputs_to_disk"
+    asked = ["--no_memory", f"--{option}", "--no-train_text_encoder", "--no-shuffle_caption"]
+    if kind == "store":
+        asked += ["--cache_dir", "s3://bucket/cache", "--cache_dir_local", "local"]
+    else:
+        Path(f"out/cache/{kind}").mkdir(parents=True)
+        with Path(f"out/cache/{kind}/a.{kind}").open("wb") as file:
+            file.truncate(1 << 40)
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 10))
+    check(config("sdxl-check", *asked))
+    said, _, problems = capsys.readouterr().out.partition("\nproblems")
+    assert option not in problems and ("at s3://bucket/cache" in said) == (kind == "store")
+
+
 def test_no_memory_leaves_out_the_estimate(work, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sdxl_finetune.commands.check.describe", lambda *_: pytest.fail("it was estimated"))
     assert check(config("sdxl-check", "--no_memory")) == 0

@@ -2,7 +2,8 @@
 
 import json
 import math
-from pathlib import Path
+import os
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pyarrow as pa
@@ -131,3 +132,12 @@ def test_each_image_is_joined_below_its_own_folder() -> None:
     names = pa.array([b"1.png", b"1.png"], pa.large_binary())
     both = Images(names, np.array([0, 1]), [Path("/d/5_cat"), Path("/d/1_dog")])
     assert join(both, pa.array([b"1_dog/1.png", b"5_cat/1"], pa.large_binary())).row.tolist() == [1, 0]
+
+
+def test_paths_as_windows_writes_them(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "scores.csv").write_text("path,score\n.\\5_cat\\a.png,1\nsub\\b,2\nC:\\x\\5_cat\\c.png,3\n")
+    names = pa.array([b"a.png", b"sub/b.png", b"c.png"], pa.large_binary())
+    found = Images(names, np.zeros(3, np.int32), [PureWindowsPath("C:\\x\\5_cat")])
+    monkeypatch.setattr(os, "sep", "\\")
+    table = read_rows(tmp_path / "scores.csv", ["score"], "score")
+    assert find_rows(found, tmp_path, table, []).tolist() == [0, 1, 2]

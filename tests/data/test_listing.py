@@ -13,6 +13,7 @@ from PIL import Image
 
 from sdxl_finetune.config import Config, load_datasets
 from sdxl_finetune.data.index import build_index
+from sdxl_finetune.data.listing import list_all
 from sdxl_finetune.data.scan import scan
 from sdxl_finetune.errors import UserError
 
@@ -213,3 +214,11 @@ def test_names_in_a_metadata_file_need_not_be_utf_8(tmp_path: Path, subset, data
     rules = subset(tmp_path / "a", metadata_file=tmp_path / "meta.json")
     index = build_index([dataset(rules)], tmp_path / "cache", on_bad_image="stop")
     assert index[0].path == tmp_path / "a" / name and index[0].caption == "a cat"
+
+
+def test_names_in_metadata_as_windows_writes_them(tmp_path: Path, subset, write_images, monkeypatch) -> None:
+    write_images(tmp_path / "images" / "sub", {"a.png": (8, 8), "b.png": (8, 8)})
+    (tmp_path / "meta.json").write_text(json.dumps({"sub\\a": {"tags": "a"}, "sub\\b.png": {"tags": "b"}}))
+    monkeypatch.setattr(os, "sep", "\\")
+    (listing,) = list_all([subset(tmp_path / "images", metadata_file=tmp_path / "meta.json")], tmp_path / "cache")
+    assert listing.table["name"].to_pylist() == [b"sub/a.png", b"sub/b.png"] and not listing.problems

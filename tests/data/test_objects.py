@@ -314,3 +314,14 @@ def test_impossible_addresses_are_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"image_dir.*address") as caught_in_file:
         load_datasets(config)
     assert "secret" not in str(caught_in_file.value) and len(caught.value.problems) == 1
+
+
+def test_face_cutouts_below_an_address_share_the_caption_of_their_image(upload, tmp_path: Path, listing) -> None:
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for number, name in enumerate(("cat", "cat_10_20_5_5", "cat_1_2_3_4", "dog_1_2_3_4")):
+        (folder / f"{name}.png").write_bytes(picture(number))
+    (folder / "cat.caption").write_text("a cat")
+    (folder / "cat_1_2_3_4.caption").write_text("its face")
+    expected = {"cat.png": "a cat", "cat_10_20_5_5.png": "a cat", "cat_1_2_3_4.png": "its face", "dog_1_2_3_4.png": ""}
+    assert captions(listing(upload(folder))) == {name: [text] for name, text in expected.items()}

@@ -18,6 +18,7 @@ from sdxl_finetune.config.caption_sources import read_sources
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.listing import list_all
+from sdxl_finetune.data.scan import scan
 from sdxl_finetune.data.sources import tar_files
 from sdxl_finetune.data.sources.listed import Listing
 from sdxl_finetune.data.sources.tars import expand
@@ -321,3 +322,38 @@ def test_indexes_of_one_run(pack: Pack, tmp_path: Path, subset, dataset, images,
     (plain, counts), (packed, counts_of_tar) = latents("plain"), latents("tars")
     assert counts == {"encoded": 5} and counts_of_tar == {"found again": 5}
     assert all(np.array_equal(one, other) for one, other in zip(plain, packed, strict=True))
+
+
+def test_face_cutouts_in_tars_share_the_caption_of_their_image(pack: Pack, listing) -> None:
+    members = {
+        "a/cat.png": picture(),
+        "a/cat.txt": b"a cat",
+        "a/cat_10_20_5_5.png": picture(1),
+        "a/cat_1_2_3_4.png": picture(2),
+        "a/cat_1_2_3_4.txt": b"its face",
+        "b/dog_1_2_3_4.png": picture(3),
+    }
+    pack("x.tar", members)
+    expected = {"a/cat": "a cat", "a/cat_10_20_5_5": "a cat", "a/cat_1_2_3_4": "its face", "b/dog_1_2_3_4": ""}
+    assert captions(listing()) == {f"x.tar/{name}.png": [text] for name, text in expected.items()}
+    pack("x.tar", members | {"a/cat.txt": b"\xff"})
+    assert list(captions(listing())) == ["x.tar/a/cat_1_2_3_4.png", "x.tar/b/dog_1_2_3_4.png"]
+
+
+def test_a_tar_is_looked_through_again_when_more_kinds_of_images_can_be_read(pack: Pack, listing, monkeypatch) -> None:
+    """As after the installation of a package that a warning has recommended."""
+    pack("x.tar", {"a.png": picture(), "b.jpg": picture(1, "JPEG")})
+    with monkeypatch.context() as fewer:
+        fewer.setattr("sdxl_finetune.data.images.IMAGE_SUFFIXES", (".png",))
+        assert list(captions(listing())) == ["x.tar/a.png"]
+    assert list(captions(listing())) == ["x.tar/a.png", "x.tar/b.jpg"]
+
+
+def test_other_options_of_captions_count_also_without_a_check(pack: Pack, tmp_path: Path, subset) -> None:
+    pack("x.tar", {"a.png": picture(), "a.json": json.dumps({"caption": "a cat", "tags": "1cat"}).encode()})
+
+    def texts(**options: object) -> list[str]:
+        table, _ = scan([subset(tmp_path / "tars", **options)], tmp_path / "cache", skip_check=True)
+        return table["captions"].to_pylist()[0]
+
+    assert texts() == ["a cat,1cat"] and texts(caption_separator=";") == ["a cat;1cat"]

@@ -160,3 +160,12 @@ def test_tags_are_found_as_plain_python_finds_them(captions, patterns) -> None:
         for pair in zip(rows.tolist(), numbers.tolist(), strict=True)
     ]
     assert len(pairs) == len(set(pairs)) and set(pairs) == expected
+
+
+def test_break_ends_a_tag_with_caption_break(tmp_path: Path) -> None:
+    rules = '[tags]\n"style_a" = { repeats = 3 }\n"b" = { repeats = 5 }\n"breakfast" = { repeats = 7 }'
+    (tmp_path / "rules.toml").write_text(rules)
+    images = table((0, "1.png", ["x, style_a BREAK y"]), (0, "2.png", ["x BREAK b"]), (0, "3.png", ["x, BREAKFAST"]))
+    for caption_break, repeats in ((True, [3, 5, 7]), (False, [1, 1, 7])):
+        own = subsets(tmp_path / "rules.toml", "d/1_dog", caption_break=caption_break)
+        assert find_weights(images, own)[0].repeats.tolist() == repeats

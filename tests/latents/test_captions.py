@@ -16,7 +16,7 @@ from sdxl_finetune.data.captions import caption
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.tokens import SAVED_NAMES, build_tokenizer
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.latents.captions import Captions, count_keys, prepare_text
+from sdxl_finetune.latents.captions import KEPT, Captions, count_keys, find_keys, prepare_text
 from sdxl_finetune.model.load import load_checkpoint, load_text_encoders
 from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.model.save import single_file_tensors
@@ -205,3 +205,42 @@ def test_a_held_out_caption_is_its_heaviest_source(index, tmp_path: Path) -> Non
     for row in np.flatnonzero(own.held_out).tolist():
         assert set(texts(found, row)) == {"A long text."}
         assert (found.keys()[row] == found.keys()[row, 0]).all()
+
+
+def test_keys_are_kept_until_something_changes(index, tmp_path: Path, monkeypatch) -> None:
+    """There may be millions of captions, and each start needs the keys of all of them."""
+    folder, made = tmp_path / "kept", []
+    original = Captions.keys
+    monkeypatch.setattr(Captions, "keys", lambda self: made.append(self) or original(self))
+
+    def is_made(variants: int = 3, tokenizer: str = "tokenizer", *, writes: bool = True, **options: object) -> bool:
+        count, captions = len(made), Captions(index(shuffle_caption=True, **options), variants, tokenizer)
+        keys = find_keys(captions, folder, writes=writes)
+        assert np.array_equal(keys, original(captions))
+        return len(made) > count
+
+    rules = tmp_path / "tags.txt"
+    rules.write_text("cat")
+    assert is_made(writes=False) and is_made() and not is_made()
+    for change in ({"variants": 2}, {"tokenizer": "x"}, {"keep_tokens": 2}, {"protected_tags_file": rules}):
+        assert is_made(**change) and not is_made(**change)
+    assert len(list(folder.iterdir())) == KEPT and is_made(), "the oldest file is removed"
+    (tmp_path / "images" / "a.txt").write_text("another, caption")
+    assert is_made() and not is_made()
+    for path in folder.iterdir():
+        keys = np.load(path)
+        keys[:2] += 1  # as if another version of the program had made them
+        np.save(path, keys)
+    assert is_made() and not is_made()
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    assert is_made() and not is_made()
+
+
+def test_keys_are_made_again_when_a_file_of_tag_rules_changes(index, tmp_path: Path) -> None:
+    (tmp_path / "tags.txt").write_text("cat")
+    captions = Captions(index(shuffle_caption=True, protected_tags_file=tmp_path / "tags.txt"), 2, "tokenizer")
+    for number in (1, 2):
+        find_keys(captions, tmp_path / "kept", writes=True)
+        assert len(list((tmp_path / "kept").iterdir())) == number
+        (tmp_path / "tags.txt").write_text("dog")

@@ -14,8 +14,8 @@ from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.masks import latent_mask, load_mask
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.latents.catalogue import local_shelf
-from sdxl_finetune.latents.keys import row_keys
-from sdxl_finetune.latents.masks import MaskStore, prepare_masks
+from sdxl_finetune.latents.keys import hash16, row_keys
+from sdxl_finetune.latents.masks import MaskStore, find_mask_files, prepare_masks
 from sdxl_finetune.latents.shards import Kind, Shard
 
 SIZES = {"a.png": (64, 64), "b.png": (200, 180), "c.png": (70, 64), "d.png": (64, 90), "same_as_a.png": (64, 64)}
@@ -150,3 +150,27 @@ def test_a_damaged_mask_is_named(folders, subset, prepare, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"the mask of .* is damaged"):
         for row in range(5):
             store.read([row], [False])
+
+
+def test_alpha_masks_are_found_in_columns(folders, subset, dataset, tmp_path: Path, monkeypatch) -> None:
+    """No image is looked at by itself, because there may be millions. The hashes are those of single images."""
+    images, masks = folders
+    subsets = (
+        subset(images, alpha_mask=True),
+        subset(images, alpha_mask=True, resize_interpolation="area"),
+        subset(images, conditioning_data_dir=masks),
+        subset(images),
+    )
+    index = build_index([dataset(*subsets)], tmp_path / "cache", "stop")
+    looked_at: list[int] = []
+    original = Index.__getitem__
+    monkeypatch.setattr(Index, "__getitem__", lambda self, row: looked_at.append(row) or original(self, row))
+    files, bad = find_mask_files(index)
+    assert len(files.rows) == 3 * len(SIZES) and not bad
+    assert {subsets.index(original(index, row).subset) for row in looked_at} <= {2}
+    for row, found in zip(files.rows.tolist(), files.geometry_hashes, strict=True):
+        entry = original(index, row)
+        channel = "red" if entry.subset.conditioning_data_dir else "alpha"
+        sizes = (*entry.size, *entry.resized, entry.bucket.width, entry.bucket.height)
+        text = " ".join(map(str, ("1", channel, entry.interpolation, *sizes)))
+        assert found.tobytes() == hash16(text.encode())

@@ -82,7 +82,10 @@ def test_metadata_contains_neither_secrets_nor_paths(tmp_path: Path) -> None:
     secrets = dict.fromkeys(SECRETS & Config.model_fields.keys(), secret)
     assert "wandb_api_key" in secrets
     thumbnail = tmp_path / secret / "thumbnail.png"
-    config = Config(**paths, **secrets, metadata_thumbnail=str(thumbnail), log_with="all")
+    scores = str(tmp_path / secret / "scores.csv")
+    config = Config(
+        **paths, **secrets, metadata_thumbnail=str(thumbnail), quality_tags="a", quality_scores=scores, log_with="all"
+    )
     saved = json.dumps(build_metadata(config, epoch=1, step=1, seed=1, now=NOW))
     assert secret not in saved and str(tmp_path) not in saved
     assert shareable(config)["log_with"] == "all"

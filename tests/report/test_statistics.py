@@ -46,6 +46,8 @@ def test_tags_are_counted_once_for_each_image(captions: list[str]) -> None:
 def test_captions_are_split_at_every_separator_and_null_has_no_tags() -> None:
     texts = pa.array(["a, b|||c;;d", None, "", "e\nf"], pa.large_string())
     assert split_texts(texts, [",", "|||", ";;", "\n"]).to_pylist() == [["a", "b", "c", "d"], [], [], ["e", "f"]]
+    words = pa.array(["a BREAK b, BREAKFAST", "c"], pa.large_string())
+    assert split_texts(words, [",", "BREAK"]).to_pylist() == [["a", "b", "BREAKFAST"], ["c"]]
     assert split_texts(texts.slice(2), [","]).to_pylist() == [[], ["e\nf"]]
 
 

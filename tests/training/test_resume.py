@@ -202,10 +202,22 @@ def test_an_unset_seed_is_the_states(work) -> None:
 
 
 def test_changed_options_are_said(work, caplog) -> None:
-    assert run("one", "--optimizer_args", "weight_decay=0.1", "betas=0.8,0.9") == 0
+    Path("tags.txt").write_text("style_*\n")
+    protected = ["--shuffle_caption", "--protected_tags_file", "tags.txt"]
+    assert run("one", "--optimizer_args", "weight_decay=0.1", "betas=0.8,0.9", *protected) == 0
+    Path("tags.txt").write_text("another\n")
     forget("one", "style.safetensors", "style-state", "style-step00000006-state")
     caplog.clear()
-    more = ["--optimizer_args", "weight_decay=0.2", "betas=0.8,0.9", "--learning_rate", "2e-5", "--resume", "auto"]
+    more = [
+        "--optimizer_args",
+        "weight_decay=0.2",
+        "betas=0.8,0.9",
+        "--learning_rate",
+        "2e-5",
+        "--resume",
+        "auto",
+        *protected,
+    ]
     config = load_config(arguments("one", *more), program="sdxl-train")
     assert config is not None
     with build_run(config) as built:
@@ -216,6 +228,7 @@ def test_changed_options_are_said(work, caplog) -> None:
     assert groups == [{"weight_decay": 0.2, "betas": (0.8, 0.9)}] * 3
     said = next(message for message in caplog.messages if message.startswith("options that have changed"))
     assert "learning_rate 3e-05 -> 2e-05" in said and "weight_decay" in said and "output" not in said
+    assert "content of protected_tags_file" in said and "tags.txt" not in said
 
 
 def start(folder: str, *more: str, after: int = 0) -> subprocess.Popen:

@@ -31,7 +31,7 @@ def joined(subset: Subset, listing: Listing, entries: Entries) -> Listing:
     An entry without an image is a problem of the metadata file.
     """
     names = entries.table["name"].combine_chunks()
-    folder = os.fsencode(str(subset.image_dir)) + b"/"
+    folder = os.fsencode(subset.image_dir.as_posix()) + b"/"
     names = pa.compute.replace_substring_regex(names, rb"^(?:\./)+|^" + re.escape(folder), b"")
     place = find_places(one_chunk(listing.table["name"]), names, in_tars=listing.table["offset"].null_count == 0)
     for code, message in ((MISSING, "no image has this name"), (SEVERAL, "several images have this name")):

@@ -21,6 +21,7 @@ from sdxl_finetune.data.sources.folders import list_folder
 from sdxl_finetune.data.sources.listed import LISTED, Listing, listed_table
 from sdxl_finetune.data.sources.names import first_of_each, with_endings
 from sdxl_finetune.data.sources.parquet import read_rows
+from sdxl_finetune.data.tables import one_chunk, with_slashes
 from sdxl_finetune.errors import Problem, Tally, UserError
 from sdxl_finetune.storage import Location
 
@@ -79,7 +80,8 @@ def load_entries(subset: Subset, *, beside: bool = False) -> Entries:
     table = pa.concat_tables(tables).combine_chunks()
     if not table.num_rows and not problems:
         raise UserError(Problem("the file names no images: give one with entries", file=str(path)))
-    return Entries(path, table, problems)
+    names = with_slashes(one_chunk(table["name"]))
+    return Entries(path, table.set_column(table.column_names.index("name"), "name", names), problems)
 
 
 def _chunks(subset: Subset, path: Location, *, beside: bool) -> Iterator[Chunk]:

@@ -131,7 +131,7 @@ def _contents(
     kept = cache_dir / "objects" / f"{key.hexdigest()}.objects"
     known = _load(kept, schema(wanted))
     stem = stems(images.names)
-    places = {ending: pa.compute.index_in(stem, value_set=stems(one.names)) for ending, one in beside.items()}
+    places = {ending: _places(stem, stems(one.names)) for ending, one in beside.items()}
     now = {"bytes": images.sizes, "mtime": images.versions, "text_version": _text_versions(stem, places, beside)}
     known_place = pa.compute.index_in(images.names, value_set=one_chunk(known["name"])).fill_null(-1).to_numpy()
     is_same = known_place >= 0
@@ -159,6 +159,16 @@ def _contents(
         if len(rows) or table.num_rows != known.num_rows:
             write_table(kept, table)  # also after an interruption, because the reading may have taken long
     return table, problems
+
+
+def _places(stem: pa.Array, texts: pa.Array) -> pa.Array:
+    """The place of the text of each image, by names without ending; null without a text.
+
+    A face cutout that lacks a text has that of the original image, as in a folder.
+    """
+    original = pa.compute.replace_substring_regex(stem, rb"^(.+)_\d+_\d+_\d+_\d+$", rb"\1")
+    own, of_original = (pa.compute.index_in(names, value_set=texts) for names in (stem, original))
+    return pa.compute.coalesce(own, of_original)
 
 
 def _text_versions(

@@ -13,6 +13,7 @@ from io import BufferedReader
 
 import pyarrow as pa
 
+from sdxl_finetune.data.faces import FACE_NAME
 from sdxl_finetune.data.images import ImageError, image_extensions, image_size, size_of_start
 from sdxl_finetune.data.sources.beside import LARGEST_TEXT, Texts, Wanted, read_text
 from sdxl_finetune.errors import Problem, Tally
@@ -69,15 +70,32 @@ def read_members(location: Location, size: int, wanted: Wanted) -> Members:
     rows = []
     for name, (offset, size, sides) in found.images.items():
         stem = name[: name.rfind(b".")]
-        if stem in found.bad:
+        beside = _beside(found, stem)
+        if beside is None:
             continue
-        beside = found.beside.get(stem, Texts())
         width, height = sides or beside.size or (None, None)
         rows.append((name, offset, size, width, height, beside.score, *map(beside.texts.get, wanted.texts)))
     fields = schema(wanted)
     columns = list(zip(*rows, strict=True)) or [()] * len(fields)
     arrays = [pa.array(column, one.type) for column, one in zip(columns, fields, strict=True)]
     return Members(pa.table(arrays, schema=fields), problems, found.others)
+
+
+def _beside(found: _Found, stem: bytes) -> Texts | None:
+    """The texts of an image by its name without ending; None if they cannot be used.
+
+    A face cutout that lacks a text has that of the original image, as in a folder.
+    """
+    if stem in found.bad:
+        return None
+    own = found.beside.get(stem, Texts())
+    face = FACE_NAME.fullmatch(stem.decode("utf-8", "surrogateescape"))
+    if face is None:
+        return own
+    original = face[1].encode("utf-8", "surrogateescape")
+    if original in found.bad and not own.texts:
+        return None
+    return Texts(found.beside.get(original, Texts()).texts | own.texts, own.score, own.size)
 
 
 def _read_members(

@@ -27,6 +27,7 @@ import pyarrow.compute
 
 from sdxl_finetune.config.dataset import TAR_SUFFIX, Subset
 from sdxl_finetune.data.contents import absolute, container_version
+from sdxl_finetune.data.images import image_extensions
 from sdxl_finetune.data.sources.beside import Wanted, captions_of, wanted_of
 from sdxl_finetune.data.sources.folders import list_folder
 from sdxl_finetune.data.sources.listed import LISTED, Listing, sorted_by_name
@@ -37,7 +38,7 @@ from sdxl_finetune.errors import Problem, Tally, UserError
 from sdxl_finetune.progress import track
 from sdxl_finetune.storage import Found, Location, StorageError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files of members in `cache_dir`. Files of another version are not found."""
 THREADS = 32
 """Tar files in an object store that are looked through at once. Each waits for one request at a time."""
@@ -110,7 +111,7 @@ def _listed(subset: Subset, tar: Found, members: pa.Table, wanted: Wanted) -> pa
 
 def _all_members(folder: Location, found: Sequence[Found], wanted: Wanted, cache_dir: Path) -> Iterator[Members]:
     """The members of all tar files, in order: from `cache_dir`, or from the tar file if it is new or has changed."""
-    about = repr((FORMAT, str(absolute(folder)), wanted)).encode("utf-8", "surrogateescape")
+    about = repr((FORMAT, str(absolute(folder)), wanted, image_extensions())).encode("utf-8", "surrogateescape")
     key = hashlib.blake2b(about, digest_size=12)
     kept = cache_dir / "tars" / key.hexdigest()
     jobs = [Job(folder / tar.name, tar, wanted, kept / f"{tar.name}.members") for tar in found]
