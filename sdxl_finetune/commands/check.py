@@ -33,7 +33,6 @@ from sdxl_finetune.config import Config, with_local_models
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Bucket, Index
-from sdxl_finetune.data.remarks import bad_files_logger
 from sdxl_finetune.errors import UserError, counted
 from sdxl_finetune.model.declared import read_declared
 from sdxl_finetune.model.load import inspect_checkpoint
@@ -119,13 +118,14 @@ def processes() -> int:
 def _describe_data(config: Config, index: Index | None, found: Findings) -> Index | None:
     if index is None:
         # The rest of the report describes the images that can be read. The others are among the problems.
+        # Their messages have been logged before, and on_bad_image = "skip" in them would be wrong.
         try:
-            bad_files_logger.setLevel(logging.ERROR)
+            logging.getLogger("sdxl_finetune.data").setLevel(logging.ERROR)
             index = index_images(config.model_copy(update={"on_bad_image": "skip"}))
         except UserError:
             return None
         finally:
-            bad_files_logger.setLevel(logging.NOTSET)
+            logging.getLogger("sdxl_finetune.data").setLevel(logging.NOTSET)
     total, *lines = index.describe().splitlines()
     buckets = [line for line in lines if line.startswith("bucket ")]
     if config.on_bad_image == "stop" and index.bad_files:

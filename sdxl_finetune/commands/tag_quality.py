@@ -71,11 +71,6 @@ def _check_sources(datasets: Sequence[Dataset]) -> None:
         if subset.metadata_file
     ]
     problems += [
-        Problem(f"captions of several sources are not rewritten: {REMEDY}", key="caption_sources")
-        for subset in subsets
-        if subset.caption_sources
-    ]
-    problems += [
         Problem(
             f"captions of several sources are not rewritten: {REMEDY}", "caption_sources", file=str(subset.image_dir)
         )

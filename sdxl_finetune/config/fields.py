@@ -305,7 +305,7 @@ def expected(field: FieldInfo) -> str:
     limits = {type(note).__name__.lower(): note for note in field.metadata}
     least, above, most = (getattr(limits.get(name), name, None) for name in ("ge", "gt", "le"))
     if most is not None:
-        return f"{words} from {least} to {most}"
+        return f"{words} above {above}, at most {most}" if least is None else f"{words} from {least} to {most}"
     if least is not None or above is not None:
         return f"{words} above {above}" if least is None else f"{words} of at least {least}"
     return f"{words} that is not empty" if "minlen" in limits else words

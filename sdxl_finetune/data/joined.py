@@ -1,8 +1,9 @@
 """Files of values by image, such as scores: read as columns, and joined to the images by path.
 
 A row names its image by the name below the image folder, by `folder/name`, or by the absolute path, with or without the
-ending of the image file. CSV, TSV, Parquet, JSON and JSON Lines files are read. A JSON file is an object of values by
-name, or of objects by name, or a list of objects. If several rows name one image, the last row counts.
+ending of the image file. An image in a tar file may also be named without the tar file's name. CSV, TSV, Parquet, JSON
+and JSON Lines files are read. A JSON file is an object of values by name, or of objects by name, or a list of objects.
+If several rows name one image, the last row counts.
 """
 
 import json
@@ -26,7 +27,7 @@ from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.tables import one_chunk, with_slashes
 from sdxl_finetune.errors import Problem, UserError
 
-PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "image", "name")
+PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "image", "name", "key")
 """Columns that may hold the path of the image, in the order in which they are looked for."""
 ROWS = 1 << 16
 """Rows of a JSON file that are Python objects at once."""
@@ -69,6 +70,11 @@ class Images:
     def absolute(self) -> pa.Array:
         """The absolute path or the address of each image."""
         return self._below([os.fsencode(absolute(folder)) for folder in self.folders])
+
+    @cached_property
+    def in_tar(self) -> pa.Array:
+        """The name of each image inside its tar file; the whole name of an image that is in none."""
+        return pa.compute.replace_substring_regex(self.names, r"(?i)^[^/]*\.tar/", "")
 
     def _below(self, folders: Sequence[bytes]) -> pa.Array:
         each = pa.array(folders, pa.large_binary()).take(pa.array(self.folder))
@@ -121,7 +127,8 @@ def _columns(path: Path, there: Sequence[str], wanted: Sequence[str]) -> tuple[s
     """The column of paths, and the wanted columns that are there. Raises UserError without a column of paths."""
     name = next((name for name in PATH_COLUMNS if name in there and name not in wanted), None)
     if name is None:
-        message = f"no column names the images: call one of {', '.join(there)} path"
+        message = "no column names the images: rename the one with their paths to path; the columns are"
+        message += f" {', '.join(there)}"
         raise UserError(Problem(message, file=str(path)))
     return name, [column for column in wanted if column in there]
 
@@ -260,14 +267,14 @@ def find_rows(images: Images, path: Path, table: pa.Table, remarks: list[str]) -
 def join(images: Images, paths: pa.Array) -> Join:
     """Finds the row of each image among the paths, which are large_binary.
 
-    The most exact name wins: `folder/name`, then the name below the folder, then the absolute path; then these without
-    the image's ending.
+    The most exact name wins: `folder/name`, then the name below the folder, then the absolute path, then the name in
+    the tar file; then these without the image's ending.
     """
     count = len(paths)
     backwards = paths[::-1]  # index_in finds the first of equal paths, and the last row counts
     row = np.full(len(images.names), -1, np.int64)
     for without_ending in (False, True):
-        for names in (images.in_folder, images.names, images.absolute):
+        for names in (images.in_folder, images.names, images.absolute, images.in_tar):
             left = np.flatnonzero(row < 0)
             if not len(left):
                 break

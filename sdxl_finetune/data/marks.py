@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 MARKS = pa.schema({"quality": pa.int16(), "repeats": pa.float32(), "loss_weight": pa.float32()})
 """Columns of marks."""
-FORMAT = 1
+FORMAT = 2
 """Version of the way from files to marks. Marks of another version are not found."""
 DECIDING = (
     *QualityOptions.model_fields,

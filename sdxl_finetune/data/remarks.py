@@ -15,8 +15,6 @@ from sdxl_finetune.data.tables import one_chunk
 from sdxl_finetune.errors import Tally, UserError
 
 logger = logging.getLogger(__name__)
-bad_files_logger = logging.getLogger(f"{__name__}.bad_files")
-"""Warns of files that are skipped. sdxl-check silences it, because it says what training would do."""
 
 
 def count_captions(table: pa.Table, subsets: Sequence[Subset]) -> dict[str, list[int]]:
@@ -87,4 +85,4 @@ def report_bad_images(problems: Tally, on_bad_image: str) -> None:
         raise UserError(problems.problems())
     if problems:
         lines = "\n".join(str(problem) for problem in problems.problems())
-        bad_files_logger.warning("%d files are skipped (on_bad_image = skip):\n%s", len(problems), lines)
+        logger.warning("%d files are skipped (on_bad_image = skip):\n%s", len(problems), lines)

@@ -16,6 +16,7 @@ Repeats multiply `num_repeats`, and 0 leaves the image out. The loss of image i 
 with its loss weight w_i. It is not divided by the sum of the weights: weights of 2 on all images double the loss.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,11 @@ def _by_rules(
     if len(unmatched := np.flatnonzero(images == 0)):
         names = ", ".join(f"{rules[number].table}.{rules[number].pattern!r}" for number in unmatched[:SHOWN])
         more = f" and {len(unmatched) - SHOWN} more" if len(unmatched) > SHOWN else ""
-        remarks.append(f"{path}: {len(unmatched)} of {len(rules)} rules match no image: {names}{more}")
+        remark = f"{path}: {len(unmatched)} of {len(rules)} rules match no image: {names}{more}. Correct or remove them"
+        if len(rows) and any(rules[number].table == "paths" for number in unmatched):
+            name = os.fsdecode(images_of(table, subsets, rows[:1]).in_folder[0].as_py())
+            remark += f". Paths are compared with names such as {name}"
+        remarks.append(remark)
     values = {name: [getattr(rule, name) for rule in rules] for name in VALUES}
     return {name: np.array([*values[name], None], np.float64)[last[name]] for name in VALUES}
 

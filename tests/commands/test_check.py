@@ -76,8 +76,9 @@ def test_all_problems_at_once(work, capsys) -> None:
 def test_an_image_that_would_stop_training_is_not_called_skipped(work, capsys, caplog) -> None:
     Path("images/broken.png").write_bytes(b"not a picture")
     assert check(config("sdxl-check", "--learning_rate_te1", "0", "--no_memory")) == 2
-    said = capsys.readouterr().out
-    assert "1 not usable, so training would stop" in said and "skipped" not in said + caplog.text
+    seen = capsys.readouterr()
+    said = seen.out
+    assert "1 not usable, so training would stop" in said and "skipped" not in said + seen.err + caplog.text
     assert "broken.png" in said.partition("\nproblems")[2]
 
 

@@ -111,6 +111,12 @@ def test_captions_of_metadata_files_are_not_rewritten(work) -> None:
         run("--in_json", "meta.json")
 
 
+def test_captions_of_several_sources_are_refused_once(work) -> None:
+    with pytest.raises(UserError) as error:
+        run("--caption_sources", ".txt")
+    assert [problem.key for problem in error.value.problems] == ["caption_sources"]
+
+
 def test_without_quality_tags_the_option_is_named(work) -> None:
     with pytest.raises(UserError, match="quality_tags: is needed"):
         run("--quality_tags", "")

@@ -78,6 +78,11 @@ def test_each_option_is_documented_in_one_line():
         assert len(kinds(field)) == 1 and expected(field), name
 
 
+def test_limits_are_described_in_words():
+    assert expected(Config.model_fields["lr_scheduler_cycle_decay"]) == "a number above 0, at most 1"
+    assert not [name for name, field in Config.model_fields.items() if "None" in expected(field)]
+
+
 def test_an_option_that_may_be_unset_is_unset_by_default():
     for field in Config.model_fields.values():
         optional = type(None) in get_args(field.annotation)

@@ -60,7 +60,11 @@ def test_every_format_gives_the_same_columns(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "x,score\n1,2\n", "no column names the images: call one of x, score path"),
+        (
+            "a.csv",
+            "x,score\n1,2\n",
+            "no column names the images: rename the one with their paths to path; the columns are x, score",
+        ),
         ("a.csv", "path,score\n", "the file has no rows"),
         ("a.csv", "path,score\na,1,2\n", "not a valid .csv file"),
         ("a.json", "{", "not a valid .json file"),
@@ -126,6 +130,17 @@ def test_the_most_exact_name_and_the_last_row_win() -> None:
     assert found.row.tolist() == [3, 5, 5]
     assert found.unused.tolist() == [0, 1, 4]
     assert found.shared.tolist() == [5] and found.repeated.tolist() == [2]
+
+
+def test_an_image_in_a_tar_file_is_found_without_the_name_of_the_tar_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,key\n1,000001\n2,000002.png\n3,b.tar/000003\n4,5_cat/b.TAR/sub/000004.png\n")
+    table = read_rows(tmp_path / "a.csv", [], "score")
+    packed = images(
+        "a.tar/000001.png", "a.tar/000002.png", "b.tar/000003.png", "b.TAR/sub/000004.png", "b.tar/000005.png"
+    )
+    remarks: list[str] = []
+    assert find_rows(packed, tmp_path / "a.csv", table, remarks).tolist() == [0, 1, 2, 3, -1]
+    assert remarks == []
 
 
 def test_each_image_is_joined_below_its_own_folder() -> None:

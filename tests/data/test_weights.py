@@ -64,7 +64,11 @@ def test_the_last_rule_that_matches_gives_each_value(tmp_path: Path) -> None:
 
 def test_rules_that_match_nothing_are_named(tmp_path: Path) -> None:
     weights, remarks = found(tmp_path, '[tags]\n"style" = { repeats = 2 }\n[paths]\n"b*" = { repeats = 1.5 }')
-    assert remarks == [f"{tmp_path / 'rules.toml'}: 1 of 2 rules match no image: tags.'style'"]
+    named = f"{tmp_path / 'rules.toml'}: 1 of 2 rules match no image:"
+    assert remarks == [f"{named} tags.'style'. Correct or remove them"]
+    _, remarks = found(tmp_path, '[tags]\n"x" = { repeats = 2 }\n[paths]\n"dog/*" = { repeats = 3 }')
+    end = "Correct or remove them. Paths are compared with names such as 1_dog/a.png"
+    assert remarks == [f"{named} paths.'dog/*'. {end}"]
     assert weights.repeats.tolist() == [1, 1.5, 1, 1, 1]
 
 
