@@ -6,9 +6,11 @@ with prefix, suffix and quality tag, from a source and a line drawn for it, and 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.caption_sources import choose_text
 from sdxl_finetune.data.captions import AS_WRITTEN, BREAK_WORD, caption
 from sdxl_finetune.data.index import Index
@@ -70,18 +72,38 @@ class CaptionLengths:
             )
 
 
+@dataclass(frozen=True)
+class WholeCaptions:
+    """Captions as the model is given them, whole, in order and with the quality tag.
+
+    Source, line and wildcards are drawn as a function of the row and of `label`.
+    """
+
+    index: Index
+    label: str
+
+    def text(self, row: int) -> str:
+        """The caption of this row."""
+        subset, rng = self._options[self.index.subset[row]], position_random(0, self.label, row)
+        source = choose_text(subset, self.index.captions(row, row + 1)[0], rng.random)
+        quality = self.index.quality_tag(row)
+        return caption(subset, source.text, rng, epoch=0, step=0, max_steps=1, whole=source.whole, quality=quality)
+
+    @cached_property
+    def _options(self) -> list[Subset]:
+        return [subset.model_copy(update=AS_WRITTEN | {"draws_source": True}) for subset in self.index.subsets]
+
+
 def measure_captions(index: Index, tokenizer: Tokenizer, sample: int = SAMPLE) -> CaptionLengths:
     """Counts the captions that are trained on or validated, or a random sample of `sample` of them."""
     rows = np.flatnonzero(index.used)
     chosen = rows
     if len(rows) > sample:
         chosen = np.sort(position_rng(0, "caption lengths").choice(rows, sample, replace=False, shuffle=False))
-    options = [subset.model_copy(update=AS_WRITTEN | {"draws_source": True}) for subset in index.subsets]
+    whole = WholeCaptions(index, "caption lengths")
     counts, chunks, breaks = [], np.zeros(len(chosen), np.int64), 0
     for place, row in enumerate(chosen.tolist()):
-        subset, rng = options[index.subset[row]], position_random(0, "caption lengths", row)
-        source = choose_text(subset, index.captions(row, row + 1)[0], rng.random)
-        text = caption(subset, source.text, rng, epoch=0, step=0, max_steps=1, quality=index.quality_tag(row))
+        text = whole.text(row)
         count = tokenizer.count(text)
         counts.append((count.tokens, count.lost))
         chunks[place] = count.chunks

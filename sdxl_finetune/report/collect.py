@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sdxl_finetune.config import Config, load_datasets
+from sdxl_finetune.data.caption_lengths import WholeCaptions
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.errors import VARYING, Tally
 from sdxl_finetune.progress import track
@@ -85,7 +86,7 @@ def describe(index: Index, config: Config, rare: int, bad_files: Tally | None = 
         together = count_together(rows.tags(draw_sample(len(index), PAIR_SAMPLE)), tags)
     with _timed("tokens of captions", seconds):
         sample = draw_sample(len(index), CAPTION_SAMPLE)
-        lengths = measure_lengths(sample, rows.trained, rows.separator, tokenizer_of(config))
+        lengths = measure_lengths(sample, WholeCaptions(index, "report").text, rows.separator, tokenizer_of(config))
     with _timed("duplicates", seconds):
         duplicates = find_duplicates(index, config)
     with _timed("scores", seconds):

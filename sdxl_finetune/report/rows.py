@@ -10,12 +10,10 @@ import pyarrow.compute as pc
 from jaxtyping import Int64
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.caption_sources import choose_text
-from sdxl_finetune.data.captions import AS_WRITTEN, BREAK, caption
+from sdxl_finetune.data.captions import BREAK
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.tables import map_table, one_chunk
 from sdxl_finetune.report.tags import CHUNK, split_texts
-from sdxl_finetune.seeding import position_random
 
 
 @dataclass(frozen=True)
@@ -95,17 +93,6 @@ class Rows:
                     own = pc.replace_substring_regex(own, r"(?s)\n.*", "")
                 yield split_texts(own, options.separators)
 
-    def trained(self, row: int) -> str:
-        """The caption of a row as the model is given it, whole and with its quality tag.
-
-        Source, line and wildcards are drawn.
-        """
-        entry, rng = self.index[row], position_random(0, "report", row)
-        chosen = choose_text(entry.subset, entry.captions, rng.random)
-        options = self._as_written[self.index.subset[row]]
-        where = {"epoch": 0, "step": 0, "max_steps": 1}
-        return caption(options, chosen.text, rng, **where, whole=chosen.whole, quality=entry.quality)
-
     def separator(self, row: int) -> str:
         """The text between two tags of the row's caption."""
         return self.index.subsets[self.index.subset[row]].caption_separator
@@ -117,7 +104,3 @@ class Rows:
     @cached_property
     def _grammar_of_subset(self) -> np.ndarray:
         return np.array([self._grammars.index(Grammar.of(subset)) for subset in self.index.subsets])
-
-    @cached_property
-    def _as_written(self) -> list[Subset]:
-        return [subset.model_copy(update=AS_WRITTEN) for subset in self.index.subsets]

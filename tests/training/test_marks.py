@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +11,13 @@ from accelerate.state import AcceleratorState
 
 from sdxl_finetune.commands import data
 from sdxl_finetune.commands.check import check
-from sdxl_finetune.config import Config, load_config
 from sdxl_finetune.data.batch_plan import MicroBatch
 from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.training.loop import train
 from sdxl_finetune.training.setup import build_run
+from tests.training.toy_runs import OPTIONS, config, losses, run, use_toy
 
-TOY = Path(__file__).parents[1] / "toy" / "toy.safetensors"
-OPTIONS = ["--pretrained_model_name_or_path", "base.safetensors", "--train_data_dir", "images", "--resolution", "64"]
-OPTIONS += ["--caption_extension", ".txt", "--output_dir", "out", "--logging_dir", "logs", "--seed", "5"]
-OPTIONS += ["--max_data_loader_n_workers", "0", "--train_batch_size", "2", "--max_train_steps", "3", "--cache_latents"]
 QUALITY = [
     "--quality_tags",
     "masterpiece > 0.75, high quality > 0.5, worst quality",
@@ -35,33 +30,11 @@ SHUFFLED = ["--shuffle_caption", "--keep_tokens", "2", "--caption_tag_dropout_ra
 @pytest.fixture
 def work(work) -> Path:
     """With the small model that draws, whose predictions depend on captions, and scores of all images but one."""
-    (work / "base.safetensors").unlink()
-    (work / "base.safetensors").symlink_to(TOY)
+    use_toy(work)
     images = sorted(path for path in (work / "images").rglob("*.*") if path.suffix in (".png", ".jpg", ".webp"))
     lines = [json.dumps({"image_path": path.stem, "score": at / len(images)}) for at, path in enumerate(images) if at]
     Path("scores.jsonl").write_text("\n".join(lines))
     return work
-
-
-def config(*more: str, program: str = "sdxl-train") -> Config:
-    loaded = load_config([*OPTIONS, *more], program=program)
-    assert loaded is not None
-    return loaded
-
-
-def run(*more: str) -> list[dict]:
-    """The rows of metrics.jsonl of a run."""
-    shutil.rmtree("logs", ignore_errors=True)
-    try:
-        assert train(config(*more)) == 0
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    (log,) = Path("logs").glob("*/metrics.jsonl")
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def losses(rows: list[dict]) -> list[float]:
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 def captions(*more: str) -> list[str]:

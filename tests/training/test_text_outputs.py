@@ -15,47 +15,20 @@ from safetensors.torch import load_file
 
 from sdxl_finetune.commands.cache import cache
 from sdxl_finetune.commands.model import main as model_tool
-from sdxl_finetune.config import Config, load_config
 from sdxl_finetune.data.captions import caption, is_dropped
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.seeding import position_random
-from sdxl_finetune.training.loop import train
 from sdxl_finetune.training.setup import build_run
+from tests.training.toy_runs import OPTIONS, config, losses, run, use_toy
 
-TOY = Path(__file__).parents[1] / "toy" / "toy.safetensors"
-OPTIONS = ["--pretrained_model_name_or_path", "base.safetensors", "--train_data_dir", "images", "--resolution", "64"]
-OPTIONS += ["--caption_extension", ".txt", "--output_dir", "out", "--logging_dir", "logs", "--seed", "5"]
-OPTIONS += ["--max_data_loader_n_workers", "0", "--train_batch_size", "2", "--max_train_steps", "4", "--cache_latents"]
 IN_MEMORY, ON_DISK = ["--cache_text_encoder_outputs"], ["--cache_text_encoder_outputs_to_disk"]
 
 
 @pytest.fixture
 def work(work) -> Path:
     """With the small model that draws, whose predictions depend on captions."""
-    (work / "base.safetensors").unlink()
-    (work / "base.safetensors").symlink_to(TOY)
+    use_toy(work)
     return work
-
-
-def config(*more: str, program: str = "sdxl-train") -> Config:
-    loaded = load_config([*OPTIONS, *more], program=program)
-    assert loaded is not None
-    return loaded
-
-
-def run(*more: str) -> list[dict]:
-    """The rows of metrics.jsonl of a run."""
-    shutil.rmtree("logs", ignore_errors=True)
-    try:
-        assert train(config(*more)) == 0
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    (log,) = Path("logs").glob("*/metrics.jsonl")
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def losses(rows: list[dict]) -> list[float]:
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 @pytest.mark.parametrize(

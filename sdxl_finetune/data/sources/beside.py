@@ -5,7 +5,6 @@ JSON file may also hold a score and the image's size.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow.compute
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.caption_sources import clean_lines
 from sdxl_finetune.data.sources.chunks import as_lists, column_names, joined_captions, without_empty
+from sdxl_finetune.data.sources.entries import score_of
 
 LARGEST_TEXT = 1 << 20
 """Bytes: a larger file is no caption."""
@@ -106,7 +106,7 @@ def read_text(ending: str, data: bytes, wanted: Wanted, beside: Texts) -> None:
     for key in wanted.keys:
         if (value := _text(entry, key)) is not None:
             beside.texts[f".json#{key}"] = value
-    beside.score = _score(entry, wanted.score)
+    beside.score = score_of(entry, wanted.score)
     beside.size = _size(entry, wanted.image_size)
 
 
@@ -121,15 +121,6 @@ def _text(entry: dict[str, Any], key: str) -> str | None:
     except UnicodeEncodeError:
         raise ValueError(f"{key} is no valid Unicode: it holds half of a surrogate pair") from None
     return value
-
-
-def _score(entry: dict[str, Any], key: str) -> float | None:
-    value = entry.get(key)
-    if value is None or (type(value) is float and math.isnan(value)):
-        return None
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{key} must be a number")
-    return float(value)
 
 
 def _size(entry: dict[str, Any], key: str) -> tuple[int, int] | None:

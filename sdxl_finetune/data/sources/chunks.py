@@ -8,20 +8,12 @@ import pyarrow as pa
 import pyarrow.compute
 
 from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.sources.listed import LISTED
 from sdxl_finetune.errors import Problem
 
-ENTRIES = pa.schema(
-    {
-        "number": pa.int64(),
-        "name": pa.large_binary(),
-        "captions": pa.large_list(pa.large_string()),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "train_width": pa.int32(),
-        "train_height": pa.int32(),
-        "score": pa.float32(),
-    }
-)
+GIVEN = ("name", "captions", "width", "height", "train_width", "train_height", "score")
+"""Columns of LISTED that a metadata file may give."""
+ENTRIES = pa.schema([pa.field("number", pa.int64()), *(LISTED.field(name) for name in GIVEN)])
 """Columns of the valid entries of a metadata file: those of LISTED, and the number of the line, row or entry from 1.
 
 The name is as it stands in the file: absolute or below the subset's folder, with or without the file's ending."""

@@ -123,7 +123,7 @@ def _row(subset: Subset, fields: Fields, name: Any, entry: Any) -> tuple:
     if not isinstance(entry, dict):
         raise ValueError("the entry must be an object with caption or tags")
     sides = [*_sides(entry, fields.one("image_size")), *_sides(entry, fields.one("train_resolution"))]
-    return file_name, _captions(subset, fields, entry), *sides, _score(entry, fields.one("score"))
+    return file_name, _captions(subset, fields, entry), *sides, score_of(entry, fields.one("score"))
 
 
 def _captions(subset: Subset, fields: Fields, entry: dict[str, Any]) -> list[str | None] | None:
@@ -170,7 +170,8 @@ def _sides(entry: dict[str, Any], key: str) -> tuple[int, int] | tuple[None, Non
     return sides[0], sides[1]
 
 
-def _score(entry: dict[str, Any], key: str) -> float | None:
+def score_of(entry: dict[str, Any], key: str) -> float | None:
+    """The score of an entry, None if it has none. Raises ValueError for a value that is no finite number."""
     score = entry.get(key)
     if score is None or (type(score) is float and math.isnan(score)):
         return None

@@ -1,0 +1,44 @@
+"""Short runs of the small model that draws, whose predictions depend on captions, in a user's folder (`work`)."""
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate.state import AcceleratorState
+
+from sdxl_finetune.config import Config, load_config
+from sdxl_finetune.training.loop import train
+
+TOY = Path(__file__).parents[1] / "toy" / "toy.safetensors"
+OPTIONS = ["--pretrained_model_name_or_path", "base.safetensors", "--train_data_dir", "images", "--resolution", "64"]
+OPTIONS += ["--caption_extension", ".txt", "--output_dir", "out", "--logging_dir", "logs", "--seed", "5"]
+OPTIONS += ["--max_data_loader_n_workers", "0", "--train_batch_size", "2", "--max_train_steps", "4", "--cache_latents"]
+
+
+def use_toy(work: Path) -> None:
+    """Puts the small model that draws in the place of the folder's base model."""
+    (work / "base.safetensors").unlink()
+    (work / "base.safetensors").symlink_to(TOY)
+
+
+def config(*more: str, program: str = "sdxl-train") -> Config:
+    """The config of OPTIONS and further options."""
+    loaded = load_config([*OPTIONS, *more], program=program)
+    assert loaded is not None
+    return loaded
+
+
+def run(*more: str) -> list[dict]:
+    """The rows of metrics.jsonl of a run."""
+    shutil.rmtree("logs", ignore_errors=True)
+    try:
+        assert train(config(*more)) == 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    (log,) = Path("logs").glob("*/metrics.jsonl")
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def losses(rows: list[dict]) -> list[float]:
+    """The training losses among the rows of metrics.jsonl."""
+    return [row["loss"] for row in rows if "loss" in row]
