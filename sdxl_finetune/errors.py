@@ -127,6 +127,13 @@ class Tally:
         return listed
 
 
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """Returns the first names of a list and the number of the others: "a, b and 3 more"."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def counted(count: int, noun: str) -> str:
     """Returns a number and its noun: "1 image", "3 images", "2 batches"."""
     return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith(("s", "ch", "x")) else "s")

@@ -41,7 +41,9 @@ def problems(*arguments: str) -> list[str]:
         ("optimizer_args", "betas=low", "'low' is no number, and text needs quotes"),
     ],
 )
-def test_a_refused_value_is_named_with_the_reason_and_with_what_the_option_takes(tmp_path, monkeypatch, option, value, reason):
+def test_a_refused_value_is_named_with_the_reason_and_with_what_the_option_takes(
+    tmp_path, monkeypatch, option, value, reason
+):
     monkeypatch.chdir(tmp_path)
     Path("c.toml").write_text(f"{option} = {json.dumps(value)}\n")
     (message,) = [text for text in problems("--config", "c.toml") if text.startswith(f"c.toml:1: {option}")]

@@ -251,13 +251,25 @@ def test_a_changed_tar_is_noticed_when_an_image_is_read(pack: Pack, tmp_path: Pa
     assert "not readable" in caught.value.reason and caught.value.path == str(path / "a.png")
 
 
-def test_patterns_name_the_tars(pack: Pack, listing) -> None:
+def test_patterns_name_the_tars(pack: Pack, listing, tmp_path: Path) -> None:
     for number in range(4):
         pack(f"data-{number:02}.tar", {"a.png": picture(number)})
     assert list(captions(listing(tar_files="data-{01..02}.tar"))) == ["data-01.tar/a.png", "data-02.tar/a.png"]
     assert list(captions(listing(tar_files="data-*1.tar"))) == ["data-01.tar/a.png"]
-    with pytest.raises(UserError, match=r"2 of 4 tar files are missing: data-04\.tar, data-05\.tar"):
-        listing(tar_files="data-{02..05}.tar")
+    messages = {
+        "data-{02..05}.tar": r"2 of 4 tar files are missing \(data-04\.tar, data-05\.tar\): download them, or name those"
+        r" that are there: data-\*\.tar$",
+        "dat-{1..2}.tar": r"2 of 2 tar files are missing \(dat-1\.tar, dat-2\.tar\): check the name, because the folder"
+        r" holds data-00\.tar, data-01\.tar, data-02\.tar, data-03\.tar$",
+        "dat-*.tar": r"no tar file has such a name: check the name, because the folder holds data-00\.tar, ",
+    }
+    for pattern, message in messages.items():
+        with pytest.raises(UserError, match=message):
+            listing(tar_files=pattern)
+    for path in (tmp_path / "tars").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"no tar file has such a name: check the name, .* holds no tar files$"):
+        listing(tar_files="data-*.tar")
 
 
 def test_a_folder_of_images_beside_tars_stays_one_of_images(pack: Pack, listing, tmp_path: Path, caplog) -> None:
