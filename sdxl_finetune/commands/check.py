@@ -29,7 +29,7 @@ from sdxl_finetune.commands.storage_report import (
     say_text_outputs,
     size_text,
 )
-from sdxl_finetune.config import Config, with_local_models
+from sdxl_finetune.config import Config, with_local_models, with_options
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Bucket, Index
@@ -103,7 +103,7 @@ def check(config: Config) -> int:
             found.say("uploads", *_uploads(config))
             found.attempt(check_token, config)
         found.say("machine", *_machine(config))
-    found.say("problems", *(map(str, found.found) if found.found else ["none found"]))
+    found.say("problems", *(map(str, with_options(found.found, config)) if found.found else ["none found"]))
     for heading, line in found.lines:
         for number, part in enumerate(textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False)):
             print(f"{heading if not number else '':14}{part}")

@@ -101,8 +101,8 @@ def read_rows(path: Path, wanted: Sequence[str], default: str) -> tuple[pa.Table
     """Returns the column `path` (large_binary) of a file with those of the wanted columns that it has, and all columns.
 
     All columns are their names, for a message; of a JSON file the keys of its first rows. Whole numbers are paths too:
-    the image of 12345 is `12345.jpg`. A JSON object of plain values by name gives the column `default`. Raises UserError for a file that cannot be read or
-    has no column of paths.
+    the image of 12345 is `12345.jpg`. A JSON object of plain values by name gives the column `default`. Raises
+    UserError for a file that cannot be read or has no column of paths.
     """
     try:
         match path.suffix.lower():

@@ -51,7 +51,8 @@ def test_a_refused_value_is_named_with_the_reason_and_with_what_the_option_takes
 
 
 def test_keys_of_a_dataset_file_are_refused_with_the_reason_too(tmp_path):
-    text = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{tmp_path}"\nquality_tags = "a > 1, b > 2"\n'
+    subset = f'[[datasets.subsets]]\nimage_dir = "{tmp_path}"\nquality_tags = "a > 1, b > 2"\n'
+    text = f"[[datasets]]\nresolution = 64\n{subset}"
     (tmp_path / "d.toml").write_text(text)
     config = Config(dataset_config=tmp_path / "d.toml", output_dir=tmp_path)
     with pytest.raises(UserError, match=r"quality_tags = .*: bounds must fall, and 2 comes after 1: must be different"):
