@@ -27,13 +27,13 @@ from sdxl_finetune.commands.storage_report import (
     latent_lines,
     optimizer_lines,
     say_text_outputs,
-    size_text,
 )
 from sdxl_finetune.config import Config, with_local_models, with_options
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Bucket, Index
 from sdxl_finetune.errors import UserError, counted
+from sdxl_finetune.files import size_text
 from sdxl_finetune.model.declared import read_declared
 from sdxl_finetune.model.load import inspect_checkpoint
 from sdxl_finetune.optim.lr import Rate, build_lr
@@ -58,7 +58,6 @@ MOST_SAMPLES = 4000
 """Steps at most at which the learning rate is computed, because a run may have millions."""
 WIDTH = 100
 """Columns of the output."""
-MiB, GiB = 1 << 20, 1 << 30
 
 
 def check(config: Config) -> int:
