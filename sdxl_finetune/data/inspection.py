@@ -17,6 +17,7 @@ from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.caption_sources import caption_paths, read_texts
 from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.images import ImageError, image_size
+from sdxl_finetune.data.sources.names import MISSING_REMEDY
 from sdxl_finetune.errors import Problem, UserError
 
 NOTHING = b"-"
@@ -78,6 +79,8 @@ def look_at(files: Files) -> Stats:
             except OSError as error:
                 is_link = os.path.islink(path)  # noqa: PTH114
                 reason = "a link to a missing file" if is_link else f"not readable ({error.strerror})"
+                if isinstance(error, FileNotFoundError) and files.subset.metadata_file and not is_link:
+                    reason = f"no such image, though the metadata file names it: {MISSING_REMEDY}"
                 stats.failed[place] = Problem(reason, file=os.fsdecode(path))
                 continue
             stats.bytes[place], stats.mtime[place] = stat.st_size, stat.st_mtime_ns

@@ -72,7 +72,10 @@ def test_names_are_files_with_or_without_ending(captions, tmp_path: Path) -> Non
     number, several, missing = (problem.message for problem in caught.value.problems)
     assert number == "'below/two': the entry must be an object with caption or tags"
     assert several.startswith("'below/three': several images") and "three.jpg" in several and "three.png" in several
-    assert missing == f"'nowhere/one': no image has this name ({tmp_path}/nowhere/one.*)"
+    assert (
+        missing
+        == f"'nowhere/one': no image has this name ({tmp_path}/nowhere/one.*): correct the name or remove the entry"
+    )
 
 
 def test_a_line_each(captions) -> None:
