@@ -64,6 +64,8 @@ class Contents:
     """One text for each caption source; None for captions that were not asked for."""
     failed: dict[int, Sequence[Problem]] = field(default_factory=dict)
     """Problems of images that cannot be used, by place."""
+    lasting: set[int] = field(default_factory=set)
+    """Places of images of which the content of the file, or of the caption file, is the problem."""
 
 
 def look_at(files: Files) -> Stats:
@@ -108,8 +110,12 @@ def read(files: Files, stats: Int64[np.ndarray, "n 2"]) -> Contents:
                 contents.captions[place] = list(read_texts(path, files.subset))
         except ImageError as error:
             contents.failed[place] = (Problem(error.reason, file=error.path),)
+            if error.is_lasting:
+                contents.lasting.add(place)
         except UserError as error:
             contents.failed[place] = error.problems
+            if not isinstance(error.__cause__, OSError):
+                contents.lasting.add(place)
     return contents
 
 
