@@ -8,7 +8,7 @@ from sdxl_finetune.errors import Problem
 from sdxl_finetune.storage import Address, parse_location
 
 REMEDIES = {"does not exist": "does not exist: check the address"}
-"""What is said for a message that has no remedy."""
+"""Messages without a remedy, each with what is printed in its place."""
 
 
 def with_options(problems: Sequence[Problem], config: Config) -> list[Problem]:

@@ -92,6 +92,8 @@ class Chunk:
     """All images of the subset in the last scan."""
     places: Int64[np.ndarray, " n"]
     """Row of each image in `known`, or -1."""
+    bad_places: Int64[np.ndarray, " n"]
+    """Row of each image among those that the last scan could not use, or -1."""
 
     def is_given(self, name: str) -> Bool[np.ndarray, " n"]:
         """True for images of which the listing gives this column."""
@@ -151,7 +153,9 @@ def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
         _executor(max(0, total - known.num_rows) + total // STAT_SHARE) as pool,
         track("reading captions and sizes", total, "images") as progress,
     ):
-        looked = _run_ahead(pool, look_at, ((chunk, _to_look_at(chunk)) for chunk in _chunks(subsets, listed, known)))
+        looked = _run_ahead(
+            pool, look_at, ((chunk, _to_look_at(chunk)) for chunk in _chunks(subsets, listed, known, unusable))
+        )
         changes = (_changes(chunk, stats, unusable) for chunk, stats in looked)
         reading = _run_ahead(pool, read, ((found, _to_read(found)) for found in changes))
         for found, contents in reading:
@@ -218,7 +222,9 @@ def _load(path: Path) -> pa.Table | None:
     return None
 
 
-def _chunks(subsets: Sequence[Subset], listed: Sequence[Listing], last: pa.Table) -> Iterator[Chunk]:
+def _chunks(
+    subsets: Sequence[Subset], listed: Sequence[Listing], last: pa.Table, unusable: Unusable
+) -> Iterator[Chunk]:
     """The images of all subsets, in order."""
     starts = np.searchsorted(one_chunk(last["subset"]).to_numpy(), np.arange(len(subsets) + 1))
     for number, (subset, listing) in enumerate(zip(subsets, listed, strict=True)):
@@ -228,8 +234,10 @@ def _chunks(subsets: Sequence[Subset], listed: Sequence[Listing], last: pa.Table
             places = np.arange(len(names))
         else:
             places = pa.compute.index_in(names, value_set=known_names).fill_null(-1).to_numpy().astype(np.int64)
+        bad = unusable.places(number, names)
         for start in range(0, len(names), CHUNK):
-            yield Chunk(number, subset, listing.table.slice(start, CHUNK), known, places[start : start + CHUNK])
+            own = slice(start, start + CHUNK)
+            yield Chunk(number, subset, listing.table.slice(start, CHUNK), known, places[own], bad[own])
 
 
 def _to_look_at(chunk: Chunk) -> tuple[Files]:
@@ -253,7 +261,7 @@ def _changes(chunk: Chunk, stats: Stats, unusable: Unusable) -> Changes:
     captions = ~from_source & ~(same_caption & (chunk.places >= 0))
     wanted = ~is_same | images | captions
     numbers = {"bytes": stats.bytes, "mtime": stats.mtime, "text_stat": stats.caption_stat}
-    known_bad = unusable.find(chunk.number, one_chunk(chunk.listed["name"]), numbers)
+    known_bad = unusable.find(chunk.bad_places, numbers)
     wanted[[*stats.failed, *known_bad]] = False
     rows = np.flatnonzero(wanted)
     return Changes(chunk, stats, rows, chunk.files(rows, images=images, captions=captions), known_bad)

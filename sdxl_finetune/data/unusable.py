@@ -40,7 +40,7 @@ FOLDER = "unusable"
 
 
 def _reader() -> bytes:
-    """What decides, besides the file, whether an image can be read."""
+    """The library and the settings on which it depends, besides the file, whether an image can be read."""
     return repr((PIL.__version__, Image.MAX_IMAGE_PIXELS, image_extensions())).encode()
 
 
@@ -69,20 +69,25 @@ class Unusable:
         """Reads what the last scan has kept in a file, if anything."""
         return cls(path, _load(path, FILES))
 
-    def find(self, subset: int, names: pa.Array, numbers: Mapping[str, np.ndarray]) -> dict[int, tuple[Problem, ...]]:
-        """The problems of images that are unchanged since the last scan, by place in `names`.
+    def places(self, subset: int, names: pa.Array) -> Int64[np.ndarray, " n"]:
+        """The row of each image of a subset in `last`, -1 for an image that could be used or is new."""
+        start, end = np.searchsorted(one_chunk(self.last["subset"]).to_numpy(), [subset, subset + 1]).tolist()
+        own = one_chunk(self.last["name"].slice(start, end - start))
+        place = pa.compute.index_in(names, value_set=own).fill_null(-1).to_numpy().astype(np.int64)
+        return np.where(place >= 0, place + start, -1)
 
-        `numbers` has an array of int64 for each of NUMBERS.
+    def find(self, row: Int64[np.ndarray, " n"], numbers: Mapping[str, np.ndarray]) -> dict[int, tuple[Problem, ...]]:
+        """The problems of images that are unchanged since the last scan, by place in `row`.
+
+        `row` is a part of the result of `places`. `numbers` has an array of int64 for each of NUMBERS.
         """
-        own = self.last.filter(pa.compute.equal(self.last["subset"], subset))
-        if not own.num_rows:
+        if not (row >= 0).any():
             return {}
-        row = pa.compute.index_in(names, value_set=one_chunk(own["name"])).fill_null(-1).to_numpy()
         is_same = row >= 0
         for name in NUMBERS:
-            is_same &= one_chunk(own[name]).to_numpy()[row] == numbers[name]
+            is_same &= one_chunk(self.last[name]).to_numpy()[row] == numbers[name]
         places = np.flatnonzero(is_same)
-        texts = own["problems"].take(pa.array(row[places])).to_pylist()
+        texts = self.last["problems"].take(pa.array(row[places])).to_pylist()
         return {
             place: tuple(Problem(message, file=file) for message, file in json.loads(text))
             for place, text in zip(places.tolist(), texts, strict=True)
@@ -118,7 +123,7 @@ def save_undecodable(cache_dir: Path, stat_hashes: np.ndarray, messages: Sequenc
     known = _load(path, CONTENTS)
     fresh = np.flatnonzero(_places(stat_hashes, known) < 0)
     if len(fresh):
-        new = [_hashes(stat_hashes[fresh]), pa.array([messages[row] for row in fresh], pa.large_string())]
+        new = [_hashes(stat_hashes[fresh]), pa.array([messages[row] for row in fresh.tolist()], pa.large_string())]
         table = pa.concat_tables([known.replace_schema_metadata(None), pa.table(new, schema=CONTENTS)])
         table = table.slice(max(0, table.num_rows - MOST_KEPT)).combine_chunks()
         write_table(path, table.replace_schema_metadata({"reader": _reader()}))

@@ -201,12 +201,14 @@ def test_images_are_read_again_if_the_library_or_the_access_has_changed(tmp_path
     kept.add(0, b"a.png", [5, 5, 5], [problem])
     kept.save()
     names = pa.array([b"a.png"], pa.large_binary())
-    assert Unusable.load(tmp_path / "x").find(0, names, numbers) == {0: (problem,)}
-    assert not Unusable.load(tmp_path / "x").find(1, names, numbers)
+    kept = Unusable.load(tmp_path / "x")
+    assert kept.find(kept.places(0, names), numbers) == {0: (problem,)}
+    assert not kept.find(kept.places(1, names), numbers)
     for name in NUMBERS:
-        assert not Unusable.load(tmp_path / "x").find(0, names, {**numbers, name: np.array([6])})
+        assert not kept.find(kept.places(0, names), {**numbers, name: np.array([6])})
     monkeypatch.setattr("PIL.__version__", "another")
-    assert not Unusable.load(tmp_path / "x").find(0, names, numbers)
+    kept = Unusable.load(tmp_path / "x")
+    assert not kept.find(kept.places(0, names), numbers)
     (tmp_path / "text.png").write_text("text")
     for name, is_lasting in (("text.png", True), ("missing.png", False)):
         with pytest.raises(ImageError) as caught:

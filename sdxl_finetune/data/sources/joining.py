@@ -33,8 +33,8 @@ MISSING, SEVERAL = -1, -2
 def joined(subset: Subset, listing: Listing, entries: Entries) -> Listing:
     """The images that the entries name. Captions, scores and buckets of the entries win over what stands beside them.
 
-    An entry whose image is not in the listing is counted in a warning and left out, because the metadata of all tar
-    files is often used with a part of them. A name that fits several images is a problem of the metadata file. Raises
+    The metadata of all tar files is often used with a part of them. Therefore entries whose image is not in the listing
+    are left out, and a warning counts them. A name that fits several images is a problem of the metadata file. Raises
     UserError if no entry names an image.
     """
     names = entries.table["name"].combine_chunks()

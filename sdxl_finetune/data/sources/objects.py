@@ -140,7 +140,7 @@ def _contents(
         is_same &= np.append(one_chunk(known[name]).to_numpy(), -1)[known_place] == values
     unusable, problems = Unusable.load(kept.with_suffix(".unusable")), Tally()
     numbers = [now[name] for name in ("bytes", "mtime", "text_version")]
-    known_bad = unusable.find(0, images.names, dict(zip(NUMBERS, numbers, strict=True)))
+    known_bad = unusable.find(unusable.places(0, images.names), dict(zip(NUMBERS, numbers, strict=True)))
     for row, own in known_bad.items():
         unusable.add(0, images.names[row].as_py(), [int(column[row]) for column in numbers], own)
         problems.add(own[0])
