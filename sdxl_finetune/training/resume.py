@@ -6,6 +6,7 @@ Either way the images must come in the same order as before. Therefore the facts
 and compared with those of the resumed run.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -24,13 +25,16 @@ from sdxl_finetune.model.load import open_checkpoint
 from sdxl_finetune.output.checkpoints import saved_names
 from sdxl_finetune.output.hub import download_start
 from sdxl_finetune.output.metadata import PREFIX, shareable
-from sdxl_finetune.storage import Address, StorageError, list_files
+from sdxl_finetune.storage import Address, StorageError, list_files, read
 from sdxl_finetune.storage.folders import fetch, fetch_to
 from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.saves import STATE_SUFFIX
-from sdxl_finetune.training.state import MANIFEST, OPTIMIZER, WEIGHTS, TrainingState, load_state, peek_state
+from sdxl_finetune.training.state import MANIFEST, OPTIMIZER, STATE, WEIGHTS, TrainingState, load_state, peek_state
 
 logger = logging.getLogger(__name__)
+
+HEAD = 1 << 20
+"""Bytes of a file that tell it from another one. They hold the metadata of a checkpoint, with the time of saving."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class Start:
     state: TrainingState
     address: Address | None = None
     """Place from which other machines download it; None for a path that all machines share."""
+    content: str = ""
+    """The result of `content_of` for what the first process found at an address."""
 
     @property
     def weights(self) -> Path:
@@ -93,8 +99,32 @@ def find_start(config: Config) -> Start | None:
 
 
 def start_here(start: Start, config: Config) -> Start:
-    """Returns the start with its path on this machine. What another machine found at an address is downloaded."""
-    return start if start.address is None else replace(start, path=_download(start.address, config))
+    """Returns the start with its path on this machine. What another machine found at an address is downloaded.
+
+    An earlier run may have left another file of the same name here. Raises UserError if the address does not hold what
+    the first process has found.
+    """
+    if start.address is None:
+        return start
+    path = _download(start.address, config)
+    if content_of(path) != start.content:
+        try:
+            path = fetch(start.address, config.local_folder / "downloads")
+        except StorageError as error:
+            raise UserError(Problem(error.reason, key="resume", value=str(start.address))) from None
+    if content_of(path) != start.content:
+        message = f"differs from {start.path} on the first machine: wait until its upload is complete"
+        raise UserError(Problem(message, key="resume", value=str(start.address)))
+    return replace(start, path=path)
+
+
+def content_of(path: Path) -> str:
+    """A hash that differs for saves of different runs under one name: of size and first bytes of each file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file()):
+        with file.open("rb") as opened:
+            digest.update(b"%d " % file.stat().st_size + opened.read(HEAD))
+    return digest.hexdigest()
 
 
 def _download(address: Address, config: Config) -> Path:
@@ -221,12 +251,20 @@ def find_stored(config: Config, address: Address) -> tuple[dict[str, float], dic
     for found in list_files(address):
         name, _, rest = found.name.partition("/")
         if rest == MANIFEST and names.fullmatch(name.removesuffix(STATE_SUFFIX)):
-            states[name] = found.time
+            states[name] = _saved_at(address / name, found.time)
         elif (rest == "model_index.json" and names.fullmatch(name)) or (
             not rest and Path(name).suffix in (".safetensors", ".ckpt") and names.fullmatch(Path(name).stem)
         ):
             checkpoints[name] = found.time
     return states, checkpoints
+
+
+def _saved_at(address: Address, uploaded_at: float) -> float:
+    """The time at which a training state in a store was saved. Its upload may have ended long after later saves."""
+    try:
+        return TrainingState.from_json(json.loads(read(address / STATE))).saved_at
+    except (StorageError, ValueError, KeyError, TypeError):
+        return uploaded_at
 
 
 def _load_if_sound(name: str, config: Config) -> Start | None:
@@ -244,7 +282,7 @@ def _load(path: Path, address: Address | None = None) -> Start:
     if not path.exists():
         raise UserError(Problem("there is no such training state, file or folder", key="resume", value=str(path)))
     if path.is_dir() and not (path / "unet").is_dir():
-        return Start(path=path, is_state=True, state=load_state(path), address=address)
+        return Start(path=path, is_state=True, state=load_state(path), address=address, content=content_of(path))
     file, _ = open_checkpoint(path)
     step, epoch, seed, position = (file.metadata.get(PREFIX + name) for name in ("step", "epoch", "seed", "resume"))
     if step is None and file.global_step is not None:
@@ -262,4 +300,4 @@ def _load(path: Path, address: Address | None = None) -> Start:
     except (ValueError, TypeError, AttributeError) as error:
         message = f"its metadata is damaged ({error}); to start anew from it, give it as pretrained_model_name_or_path"
         raise UserError(Problem(message, key="resume", value=str(path))) from None
-    return Start(path=path, is_state=False, state=state, address=address)
+    return Start(path=path, is_state=False, state=state, address=address, content=content_of(path))

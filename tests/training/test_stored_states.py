@@ -1,0 +1,59 @@
+"""Training states at an address: which one is the newest, and that every machine loads the same one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sdxl_finetune.config import Config
+from sdxl_finetune.errors import UserError
+from sdxl_finetune.storage import Address
+from sdxl_finetune.storage.folders import upload
+from sdxl_finetune.training.resume import Start, content_of, find_stored, start_here
+from sdxl_finetune.training.state import TrainingState, load_state, save_state
+from tests.s3_server import S3Server
+
+OUT = Address("s3://bucket/out")
+
+
+def config(machine: Path) -> Config:
+    return Config(output_dir=OUT, cache_dir_local=machine, output_name="toy")
+
+
+def save(folder: Path, step: int, *, saved_at: float, seed: int = 1) -> Path:
+    path = folder / f"toy-step{step:08d}-state"
+    save_state(path, TrainingState(step=step, epoch=0, seed=seed, saved_at=saved_at), {}, {})
+    return path
+
+
+def test_the_newest_state_of_a_store_is_the_one_that_was_saved_last(tmp_path: Path, s3: S3Server) -> None:
+    """The upload of an older state may be complete after that of a newer one."""
+    for step in (20, 10):
+        path = save(tmp_path, step, saved_at=100.0 + step)
+        upload(path, OUT / path.name)
+    states, checkpoints = find_stored(config(tmp_path), OUT)
+    assert states == {"toy-step00000010-state": 110.0, "toy-step00000020-state": 120.0} and not checkpoints
+
+
+def test_a_machine_does_not_resume_from_the_state_of_an_earlier_run(tmp_path: Path, s3: S3Server) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    path = save(config(first).output_folder, 10, saved_at=200.0, seed=7)
+    old = save(config(second).output_folder, 10, saved_at=100.0)
+    address = OUT / path.name
+    upload(path, address)
+    start = Start(path=path, is_state=True, state=load_state(path), address=address, content=content_of(path))
+    assert start_here(start, config(first)).path == path
+    found = start_here(start, config(second)).path
+    assert load_state(found).seed == 7 and load_state(old).seed == 1
+    assert start_here(start, config(second)).path == found, "it is downloaded once"
+    with pytest.raises(UserError, match=r"differs from .* on the first machine: wait until its upload is complete"):
+        start_here(replace(start, content="another"), config(second))
+
+
+def test_a_state_without_a_readable_description_has_the_time_of_its_upload(tmp_path: Path, s3: S3Server) -> None:
+    path = save(tmp_path, 10, saved_at=100.0)
+    (path / "state.json").write_text(json.dumps({"format": 99}))
+    upload(path, OUT / path.name)
+    states, _ = find_stored(config(tmp_path), OUT)
+    assert states[path.name] > 100.0
