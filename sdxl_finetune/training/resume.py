@@ -26,7 +26,7 @@ from sdxl_finetune.output.checkpoints import saved_names
 from sdxl_finetune.output.hub import download_start
 from sdxl_finetune.output.metadata import PREFIX, shareable
 from sdxl_finetune.storage import Address, StorageError, list_files, read
-from sdxl_finetune.storage.folders import fetch, fetch_to
+from sdxl_finetune.storage.folders import fetch, fetch_to, files_at
 from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.saves import STATE_SUFFIX
 from sdxl_finetune.training.state import MANIFEST, OPTIMIZER, STATE, WEIGHTS, TrainingState, load_state, peek_state
@@ -104,35 +104,36 @@ def start_here(start: Start, config: Config) -> Start:
     An earlier run may have left another file of the same name here. Raises UserError if the address does not hold what
     the first process has found.
     """
-    if start.address is None:
+    if start.address is None or (start.path.exists() and content_of(start.path) == start.content):
         return start
     path = _download(start.address, config)
-    if content_of(path) != start.content:
-        try:
-            path = fetch(start.address, config.local_folder / "downloads")
-        except StorageError as error:
-            raise UserError(Problem(error.reason, key="resume", value=str(start.address))) from None
     if content_of(path) != start.content:
         message = f"differs from {start.path} on the first machine: wait until its upload is complete"
         raise UserError(Problem(message, key="resume", value=str(start.address)))
     return replace(start, path=path)
 
 
-def content_of(path: Path) -> str:
+def content_of(place: Path | Address) -> str:
     """A hash that differs for saves of different runs under one name: of size and first bytes of each file."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file()):
-        with file.open("rb") as opened:
-            digest.update(b"%d " % file.stat().st_size + opened.read(HEAD))
+    if isinstance(place, Path) and place.is_file():
+        sizes = {"": place.stat().st_size}
+    else:
+        sizes = {one.name: one.size for one in (files_at(place) if isinstance(place, Address) else list_files(place))}
+    for name, size in sorted(sizes.items()):
+        digest.update(b"%d " % size + read(place / name if name else place, 0, min(size, HEAD)))
     return digest.hexdigest()
 
 
 def _download(address: Address, config: Config) -> Path:
+    """The path of a save on this machine. A local one of the same name counts if it is that of the address."""
     try:
         if address.parent == config.output_address:
             path = config.output_folder / address.name
-            fetch_to(address, path)
-            return path
+            if not path.exists():
+                fetch_to(address, path)
+            if content_of(path) == content_of(address):
+                return path
         return fetch(address, config.local_folder / "downloads")
     except StorageError as error:
         raise UserError(Problem(error.reason, key="resume", value=str(address))) from None
@@ -221,7 +222,8 @@ def changed_optimizer_args(start: Start, config: Config) -> frozenset[str]:
 def _newest(config: Config) -> Iterator[Start]:
     """The sound training states of this `output_name`, newest first, then its sound checkpoints, newest first.
 
-    Those that stand only in the object store are downloaded when it is their turn.
+    Those that stand only in the object store are downloaded when it is their turn, and so are training states that
+    another machine has saved there later under the name of a local one.
     """
     names = saved_names(config)
     paths = list(config.output_folder.iterdir()) if config.output_folder.is_dir() else []
@@ -230,6 +232,7 @@ def _newest(config: Config) -> Iterator[Start]:
         for path in paths
         if path.name.endswith(STATE_SUFFIX) and names.fullmatch(path.name.removesuffix(STATE_SUFFIX))
     }
+    elsewhere: set[str] = set()
     checkpoints = {
         path.name: path.stat().st_mtime
         for path in paths
@@ -238,10 +241,12 @@ def _newest(config: Config) -> Iterator[Start]:
     }
     if config.output_address:
         stored_states, stored_checkpoints = find_stored(config, config.output_address)
-        states, checkpoints = stored_states | states, stored_checkpoints | checkpoints
+        elsewhere = {name for name, time in stored_states.items() if time > states.get(name, 0.0)}
+        states = states | {name: stored_states[name] for name in elsewhere}
+        checkpoints = stored_checkpoints | checkpoints
     for times in (states, checkpoints):
         for name in sorted(times, key=times.__getitem__, reverse=True):
-            if start := _load_if_sound(name, config):
+            if start := _load_if_sound(name, config, is_elsewhere=name in elsewhere):
                 yield start
 
 
@@ -267,11 +272,11 @@ def _saved_at(address: Address, uploaded_at: float) -> float:
         return uploaded_at
 
 
-def _load_if_sound(name: str, config: Config) -> Start | None:
+def _load_if_sound(name: str, config: Config, *, is_elsewhere: bool) -> Start | None:
     path, address = config.output_folder / name, config.output_address and config.output_address / name
     try:
-        if address and not path.exists():
-            _download(address, config)
+        if address and (is_elsewhere or not path.exists()):
+            path = _download(address, config)
         return _load(path, address)
     except UserError as error:
         logger.warning("resume = auto: skipped %s", error)

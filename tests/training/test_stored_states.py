@@ -10,7 +10,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.storage import Address
 from sdxl_finetune.storage.folders import upload
-from sdxl_finetune.training.resume import Start, content_of, find_stored, start_here
+from sdxl_finetune.training.resume import Start, content_of, find_start, find_stored, start_here
 from sdxl_finetune.training.state import TrainingState, load_state, save_state
 from tests.s3_server import S3Server
 
@@ -44,11 +44,26 @@ def test_a_machine_does_not_resume_from_the_state_of_an_earlier_run(tmp_path: Pa
     upload(path, address)
     start = Start(path=path, is_state=True, state=load_state(path), address=address, content=content_of(path))
     assert start_here(start, config(first)).path == path
+    start = replace(start, path=old)  # the machines have equal paths
     found = start_here(start, config(second)).path
     assert load_state(found).seed == 7 and load_state(old).seed == 1
     assert start_here(start, config(second)).path == found, "it is downloaded once"
     with pytest.raises(UserError, match=r"differs from .* on the first machine: wait until its upload is complete"):
         start_here(replace(start, content="another"), config(second))
+
+
+@pytest.mark.parametrize("resume", ["auto", "s3://bucket/out/toy-step00000010-state"])
+def test_a_state_that_another_machine_saved_later_wins_over_the_local_one(
+    tmp_path: Path, s3: S3Server, resume: str
+) -> None:
+    path = save(tmp_path / "other", 10, saved_at=200.0, seed=7)
+    old = save(config(tmp_path).output_folder, 10, saved_at=100.0)
+    upload(path, OUT / path.name)
+    start = find_start(Config(**dict(config(tmp_path)) | {"resume": resume}))
+    assert start and start.state.seed == 7 and load_state(old).seed == 1
+    upload(old, OUT / path.name)
+    start = find_start(Config(**dict(config(tmp_path)) | {"resume": resume}))
+    assert start and start.path == old
 
 
 def test_a_state_without_a_readable_description_has_the_time_of_its_upload(tmp_path: Path, s3: S3Server) -> None:
