@@ -222,8 +222,8 @@ def changed_optimizer_args(start: Start, config: Config) -> frozenset[str]:
 def _newest(config: Config) -> Iterator[Start]:
     """The sound training states of this `output_name`, newest first, then its sound checkpoints, newest first.
 
-    Those that stand only in the object store are downloaded when it is their turn, and so are training states that
-    another machine has saved there later under the name of a local one.
+    Those that stand only in the object store are downloaded when it is their turn. Another machine may have saved a
+    later training state there under the name of a local one. Such a state is downloaded too.
     """
     names = saved_names(config)
     paths = list(config.output_folder.iterdir()) if config.output_folder.is_dir() else []
