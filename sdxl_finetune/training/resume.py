@@ -29,7 +29,8 @@ from sdxl_finetune.storage import Address, StorageError, list_files, read
 from sdxl_finetune.storage.folders import fetch, fetch_to, files_at
 from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.saves import STATE_SUFFIX
-from sdxl_finetune.training.state import MANIFEST, OPTIMIZER, STATE, WEIGHTS, TrainingState, load_state, peek_state
+from sdxl_finetune.training.state import OPTIMIZER, WEIGHTS, TrainingState, load_state, peek_state
+from sdxl_finetune.training.stored_saves import find_stored
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,12 @@ class Start:
     """Place from which other machines download it; None for a path that all machines share."""
     content: str = ""
     """The result of `content_of` for what the first process found at an address."""
+
+    def is_in(self, config: Config) -> bool:
+        """True if this stands in `output_dir`, or at the address of `output_dir`."""
+        if self.address and self.address.parent == config.output_address:
+            return True
+        return self.path.resolve().parent == config.output_folder.resolve()
 
     @property
     def weights(self) -> Path:
@@ -240,36 +247,14 @@ def _newest(config: Config) -> Iterator[Start]:
         and (path.is_dir() or path.suffix in (".safetensors", ".ckpt"))
     }
     if config.output_address:
-        stored_states, stored_checkpoints = find_stored(config, config.output_address)
-        elsewhere = {name for name, time in stored_states.items() if time > states.get(name, 0.0)}
-        states = states | {name: stored_states[name] for name in elsewhere}
-        checkpoints = stored_checkpoints | checkpoints
+        stored = find_stored(config, config.output_address)
+        elsewhere = {name for name, time in stored.states.items() if time > states.get(name, 0.0)}
+        states = states | {name: stored.states[name] for name in elsewhere}
+        checkpoints = stored.checkpoints | checkpoints
     for times in (states, checkpoints):
         for name in sorted(times, key=times.__getitem__, reverse=True):
             if start := _load_if_sound(name, config, is_elsewhere=name in elsewhere):
                 yield start
-
-
-def find_stored(config: Config, address: Address) -> tuple[dict[str, float], dict[str, float]]:
-    """The complete training states and the checkpoints of this `output_name` in a store, each with its time."""
-    names, states, checkpoints = saved_names(config), {}, {}
-    for found in list_files(address):
-        name, _, rest = found.name.partition("/")
-        if rest == MANIFEST and names.fullmatch(name.removesuffix(STATE_SUFFIX)):
-            states[name] = _saved_at(address / name, found.time)
-        elif (rest == "model_index.json" and names.fullmatch(name)) or (
-            not rest and Path(name).suffix in (".safetensors", ".ckpt") and names.fullmatch(Path(name).stem)
-        ):
-            checkpoints[name] = found.time
-    return states, checkpoints
-
-
-def _saved_at(address: Address, uploaded_at: float) -> float:
-    """The time at which a training state in a store was saved. Its upload may have ended long after later saves."""
-    try:
-        return TrainingState.from_json(json.loads(read(address / STATE))).saved_at
-    except (StorageError, ValueError, KeyError, TypeError):
-        return uploaded_at
 
 
 def _load_if_sound(name: str, config: Config, *, is_elsewhere: bool) -> Start | None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL
 
 from sdxl_finetune.batch import Batch
@@ -57,6 +57,7 @@ from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
 from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.resume import Start
+from sdxl_finetune.training.stored_saves import StoredSaves, try_find_stored
 from sdxl_finetune.training.text_encoder import TextEncoders
 from sdxl_finetune.training.vae_encoder import VaeEncoder
 from sdxl_finetune.training.validation import Validation, build_validation
@@ -93,6 +94,8 @@ class Run:
     """None if no images are held out."""
     log: Log
     uploads: Uploads
+    stored: StoredSaves
+    """Saves that the store held at the start, for the first rank. What is removed since is taken out."""
 
     @property
     def output_dir(self) -> Path:
@@ -118,10 +121,10 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
     accelerator = build_accelerator(config)
     with console(config, accelerator.process_index):
         problems = Problems()
-        config = problems.attempt(with_local_models, config) or config
+        config = problems.attempt(_on_every_rank, partial(with_local_models, config)) or config
         problems.attempt(_on_first_rank, accelerator, lambda: check_access(config))
         start = problems.attempt(_on_first_rank, accelerator, lambda: resume.find_start(config))
-        start = start and problems.attempt(resume.start_here, start, config)
+        start = start and problems.attempt(_on_every_rank, partial(resume.start_here, start, config))
         if problems.found:
             _read_inputs(config, accelerator, None, problems)
         with _open_log(config, accelerator, start) as log:
@@ -201,6 +204,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         validation=build_validation(config, dataset),
         log=log,
         uploads=_build_uploads(config, accelerator),
+        stored=try_find_stored(config) if accelerator.is_main_process else StoredSaves(),
     )
 
 
@@ -252,6 +256,22 @@ def _on_first_rank(accelerator: Accelerator, find: Callable[[], T]) -> T:
     if isinstance(results[0], UserError):
         raise results[0]
     return cast(T, results[0])
+
+
+def _on_every_rank(find: Callable[[], T]) -> T:
+    """Calls `find` on every rank and returns this rank's result.
+
+    If it raises UserError on some ranks, it raises on all: a rank that went on alone would wait for the others.
+    """
+    result, error = None, None
+    try:
+        result = find()
+    except UserError as failure:
+        error = failure
+    errors = [failure for failure in gather_object([error]) if failure is not None]
+    if errors:
+        raise errors[0]
+    return cast(T, result)
 
 
 def _open_log(config: Config, accelerator: Accelerator, start: Start | None) -> Log:

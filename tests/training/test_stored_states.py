@@ -10,8 +10,9 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.storage import Address
 from sdxl_finetune.storage.folders import upload
-from sdxl_finetune.training.resume import Start, content_of, find_start, find_stored, start_here
+from sdxl_finetune.training.resume import Start, content_of, find_start, start_here
 from sdxl_finetune.training.state import TrainingState, load_state, save_state
+from sdxl_finetune.training.stored_saves import find_stored
 from tests.s3_server import S3Server
 
 OUT = Address("s3://bucket/out")
@@ -32,8 +33,9 @@ def test_the_newest_state_of_a_store_is_the_one_that_was_saved_last(tmp_path: Pa
     for step in (20, 10):
         path = save(tmp_path, step, saved_at=100.0 + step)
         upload(path, OUT / path.name)
-    states, checkpoints = find_stored(config(tmp_path), OUT)
-    assert states == {"toy-step00000010-state": 110.0, "toy-step00000020-state": 120.0} and not checkpoints
+    stored = find_stored(config(tmp_path), OUT)
+    assert stored.states == {"toy-step00000010-state": 110.0, "toy-step00000020-state": 120.0}
+    assert not stored.checkpoints and not stored.interrupted
 
 
 def test_a_machine_does_not_resume_from_the_state_of_an_earlier_run(tmp_path: Path, s3: S3Server) -> None:
@@ -70,5 +72,4 @@ def test_a_state_without_a_readable_description_has_the_time_of_its_upload(tmp_p
     path = save(tmp_path, 10, saved_at=100.0)
     (path / "state.json").write_text(json.dumps({"format": 99}))
     upload(path, OUT / path.name)
-    states, _ = find_stored(config(tmp_path), OUT)
-    assert states[path.name] > 100.0
+    assert find_stored(config(tmp_path), OUT).states[path.name] > 100.0
