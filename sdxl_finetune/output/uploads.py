@@ -12,7 +12,7 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -113,6 +113,18 @@ class Uploads:
         self._warned = ""
         self._ending = self._stopped = self._closed = False
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
+
+    def give_up_replaced(self, saved_at: Mapping[str, float]) -> None:
+        """Gives up what an earlier run left to do at an address, if another machine has saved the same name since.
+
+        `saved_at` is the time of each save in the object store. Call this before `start`.
+        """
+        for upload in [upload for upload in self._waiting if upload.address]:
+            path = self._list if upload.gone else self._directory / upload.name
+            if path.exists() and saved_at.get(upload.name, 0.0) > path.stat().st_mtime:
+                logger.info("%s was saved later by another machine and is left as it is", upload.address)
+                self._waiting.remove(upload)
+                self._write()
 
     def start(self) -> None:
         """Starts uploading, beginning with the uploads that an earlier run left."""

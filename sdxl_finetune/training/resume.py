@@ -229,8 +229,8 @@ def changed_optimizer_args(start: Start, config: Config) -> frozenset[str]:
 def _newest(config: Config) -> Iterator[Start]:
     """The sound training states of this `output_name`, newest first, then its sound checkpoints, newest first.
 
-    Those that stand only in the object store are downloaded when it is their turn. Another machine may have saved a
-    later training state there under the name of a local one. Such a state is downloaded too.
+    Those that stand only in the object store are downloaded when it is their turn. Another machine may have saved
+    there later under the name of a local one. Such a save is downloaded too.
     """
     names = saved_names(config)
     paths = list(config.output_folder.iterdir()) if config.output_folder.is_dir() else []
@@ -248,9 +248,10 @@ def _newest(config: Config) -> Iterator[Start]:
     }
     if config.output_address:
         stored = find_stored(config, config.output_address)
-        elsewhere = {name for name, time in stored.states.items() if time > states.get(name, 0.0)}
-        states = states | {name: stored.states[name] for name in elsewhere}
-        checkpoints = stored.checkpoints | checkpoints
+        for here, there in ((states, stored.states), (checkpoints, stored.checkpoints)):
+            later = {name: time for name, time in there.items() if time > here.get(name, 0.0)}
+            elsewhere |= later.keys()
+            here |= later
     for times in (states, checkpoints):
         for name in sorted(times, key=times.__getitem__, reverse=True):
             if start := _load_if_sound(name, config, is_elsewhere=name in elsewhere):

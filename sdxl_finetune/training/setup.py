@@ -146,8 +146,7 @@ def _read_inputs(config: Config, accelerator: Accelerator, start: Start | None, 
 
 
 def _build(config: Config, accelerator: Accelerator, start: Start | None, log: Log, stop: StopRequest | None) -> Run:
-    seed = start.state.seed if start and config.seed is None else None
-    seed = shared_seed(config) if seed is None else seed
+    seed = _run_seed(config, start)
     torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
     inputs = _read_inputs(config, accelerator, start, Problems())
     index, tokenizer = inputs.index, inputs.tokenizer
@@ -186,6 +185,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     )
     _log_beginning(config, log, index, timeline, learner, inputs.prompts or ())
     _log_captions(index, tokenizer, accelerator)
+    uploads, stored = _build_uploads(config, accelerator)
     return Run(
         config=config,
         options=saved_options(config),
@@ -203,14 +203,25 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
         log=log,
-        uploads=_build_uploads(config, accelerator),
-        stored=try_find_stored(config) if accelerator.is_main_process else StoredSaves(),
+        uploads=uploads,
+        stored=stored,
     )
 
 
-def _build_uploads(config: Config, accelerator: Accelerator) -> Uploads:
+def _run_seed(config: Config, start: Start | None) -> int:
+    """The seed of the config, or of the run that is resumed, or one that all ranks draw together."""
+    if start and config.seed is None and start.state.seed is not None:
+        return start.state.seed
+    return shared_seed(config)
+
+
+def _build_uploads(config: Config, accelerator: Accelerator) -> tuple[Uploads, StoredSaves]:
+    """Uploads of the run, and the saves that the store holds. Only the first rank needs and finds them."""
+    stored = try_find_stored(config) if accelerator.is_main_process else StoredSaves()
     rank, address = accelerator.process_index, config.output_address
-    return Uploads(config, config.output_folder, final_name(config), remove, rank=rank, address=address)
+    uploads = Uploads(config, config.output_folder, final_name(config), remove, rank=rank, address=address)
+    uploads.give_up_replaced(stored.states | stored.checkpoints)
+    return uploads, stored
 
 
 def shared_index(config: Config, accelerator: Accelerator) -> Index:

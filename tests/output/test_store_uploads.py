@@ -1,8 +1,10 @@
 """Uploads to a real S3 server: attempts do not overlap, and a stopped run still uploads what it has saved."""
 
+import json
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.output import uploads as module
 from sdxl_finetune.output.checkpoints import remove
 from sdxl_finetune.output.store_call import StoreCall
-from sdxl_finetune.output.uploads import Uploads, open_uploads
+from sdxl_finetune.output.uploads import Upload, Uploads, open_uploads
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
 from sdxl_finetune.storage import Address, StorageError, list_files, objects, read, write
 from tests.s3_server import S3Server
@@ -174,3 +176,19 @@ def test_another_rank_of_a_stopped_run_waits_for_the_uploads_of_the_first(held: 
     elsewhere.start()
     elsewhere.join(SECONDS)
     assert not elsewhere.is_alive()
+
+
+def test_a_machine_that_returns_does_not_replace_what_another_one_has_saved_since(s3: S3Server, tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        write(OUT / name, b"another machine's")
+        write(OUT / f"{name} removed", b"another machine's")
+        (tmp_path / name).write_text("returned")
+    left = [Upload(name=name, address=str(OUT / name)) for name in ("old", "new")]
+    left += [Upload(name=name, address=str(OUT / name), gone=True) for name in ("old removed", "new removed")]
+    (tmp_path / "m-uploads.json").write_text(json.dumps([asdict(upload) for upload in left]))
+    now = (tmp_path / "m-uploads.json").stat().st_mtime
+    returned = uploads(tmp_path)
+    returned.give_up_replaced({"old": now + 9, "old removed": now + 9, "new": now - 9, "new removed": now - 9})
+    with open_uploads(returned, None):
+        pass
+    assert stored() == {"old": "another machine's", "old removed": "another machine's", "new": "returned"}

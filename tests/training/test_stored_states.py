@@ -1,10 +1,13 @@
 """Training states at an address: which one is the newest, and that every machine loads the same one."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
@@ -66,6 +69,25 @@ def test_a_state_that_another_machine_saved_later_wins_over_the_local_one(
     upload(old, OUT / path.name)
     start = find_start(Config(**dict(config(tmp_path)) | {"resume": resume}))
     assert start and start.path == old
+
+
+@pytest.mark.parametrize("is_later_here", [False, True])
+def test_the_later_of_two_checkpoints_of_the_same_name_is_resumed_from(
+    tmp_path: Path, s3: S3Server, is_later_here: bool
+) -> None:
+    def checkpoint(folder: Path, seed: int) -> Path:
+        folder.mkdir(parents=True)
+        path = folder / "toy-step00000010.safetensors"
+        metadata = {"sdxl_finetune.step": "10", "sdxl_finetune.epoch": "1", "sdxl_finetune.seed": str(seed)}
+        save_file({"x": torch.zeros(1)}, path, metadata)
+        return path
+
+    here = checkpoint(config(tmp_path).output_folder, 1)
+    there = checkpoint(tmp_path / "other", 7)
+    upload(there, OUT / there.name)
+    os.utime(here, (9e9, 9e9) if is_later_here else (100.0, 100.0))
+    start = find_start(Config(**dict(config(tmp_path)) | {"resume": "auto"}))
+    assert start and start.state.seed == (1 if is_later_here else 7) and (start.path == here) == is_later_here
 
 
 def test_a_state_without_a_readable_description_has_the_time_of_its_upload(tmp_path: Path, s3: S3Server) -> None:
