@@ -164,6 +164,28 @@ def test_training_on_two_machines_resumes_from_the_store(work, s3: S3Server, res
     assert load_state(old).saved_at == 1.0
 
 
+def test_a_signal_to_one_of_two_processes_still_uploads_the_state(work, s3: S3Server, monkeypatch) -> None:
+    """The launcher ends the first process as soon as the other one has ended. The other one waits for the upload."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # no test depends on the speed of the machine
+    options = [*IMAGES, *TRAIN, "--output_dir", "s3://bucket/out", "--cache_dir", "cache", "--cache_dir_local", "local"]
+    options += ["--max_train_steps", "10000", "--save_every_n_steps", "", "--logging_dir", "logs"]
+    (running,) = start("train", [options], s3)
+    while not any(path.read_text() for path in Path("logs").glob("*/metrics.jsonl")):
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.1)
+    with s3.holding():
+        children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+        ranks = {
+            Path(f"/proc/{child}/environ").read_text().partition("LOCAL_RANK=")[2][:1]: child for child in children
+        }
+        os.kill(int(ranks["1"]), signal.SIGTERM)
+        assert s3.held.wait(300)
+        time.sleep(3)  # in which the other process would end, and the launcher would end the first one
+    said = running.communicate(timeout=300)[0]
+    names = {found.name.partition("/")[2] for found in list_files(Address("s3://bucket/out"))}
+    assert names == {"manifest.json", "optimizer.pt", "state.json", "weights.safetensors"}, said
+
+
 def test_tars_in_a_store_on_two_machines_train_as_a_folder_on_one(work, s3: S3Server) -> None:
     """Quality tags come from a Parquet column. Both runs have two processes, and end with the same bits."""
     names = sorted(path.name for path in Path("images").iterdir() if path.suffix != ".txt")
