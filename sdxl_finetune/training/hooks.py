@@ -176,7 +176,8 @@ def _save_missing(run: Run, start: Start) -> None:
     weights = checkpoints_due(run.config, moment, epochs)
     states = states_due(run.config, moment, epochs) if start.is_state else []
     missing = [save for save in weights if not _has_checkpoint(run, save.name, start)]
-    missing_states = [save for save in states if not (run.output_dir / save.name).exists()]
+    existing = {save.name for save in states if (run.output_dir / save.name).exists()} | run.stored.states.keys()
+    missing_states = [save for save in states if save.name not in existing]
     shared = [(start.is_in(run.config), missing, missing_states)]
     broadcast_object_list(shared)
     is_own, missing, missing_states = shared[0]
