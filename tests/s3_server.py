@@ -30,11 +30,18 @@ class S3Server:
         """Requests by method."""
         self.paths: list[tuple[str, str]] = []
         """Method and path of each request."""
+        self.hold: threading.Event | None = None
+        """While this event is not set, writes wait before they are carried out."""
+        self.held = threading.Event()
+        """Set as soon as a write waits."""
         app = DomainDispatcherApplication(create_backend_app)
 
         def counted(environment: dict[str, Any], start: Any) -> Any:
             self.requests[environment["REQUEST_METHOD"]] += 1
             self.paths.append((environment["REQUEST_METHOD"], environment["PATH_INFO"]))
+            if environment["REQUEST_METHOD"] == "PUT" and (hold := self.hold):
+                self.held.set()
+                hold.wait(60)
             return app(environment, start)
 
         class Quiet(WSGIRequestHandler):
@@ -55,6 +62,17 @@ class S3Server:
         """Makes a bucket."""
         with urlopen(Request(f"{self.url}/{quote(bucket)}", method="PUT", headers={"Host": "localhost"})):
             pass
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Within the context, writes wait until `hold` is set, or until its end."""
+        self.hold = hold = threading.Event()
+        self.held.clear()
+        try:
+            yield
+        finally:
+            hold.set()
+            self.hold = None
 
     def clear(self) -> None:
         self.requests.clear()

@@ -84,9 +84,14 @@ def checkpoint_path(directory: Path, name: str, save_as: SaveAs) -> Path:
     return directory / (name if save_as.startswith("diffusers") else f"{name}.{save_as}")
 
 
+def checkpoint_paths(directory: Path, name: str, save_as: SaveAs) -> list[Path]:
+    """The paths under which a checkpoint of that name may stand: as asked for, and with FLOAT_SUFFIX."""
+    return [checkpoint_path(directory, name + suffix, save_as) for suffix in ("", FLOAT_SUFFIX)]
+
+
 def existing_checkpoints(directory: Path, name: str, save_as: SaveAs) -> list[Path]:
-    """The checkpoints of that name on the disk, oldest first: as asked for, and with FLOAT_SUFFIX."""
-    paths = [checkpoint_path(directory, name + suffix, save_as) for suffix in ("", FLOAT_SUFFIX)]
+    """The checkpoints of that name on the disk, oldest first."""
+    paths = checkpoint_paths(directory, name, save_as)
     return sorted((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime)
 
 
@@ -99,9 +104,15 @@ def overwritten(options: Config, save_as: SaveAs) -> str | None:
     return f"{message}, or continue its run with resume = auto"
 
 
-def replaced(save: Save, directory: Path, save_as: SaveAs) -> list[Path]:
-    """Returns the checkpoints that this one replaces."""
-    return existing_checkpoints(directory, save.replaces, save_as) if save.replaces else []
+def replaced(save: Save, directory: Path, save_as: SaveAs, *, in_store: bool = False) -> list[Path]:
+    """Returns the checkpoints that this one replaces.
+
+    With `in_store`, paths that do not exist count too, because an object store may hold them.
+    """
+    if save.replaces is None:
+        return []
+    find = checkpoint_paths if in_store else existing_checkpoints
+    return find(directory, save.replaces, save_as)
 
 
 def write_checkpoint(

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,7 +41,9 @@ LAST_ATTEMPTS = 2
 LAST_WAIT, SLOWEST = 600.0, 2 << 20
 """Seconds that the end of a run waits for uploads, and one second more for each so many bytes."""
 STOPPED_WAIT = 20.0
-"""Seconds that a stopped run waits. A launcher kills its processes 30 seconds after a signal."""
+"""Seconds that a stopped run waits for uploads to the hub. Nothing but a resume from the hub needs them sooner."""
+CLOSE_WAIT = 3.0
+"""Seconds in which the current upload can delete the parts that it has sent. It ends with the process in any case."""
 SAVE_WAIT = 120.0
 """Seconds that a save waits with `async_upload = false`. Other ranks wait too, and give up after minutes."""
 
@@ -100,7 +102,8 @@ class Uploads:
         """
         self._options, self._directory, self._delete, self._address = options, directory, delete, address
         self._list = directory / f"{name}{SUFFIX}"
-        self._active = (options.huggingface_repo_id is not None or address is not None) and rank == 0
+        self._has_place = options.huggingface_repo_id is not None or address is not None
+        self._active = self._has_place and rank == 0
         self._changed = threading.Condition()
         self._waiting: list[Upload] = self._load() if self._active else []
         self._call: HubCall | StoreCall | None = None
@@ -108,8 +111,20 @@ class Uploads:
         self._retry_at = 0.0
         self._failures = 0
         self._warned = ""
-        self._ending = self._closed = False
+        self._ending = self._stopped = self._closed = False
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
+
+    def give_up_replaced(self, saved_at: Mapping[str, float]) -> None:
+        """Gives up what an earlier run left to do at an address, if another machine has saved the same name since.
+
+        `saved_at` is the time of each save in the object store. Call this before `start`.
+        """
+        for upload in [upload for upload in self._waiting if upload.address]:
+            path = self._list if upload.gone else self._directory / upload.name
+            if path.exists() and saved_at.get(upload.name, 0.0) > path.stat().st_mtime:
+                logger.info("%s was saved later by another machine and is left as it is", upload.address)
+                self._waiting.remove(upload)
+                self._write()
 
     def start(self) -> None:
         """Starts uploading, beginning with the uploads that an earlier run left."""
@@ -151,23 +166,46 @@ class Uploads:
     def finish(self, stop: StopRequest | None, *, complete: bool) -> None:
         """Waits for the waiting uploads for a limited time, and says which ones are missing and how to upload them.
 
-        `complete` is False for a run that was stopped. A stop request ends the wait.
+        `complete` is False for a run that was stopped. Its newest save is then uploaded first. A stop request ends the
+        wait. The other ranks on the machine of the first rank wait too, because a launcher kills all processes on a
+        machine as soon as one of them has failed.
         """
+        if not complete and self._has_place and not self._active:
+            self._wait_for_first_rank(stop)
         if not self._active:
             return
         with self._changed:
             for upload in self._waiting:
                 upload.failures = 0
-            self._ending, self._retry_at = True, 0.0
+            self._ending, self._stopped, self._retry_at = True, not complete, 0.0
             self._changed.notify_all()
-            size = sum(_size(self._directory / upload.name) for upload in self._waiting)
-            seconds = LAST_WAIT + size / SLOWEST if complete else STOPPED_WAIT
+            seconds, size = self._patience(self._waiting, stop, complete=complete)
             if self._waiting:
                 message = "waiting at most %d seconds for %s (%.1f GB); Ctrl-C ends the wait"
                 logger.info(message, seconds, counted(len(self._waiting), "upload"), size / 1e9)
             before, deadline = stop.number if stop else None, time.monotonic() + seconds
             while self._is_hopeful() and time.monotonic() < deadline and (stop.number if stop else None) == before:
                 self._changed.wait(0.2)
+
+    def _patience(self, waiting: list[Upload], stop: StopRequest | None, *, complete: bool) -> tuple[float, int]:
+        """Seconds that the end of a run waits for these uploads, and their bytes.
+
+        A stopped run waits as long for an object store as a complete one, because another machine may resume from
+        there. The launcher may allow less.
+        """
+        size = sum(_size(self._directory / upload.name) for upload in waiting)
+        seconds = LAST_WAIT + size / SLOWEST
+        if not complete:
+            seconds = seconds if self._address else STOPPED_WAIT
+            seconds = min(seconds, stop.seconds_left() if stop else seconds)
+        return seconds, size
+
+    def _wait_for_first_rank(self, stop: StopRequest | None) -> None:
+        """Waits until the first rank has made its uploads. The first rank keeps their list in the shared folder."""
+        seconds, _ = self._patience(self._load(), stop, complete=False)
+        deadline = time.monotonic() + seconds + CLOSE_WAIT
+        while self._list.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def close(self) -> None:
         """Ends the current upload, and logs what is missing on the hub."""
@@ -178,7 +216,7 @@ class Uploads:
             if self._call:
                 self._call.stop()
             self._changed.notify_all()
-        self._thread.join(10)
+        self._thread.join(CLOSE_WAIT)
         if missing := [upload for upload in self._waiting if not upload.gone]:
             commands = "\n".join(f"  {upload.command(self._directory / upload.name)}" for upload in missing)
             message = "not uploaded: %s. The next run with this config uploads them; by hand:\n%s"
@@ -200,7 +238,7 @@ class Uploads:
                 error = failure
             with self._changed:
                 self._call = self._current = None
-                if upload in self._waiting and not self._closed:
+                if upload in self._waiting and not (error and self._closed):
                     self._note(upload, error, is_unchanged=_identity(path) == before)
                 self._changed.notify_all()
 
@@ -231,7 +269,8 @@ class Uploads:
                     self._write()
                 pause = self._retry_at - time.monotonic()
                 if self._waiting and pause <= 0 and (self._is_hopeful() or not self._ending):
-                    self._current = min(self._waiting, key=lambda upload: (upload.gone, upload.failures))
+                    in_order = self._waiting[::-1] if self._stopped else self._waiting
+                    self._current = min(in_order, key=lambda upload: (upload.gone, upload.failures))
                     return self._current
                 self._changed.wait(pause if self._waiting and pause > 0 else None)
             return None
@@ -243,7 +282,8 @@ class Uploads:
             if is_unchanged:
                 self._waiting.remove(upload)
                 self._write()
-                logger.info("%s %s", "removed" if upload.gone else f"uploaded {upload.name} to", upload.place)
+                if not upload.gone:
+                    logger.info("uploaded %s to %s", upload.name, upload.place)
                 if upload.remove and all(other.name != upload.name for other in self._waiting):
                     self._remove(upload.name)
             return
@@ -268,7 +308,8 @@ class Uploads:
             self._write()
             if self._call and self._current is upload:
                 self._call.stop()
-            self._delete(self._directory / upload.name)
+            if all(other.name != upload.name for other in self._waiting):
+                self._remove(upload.name)
 
     def _load(self) -> list[Upload]:
         try:

@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     KwargsHandler,
     broadcast_object_list,
+    gather_object,
 )
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ from sdxl_finetune.config import Config, HardwareOptions, LengthOptions
 from sdxl_finetune.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -103,6 +106,36 @@ def shared_seed(options: LengthOptions) -> int:
     broadcast_object_list(drawn)
     logger.info("seed %d (drawn, because seed is not set)", drawn[0])
     return drawn[0]
+
+
+def on_first_rank(accelerator: Accelerator, find: Callable[[], T]) -> T:
+    """Calls `find` on the first rank only. Returns its result, or raises its UserError, on all ranks."""
+    results: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            results = [find()]
+        except UserError as error:
+            results = [error]
+    broadcast_object_list(results)
+    if isinstance(results[0], UserError):
+        raise results[0]
+    return cast(T, results[0])
+
+
+def on_every_rank(find: Callable[[], T]) -> T:
+    """Calls `find` on every rank and returns this rank's result.
+
+    If it raises UserError on some ranks, it raises on all: a rank that went on alone would wait for the others.
+    """
+    result, error = None, None
+    try:
+        result = find()
+    except UserError as failure:
+        error = failure
+    errors = [failure for failure in gather_object([error]) if failure is not None]
+    if errors:
+        raise errors[0]
+    return cast(T, result)
 
 
 def weight_dtype(options: HardwareOptions) -> torch.dtype:

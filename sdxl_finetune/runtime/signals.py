@@ -1,6 +1,8 @@
 """Stopping a run by SIGINT or SIGTERM: the first signal ends it after the current step, a second one at once."""
 
 import logging
+import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +16,12 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREA
 SAME_SIGNAL = 1.0
 """Seconds after the first signal in which further signals are ignored. A launcher passes on a signal that the terminal
 has already sent to all processes."""
+
+KILL_AFTER = 30.0
+"""Seconds after which torch's elastic launcher kills the processes to which it has passed on a signal.
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT in the environment changes this time."""
+TIME_TO_EXIT = 5.0
+"""Seconds that a process needs to end before it is killed."""
 
 
 class Interrupt(BaseException):
@@ -35,6 +43,16 @@ class StopRequest:
         self.number: int | None = None
         """The signal that asked; None if none did."""
         self._received_at = 0.0
+
+    def seconds_left(self) -> float:
+        """Seconds until a launcher kills this process, less TIME_TO_EXIT. Infinite if no launcher does this."""
+        if self.number is None or "TORCHELASTIC_RUN_ID" not in os.environ:
+            return math.inf
+        try:
+            seconds = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", KILL_AFTER))
+        except ValueError:
+            seconds = KILL_AFTER
+        return max(0.0, self._received_at + seconds - TIME_TO_EXIT - time.monotonic())
 
     def check(self) -> None:
         """Raises Interrupt if a stop was requested."""

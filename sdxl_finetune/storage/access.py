@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sdxl_finetune.files import atomic_path
@@ -70,10 +70,13 @@ def list_files(folder: Location) -> Iterator[Found]:
         raise _local_error(folder, "listed", error) from None
 
 
-def write(location: Location, data: bytes | Path) -> None:
-    """Writes a file from memory or from another file. It appears when it is complete, and replaces an older one."""
+def write(location: Location, data: bytes | Path, check: Callable[[], None] | None = None) -> None:
+    """Writes a file from memory or from another file. It appears when it is complete, and replaces an older one.
+
+    At an address, `check` is called before each part, and ends the write by raising StorageError.
+    """
     if isinstance(location, Address):
-        objects.write(location, data)
+        objects.write(location, data, check)
         return
     try:
         with atomic_path(location) as temporary:

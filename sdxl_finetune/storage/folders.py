@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sdxl_finetune.files import atomic_path
@@ -61,27 +61,43 @@ def files_at(address: Address) -> list[Found]:
     return files
 
 
-def upload(path: Path, address: Address) -> None:
+def upload(path: Path, address: Address, check: Callable[[], None] | None = None) -> None:
     """Writes a file or folder to an address. Of a folder, the file that makes it complete comes last.
 
-    A folder that stands there already is incomplete meanwhile. Raises StorageError.
+    A folder that stands there already is incomplete meanwhile. `check` is called between requests, and ends the upload
+    by raising StorageError. Raises StorageError.
     """
     if not path.is_dir():
-        write(address, path)
+        write(address, path, check)
         return
     files = sorted(_files(path), key=lambda name: (name in LAST, name))
     for old in list_files(address):
         if old.name in LAST or old.name not in files:
-            delete(address / old.name)
+            _delete(address / old.name, check)
     for name in files:
-        write(address / name, path / name)
+        write(address / name, path / name, check)
 
 
-def remove(address: Address) -> None:
-    """Deletes a file or a folder, and in a folder first what makes it complete. Raises StorageError."""
+def remove(address: Address, check: Callable[[], None] | None = None) -> None:
+    """Deletes a file or a folder, and in a folder first what makes it complete. A missing one is no error.
+
+    `check` is called between requests, and ends the removal by raising StorageError. Raises StorageError.
+    """
+    try:
+        files = files_at(address)
+    except StorageError as error:
+        if error.missing:
+            return
+        raise
+    for found in sorted(files, key=lambda found: (found.name not in LAST, found.name)):
+        _delete(address / found.name if found.name else address, check)
+    logger.info("removed %s", address)
+
+
+def _delete(address: Address, check: Callable[[], None] | None) -> None:
+    if check:
+        check()
     delete(address)
-    for found in sorted(list_files(address), key=lambda found: (found.name not in LAST, found.name)):
-        delete(address / found.name)
 
 
 def _files(folder: Path) -> Iterator[str]:

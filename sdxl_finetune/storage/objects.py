@@ -137,14 +137,34 @@ def download(address: Address, path: Path, size: int) -> None:
             file.write(read(address, start, min(AT_ONCE * RANGE, size - start)))
 
 
-def write(address: Address, data: bytes | Path) -> None:
-    """Writes an object from memory or from a file. It appears when it is complete, and replaces an older one."""
+def write(address: Address, data: bytes | Path, check: Callable[[], None] | None = None) -> None:
+    """Writes an object from memory or from a file. It appears when it is complete, and replaces an older one.
+
+    `check` is called before each attempt, and before each part of a file. It ends the write by raising StorageError.
+    The parts sent so far are then deleted.
+    """
     import obstore
 
     size = data.stat().st_size if isinstance(data, Path) else len(data)
     part = max(RANGE, -(-size // MOST_PARTS))
     options: dict[str, Any] = {"chunk_size": part, "max_concurrency": AT_ONCE}
-    _attempt(address, "written", lambda: obstore.put(_store(address.store), address.key, data, **options))
+
+    def request() -> None:
+        content: bytes | Path | Iterator[bytes] = data
+        if check:
+            check()
+            content = _parts(data, part, check) if isinstance(data, Path) and size > part else data
+        obstore.put(_store(address.store), address.key, content, **options)
+
+    _attempt(address, "written", request)
+
+
+def _parts(path: Path, size: int, check: Callable[[], None]) -> Iterator[bytes]:
+    """Yields the bytes of a file in parts of `size`, and calls `check` before each."""
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(size):
+            check()
+            yield data
 
 
 def delete(address: Address) -> None:

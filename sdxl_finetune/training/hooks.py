@@ -47,7 +47,7 @@ def begin(run: Run) -> None:
         moment = run.timeline.after(run.timeline.first)
         preview_if_due(run, moment)
         validate_if_due(run, moment)
-    elif run.start.path.resolve().parent == run.output_dir.resolve():
+    else:
         _save_missing(run, run.start)
 
 
@@ -56,10 +56,20 @@ def is_finished(run: Run) -> bool:
     start = run.start
     if start is None or start.state.step < run.timeline.steps:
         return False
-    final = checkpoints.existing_checkpoints(run.output_dir, checkpoints.final_name(run.config), run.save_as)
-    shared = [bool(final) and (not start.is_state or final[-1].stat().st_mtime >= start.state.saved_at)]
+    shared = [_has_checkpoint(run, checkpoints.final_name(run.config), start)]
     broadcast_object_list(shared)  # machines with folders of their own may hold other files
     return shared[0]
+
+
+def _has_checkpoint(run: Run, name: str, start: Start) -> bool:
+    """True if a checkpoint of that name exists here or in the store, and is not that of an earlier run.
+
+    Checkpoints are saved after the training state of the same step.
+    """
+    paths = checkpoints.checkpoint_paths(run.output_dir, name, run.save_as)
+    times = [path.stat().st_mtime for path in paths if path.exists()]
+    times += [run.stored.checkpoints[path.name] for path in paths if path.name in run.stored.checkpoints]
+    return bool(times) and (not start.is_state or max(times) >= start.state.saved_at)
 
 
 def preview_if_due(run: Run, moment: Moment) -> None:
@@ -156,16 +166,23 @@ def _read_image(path: Path) -> Image.Image:
 
 
 def _save_missing(run: Run, start: Start) -> None:
-    """Saves what was due at the step that a run resumes from and is missing, and removes what it replaces."""
+    """Saves what was due at the step that a run resumes from and is missing, and removes what it replaces.
+
+    Does nothing if the run resumes from another folder than `output_dir`. The first rank decides this for all, because
+    each machine has its own folder, and the ranks must save together.
+    """
     step, epochs = start.state.step, run.timeline.epochs
     moment = run.timeline.after(step)
     weights = checkpoints_due(run.config, moment, epochs)
     states = states_due(run.config, moment, epochs) if start.is_state else []
-    missing = [save for save in weights if not checkpoints.existing_checkpoints(run.output_dir, save.name, run.save_as)]
-    missing_states = [save for save in states if not (run.output_dir / save.name).exists()]
-    shared = [(missing, missing_states)]
-    broadcast_object_list(shared)  # machines with folders of their own may hold other files
-    missing, missing_states = shared[0]
+    missing = [save for save in weights if not _has_checkpoint(run, save.name, start)]
+    existing = {save.name for save in states if (run.output_dir / save.name).exists()} | run.stored.states.keys()
+    missing_states = [save for save in states if save.name not in existing]
+    shared = [(start.is_in(run.config), missing, missing_states)]
+    broadcast_object_list(shared)
+    is_own, missing, missing_states = shared[0]
+    if not is_own:
+        return
     _save(run, missing, missing_states, step=step)
     if run.accelerator.is_main_process:
         for save in weights:
@@ -241,7 +258,9 @@ def _save_checkpoint(run: Run, save: Save, state: TrainingState) -> None:
 
 
 def _remove_replaced(run: Run, save: Save) -> None:
-    for path in checkpoints.replaced(save, run.output_dir, run.save_as):
+    """Removes the checkpoint that this save replaces. The store may hold one that another machine has saved."""
+    in_store = run.config.output_address is not None
+    for path in checkpoints.replaced(save, run.output_dir, run.save_as, in_store=in_store):
         run.uploads.remove(path)
 
 
@@ -262,10 +281,15 @@ def _save_state(run: Run, save: Save, state: TrainingState) -> None:
 def _remove_old_states(run: Run, states: Sequence[Save], step: int) -> None:
     """Removes what these training states replace, and the states of runs that were interrupted before `step`.
 
-    Nothing else would ever remove the state of an interrupted run.
+    Nothing else would ever remove the state of an interrupted run. Another machine may have saved it. It then stands in
+    the store only.
     """
     for save in states:
+        run.stored.interrupted.pop(save.name, None)
         if save.replaces:
             run.uploads.remove(run.output_dir / save.replaces)
-    for path in interrupted_states(run.config, before=step):
-        run.uploads.remove(path)
+    old = {path.name for path in interrupted_states(run.config, before=step)}
+    stored = {name for name, saved_after in run.stored.interrupted.items() if saved_after < step}
+    for name in sorted(old | stored):
+        run.stored.interrupted.pop(name, None)
+        run.uploads.remove(run.output_dir / name)

@@ -6,6 +6,7 @@ Either way the images must come in the same order as before. Therefore the facts
 and compared with those of the resumed run.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -24,13 +25,17 @@ from sdxl_finetune.model.load import open_checkpoint
 from sdxl_finetune.output.checkpoints import saved_names
 from sdxl_finetune.output.hub import download_start
 from sdxl_finetune.output.metadata import PREFIX, shareable
-from sdxl_finetune.storage import Address, StorageError, list_files
-from sdxl_finetune.storage.folders import fetch, fetch_to
+from sdxl_finetune.storage import Address, StorageError, list_files, read
+from sdxl_finetune.storage.folders import fetch, fetch_to, files_at
 from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.saves import STATE_SUFFIX
-from sdxl_finetune.training.state import MANIFEST, OPTIMIZER, WEIGHTS, TrainingState, load_state, peek_state
+from sdxl_finetune.training.state import OPTIMIZER, WEIGHTS, TrainingState, load_state, peek_state
+from sdxl_finetune.training.stored_saves import find_stored
 
 logger = logging.getLogger(__name__)
+
+HEAD = 1 << 20
+"""Bytes of a file that tell it from another one. They hold the metadata of a checkpoint, with the time of saving."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,14 @@ class Start:
     state: TrainingState
     address: Address | None = None
     """Place from which other machines download it; None for a path that all machines share."""
+    content: str = ""
+    """The result of `content_of` for what the first process found at an address."""
+
+    def is_in(self, config: Config) -> bool:
+        """True if this stands in `output_dir`, or at the address of `output_dir`."""
+        if self.address and self.address.parent == config.output_address:
+            return True
+        return self.path.resolve().parent == config.output_folder.resolve()
 
     @property
     def weights(self) -> Path:
@@ -93,16 +106,41 @@ def find_start(config: Config) -> Start | None:
 
 
 def start_here(start: Start, config: Config) -> Start:
-    """Returns the start with its path on this machine. What another machine found at an address is downloaded."""
-    return start if start.address is None else replace(start, path=_download(start.address, config))
+    """Returns the start with its path on this machine. What another machine found at an address is downloaded.
+
+    An earlier run may have left another file of the same name here. Raises UserError if the address does not hold what
+    the first process has found.
+    """
+    if start.address is None or (start.path.exists() and content_of(start.path) == start.content):
+        return start
+    path = _download(start.address, config)
+    if content_of(path) != start.content:
+        message = f"differs from {start.path} on the first machine: wait until its upload is complete"
+        raise UserError(Problem(message, key="resume", value=str(start.address)))
+    return replace(start, path=path)
+
+
+def content_of(place: Path | Address) -> str:
+    """A hash that differs for saves of different runs under one name: of size and first bytes of each file."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(place, Path) and place.is_file():
+        sizes = {"": place.stat().st_size}
+    else:
+        sizes = {one.name: one.size for one in (files_at(place) if isinstance(place, Address) else list_files(place))}
+    for name, size in sorted(sizes.items()):
+        digest.update(b"%d " % size + read(place / name if name else place, 0, min(size, HEAD)))
+    return digest.hexdigest()
 
 
 def _download(address: Address, config: Config) -> Path:
+    """The path of a save on this machine. A local one of the same name counts if it is that of the address."""
     try:
         if address.parent == config.output_address:
             path = config.output_folder / address.name
-            fetch_to(address, path)
-            return path
+            if not path.exists():
+                fetch_to(address, path)
+            if content_of(path) == content_of(address):
+                return path
         return fetch(address, config.local_folder / "downloads")
     except StorageError as error:
         raise UserError(Problem(error.reason, key="resume", value=str(address))) from None
@@ -207,7 +245,8 @@ def changed_optimizer_args(start: Start, config: Config) -> frozenset[str]:
 def _newest(config: Config) -> Iterator[Start]:
     """The sound training states of this `output_name`, newest first, then its sound checkpoints, newest first.
 
-    Those that stand only in the object store are downloaded when it is their turn.
+    Those that stand only in the object store are downloaded when it is their turn. Another machine may have saved
+    there later under the name of a local one. Such a save is downloaded too.
     """
     names = saved_names(config)
     paths = list(config.output_folder.iterdir()) if config.output_folder.is_dir() else []
@@ -216,6 +255,7 @@ def _newest(config: Config) -> Iterator[Start]:
         for path in paths
         if path.name.endswith(STATE_SUFFIX) and names.fullmatch(path.name.removesuffix(STATE_SUFFIX))
     }
+    elsewhere: set[str] = set()
     checkpoints = {
         path.name: path.stat().st_mtime
         for path in paths
@@ -223,33 +263,22 @@ def _newest(config: Config) -> Iterator[Start]:
         and (path.is_dir() or path.suffix in (".safetensors", ".ckpt"))
     }
     if config.output_address:
-        stored_states, stored_checkpoints = find_stored(config, config.output_address)
-        states, checkpoints = stored_states | states, stored_checkpoints | checkpoints
+        stored = find_stored(config, config.output_address)
+        for here, there in ((states, stored.states), (checkpoints, stored.checkpoints)):
+            later = {name: time for name, time in there.items() if time > here.get(name, 0.0)}
+            elsewhere |= later.keys()
+            here |= later
     for times in (states, checkpoints):
         for name in sorted(times, key=times.__getitem__, reverse=True):
-            if start := _load_if_sound(name, config):
+            if start := _load_if_sound(name, config, is_elsewhere=name in elsewhere):
                 yield start
 
 
-def find_stored(config: Config, address: Address) -> tuple[dict[str, float], dict[str, float]]:
-    """The complete training states and the checkpoints of this `output_name` in a store, each with its time."""
-    names, states, checkpoints = saved_names(config), {}, {}
-    for found in list_files(address):
-        name, _, rest = found.name.partition("/")
-        if rest == MANIFEST and names.fullmatch(name.removesuffix(STATE_SUFFIX)):
-            states[name] = found.time
-        elif (rest == "model_index.json" and names.fullmatch(name)) or (
-            not rest and Path(name).suffix in (".safetensors", ".ckpt") and names.fullmatch(Path(name).stem)
-        ):
-            checkpoints[name] = found.time
-    return states, checkpoints
-
-
-def _load_if_sound(name: str, config: Config) -> Start | None:
+def _load_if_sound(name: str, config: Config, *, is_elsewhere: bool) -> Start | None:
     path, address = config.output_folder / name, config.output_address and config.output_address / name
     try:
-        if address and not path.exists():
-            _download(address, config)
+        if address and (is_elsewhere or not path.exists()):
+            path = _download(address, config)
         return _load(path, address)
     except UserError as error:
         logger.warning("resume = auto: skipped %s", error)
@@ -260,7 +289,7 @@ def _load(path: Path, address: Address | None = None) -> Start:
     if not path.exists():
         raise UserError(Problem("there is no such training state, file or folder", key="resume", value=str(path)))
     if path.is_dir() and not (path / "unet").is_dir():
-        return Start(path=path, is_state=True, state=load_state(path), address=address)
+        return Start(path=path, is_state=True, state=load_state(path), address=address, content=content_of(path))
     file, _ = open_checkpoint(path)
     step, epoch, seed, position = (file.metadata.get(PREFIX + name) for name in ("step", "epoch", "seed", "resume"))
     if step is None and file.global_step is not None:
@@ -278,4 +307,4 @@ def _load(path: Path, address: Address | None = None) -> Start:
     except (ValueError, TypeError, AttributeError) as error:
         message = f"its metadata is damaged ({error}); to start anew from it, give it as pretrained_model_name_or_path"
         raise UserError(Problem(message, key="resume", value=str(path))) from None
-    return Start(path=path, is_state=False, state=state, address=address)
+    return Start(path=path, is_state=False, state=state, address=address, content=content_of(path))

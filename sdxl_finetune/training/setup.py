@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 
 from sdxl_finetune.batch import Batch
@@ -27,12 +26,12 @@ from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
-from sdxl_finetune.errors import Problems, UserError, counted
+from sdxl_finetune.errors import Problems, counted
 from sdxl_finetune.files import size_text
 from sdxl_finetune.latents.captions import prepare_text
 from sdxl_finetune.latents.masks import MaskStore, prepare_masks
 from sdxl_finetune.latents.preparing import prepare
-from sdxl_finetune.latents.store import LatentStore
+from sdxl_finetune.latents.store import LatentStore, TextStore
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.compilation import compile_blocks
 from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
@@ -47,7 +46,14 @@ from sdxl_finetune.output.hub import check_access
 from sdxl_finetune.output.log import Log, run_directory
 from sdxl_finetune.output.prompts import Prompt, with_size
 from sdxl_finetune.output.uploads import Uploads, open_uploads
-from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, trained_dtype, weight_dtype
+from sdxl_finetune.runtime.processes import (
+    build_accelerator,
+    on_every_rank,
+    on_first_rank,
+    shared_seed,
+    trained_dtype,
+    weight_dtype,
+)
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.storage import Address, exists, write
 from sdxl_finetune.storage.folders import fetch_to
@@ -58,13 +64,12 @@ from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
 from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.resume import Start
+from sdxl_finetune.training.stored_saves import StoredSaves, try_find_stored
 from sdxl_finetune.training.text_encoder import TextEncoders
 from sdxl_finetune.training.vae_encoder import VaeEncoder
 from sdxl_finetune.training.validation import Validation, build_validation
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,8 @@ class Run:
     """None if no images are held out."""
     log: Log
     uploads: Uploads
+    stored: StoredSaves
+    """Saves that the store held at the start, for the first rank. What is removed since is taken out."""
 
     @property
     def output_dir(self) -> Path:
@@ -119,10 +126,10 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
     accelerator = build_accelerator(config)
     with console(config, accelerator.process_index):
         problems = Problems()
-        config = problems.attempt(with_local_models, config) or config
-        problems.attempt(_on_first_rank, accelerator, lambda: check_access(config))
-        start = problems.attempt(_on_first_rank, accelerator, lambda: resume.find_start(config))
-        start = start and problems.attempt(resume.start_here, start, config)
+        config = problems.attempt(on_every_rank, partial(with_local_models, config)) or config
+        problems.attempt(on_first_rank, accelerator, lambda: check_access(config))
+        start = problems.attempt(on_first_rank, accelerator, lambda: resume.find_start(config))
+        start = start and problems.attempt(on_every_rank, partial(resume.start_here, start, config))
         if problems.found:
             _read_inputs(config, accelerator, None, problems)
         with _open_log(config, accelerator, start) as log:
@@ -144,18 +151,14 @@ def _read_inputs(config: Config, accelerator: Accelerator, start: Start | None, 
 
 
 def _build(config: Config, accelerator: Accelerator, start: Start | None, log: Log, stop: StopRequest | None) -> Run:
-    seed = start.state.seed if start and config.seed is None else None
-    seed = shared_seed(config) if seed is None else seed
+    seed = _run_seed(config, start)
     torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
     inputs = _read_inputs(config, accelerator, start, Problems())
     index, tokenizer = inputs.index, inputs.tokenizer
     assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
     index, latents, masks = _prepare_latents(config, index, loaded.vae, accelerator, stop)
-    text = None
-    if config.cache_text_encoder_outputs:
-        text = prepare_text(index, TextEncoders(loaded.model, tokenizer, accelerator.device), config, accelerator, stop)
-        loaded.model.detach_text_encoders()
+    text = _prepare_text(config, index, loaded.model, tokenizer, accelerator, stop)
     ranks = accelerator.num_processes
     plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
     order = resume.data_order(index, plan)
@@ -184,6 +187,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     )
     _log_beginning(config, log, index, timeline, learner, inputs.prompts or ())
     _log_captions(index, tokenizer, accelerator)
+    uploads, stored = _build_uploads(config, accelerator)
     return Run(
         config=config,
         options=saved_options(config),
@@ -201,13 +205,25 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
         log=log,
-        uploads=_build_uploads(config, accelerator),
+        uploads=uploads,
+        stored=stored,
     )
 
 
-def _build_uploads(config: Config, accelerator: Accelerator) -> Uploads:
+def _run_seed(config: Config, start: Start | None) -> int:
+    """The seed of the config, or of the run that is resumed, or one that all ranks draw together."""
+    if start and config.seed is None and start.state.seed is not None:
+        return start.state.seed
+    return shared_seed(config)
+
+
+def _build_uploads(config: Config, accelerator: Accelerator) -> tuple[Uploads, StoredSaves]:
+    """Uploads of the run, and the saves that the store holds. Only the first rank needs and finds them."""
+    stored = try_find_stored(config) if accelerator.is_main_process else StoredSaves()
     rank, address = accelerator.process_index, config.output_address
-    return Uploads(config, config.output_folder, final_name(config), remove, rank=rank, address=address)
+    uploads = Uploads(config, config.output_folder, final_name(config), remove, rank=rank, address=address)
+    uploads.give_up_replaced(stored.states | stored.checkpoints)
+    return uploads, stored
 
 
 def shared_index(config: Config, accelerator: Accelerator) -> Index:
@@ -227,7 +243,7 @@ def _share_index(config: Config, accelerator: Accelerator, build: Callable[[], I
             write(location / "indexes" / index.path.name, index.path)
         return index
 
-    index = _on_first_rank(accelerator, build_and_publish)
+    index = on_first_rank(accelerator, build_and_publish)
     if isinstance(location, Address) and not accelerator.is_main_process:
         index = replace(index, path=config.cache_folder / index.path.name)
         fetch_to(location / "indexes" / index.path.name, index.path)
@@ -241,23 +257,9 @@ def total_steps(options: LengthOptions, plan: Plan) -> int:
     return plan.steps_until(options.max_train_epochs)
 
 
-def _on_first_rank(accelerator: Accelerator, find: Callable[[], T]) -> T:
-    """Calls `find` on the first rank only. Returns its result, or raises its UserError, on all ranks."""
-    results: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            results = [find()]
-        except UserError as error:
-            results = [error]
-    broadcast_object_list(results)
-    if isinstance(results[0], UserError):
-        raise results[0]
-    return cast(T, results[0])
-
-
 def _open_log(config: Config, accelerator: Accelerator, start: Start | None) -> Log:
     resumed = (start.state.log, start.state.step) if start and start.state.log else None
-    directory = _on_first_rank(accelerator, lambda: run_directory(config, datetime.now(), resumed=resumed))
+    directory = on_first_rank(accelerator, lambda: run_directory(config, datetime.now(), resumed=resumed))
     done = start.state.step if start else 0
     return Log(config, directory, rank=accelerator.process_index, ranks=accelerator.num_processes, done=done)
 
@@ -293,6 +295,17 @@ def _prepare_latents(
         return index, latents, masks
     vae.to(accelerator.device)
     return index, None, None
+
+
+def _prepare_text(
+    config: Config, index: Index, sdxl: SDXL, tokenizer: Tokenizer, accelerator: Accelerator, stop: StopRequest | None
+) -> TextStore | None:
+    """The cache of text encoder outputs, if the config asks for one. The model then needs no text encoders."""
+    if not config.cache_text_encoder_outputs:
+        return None
+    text = prepare_text(index, TextEncoders(sdxl, tokenizer, accelerator.device), config, accelerator, stop)
+    sdxl.detach_text_encoders()
+    return text
 
 
 def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator) -> None:

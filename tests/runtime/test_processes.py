@@ -201,3 +201,33 @@ def wait_for(folder: Path, pattern: str, process: subprocess.Popen, seconds: flo
     while not any(folder.glob(pattern)):
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.1)
+
+
+ON_EVERY_RANK = """
+import os
+from accelerate import Accelerator
+from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.runtime.processes import on_every_rank
+
+Accelerator(cpu=True)
+
+def find(failing):
+    if os.environ["RANK"] == failing:
+        raise UserError(Problem("not on this machine"))
+    return os.environ["RANK"]
+
+print(f"found {on_every_rank(lambda: find('nowhere'))}\\n", end="", flush=True)
+try:
+    on_every_rank(lambda: find("1"))
+except UserError as error:
+    print(f"{error}, says {os.environ['RANK']}\\n", end="", flush=True)
+"""
+
+
+def test_a_problem_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(ON_EVERY_RANK)
+    command = [*TWO, "--main_process_port", "0", str(tmp_path / "ranks.py")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        assert f"found {rank}\n" in done.stdout and f"not on this machine, says {rank}\n" in done.stdout

@@ -19,7 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sdxl_finetune.config import Config
 from sdxl_finetune.storage import Address, list_files, write
+from sdxl_finetune.training.state import TrainingState, load_state, save_state
 from tests.s3_server import S3Server, environment
 
 CACHE = Address("s3://bucket/project/cache")
@@ -37,10 +39,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start(program: str, machines: Sequence[list[str]], s3: S3Server, *, quick: bool = False) -> list[subprocess.Popen]:
-    """Starts one launch for each machine, with its own options."""
+def start(
+    program: str, machines: Sequence[list[str]], s3: S3Server, *, quick: bool = False, folders: Sequence[str] = ()
+) -> list[subprocess.Popen]:
+    """Starts one launch for each machine, with its own options, and in its own working directory of `folders`."""
     port = free_port()
-    Path(f"{program}.py").write_text(f"{QUICK if quick else ''}from sdxl_finetune.cli import {program}\n{program}()\n")
+    script = Path(f"{program}.py").absolute()
+    script.write_text(f"{QUICK if quick else ''}from sdxl_finetune.cli import {program}\n{program}()\n")
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
     launcher += [
         "--num_machines",
@@ -53,17 +58,20 @@ def start(program: str, machines: Sequence[list[str]], s3: S3Server, *, quick: b
     env = {**os.environ, **environment(s3.port), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [*launcher, "--machine_rank", str(rank), f"{program}.py", *MODEL, *options],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*launcher, "--machine_rank", str(rank), str(script), *MODEL, *options],
+            cwd=folders[rank] if folders else None, env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank, options in enumerate(machines)
     ]  # fmt: skip
 
 
 def outputs(running: list[subprocess.Popen]) -> list[str]:
+    """Waits for all machines and returns what each has said. A failure shows the outputs of all of them."""
     said = [process.communicate(timeout=300)[0] for process in running]
-    for process, text in zip(running, said, strict=True):
-        assert process.returncode == 0, text
+    if any(process.returncode for process in running):
+        ends = zip(running, said, strict=True)
+        pytest.fail("\n".join(f"machine {n}, exit {p.returncode}:\n{text}" for n, (p, text) in enumerate(ends)))
     return said
 
 
@@ -126,25 +134,56 @@ def test_a_machine_that_dies_costs_what_it_had_not_written(work, s3: S3Server) -
 
 @pytest.mark.parametrize("resumed", ["auto", "address"])
 def test_training_on_two_machines_resumes_from_the_store(work, s3: S3Server, resumed: str) -> None:
-    """States go to the store; machines with empty folders resume, and end with the weights of an unbroken run."""
+    """States go to the store; other machines resume, and end with the weights of an unbroken run.
+
+    One of the resuming machines holds another state of the same name, which an earlier run has left.
+    """
     out = "s3://bucket/project/out"
-
-    def machine(name: str, *more: str) -> list[str]:
-        own = ["--cache_dir_local", f"{name}/local", "--cache_dir_local_gb", "1"]
-        return [*IMAGES, "--output_dir", out, *own, *TRAIN, *more]
-
-    outputs(start("train", [machine("one"), machine("two")], s3))
+    options = [*IMAGES, "--output_dir", out, "--cache_dir_local", "local", "--cache_dir_local_gb", "1", *TRAIN]
+    for name in ("one", "two", "three", "four"):
+        (work / name).mkdir()
+        for shared in ("images", "base.safetensors"):
+            (work / name / shared).symlink_to(work / shared)
+    outputs(start("train", [options, options], s3, folders=["one", "two"]))
     names = {found.name for found in list_files(Address(out)) if not found.name.startswith("cache/")}
     assert {"toy.safetensors", "toy-step00000002.safetensors", "toy-step00000002-state/manifest.json"} <= names
     whole = _weights(out, work / "whole")
     for name in names:
         if not name.startswith("toy-step00000002"):
             _delete(f"{out}/{name}")
+    local_out = Config(output_dir=Address(out), cache_dir_local=Path("local")).output_folder
+    has_old = "four" if resumed == "auto" else "three"
+    old = Path(has_old) / local_out / "toy-step00000002-state"
+    save_state(old, TrainingState(step=2, epoch=0, seed=1, saved_at=1.0), {}, {})
     where = "auto" if resumed == "auto" else f"{out}/toy-step00000002-state"
-    said = outputs(start("train", [machine("three", "--resume", where), machine("four", "--resume", where)], s3))
+    resuming = [*options, "--resume", where]
+    said = outputs(start("train", [resuming, resuming], s3, folders=["three", "four"]))
     assert "resuming after step 2" in said[0]
     again = _weights(out, work / "again")
     assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
+    assert load_state(old).saved_at == 1.0
+
+
+def test_a_signal_to_one_of_two_processes_still_uploads_the_state(work, s3: S3Server, monkeypatch) -> None:
+    """The launcher ends the first process as soon as the other one has ended. The other one waits for the upload."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # no test depends on the speed of the machine
+    options = [*IMAGES, *TRAIN, "--output_dir", "s3://bucket/out", "--cache_dir", "cache", "--cache_dir_local", "local"]
+    options += ["--max_train_steps", "10000", "--save_every_n_steps", "", "--logging_dir", "logs"]
+    (running,) = start("train", [options], s3)
+    while not any(path.read_text() for path in Path("logs").glob("*/metrics.jsonl")):
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.1)
+    with s3.holding():
+        children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+        ranks = {
+            Path(f"/proc/{child}/environ").read_text().partition("LOCAL_RANK=")[2][:1]: child for child in children
+        }
+        os.kill(int(ranks["1"]), signal.SIGTERM)
+        assert s3.held.wait(300)
+        time.sleep(3)  # in which the other process would end, and the launcher would end the first one
+    said = running.communicate(timeout=300)[0]
+    names = {found.name.partition("/")[2] for found in list_files(Address("s3://bucket/out"))}
+    assert names == {"manifest.json", "optimizer.pt", "state.json", "weights.safetensors"}, said
 
 
 def test_tars_in_a_store_on_two_machines_train_as_a_folder_on_one(work, s3: S3Server) -> None:
