@@ -20,6 +20,8 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and surrogates, which Python uses for bytes that are not UTF-8."""
 VARYING = re.compile(r"\d+(?:x\d+)*|'[^']*'|\"[^\"]*\"|\([^()]*\)")
 """The parts of a message that differ between problems of one kind: numbers, sizes, quotations and remarks."""
+PASSWORD = re.compile(r"(://)[^/\s'\"]*@|(https?://[^\s'\"?]*\?)[^\s'\"]*")
+"""User name and password in an address, or the query of an address, which may be a signature. They are not shown."""
 SHOWN = 20
 """Problems of one kind that are listed; more would hide the other messages, and millions would fill the memory."""
 CONSEQUENCE_DELAY = 3600
@@ -41,7 +43,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.file}: " if self.file else ""
-        value = "" if self.value is None else f" = {self.value!r}"
+        value = "" if self.value is None else " = " + PASSWORD.sub(r"\1\2…", repr(self.value))
         key = "" if self.key is None else f"{self.key}{value}: "
         # A file name may hold line breaks and bytes that are no text, but a problem is one line.
         return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), where + key + self.message)

@@ -48,6 +48,7 @@ from sdxl_finetune.latents.together import (
 )
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.seeding import position_random
+from sdxl_finetune.storage import Address, Location, read
 
 logger = logging.getLogger(__name__)
 
@@ -216,13 +217,13 @@ def _question(captions: Captions) -> str:
     digest = hashlib.blake2b(repr(about).encode("utf-8", "surrogateescape"), digest_size=12)
     for subset in index.subsets:
         for file in _rule_files(subset):
-            digest.update(b"\0" + file.read_bytes())
+            digest.update(b"\0" + read(file))
     return digest.hexdigest()
 
 
-def _rule_files(subset: Subset) -> Iterator[Path]:
+def _rule_files(subset: Subset) -> Iterator[Location]:
     for value in (subset.protected_tags_file, subset.caption_tag_dropout_groups):
-        if isinstance(value, Path):
+        if isinstance(value, Path | Address):
             yield value
 
 
