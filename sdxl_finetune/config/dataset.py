@@ -277,7 +277,7 @@ def mark_problems(
 
 
 def _scores_problem(scores: str) -> str | None:
-    """What is wrong with the path or the address of a file of scores. The index finds out if an address exists."""
+    """Says what is wrong with the path or the address of a file of scores. The index finds out if an object exists."""
     try:
         place = parse_location(scores)
     except ValueError as error:

@@ -6,6 +6,8 @@ Modules:
     sources     folders, metadata files, tar files and object stores as tables of images
     listing     lists the images of each subset from its source
     scan        finds the sizes and captions of all images, and keeps the result in cache_dir
+    kept_files  removes what no run has used for long from cache_dir
+    mount_points  the folders of an index on a machine that has them at other paths
     tables      writes and maps the Arrow files of scan and index
     buckets     chooses the aspect-ratio bucket, the resized size and the crop
     index       one row for each image, in columns that all processes share; entry is one of them

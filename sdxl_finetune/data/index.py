@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt8
 
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.data.entry import Bucket, Entry
+from sdxl_finetune.data.kept_files import remove_unused
 from sdxl_finetune.data.marks import find_marks
 from sdxl_finetune.data.mask_files import MASKED, add_masks
 from sdxl_finetune.data.placement import MARKED, PLACED, place
@@ -301,6 +302,7 @@ def build_index(
     remark_on_faces(table, subsets)
     index = Index(_write(table, subsets, cache_dir), tuple(datasets), bad_files=len(problems))
     remark_on_captions(index.saved["captions"], subsets)
+    remove_unused(cache_dir)
     return index
 
 

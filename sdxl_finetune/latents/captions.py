@@ -49,6 +49,7 @@ from sdxl_finetune.latents.together import (
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.seeding import position_random
 from sdxl_finetune.storage import Address, Location, read
+from sdxl_finetune.storage.copies import touch
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,7 @@ def find_keys(captions: Captions, folder: Path, *, writes: bool) -> UInt8[np.nda
     path = folder / f"{_question(captions)}{KEYS}"
     keys = _load(path, captions)
     if keys is not None:
+        touch(path)
         return keys
     keys = captions.keys()
     if writes:
