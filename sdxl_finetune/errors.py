@@ -18,8 +18,8 @@ WAIT_FOR_RANK_0 = 8
 as well, so that an error of all ranks is printed once."""
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and surrogates, which Python uses for bytes that are not UTF-8."""
-SECRET = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
-"""User name and password in an address. They are never printed."""
+SECRET = re.compile(r"(://)[^/\s'\"]+(?=@)|(https?://[^\s'\"?]*\?)[^\s'\"]+")
+"""User name and password in an address, or the query of an address, which may be a signature. They are not shown."""
 VARYING = re.compile(r"\d+(?:x\d+)*|'[^']*'|\"[^\"]*\"|\([^()]*\)")
 """The parts of a message that differ between problems of one kind: numbers, sizes, quotations and remarks."""
 SHOWN = 20
@@ -45,7 +45,7 @@ class Problem:
         where = f"{self.file}: " if self.file else ""
         value = "" if self.value is None else f" = {self.value!r}"
         key = "" if self.key is None else f"{self.key}{value}: "
-        text = SECRET.sub("***", where + key + self.message)
+        text = SECRET.sub(r"\1\2***", where + key + self.message)
         # A file name may hold line breaks and bytes that are no text, but a problem is one line.
         return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 

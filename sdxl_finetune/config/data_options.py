@@ -87,7 +87,7 @@ class CaptionOptions(Options):
     """Probability that a tag is dropped, 0 to 1. Tags kept by `keep_tokens` stay."""
     caption_tag_dropout_groups: Annotated[TagGroups | None, OnlyWith("caption_tag_dropout_rate")] = None
     """Tags dropped together with a tag: a table of lists by tag, or its TOML or JSON file. Not in sd-scripts."""
-    protected_tags_file: Annotated[FilePath | None, TAGS] = None
+    protected_tags_file: Annotated[FileLocation | None, TAGS] = None
     """Text file of tags that are never shuffled or dropped, one a line. `*` matches any text. Not in sd-scripts."""
     token_warmup_min: Annotated[int, OnlyWith("token_warmup_step")] = Field(1, ge=0)
     """Number of tags in use at the start of tag warm-up."""
@@ -111,7 +111,7 @@ class AugmentationOptions(Options):
 class MaskOptions(Options):
     """Masks"""
 
-    conditioning_data_dir: Annotated[FilePath | None, OnlyWith("masked_loss")] = None
+    conditioning_data_dir: Annotated[FileLocation | None, OnlyWith("masked_loss")] = None
     """Folder of masks for `masked_loss`, each with the name and size of its image. The red channel is the mask."""
     alpha_mask: bool = False
     """Multiply the loss by each image's alpha channel. Colours under transparent parts are kept."""

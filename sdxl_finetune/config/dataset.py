@@ -27,7 +27,7 @@ from sdxl_finetune.config.data_options import (
 from sdxl_finetune.config.fields import FileLocation, MetadataColumns, Resolution
 from sdxl_finetune.config.quality_options import MISSING_RULES, ImageWeightOptions, QualityOptions, is_ending
 from sdxl_finetune.errors import counted, listed
-from sdxl_finetune.storage import Address, Found, Location, list_page
+from sdxl_finetune.storage import Address, Found, Location, list_page, parse_location
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of image files, in any case of letters, that are always read."""
@@ -258,8 +258,9 @@ def mark_problems(
     options: QualityOptions, captions: CaptionOptions, weights: ImageWeightOptions
 ) -> Iterator[tuple[str, str]]:
     """Yields option and message of what is wrong with the options of quality tags and weights."""
-    if weights.image_weights and not weights.image_weights.is_file():
-        yield "image_weights", not_found(weights.image_weights, "file")
+    rules = weights.image_weights
+    if isinstance(rules, Path) and not rules.is_file():
+        yield "image_weights", not_found(rules, "file")
     if not options.quality_tags:
         return
     for separator in ("caption_separator", "keep_tokens_separator", "secondary_separator"):
@@ -269,13 +270,21 @@ def mark_problems(
     if options.quality_missing not in (*MISSING_RULES, *(tag.tag for tag in options.quality_tags)):
         yield "quality_missing", f"must be one of quality_tags or of {', '.join(MISSING_RULES)}"
     scores, groups = options.quality_scores, options.quality_groups or ""
-    if scores and "://" in scores:
-        yield "quality_scores", "must be a local file: download it, or name scores in the metadata file"
-    elif scores and not is_ending(scores) and not Path(scores).is_file():
-        message = f'{not_found(Path(scores), "file")}. A file beside each image is named by its ending, as ".score"'
-        yield "quality_scores", message
+    if scores and not is_ending(scores) and (reason := _scores_problem(scores)):
+        yield "quality_scores", reason
     if groups.startswith("column:") and (scores is None or is_ending(scores)):
         yield "quality_groups", "needs quality_scores, the file with this column: set it, or name tags"
+
+
+def _scores_problem(scores: str) -> str | None:
+    """Says what is wrong with the path or the address of a file of scores. The index finds out if an object exists."""
+    try:
+        place = parse_location(scores)
+    except ValueError as error:
+        return str(error)
+    if isinstance(place, Address) or place.is_file():
+        return None
+    return f'{not_found(place, "file")}. A file beside each image is named by its ending, as ".score"'
 
 
 def is_metadata(location: Location) -> bool:

@@ -33,7 +33,7 @@ from sdxl_finetune.config.fields import expected, reasons
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.reading import parse_toml
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.storage import Location, parse_location
+from sdxl_finetune.storage import Address, Location, list_page, naming, parse_location
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +100,14 @@ def _from_folders(config: Config) -> tuple[Dataset, ...]:
     return (Dataset(**common, batch_size=config.train_batch_size, subsets=subsets),)
 
 
-def _mask_folder(config: Config, images: Location) -> Path | None:
+def _mask_folder(config: Config, images: Location) -> Location | None:
     """The folder of the masks of a folder of images: one of the same name in conditioning_data_dir, or that itself."""
     root = config.conditioning_data_dir
-    return root / images.name if root and (root / images.name).is_dir() else root
+    if root is None or not config.masked_loss:
+        return root
+    own = root / images.name
+    with naming("conditioning_data_dir"):
+        return own if (bool(list_page(own)) if isinstance(own, Address) else own.is_dir()) else root
 
 
 def _folders(option: str, root: Location | None) -> list[tuple[Location, int | None, str | None]]:
@@ -234,7 +238,7 @@ def _subset(
     if metadata and not is_metadata(metadata):
         mistakes.add(not_found(metadata, "file"), f"{place}.metadata_file", str(metadata))
     masks = subset.conditioning_data_dir
-    if config.masked_loss and masks and not masks.is_dir():
+    if config.masked_loss and isinstance(masks, Path) and not masks.is_dir():
         mistakes.add(not_found(masks, "folder"), f"{place}.conditioning_data_dir", str(masks))
     return subset
 

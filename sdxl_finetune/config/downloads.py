@@ -3,8 +3,7 @@
 from typing import Any
 
 from sdxl_finetune.config.options import Config
-from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.storage import Address, StorageError
+from sdxl_finetune.storage import Address, naming
 from sdxl_finetune.storage.folders import fetch
 
 
@@ -17,8 +16,6 @@ def with_local_models(config: Config) -> Config:
     for option in ("pretrained_model_name_or_path", "vae"):
         location = getattr(config, option)
         if isinstance(location, Address):
-            try:
+            with naming(option):
                 found[option] = fetch(location, config.local_folder / "downloads")
-            except StorageError as error:
-                raise UserError(Problem(error.reason, key=option, value=str(location))) from None
     return config.model_copy(update=found) if found else config

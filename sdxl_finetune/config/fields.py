@@ -218,11 +218,9 @@ def _metadata_columns(value: object) -> object:
 
 
 def _tag_groups(value: object) -> object:
-    """Returns the path of a file, or the JSON text of a table of lists of tags by tag."""
-    if isinstance(value, Path):
-        return value
-    if isinstance(value, str) and not value.lstrip().startswith("{"):
-        return _path(value)
+    """Returns the path or address of a file, or the JSON text of a table of lists of tags by tag."""
+    if isinstance(value, Path | Address) or (isinstance(value, str) and not value.lstrip().startswith("{")):
+        return _location(value)
     groups = json.loads(value) if isinstance(value, str) else value
     if not isinstance(groups, dict):
         raise ValueError
@@ -292,9 +290,9 @@ BlockRates = Annotated[
     tuple[float, ...], parsed(_block_rates), Shown('a learning rate for each block, as "1e-5,1e-5,..."')
 ]
 TagGroups = Annotated[
-    Path | str,
+    Path | InstanceOf[Address] | str,
     parsed(_tag_groups),
-    Shown("""a path, or a table as {"hatsune miku" = ["aqua hair", "twintails"]}""", is_table=True),
+    Shown("""a path, an address, or a table as {"hatsune miku" = ["aqua hair", "twintails"]}""", is_table=True),
 ]
 Scheduler = Annotated[
     str, parsed(_schedule), Shown("one of " + ", ".join(LR_SCHEDULES) + ", adafactor, adafactor:RATE")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from sdxl_finetune.config.fields import FilePath, OnlyWith, Options, Refused, Shown
+from sdxl_finetune.config.fields import FileLocation, OnlyWith, Options, Refused, Shown
 
 MISSING_RULES = ("none", "skip", "stop")
 """Values of `quality_missing` besides the quality tags themselves."""
@@ -127,5 +127,5 @@ class QualityOptions(Options):
 class ImageWeightOptions(Options):
     """Weights of images"""
 
-    image_weights: FilePath | None = None
+    image_weights: FileLocation | None = None
     """File of repeats and loss weights: rules by tag and path (.toml), or a row an image (.csv). Not in sd-scripts."""

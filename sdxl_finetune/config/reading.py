@@ -20,6 +20,7 @@ from sdxl_finetune.config.fields import Shown, expected, kinds, plain
 from sdxl_finetune.config.options import GROUPS, SECRETS, Config
 from sdxl_finetune.config.unsupported import FOREIGN, REFERENCE
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.storage import Location, read
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -103,10 +104,10 @@ def _takes_table(name: str) -> bool:
     )
 
 
-def parse_toml(path: Path) -> tuple[dict[str, Any], str]:
+def parse_toml(path: Location) -> tuple[dict[str, Any], str]:
     """Returns the content of a TOML file and its text. Raises UserError if the file cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig") if isinstance(path, Path) else read(path).decode("utf-8-sig")
         return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as error:
         with contextlib.suppress(Exception):  # the reference's parser reads numbers as 1.e-5, which are not valid TOML

@@ -345,8 +345,9 @@ def _files(config: Config) -> Findings:
     if config.dataset_config:
         return
     yield from mark_problems(config, config, config)
-    if config.masked_loss and config.conditioning_data_dir and not config.conditioning_data_dir.is_dir():
-        yield "conditioning_data_dir", not_found(config.conditioning_data_dir, "folder")
+    masks = config.conditioning_data_dir
+    if config.masked_loss and isinstance(masks, Path) and not masks.is_dir():
+        yield "conditioning_data_dir", not_found(masks, "folder")
     for option in ("reg_data_dir",) if config.in_json else ("train_data_dir", "reg_data_dir"):
         folder, tars = split_tars(getattr(config, option) or Path())
         if getattr(config, option) and (message := None if tars else find_folders(folder).problem):

@@ -6,11 +6,14 @@ Modules:
     sources     folders, metadata files, tar files and object stores as tables of images
     listing     lists the images of each subset from its source
     scan        finds the sizes and captions of all images, and keeps the result in cache_dir
+    kept_files  removes what no run has used for long from cache_dir
+    mount_points  the folders of an index on a machine that has them at other paths
     tables      writes and maps the Arrow files of scan and index
     buckets     chooses the aspect-ratio bucket, the resized size and the crop
-    index       one row for each image, in columns that all processes share
+    index       one row for each image, in columns that all processes share; entry is one of them
     marks       quality tags, repeats and loss weights, as scores and rules ask for them, with quality, scores,
                 score_files, weights, tag_columns and joined; quality_text sets the tag in one caption
+    mask_files  finds the mask file of each image
     remarks     warnings about captions and names of images
     batch_plan  which images form a batch, as a function of seed and epoch
     loader      makes the batches of one rank, in data-loader workers

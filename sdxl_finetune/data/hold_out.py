@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int, Int64
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.tables import one_chunk
 from sdxl_finetune.files import atomic_path
+from sdxl_finetune.storage.copies import touch
 
 CHUNK = 1 << 16
 """Names that are Python objects at once."""
@@ -58,6 +59,7 @@ def _kept(
     try:
         found = np.load(path)
         if found.dtype == np.int64 and found.ndim == 1 and len(found) == max(1, round(share * count)):
+            touch(path)
             return found
     except (OSError, ValueError, EOFError):
         pass

@@ -15,15 +15,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt8
 
 from sdxl_finetune.config.dataset import Dataset, Subset
-from sdxl_finetune.data.contents import read_image
-from sdxl_finetune.data.images import load_crop
+from sdxl_finetune.data.entry import Bucket, Entry
+from sdxl_finetune.data.kept_files import remove_unused
 from sdxl_finetune.data.marks import find_marks
+from sdxl_finetune.data.mask_files import MASKED, add_masks
 from sdxl_finetune.data.placement import MARKED, PLACED, place
 from sdxl_finetune.data.quality import NO_TAG
 from sdxl_finetune.data.remarks import (
@@ -36,7 +38,6 @@ from sdxl_finetune.data.remarks import (
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally, UserError, counted
-from sdxl_finetune.storage import Location
 
 logger = logging.getLogger(__name__)
 
@@ -46,74 +47,6 @@ MARK_FACTS = {"quality tags": "quality", "loss weights": "loss_weight"}
 """Facts of an index that only a run with such options has, and their columns."""
 MOST_VALUES = 8
 """Different repeats or loss weights that a description lists."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """An aspect-ratio bucket: the images of one dataset that are trained at one size in pixels."""
-
-    dataset: int
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One image of the index. Sizes are (width, height) in pixels."""
-
-    path: Location
-    """In a tar file: the path of the tar file, and the member's name below it."""
-    captions: tuple[str | None, ...]
-    """The whole text of each caption source, None for a source that the image does not have."""
-    subset: Subset
-    size: tuple[int, int]
-    resized: tuple[int, int]
-    bucket: Bucket
-    interpolation: str | None
-    stat: tuple[int, int]
-    """Size in bytes, and the modification time or version that the scan noted for the image."""
-    offset: int = -1
-    """Position of the image in its tar file in bytes, -1 for a file of its own."""
-    quality: str | None = None
-    """Quality tag of the image."""
-
-    @property
-    def caption(self) -> str:
-        """The text of the first caption source that the image has."""
-        return next((text for text in self.captions if text is not None), "")
-
-    def read(self, *, unchanged: bool = False) -> bytes:
-        """The content of the image file. Raises ImageError.
-
-        An object and a tar file must be as the scan found them. A file of its own must be so if `unchanged` is true.
-        """
-        container = None
-        if self.offset >= 0:
-            container = self.subset.image_dir / self.path.relative_to(self.subset.image_dir).parts[0]
-        return read_image(self.path, container, self.offset, self.stat, unchanged=unchanged)
-
-    def load(
-        self, left_top: tuple[int, int], data: bytes | None = None, *, resized: tuple[int, int] | None = None
-    ) -> UInt8[np.ndarray, "H W 3"]:
-        """The image's pixels in its bucket. Raises ImageError.
-
-        `left_top` is the position of the crop in the resized image. `data` is the file's content, if it was read.
-        `resized` replaces the size before the crop.
-        """
-        return load_crop(
-            self.path,
-            size=self.size,
-            resized=resized or self.resized,
-            left_top=left_top,
-            bucket=(self.bucket.width, self.bucket.height),
-            interpolation=self.interpolation,
-            data=self.read() if data is None else data,
-            hides=not self.subset.alpha_mask,
-        )
-
-    @property
-    def has_mask(self) -> bool:
-        return self.subset.alpha_mask or self.subset.conditioning_data_dir is not None
 
 
 @dataclass(frozen=True)
@@ -147,7 +80,20 @@ class Index:
             stat=(int(self.numbers("bytes")[row]), int(self.numbers("mtime")[row])),
             quality=self.quality_tag(row),
             offset=int(self.numbers("offset")[row]),
+            **self._mask_of(row),
         )
+
+    def _mask_of(self, row: int) -> dict[str, Any]:
+        folder = self.subsets[self.subset[row]].conditioning_data_dir
+        if folder is None:
+            return {}
+        stat = (int(self.numbers("mask_bytes")[row]), int(self.numbers("mask_version")[row]))
+        return {"mask": folder / os.fsdecode(self.masks[row].as_py()), "mask_stat": stat}
+
+    @property
+    def masks(self) -> pa.Array:
+        """Names of the mask files below the folders of masks, large_binary. Only if subsets have such folders."""
+        return one_chunk(self._table["mask"])
 
     @property
     def names(self) -> pa.Array:
@@ -347,6 +293,7 @@ def build_index(
     found, problems = scan(subsets, cache_dir, skip_check=skip_check)
     marks = find_marks(found, subsets, cache_dir, skip_check=skip_check)
     table = place(found, datasets, problems, cache_dir, marks)
+    table = add_masks(table, subsets, cache_dir, skip_check=skip_check)
     report_bad_images(problems, on_bad_image)
     if bad_files is not None:
         bad_files.add_all(problems)
@@ -355,12 +302,16 @@ def build_index(
     remark_on_faces(table, subsets)
     index = Index(_write(table, subsets, cache_dir), tuple(datasets), bad_files=len(problems))
     remark_on_captions(index.saved["captions"], subsets, lambda row: index[row].path)
+    remove_unused(cache_dir)
     return index
 
 
 def _write(table: pa.Table, subsets: Sequence[Subset], cache_dir: Path) -> Path:
     """Writes the file of an index, with what `Index.saved` returns. A file of the same content is left as it is."""
-    metadata, added = table.schema.metadata, [name for name in (*PLACED, *MARKED) if name in table.column_names]
+    metadata, added = (
+        table.schema.metadata,
+        [name for name in (*PLACED, *MARKED, *MASKED) if name in table.column_names],
+    )
     parts = (FORMAT, metadata[b"digest"], metadata[b"buckets"], digest_of(table, added).encode())
     path = cache_dir / f"{hashlib.blake2b(b' '.join(parts), digest_size=12).hexdigest()}.index"
     if not path.exists():

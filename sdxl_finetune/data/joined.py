@@ -6,15 +6,16 @@ and JSON Lines files are read. A JSON file is an object of values by name, or of
 If several rows name one image, the last row counts.
 """
 
+import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from jaxtyping import Bool, Float32, Int, Int64, UInt8
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.tables import one_chunk, with_slashes
 from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
+from sdxl_finetune.storage import Location, read
 
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "image", "name", "key", "id")
 """Columns that may hold the path of the image, in the order in which they are looked for."""
@@ -39,6 +41,8 @@ FIRST_ROWS = 100
 EXAMPLES = 3
 """Rows of a file that a remark names."""
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+Opened = Callable[[], IO[bytes]]
+"""Opens a file of rows, on the disk or in memory."""
 SPECIAL = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
 
@@ -97,21 +101,23 @@ class Join:
     """Rows that a later row replaces, because it names the same image."""
 
 
-def read_rows(path: Path, wanted: Sequence[str], default: str) -> tuple[pa.Table, Sequence[str]]:
+def read_rows(path: Location, wanted: Sequence[str], default: str) -> tuple[pa.Table, Sequence[str]]:
     """Returns the column `path` (large_binary) of a file with those of the wanted columns that it has, and all columns.
 
     All columns are their names, for a message; of a JSON file the keys of its first rows. Whole numbers are paths too:
-    the image of 12345 is `12345.jpg`. A JSON object of plain values by name gives the column `default`. Raises
-    UserError for a file that cannot be read or has no column of paths.
+    the image of 12345 is `12345.jpg`. A JSON object of plain values by name gives the column `default`. An object in a
+    store is read into memory. Raises UserError for a file that cannot be read or has no column of paths.
     """
+    data = b"" if isinstance(path, Path) else read(path)
+    opened: Opened = lambda: path.open("rb") if isinstance(path, Path) else io.BytesIO(data)  # noqa: E731
     try:
         match path.suffix.lower():
             case ".parquet":
-                table, there = _read_parquet(path, wanted)
+                table, there = _read_parquet(path, opened, wanted)
             case ".csv" | ".tsv":
-                table, there = _read_csv(path, wanted)
+                table, there = _read_csv(path, opened, wanted)
             case ".json" | ".jsonl":
-                table, there = _read_json(path, wanted, default)
+                table, there = _read_json(path, opened, wanted, default)
             case _:
                 raise UserError(Problem("must end in .csv, .tsv, .json, .jsonl or .parquet: rename it", file=str(path)))
     except OSError as error:
@@ -126,7 +132,7 @@ def read_rows(path: Path, wanted: Sequence[str], default: str) -> tuple[pa.Table
     return table.set_column(table.column_names.index("path"), "path", paths).combine_chunks(), there
 
 
-def _columns(path: Path, there: Sequence[str], wanted: Sequence[str]) -> tuple[str, list[str]]:
+def _columns(path: Location, there: Sequence[str], wanted: Sequence[str]) -> tuple[str, list[str]]:
     """The column of paths, and the wanted columns that are there. Raises UserError without a column of paths."""
     name = next((name for name in PATH_COLUMNS if name in there and name not in wanted), None)
     if name is None:
@@ -136,8 +142,8 @@ def _columns(path: Path, there: Sequence[str], wanted: Sequence[str]) -> tuple[s
     return name, [column for column in wanted if column in there]
 
 
-def _read_parquet(path: Path, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
-    with pa.parquet.ParquetFile(path) as file:
+def _read_parquet(path: Location, opened: Opened, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
+    with opened() as source, pa.parquet.ParquetFile(source) as file:
         there = file.schema_arrow.names
         name, columns = _columns(path, there, wanted)
         table = file.read(columns=[name, *columns]).select([name, *columns])
@@ -148,10 +154,10 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> tuple[pa.Table, list[str
     return table.rename_columns(["path", *columns]), there
 
 
-def _read_csv(path: Path, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
+def _read_csv(path: Location, opened: Opened, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
     """Values stay text, because one value that is no number must not make the file unreadable."""
     parse = pa.csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-    with pa.csv.open_csv(path, parse_options=parse) as reader:
+    with opened() as file, pa.csv.open_csv(file, parse_options=parse) as reader:
         there = reader.schema.names
         name, columns = _columns(path, there, wanted)
     convert = pa.csv.ConvertOptions(
@@ -159,17 +165,19 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
         include_columns=[name, *columns],
         strings_can_be_null=False,
     )
-    table = pa.csv.read_csv(path, parse_options=parse, convert_options=convert)
+    with opened() as file:
+        table = pa.csv.read_csv(file, parse_options=parse, convert_options=convert)
     return table.rename_columns(["path", *columns]), there
 
 
-def _read_json(path: Path, wanted: Sequence[str], default: str) -> tuple[pa.Table, list[str]]:
+def _read_json(path: Location, opened: Opened, wanted: Sequence[str], default: str) -> tuple[pa.Table, list[str]]:
     """A JSON file or lines of JSON. The values become text, so that a column may hold numbers and text."""
     columns: set[str] = set()
     there: list[str] = []
     batches = []
     schema = pa.schema({"path": pa.large_string(), **dict.fromkeys(wanted, pa.large_string())})
-    rows = _json_lines(path) if path.suffix.lower() == ".jsonl" else _json_objects(path, default)
+    read_json = _json_lines if path.suffix.lower() == ".jsonl" else partial(_json_objects, default=default)
+    rows = read_json(path, opened)
     while chunk := list(islice(rows, ROWS)):
         columns.update(name for name in wanted if any(name in values for _, values in chunk))
         there = there or list(dict.fromkeys(key for _, values in chunk[:FIRST_ROWS] for key in values))
@@ -184,15 +192,16 @@ def _text(value: Any) -> str | None:
     return None if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
+def _json_lines(path: Location, opened: Opened) -> Iterator[tuple[str, dict[str, Any]]]:
+    with io.TextIOWrapper(opened(), "utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield _named(path, f"line {number}", json.loads(line))
 
 
-def _json_objects(path: Path, default: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+def _json_objects(path: Location, opened: Opened, default: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    with io.TextIOWrapper(opened(), "utf-8-sig") as file:
+        content = json.load(file)
     if isinstance(content, list):
         yield from (_named(path, f"entry {number}", entry) for number, entry in enumerate(content, start=1))
     elif isinstance(content, dict):
@@ -201,7 +210,7 @@ def _json_objects(path: Path, default: str) -> Iterator[tuple[str, dict[str, Any
         raise ValueError("the top level must be an object or a list")
 
 
-def _named(path: Path, place: str, entry: Any) -> tuple[str, dict[str, Any]]:
+def _named(path: Location, place: str, entry: Any) -> tuple[str, dict[str, Any]]:
     there = list(entry) if isinstance(entry, dict) else []
     name = next((entry[key] for key in PATH_COLUMNS if key in there and type(entry[key]) in (str, int)), None)
     if name is None:
@@ -261,7 +270,7 @@ def images_of(table: pa.Table, subsets: Sequence[Subset], rows: Int64[np.ndarray
     return Images(one_chunk(table["name"].take(pa.array(rows))), folder, [one.image_dir for one in subsets])
 
 
-def find_rows(images: Images, path: Path, table: pa.Table, remarks: list[str]) -> Int64[np.ndarray, " n"]:
+def find_rows(images: Images, path: Location, table: pa.Table, remarks: list[str]) -> Int64[np.ndarray, " n"]:
     """The row of the file for each image, -1 without one. Adds a remark for each kind of row that is not used well."""
     paths = one_chunk(table["path"])
     found = join(images, paths)

@@ -21,6 +21,7 @@ from jaxtyping import Int64
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.config.quality_options import ImageWeightOptions, QualityOptions, is_ending
+from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.joined import EXAMPLES, KINDS, Numbers
 from sdxl_finetune.data.quality import NO_TAG, Groups, assign_tags, share_bounds, with_missing
 from sdxl_finetune.data.scan import digest_of
@@ -29,6 +30,7 @@ from sdxl_finetune.data.tables import map_table, one_chunk, write_table
 from sdxl_finetune.data.tag_columns import TagPatterns, find_tags, separators_of
 from sdxl_finetune.data.weights import find_weights
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.storage import naming, parse_location, stat
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +73,17 @@ def find_marks(
 def _question(table: pa.Table, subsets: Sequence[Subset], beside: Mapping[Source, Numbers]) -> str:
     """A hash of everything on which marks depend. Files are known by path, size and modification time."""
     options = [[str(getattr(one, name)) for name in DECIDING] for one in subsets]
-    files = {one.image_weights for one in subsets} | {
-        Path(one.quality_scores) for one in subsets if one.quality_scores and not is_ending(one.quality_scores)
+    files = {("image_weights", one.image_weights) for one in subsets if one.image_weights} | {
+        ("quality_scores", parse_location(one.quality_scores))
+        for one in subsets
+        if one.quality_scores and not is_ending(one.quality_scores)
     }
     digest = hashlib.blake2b(repr((FORMAT, table.schema.metadata[b"digest"], options)).encode(), digest_size=12)
-    for file in sorted(filter(None, files)):
-        if file.is_file():  # another one is a mistake, which `_mark` reports
-            stat = file.stat()
-            digest.update(repr((os.fsencode(file.absolute()), stat.st_size, stat.st_mtime_ns)).encode())
+    for option, file in sorted(files, key=lambda one: str(one[1])):
+        with naming(option):
+            if not isinstance(file, Path) or file.is_file():  # another one is a mistake, which `_mark` reports
+                found = stat(file)
+                digest.update(repr((os.fsencode(str(absolute(file))), found.size, found.version)).encode())
     for numbers in beside.values():
         digest.update(numbers.values.tobytes() + numbers.kind.tobytes())
     return digest.hexdigest()

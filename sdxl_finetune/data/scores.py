@@ -25,6 +25,7 @@ from sdxl_finetune.data.joined import (
 from sdxl_finetune.data.score_files import read_beside
 from sdxl_finetune.data.tables import one_chunk
 from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
+from sdxl_finetune.storage import Location, naming, parse_location
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ def find_scores(
             is_nan = numbers.kind == KINDS.index("not a number (NaN)")  # a listing without scores has NaN
             numbers = Numbers(numbers.values, np.where(is_nan, MISSING, numbers.kind).astype(np.uint8))
         else:
-            numbers, scores.group[rows] = _join_file(
-                images_of(table, subsets, rows), Path(name), column, group, remarks
-            )
+            with naming("quality_scores"):
+                numbers, scores.group[rows] = _join_file(
+                    images_of(table, subsets, rows), parse_location(name), column, group, remarks
+                )
         scores.values[rows], scores.kind[rows] = numbers.values, numbers.kind
     return scores, remarks
 
@@ -106,7 +108,7 @@ def group_column(options: Subset) -> str | None:
 
 
 def _join_file(
-    images: Images, path: Path, column: str, group: str | None, remarks: list[str]
+    images: Images, path: Location, column: str, group: str | None, remarks: list[str]
 ) -> tuple[Numbers, np.ndarray]:
     """Scores and groups of the images from a file. Adds what it says twice or of no image to the remarks."""
     table, there = read_rows(path, [column, group] if group else [column], column)

@@ -13,6 +13,7 @@ import pyarrow.ipc
 from jaxtyping import UInt8
 
 from sdxl_finetune.files import atomic_path
+from sdxl_finetune.storage.copies import touch
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -26,7 +27,11 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def map_table(path: Path, *, mapped: bool = True) -> pa.Table:
-    """Returns the table of a file, memory-mapped or read into memory. Raises OSError or ArrowException if damaged."""
+    """Returns the table of a file, memory-mapped or read into memory. Raises OSError or ArrowException if damaged.
+
+    The modification time of the file becomes the time of this use.
+    """
+    touch(path)
     return pa.ipc.open_file(pa.memory_map(os.fsencode(path)) if mapped else path.read_bytes()).read_all()
 
 

@@ -11,11 +11,11 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.errors import Problem, Problems, UserError
+from sdxl_finetune.storage import Location, StorageError, read
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -124,7 +124,7 @@ def check_tag_rules(subsets: Iterable[Subset]) -> None:
 
 
 @functools.cache
-def _load_rules(protected: Path | None, groups: Path | str | None, separator: str | None) -> TagRules:
+def _load_rules(protected: Location | None, groups: Location | str | None, separator: str | None) -> TagRules:
     lines = _read(protected, "protected_tags_file").split("\n") if protected else []
     rules = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     followers: dict[str, list[str]] = {}
@@ -140,16 +140,16 @@ def _load_rules(protected: Path | None, groups: Path | str | None, separator: st
     )
 
 
-def _read(path: Path, option: str) -> str:
+def _read(path: Location, option: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read(path).decode("utf-8-sig")
+    except StorageError as error:
+        raise UserError(Problem(f"{error.reason}: check the path", option, str(path))) from None
     except UnicodeDecodeError:
         raise UserError(Problem("not a UTF-8 text file: save it as UTF-8", option, str(path))) from None
-    except OSError as error:
-        raise UserError(Problem(f"cannot be read ({error.strerror}): check the path", option, str(path))) from None
 
 
-def _read_groups(groups: Path | str) -> Mapping[str, Any]:
+def _read_groups(groups: Location | str) -> Mapping[str, Any]:
     """Returns the tags that are dropped together with each tag. The schema has checked a table of the config."""
     if isinstance(groups, str):
         table: Mapping[str, Any] = json.loads(groups)

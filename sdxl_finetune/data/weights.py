@@ -20,7 +20,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from sdxl_finetune.data.joined import KINDS, Images, find_rows, images_of, pick,
 from sdxl_finetune.data.tables import one_chunk
 from sdxl_finetune.data.tag_columns import TagPatterns, find_tags, separators_of
 from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
+from sdxl_finetune.storage import Location, naming
 
 VALUES = ("repeats", "loss_weight")
 """Values that a rule may set."""
@@ -72,12 +72,13 @@ def find_weights(table: pa.Table, subsets: Sequence[Subset]) -> tuple[Weights, l
     weights = Weights(np.ones(len(subset)), np.ones(len(subset), np.float32))
     remarks: list[str] = []
     asked = [one.image_weights for one in subsets]
-    for path in dict.fromkeys(filter(None, asked)):
+    for path in dict.fromkeys(one for one in asked if one):
         rows = np.flatnonzero(np.array([one == path for one in asked])[subset])
-        if path.suffix.lower() == ".toml":
-            values = _by_rules(path, table, subsets, rows, remarks)
-        else:
-            values = _by_image(path, images_of(table, subsets, rows), remarks)
+        with naming("image_weights"):
+            if path.suffix.lower() == ".toml":
+                values = _by_rules(path, table, subsets, rows, remarks)
+            else:
+                values = _by_image(path, images_of(table, subsets, rows), remarks)
         for name, found in values.items():
             column = getattr(weights, name)
             column[rows] = np.where(np.isnan(found), 1, found)
@@ -85,7 +86,7 @@ def find_weights(table: pa.Table, subsets: Sequence[Subset]) -> tuple[Weights, l
     return weights, remarks
 
 
-def read_rules(path: Path) -> list[Rule]:
+def read_rules(path: Location) -> list[Rule]:
     """The rules of a TOML file, in order. Raises UserError with all mistakes in it."""
     content, _ = parse_toml(path)
     rules, problems = [], []
@@ -133,7 +134,7 @@ def _range(name: str) -> str:
 
 
 def _by_rules(
-    path: Path, table: pa.Table, subsets: Sequence[Subset], rows: Int64[np.ndarray, " n"], remarks: list[str]
+    path: Location, table: pa.Table, subsets: Sequence[Subset], rows: Int64[np.ndarray, " n"], remarks: list[str]
 ) -> Mapping[str, Float64[np.ndarray, " n"]]:
     """The values that the rules of a file give to these rows, NaN where no rule does."""
     rules = read_rules(path)
@@ -205,7 +206,7 @@ def glob_regex(pattern: str) -> str:
     )
 
 
-def _by_image(path: Path, images: Images, remarks: list[str]) -> Mapping[str, Float64[np.ndarray, " n"]]:
+def _by_image(path: Location, images: Images, remarks: list[str]) -> Mapping[str, Float64[np.ndarray, " n"]]:
     """The values that the rows of a file give to images, NaN for images without a row or value."""
     table, columns = read_rows(path, VALUES, "repeats")
     there = [name for name in VALUES if name in table.column_names]
@@ -228,7 +229,7 @@ def _by_image(path: Path, images: Images, remarks: list[str]) -> Mapping[str, Fl
     return found
 
 
-def _check_repeats(path: Path, num_repeats: Int64[np.ndarray, " n"], factors: Float64[np.ndarray, " n"]) -> None:
+def _check_repeats(path: Location, num_repeats: Int64[np.ndarray, " n"], factors: Float64[np.ndarray, " n"]) -> None:
     """Raises UserError if an image would be used a fraction of a time.
 
     An epoch has the same images each time, so that its number of steps is known. Fractions would need another rule.

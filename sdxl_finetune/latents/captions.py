@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 import logging
 import math
+import os
 import random
+import secrets
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -38,6 +40,7 @@ from sdxl_finetune.latents.records import Records
 from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.latents.store import TextStore, write_table
 from sdxl_finetune.latents.together import (
+    Team,
     check_complete,
     check_memory,
     encode_in_rounds,
@@ -48,13 +51,15 @@ from sdxl_finetune.latents.together import (
 )
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.seeding import position_random
+from sdxl_finetune.storage import Address, Location, read
+from sdxl_finetune.storage.copies import touch
 
 logger = logging.getLogger(__name__)
 
 OUTPUTS_VERSION = "1"
 """Version of the way from a caption's text to a record. Another version gives other keys."""
-ROWS = 1 << 16
-"""Rows of the index whose captions are in Python's memory at once."""
+ROWS = 1 << 12
+"""Rows of the index whose captions are in Python's memory at once, and of which one process makes the keys."""
 KEYS_FOLDER = "caption_keys"
 """Folder of files of keys in `cache_dir`."""
 KEYS = ".keys.npy"
@@ -117,13 +122,20 @@ class Captions:
     def keys(self) -> UInt8[np.ndarray, "rows v 16"]:
         """The keys of all captions in use, in all variants; 0 for captions that are not in use."""
         keys = np.zeros((len(self.index) + 1, self.variants, 16), np.uint8)
+        self.fill(keys)
+        return keys
+
+    def fill(self, keys: UInt8[np.ndarray, "rows v 16"], part: int = 0, parts: int = 1) -> None:
+        """Writes the keys of one of several equal parts of the captions into an array, and those of the empty caption.
+
+        A part is every `parts`-th block of ROWS rows.
+        """
         used = self.index.used
-        for start in range(0, len(self.index), ROWS):
+        for start in range(part * ROWS, len(self.index), parts * ROWS):
             for row, texts in enumerate(self.index.captions(start, start + ROWS), start):
                 if used[row]:
                     keys[row] = self._keys_of(row, texts)
         keys[-1] = self.keys_of(len(self.index))
-        return keys
 
     def keys_of(self, row: int) -> UInt8[np.ndarray, "v 16"]:
         """The keys of one caption."""
@@ -184,16 +196,56 @@ def find_keys(captions: Captions, folder: Path, *, writes: bool) -> UInt8[np.nda
     path = folder / f"{_question(captions)}{KEYS}"
     keys = _load(path, captions)
     if keys is not None:
+        touch(path)
         return keys
     keys = captions.keys()
     if writes:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, keys)
-        files = sorted(folder.glob(f"*{KEYS}"), key=lambda file: file.stat().st_mtime)
-        for old in files[:-KEPT]:
-            with contextlib.suppress(OSError):  # Windows removes no file that a process has mapped
-                old.unlink()
+        _forget_old(folder)
     return keys
+
+
+def find_keys_together(
+    captions: Captions, folder: Path, team: Team, accelerator: Accelerator
+) -> UInt8[np.ndarray, "rows v 16"]:
+    """The result of `find_keys` on several processes. Those of a machine share the work, through a mapped file.
+
+    All processes call this together.
+    """
+    path = folder / f"{_question(captions)}{KEYS}"
+    keys = _load(path, captions)
+    everyone = gather_object([(team.first_rank, keys is not None, f"{os.getpid()}-{secrets.token_hex(4)}")])
+    if all(known for _, known, _ in everyone):
+        touch(path)
+        assert keys is not None
+        return keys
+    is_known = all(known for first, known, _ in everyone if first == team.first_rank)
+    draft = path.with_name(f".{path.name}.{everyone[team.first_rank][2]}.tmp")
+    shape = (len(captions.used), captions.variants, 16)
+    if team.is_local_first and not is_known:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(draft, "w+", np.uint8, shape).flush()
+    accelerator.wait_for_everyone()
+    if not is_known:
+        mapped = np.lib.format.open_memmap(draft, "r+")
+        captions.fill(mapped.view(np.ndarray), team.rank - team.first_rank, team.ranks_here)
+        mapped.flush()
+        del mapped
+    accelerator.wait_for_everyone()
+    if team.is_local_first and not is_known:
+        draft.replace(path)
+        _forget_old(folder)
+    accelerator.wait_for_everyone()
+    return find_keys(captions, folder, writes=False)
+
+
+def _forget_old(folder: Path) -> None:
+    """Removes all files of keys but the KEPT newest ones."""
+    files = sorted(folder.glob(f"*{KEYS}"), key=lambda file: file.stat().st_mtime)
+    for old in files[:-KEPT]:
+        with contextlib.suppress(OSError):  # Windows removes no file that a process has mapped
+            old.unlink()
 
 
 def _load(path: Path, captions: Captions) -> UInt8[np.ndarray, "rows v 16"] | None:
@@ -216,13 +268,13 @@ def _question(captions: Captions) -> str:
     digest = hashlib.blake2b(repr(about).encode("utf-8", "surrogateescape"), digest_size=12)
     for subset in index.subsets:
         for file in _rule_files(subset):
-            digest.update(b"\0" + file.read_bytes())
+            digest.update(b"\0" + read(file))
     return digest.hexdigest()
 
 
-def _rule_files(subset: Subset) -> Iterator[Path]:
+def _rule_files(subset: Subset) -> Iterator[Location]:
     for value in (subset.protected_tags_file, subset.caption_tag_dropout_groups):
-        if isinstance(value, Path):
+        if isinstance(value, Path | Address):
             yield value
 
 
@@ -238,7 +290,7 @@ def prepare_text(
     kind = Kind("text_outputs", encoder.identity() if on_disk else "")
     team = find_team(accelerator, kind, config, on_disk=on_disk)
     captions = Captions(index, config.text_encoder_outputs_variants, encoder.tokenizer_identity)
-    keys = find_keys(captions, scratch / KEYS_FOLDER, writes=accelerator.is_local_main_process)
+    keys = find_keys_together(captions, scratch / KEYS_FOLDER, team, accelerator)
     used = captions.used
     if not on_disk:
         size = 2 * (math.prod(encoder.hidden_shape) + encoder.pooled_size)

@@ -13,16 +13,18 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jaxtyping import Float16, Int64, Shaped, UInt8
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.buckets import crop_left_top
+from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.inspection import hash_of_stat
-from sdxl_finetune.data.masks import find_mask, latent_mask, load_mask
+from sdxl_finetune.data.masks import find_mask, latent_mask, load_mask, read_mask
 from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.latents.keys import hash16, latent_shape
@@ -156,15 +158,15 @@ def find_mask_files(index: Index) -> tuple[MaskFiles, dict[int, Problem]]:
     rows = np.flatnonzero(index.used & index.has_mask)
     rows = rows[np.argsort(index.bucket[rows], kind="stable")]
     stat_hashes, bad = index.stat_hashes[rows], dict[int, Problem]()
-    for place in np.flatnonzero(index.has_mask_file[rows]).tolist():
-        entry = index[int(rows[place])]
-        try:
-            path = find_mask(entry)
-            assert path is not None
-            stat_hashes[place] = np.frombuffer(_stat_hash(path), np.uint8)
-        except (ImageError, OSError) as error:
-            reason = error.reason if isinstance(error, ImageError) else f"its mask is not readable ({error.strerror})"
-            bad[int(rows[place])] = Problem(reason, file=str(entry.path))
+    places = np.flatnonzero(index.has_mask_file[rows])
+    for row in rows[places].tolist() if len(places) else ():
+        if index.numbers("mask_bytes")[row] < 0:
+            try:
+                find_mask(index[row])
+            except ImageError as error:
+                bad[row] = Problem(error.reason, file=error.path)
+    if len(places):
+        stat_hashes[places] = _stat_hashes(index, rows[places])
     kept = ~np.isin(rows, list(bad))
     return MaskFiles(rows[kept], stat_hashes[kept], _geometry_hashes(index, rows[kept])), bad
 
@@ -207,9 +209,7 @@ def _read(job: MaskEncoding, place: int) -> tuple[bytes, bytes, Float16[np.ndarr
     entry = job.index[int(job.files.rows[place])]
     try:
         path = find_mask(entry)
-        data = entry.read(unchanged=True) if path is None else path.read_bytes()
-        if path and _stat_hash(path) != job.files.stat_hashes[place].tobytes():
-            raise ImageError(str(path), "it was changed during the run")
+        data = entry.read(unchanged=True) if path is None else read_mask(entry)
         content = hash16(data)
         key = np.frombuffer(content, np.uint8) ^ job.files.geometry_hashes[place]
         if key.tobytes() in job.claims or job.known.places(key[None])["file"][0] >= 0:
@@ -219,10 +219,16 @@ def _read(job: MaskEncoding, place: int) -> tuple[bytes, bytes, Float16[np.ndarr
         return content, key.tobytes(), mask.astype(np.float16)
     except ImageError as error:
         return error
-    except OSError as error:
-        return ImageError(str(entry.path), f"its mask is not readable ({error.strerror})")
 
 
-def _stat_hash(path: Path) -> bytes:
-    stat = path.stat()
-    return hash_of_stat(os.fsencode(path.absolute()), stat.st_size, stat.st_mtime_ns)
+def _stat_hashes(index: Index, rows: Int64[np.ndarray, " k"]) -> UInt8[np.ndarray, "k 16"]:
+    """The hashes by which shards know the mask files of these rows, from their `stat` in the index."""
+    dirs = [one.conditioning_data_dir for one in index.subsets]
+    folders = [os.fsencode(str(absolute(folder))) if folder else b"" for folder in dirs]
+    columns = (index.subset[rows], index.numbers("mask_bytes")[rows], index.numbers("mask_version")[rows])
+    names = index.masks.take(pa.array(rows)).to_pylist()
+    hashes = (
+        hash_of_stat(folders[subset] + b"/" + name, size, version)
+        for name, subset, size, version in zip(names, *(column.tolist() for column in columns), strict=True)
+    )
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)

@@ -12,7 +12,7 @@ file does. Requests are retried; what then still fails is one StorageError, whic
 """
 
 from sdxl_finetune.storage.access import delete, exists, list_files, read, stat, write
-from sdxl_finetune.storage.address import Address, Found, Location, Stat, StorageError, parse_location
+from sdxl_finetune.storage.address import Address, Found, Location, Stat, StorageError, naming, parse_location
 from sdxl_finetune.storage.copies import LocalCopies
 from sdxl_finetune.storage.ranges import list_page, open_location, read_with_stat
 
@@ -27,6 +27,7 @@ __all__ = [
     "exists",
     "list_files",
     "list_page",
+    "naming",
     "open_location",
     "parse_location",
     "read",

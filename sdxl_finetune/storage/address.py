@@ -3,7 +3,9 @@
 An address never holds credentials. They come from the environment, and error messages are built from known parts only.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypeAlias
@@ -74,6 +76,15 @@ class StorageError(UserError):
 
     def __reduce__(self) -> tuple:
         return _storage_error, (self.location, self.reason, self.missing)
+
+
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Gives the name of an option to a StorageError on the file that the option names: `option = address: reason`."""
+    try:
+        yield
+    except StorageError as error:
+        raise UserError(Problem(error.reason, key=option, value=str(error.location))) from None
 
 
 def _storage_error(location: Location, reason: str, missing: bool) -> StorageError:

@@ -41,6 +41,10 @@ MOST_PARTS = 5000
 """Parts of one upload. Stores allow 10,000."""
 NO_BUCKET = "the bucket does not exist: check its name, and AWS_ENDPOINT_URL for a store that is not Amazon's"
 REASONS = {
+    "account must be specified": "the environment names no account: set AZURE_STORAGE_ACCOUNT_NAME",
+    "invalid access key": "AZURE_STORAGE_ACCOUNT_KEY in the environment is no valid key: correct it",
+    "service account file": "the credentials that GOOGLE_SERVICE_ACCOUNT names cannot be read: correct it",
+    "169.254.169.254": "no credentials: set them in the environment",  # asked for on a machine outside of the cloud
     "nosuchbucket": NO_BUCKET,
     "connection refused": "the connection is refused",
     "dns error": "the name of the host is not found",
@@ -228,7 +232,8 @@ def _version(found: Any) -> int:
 
 @lru_cache
 def _store(root: str) -> "ObjectStore":
-    """The client of a bucket. It may be used by all threads."""
+    """The client of a bucket. It may be used by all threads. Raises StorageError for impossible credentials."""
+    from obstore.exceptions import BaseError
     from obstore.store import from_url
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if root.startswith("s3") else root
@@ -241,7 +246,10 @@ def _store(root: str) -> "ObjectStore":
     backoff = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 2}
     retry: Any = {"max_retries": REQUEST_RETRIES, "retry_timeout": timedelta(seconds=3 * TIMEOUT), "backoff": backoff}
     checked: RetryConfig = retry
-    return from_url(root, client_options=client, retry_config=checked)
+    try:
+        return from_url(root, client_options=client, retry_config=checked)
+    except (BaseError, ValueError) as failure:
+        raise StorageError(Address(root), f"cannot be used: {_reason(failure)}") from None
 
 
 def forget_stores() -> None:

@@ -22,7 +22,9 @@ from sdxl_finetune.config import Config, HardwareOptions, LengthOptions, with_lo
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.kept_files import publish_index, remove_unused
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
+from sdxl_finetune.data.mount_points import with_folders_of_this_machine
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
@@ -55,7 +57,7 @@ from sdxl_finetune.runtime.processes import (
     weight_dtype,
 )
 from sdxl_finetune.runtime.signals import StopRequest
-from sdxl_finetune.storage import Address, exists, write
+from sdxl_finetune.storage import Address
 from sdxl_finetune.storage.folders import fetch_to
 from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
@@ -239,15 +241,17 @@ def _share_index(config: Config, accelerator: Accelerator, build: Callable[[], I
 
     def build_and_publish() -> Index:
         index = build()
-        if isinstance(location, Address) and not exists(location / "indexes" / index.path.name):
-            write(location / "indexes" / index.path.name, index.path)
+        if isinstance(location, Address):
+            publish_index(index.path, location / "indexes")
         return index
 
     index = on_first_rank(accelerator, build_and_publish)
     if isinstance(location, Address) and not accelerator.is_main_process:
         index = replace(index, path=config.cache_folder / index.path.name)
         fetch_to(location / "indexes" / index.path.name, index.path)
-    return index
+        if accelerator.is_local_main_process:
+            remove_unused(config.cache_folder)
+    return index if accelerator.is_main_process else with_folders_of_this_machine(index, config)
 
 
 def total_steps(options: LengthOptions, plan: Plan) -> int:

@@ -1,6 +1,8 @@
 """Masks follow their images into the bucket, and unusable masks are named together."""
 
+import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from sdxl_finetune.data.batch_plan import build_plan
-from sdxl_finetune.data.images import load_image
+from sdxl_finetune.data.images import ImageError, load_image
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import TrainingDataset
 from sdxl_finetune.data.masks import find_mask, latent_mask, load_mask, without_bad_masks
+from sdxl_finetune.data.sources import objects
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.errors import UserError
+from sdxl_finetune.storage import read
 
 SIZES = {"a.png": (64, 64), "b.png": (200, 180), "c_90_60_30_40.png": (170, 140), "d.png": (90, 150)}
 
@@ -162,3 +166,133 @@ def test_pictures_with_masks_are_read_as_before(tmp_path: Path, subset, dataset)
     one = subset(tmp_path / "images", conditioning_data_dir=tmp_path / "masks")
     entry = build_index([dataset(one)], tmp_path / "cache", "stop")[0]
     assert np.array_equal(entry.load((0, 0)), load_image(entry.path))
+
+
+def save_masks(folder: Path, names: Sequence[str], size: tuple[int, int] = (64, 64)) -> None:
+    """Masks, each of a grey value of its own."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, 10 * number + 10).save(folder / name)
+
+
+def masks_of(index: Index) -> dict[str, str]:
+    """The mask of each image, or the reason why it has none."""
+    found = {}
+    for row in range(len(index)):
+        entry = index[row]
+        name = entry.path.relative_to(entry.subset.image_dir).as_posix()
+        try:
+            found[name] = find_mask(entry).relative_to(entry.subset.conditioning_data_dir).as_posix()
+        except ImageError as error:
+            found[name] = error.reason
+    return found
+
+
+@pytest.fixture
+def nested(tmp_path: Path, write_images, dataset, subset) -> Callable[..., Index]:
+    """nested(*names): the index of images of these names, which a metadata file lists, with the folder of masks."""
+
+    def build(*names: str) -> Index:
+        images = tmp_path / "images"
+        write_images(images, {})
+        for name in names:
+            write_images((images / name).parent, {Path(name).name: (64, 64)})
+        (tmp_path / "m.json").write_text(json.dumps({name: {"caption": "x"} for name in names}))
+        one = subset(images, metadata_file=tmp_path / "m.json", conditioning_data_dir=tmp_path / "masks")
+        return build_index([dataset(one)], tmp_path / "cache", "stop")
+
+    return build
+
+
+def test_masks_lie_in_the_folders_of_their_images_or_without_them(nested, tmp_path: Path) -> None:
+    save_masks(tmp_path / "masks", ["a/1.png", "2.png", "b/3.webp", "deep/4.png"])
+    index = nested("a/1.jpg", "a/2.jpg", "x/b/3.jpg", "very/deep/4.jpg", "a/5.jpg")
+    assert masks_of(index) == {
+        "a/1.jpg": "a/1.png",
+        "a/2.jpg": "2.png",
+        "x/b/3.jpg": "b/3.webp",
+        "very/deep/4.jpg": "deep/4.png",
+        "a/5.jpg": f"its mask is missing: put 'a/5.png' into {tmp_path / 'masks'}",
+    }
+
+
+def test_a_mask_without_folder_is_not_that_of_two_images(nested, tmp_path: Path, caplog) -> None:
+    """The image without a folder, and an image with a mask in its own folder, keep theirs."""
+    save_masks(tmp_path / "masks", ["1.png", "2.png", "b/2.png"])
+    index = nested("a/1.jpg", "b/1.jpg", "2.jpg", "a/2.jpg", "b/2.jpg")
+    reason = f"{tmp_path / 'masks' / '%s'} fits images of this name in several folders: put its mask at '%s' in "
+    reason += str(tmp_path / "masks")
+    assert masks_of(index) == {
+        "a/1.jpg": reason % ("1.png", "a/1.png"),
+        "b/1.jpg": reason % ("1.png", "b/1.png"),
+        "2.jpg": "2.png",
+        "a/2.jpg": reason % ("2.png", "a/2.png"),
+        "b/2.jpg": "b/2.png",
+    }
+    with pytest.raises(UserError) as caught:
+        without_bad_masks(index, "stop")
+    assert len(caught.value.problems) == 3
+    assert without_bad_masks(index, "skip").used.tolist() == [name in ("2.jpg", "b/2.jpg") for name in masks_of(index)]
+    assert "several folders, for example" not in caplog.text
+
+
+def test_equal_stems_have_the_mask_of_their_whole_name_or_the_first_as_in_the_reference(nested, tmp_path: Path) -> None:
+    """The reference sorts the names of masks with the image's stem, and takes the first."""
+    save_masks(tmp_path / "masks", ["a.jpg", "a.png", "b.webp", "b.BMP", "c.png"])
+    found = masks_of(nested("a.jpg", "a.png", "b.jpg", "c.jpg", "c.webp"))
+    assert found == {"a.jpg": "a.jpg", "a.png": "a.png", "b.jpg": "b.BMP", "c.jpg": "c.png", "c.webp": "c.png"}
+
+
+def test_masks_of_images_in_tar_files(tmp_path: Path, write_images, pack, subset, dataset) -> None:
+    write_images(tmp_path / "plain", {"1.png": (64, 64), "2.png": (64, 64)})
+    one, two = ((tmp_path / "plain" / f"{number}.png").read_bytes() for number in (1, 2))
+    pack("x.tar", {"1.png": one, "2.png": two})
+    pack("y.tar", {"1.png": two})
+    save_masks(tmp_path / "masks", ["x.tar/1.png", "y.tar/1.png", "2.png"])
+    index = build_index(
+        [dataset(subset(tmp_path / "tars", conditioning_data_dir=tmp_path / "masks"))], tmp_path / "cache", "stop"
+    )
+    assert list(masks_of(index).values()) == ["x.tar/1.png", "2.png", "y.tar/1.png"]
+
+
+def test_two_folders_of_images_that_share_a_mask_are_named(
+    tmp_path: Path, write_images, subset, dataset, caplog
+) -> None:
+    """As in the reference they are used. The same image in two datasets has one mask without a warning."""
+    for name in ("5_a", "5_b"):
+        write_images(tmp_path / name, {"1.png": (64, 64)})
+    save_masks(tmp_path / "masks", ["1.png"])
+    first, second = (subset(tmp_path / name, conditioning_data_dir=tmp_path / "masks") for name in ("5_a", "5_b"))
+    with caplog.at_level(logging.WARNING):
+        index = build_index([dataset(first), dataset(first)], tmp_path / "cache", "stop")
+        assert masks_of(index) == {"1.png": "1.png"} and "several folders" not in caplog.text
+        index = build_index([dataset(first, second)], tmp_path / "cache", "stop")
+    assert masks_of(index) == {"1.png": "1.png"} and len(index) == 2
+    assert "masks are used for images of the same name in several folders, for example 1.png (1 in all)" in caplog.text
+
+
+def test_a_warm_start_reads_no_mask(tmp_path: Path, subset, dataset, monkeypatch) -> None:
+    """Sizes are known by size and modification time of the mask. A changed mask is read again."""
+    save_grey(tmp_path / "images", tmp_path / "masks")
+    one = subset(tmp_path / "images", conditioning_data_dir=tmp_path / "masks")
+
+    def start() -> Index:
+        return without_bad_masks(build_index([dataset(one)], tmp_path / "cache", "stop"), "stop")
+
+    start()
+    reads: list[str] = []
+    monkeypatch.setattr(objects, "read", lambda path, *rest: reads.append(path.name) or read(path, *rest))
+    assert start().used.all() and not reads
+    Image.new("L", (64, 64), 9).save(tmp_path / "masks" / "a.png")
+    assert start().used.all() and reads == ["a.png"]
+    (tmp_path / "masks" / "b.png").unlink()
+    kept = build_index([dataset(one)], tmp_path / "cache", "stop", skip_check=True)
+    assert masks_of(kept)["b.png"] == "b.png", "skip_cache_check looks for no masks"
+
+
+def test_a_folder_without_masks_is_named(tmp_path: Path, write_images, subset, dataset) -> None:
+    write_images(tmp_path / "images", {"a.png": (64, 64)})
+    (tmp_path / "masks").mkdir()
+    one = subset(tmp_path / "images", conditioning_data_dir=tmp_path / "masks")
+    with pytest.raises(UserError, match=r"conditioning_data_dir = .*masks': holds no masks: put images \(.png"):
+        build_index([dataset(one)], tmp_path / "cache", "stop")

@@ -16,7 +16,10 @@ from sdxl_finetune.data.captions import caption
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.tokens import SAVED_NAMES, build_tokenizer
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.latents.captions import KEPT, Captions, count_keys, find_keys, prepare_text
+from sdxl_finetune.latents import captions as captions_module
+from sdxl_finetune.latents.captions import KEPT, Captions, count_keys, find_keys, find_keys_together, prepare_text
+from sdxl_finetune.latents.shards import Kind
+from sdxl_finetune.latents.together import find_team
 from sdxl_finetune.model.load import load_checkpoint, load_text_encoders
 from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.model.save import single_file_tensors
@@ -244,3 +247,22 @@ def test_keys_are_made_again_when_a_file_of_tag_rules_changes(index, tmp_path: P
         find_keys(captions, tmp_path / "kept", writes=True)
         assert len(list((tmp_path / "kept").iterdir())) == number
         (tmp_path / "tags.txt").write_text("dog")
+
+
+def test_processes_make_the_keys_of_one_process_together(index, tmp_path: Path, monkeypatch) -> None:
+    """The parts of several processes are all keys, each once. The last part is one block."""
+    monkeypatch.setattr(captions_module, "ROWS", 2)
+    found = Captions(index(shuffle_caption=True), 3, "tokenizer")
+    together, made = np.zeros_like(found.keys()), []
+    original = Captions._keys_of
+    monkeypatch.setattr(Captions, "_keys_of", lambda self, row, texts: made.append(row) or original(self, row, texts))
+    for part in range(3):
+        found.fill(together, part, 3)
+    assert np.array_equal(together, found.keys()) and sorted(made[: len(found.index)]) == list(range(len(found.index)))
+    accelerator, config = Accelerator(), Config(output_dir=tmp_path)
+    team = find_team(accelerator, Kind("text_outputs", "x"), config, on_disk=True)
+    for _ in range(2):
+        made.clear()
+        assert np.array_equal(find_keys_together(found, tmp_path / "kept", team, accelerator), together)
+    assert len(made) <= len(found.index), "only the keys that are compared"
+    assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".npy"]

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,3 +209,56 @@ class TestFaults:
                 assert secret not in shown
         else:
             assert fault == "missing bucket" and action == "delete"
+
+
+@pytest.mark.parametrize(
+    ("address", "variables", "reason"),
+    [
+        ("az://box/a.png", {}, "the environment names no account: set AZURE_STORAGE_ACCOUNT_NAME"),
+        (
+            "abfs://box/a.png",
+            {"AZURE_STORAGE_ACCOUNT_NAME": "x", "AZURE_STORAGE_ACCOUNT_KEY": "my secret!"},
+            "AZURE_STORAGE_ACCOUNT_KEY in the environment is no valid key: correct it",
+        ),
+        (
+            "gs://box/a.png",
+            {"GOOGLE_SERVICE_ACCOUNT": "/my secret.json"},
+            "the credentials that GOOGLE_SERVICE_ACCOUNT names cannot be read: correct it",
+        ),
+        (
+            "gs://box/a.png",
+            {"GOOGLE_SERVICE_ACCOUNT_KEY": "{my secret"},
+            "the credentials that GOOGLE_SERVICE_ACCOUNT names cannot be read: correct it",
+        ),
+    ],
+)
+def test_impossible_credentials_of_other_stores_are_named_at_once(monkeypatch, address, variables, reason) -> None:
+    """No request is made, nothing is tried again, and no credential is shown."""
+    for name in list(os.environ):
+        if name.startswith(("AZURE_", "GOOGLE_")):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: pytest.fail("tried again"))
+    objects.forget_stores()
+    place = parse_location(address)
+    assert isinstance(place, Address)
+    for function in (stat, read, lambda one: list(list_files(one)), lambda one: write(one, b"x"), delete):
+        with pytest.raises(StorageError) as caught:
+            function(place)
+        assert str(caught.value) == f"{place.store}: cannot be used: {reason}"
+    objects.forget_stores()
+
+
+def test_clients_of_google_and_azure_are_made_from_the_environment(monkeypatch) -> None:
+    """No request is made: these tests have no server for either."""
+    from obstore.store import AzureStore, GCSStore
+
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "c2VjcmV0")
+    objects.forget_stores()
+    for text, kind in (("az://box/a", AzureStore), ("abfs://box/a", AzureStore), ("gs://box/a", GCSStore)):
+        place = parse_location(text)
+        assert isinstance(place, Address) and place.key == "a"
+        assert isinstance(objects._store(place.store), kind)
+    objects.forget_stores()

@@ -8,7 +8,7 @@ changed. Threads wait for the answers: a store answers many requests at once, ea
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +20,7 @@ import pyarrow.compute
 from jaxtyping import Bool, Int64
 
 from sdxl_finetune.config.dataset import Subset
+from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.images import ImageError, image_extensions, image_size, size_of_start
 from sdxl_finetune.data.sources.beside import Texts, Wanted, captions_of, read_text, wanted_of
 from sdxl_finetune.data.sources.folders import list_folder
@@ -29,7 +30,7 @@ from sdxl_finetune.data.tables import map_table, one_chunk, write_table
 from sdxl_finetune.data.unusable import NUMBERS, Unusable
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.progress import track
-from sdxl_finetune.storage import Address, StorageError, read
+from sdxl_finetune.storage import Address, Found, Location, StorageError, read
 
 FORMAT = 1
 """Version of the files of objects in `cache_dir`. Files of another version are not found."""
@@ -63,7 +64,7 @@ class Objects:
 def read_objects(subset: Subset, folder: Address, cache_dir: Path, *, with_texts: bool) -> Listing:
     """Lists the images directly below the address of a subset, with or without the texts beside them."""
     wanted = wanted_of(subset, in_tars=False) if with_texts else Wanted(())
-    everything = list_objects(folder)
+    everything = columns_of(list_folder(folder))
     endings = pa.compute.extract_regex(everything.names.cast(pa.large_string()), r"(?P<ending>\.[^./]*)$")
     endings = pa.compute.utf8_lower(pa.compute.struct_field(endings, "ending").fill_null(""))
     of_image = pa.compute.is_in(endings, value_set=pa.array(image_extensions(), pa.large_string()))
@@ -75,16 +76,15 @@ def read_objects(subset: Subset, folder: Address, cache_dir: Path, *, with_texts
     }
     values = endings.filter(pa.array(~is_image)).value_counts()
     others = Counter({one["values"].as_py(): one["counts"].as_py() for one in values})
-    table, problems = _contents(folder, images, beside, wanted, cache_dir)
+    table, problems = read_contents(folder, images, beside, wanted, cache_dir / "objects")
     columns = {name: table[name] for name in ("name", "width", "height", "score", "bytes", "mtime")}
     if with_texts:
         columns["captions"] = captions_of(subset, {name: one_chunk(table[name]) for name in wanted.texts})
     return Listing(listed_table(columns), others, problems)
 
 
-def list_objects(folder: Address) -> Objects:
-    """The objects directly below an address, without those whose names begin with a dot."""
-    found = list_folder(folder)
+def columns_of(found: Iterator[Found]) -> Objects:
+    """Files that a listing found, in columns."""
     names, sizes, versions = [pa.array([], pa.large_binary())], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     while chunk := list(islice(found, CHUNK)):
         names.append(encoded([one.name for one in chunk]))
@@ -105,7 +105,7 @@ def schema(wanted: Wanted) -> pa.Schema:
 class Reading:
     """An image and the files beside it, which one thread reads."""
 
-    folder: Address
+    folder: Location
     wanted: Wanted
     name: str
     size: int
@@ -124,12 +124,17 @@ class Reading:
         return size_of_start(place, head) or image_size(place, read(place)), texts
 
 
-def _contents(
-    folder: Address, images: Objects, beside: Mapping[str, Objects], wanted: Wanted, cache_dir: Path
+def read_contents(
+    folder: Location, images: Objects, beside: Mapping[str, Objects], wanted: Wanted, kept_in: Path
 ) -> tuple[pa.Table, Tally]:
-    """Sizes in pixels and texts of these images, from `cache_dir` where neither image nor texts have changed."""
-    key = hashlib.blake2b(repr((FORMAT, str(folder), wanted)).encode("utf-8", "surrogateescape"), digest_size=12)
-    kept = cache_dir / "objects" / f"{key.hexdigest()}.objects"
+    """Sizes in pixels and texts of these images, from files in `kept_in` where neither image nor texts have changed.
+
+    The table has no rows for images that cannot be read. Their problems are counted.
+    """
+    key = hashlib.blake2b(
+        repr((FORMAT, str(absolute(folder)), wanted)).encode("utf-8", "surrogateescape"), digest_size=12
+    )
+    kept = kept_in / f"{key.hexdigest()}.objects"
     known = _load(kept, schema(wanted))
     stem = stems(images.names)
     places = {ending: _places(stem, stems(one.names)) for ending, one in beside.items()}
@@ -151,7 +156,9 @@ def _contents(
     tables = [known.take(pa.array(known_place[is_same]))]
     pool = ThreadPoolExecutor(THREADS)
     try:
-        with track("reading sizes and captions", len(rows), "images") as progress:
+        with track(
+            "reading sizes and captions" if wanted.endings else "reading sizes", len(rows), "images"
+        ) as progress:
             for start in range(0, len(rows), CHUNK):
                 chunk = images.take(rows[start : start + CHUNK])
                 texts = [one[start : start + CHUNK].to_pylist() for one in names.values()]
