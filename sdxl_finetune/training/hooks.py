@@ -211,6 +211,7 @@ def _training_state(run: Run, step: int, is_interrupted: bool) -> TrainingState:
         optimizer=run.config.optimizer_name,
         config=run.options,
         is_interrupted=is_interrupted,
+        stages=run.stages.stages(steps=step, epochs=epoch + steps_into_epoch / plan.steps_per_epoch),
     )
 
 
@@ -224,6 +225,7 @@ def _save_checkpoint(run: Run, save: Save, state: TrainingState) -> None:
         now=datetime.now().astimezone(),
         thumbnail=run.thumbnail,
         resume=state.to_metadata(holds_ema=ema and learner.ema is not None),
+        stages=state.stages,
     )
     with published_weights(run, ema):
         path = checkpoints.write_checkpoint(

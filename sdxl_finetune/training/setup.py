@@ -45,6 +45,7 @@ from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_access
 from sdxl_finetune.output.log import Log, run_directory
 from sdxl_finetune.output.prompts import Prompt, with_size
+from sdxl_finetune.output.stages import StageRecord
 from sdxl_finetune.output.uploads import Uploads, open_uploads
 from sdxl_finetune.runtime.processes import build_accelerator, shared_seed, trained_dtype, weight_dtype
 from sdxl_finetune.runtime.signals import StopRequest
@@ -57,6 +58,7 @@ from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
 from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.resume import Start
+from sdxl_finetune.training.stage import begin_stage
 from sdxl_finetune.training.text_encoder import TextEncoders
 from sdxl_finetune.training.vae_encoder import VaeEncoder
 from sdxl_finetune.training.validation import Validation, build_validation
@@ -92,6 +94,8 @@ class Run:
     validation: Validation | None
     """None if no images are held out."""
     log: Log
+    stages: StageRecord
+    """What this run and those before it did, for the metadata of checkpoints."""
     uploads: Uploads
 
     @property
@@ -200,6 +204,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
         log=log,
+        stages=begin_stage(config, start, index, accelerator),
         uploads=_build_uploads(config, accelerator),
     )
 
