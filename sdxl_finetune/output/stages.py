@@ -7,7 +7,7 @@ Nothing here names a machine, a user or a folder.
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import PurePath
 from typing import Any
@@ -54,6 +54,8 @@ class Stage(BaseModel):
     images_with_repeats: int | None = None
     held_out: int | None = None
     """Images that were held out for validation."""
+    tags: Mapping[str, int] = {}
+    """Number of different tags by the least number of images that have them, as {"1": 48213, "100": 3120}."""
     quality: Mapping[str, int] = {}
     """Images with each quality tag that the option `quality_tags` has set."""
 
@@ -61,10 +63,19 @@ class Stage(BaseModel):
 class StageRecord:
     """The stages of a run that is training. The clock of the last stage runs from the construction on."""
 
-    def __init__(self, earlier: Sequence[Stage], stage: Stage, hardware: str) -> None:
-        """`stage` is the run's own stage, with the seconds from before a resume."""
-        self._earlier, self._stage, self._hardware = earlier, stage, hardware
+    def __init__(
+        self, earlier: Sequence[Stage], stage: Stage, hardware: str, count_tags: Callable[[], Mapping[str, int]]
+    ) -> None:
+        """`stage` is the run's own stage, with the seconds from before a resume. `count_tags` fills `Stage.tags`."""
+        self._earlier, self._stage, self._hardware, self._count_tags = earlier, stage, hardware, count_tags
+        self._tags_are_counted = False
         self._began = time.monotonic()
+
+    def count_tags(self) -> None:
+        """Counts the tags of all captions once. This takes seconds for millions of images."""
+        if not self._tags_are_counted:
+            self._stage = self._stage.model_copy(update={"tags": self._count_tags()})
+            self._tags_are_counted = True
 
     def stages(self, *, steps: int, epochs: float) -> tuple[Stage, ...]:
         """All stages, the run's own one as it stands after this many steps and epochs."""

@@ -186,6 +186,8 @@ def _save(
     run.log.note_save(step)
     with run.log.pause():
         if run.accelerator.is_main_process:
+            if weights:  # not for a state alone: a run that is being stopped has little time
+                run.stages.count_tags()
             state = _training_state(run, step, is_interrupted)
             # States first: a run that is killed in between resumes from the state, and then saves the checkpoint.
             for save in states:

@@ -95,7 +95,7 @@ class Run:
     """None if no images are held out."""
     log: Log
     stages: StageRecord
-    """What this run and those before it did, for the metadata of checkpoints."""
+    """The stages of training so far, for the metadata of checkpoints."""
     uploads: Uploads
 
     @property
@@ -151,7 +151,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     seed = shared_seed(config) if seed is None else seed
     torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
     inputs = _read_inputs(config, accelerator, start, Problems())
-    index, tokenizer = inputs.index, inputs.tokenizer
+    index, tokenizer, prompts = inputs.index, inputs.tokenizer, inputs.prompts or ()
     assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
     index, latents, masks = _prepare_latents(config, index, loaded.vae, accelerator, stop)
@@ -168,8 +168,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
     _prepare_model(config, loaded.model, accelerator)
     learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, timeline.steps))
-    if start and start.is_state:
-        _restore(start, learner)
+    _restore(start, learner)
     dataset = TrainingDataset(
         index=index,
         read_latents=latents.read if latents else None,
@@ -185,7 +184,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         rank=accelerator.process_index,
         ranks=ranks,
     )
-    _log_beginning(config, log, index, timeline, learner, inputs.prompts or ())
+    _log_beginning(config, log, index, timeline, learner, prompts)
     _log_captions(index, tokenizer, accelerator)
     return Run(
         config=config,
@@ -198,7 +197,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         dataset=dataset,
         learner=learner,
         tokenizer=tokenizer,
-        prompts=with_size(inputs.prompts or (), index.resolution),
+        prompts=with_size(prompts, index.resolution),
         thumbnail=inputs.thumbnail,
         checkpoint_format=loaded.format,
         save_as=format_to_save(config, loaded.format),
@@ -310,8 +309,10 @@ def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator
     sdxl.to(accelerator.device)
 
 
-def _restore(start: Start, learner: Learner) -> None:
-    """Gives the learner the optimizer state, loss scale and EMA of a training state."""
+def _restore(start: Start | None, learner: Learner) -> None:
+    """Gives the learner the optimizer state, loss scale and EMA, if the run starts from a training state."""
+    if start is None or not start.is_state:
+        return
     update = learner.update
     changed = resume.changed_optimizer_args(start, learner.config)
     saved_scale, unknown = restore_optimizer_state(

@@ -1,6 +1,7 @@
 """The stage of a run: its base model, hardware and images, which saved checkpoints tell (output/stages.py)."""
 
 from datetime import datetime
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,12 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.model.load import open_checkpoint
 from sdxl_finetune.output.stages import Stage, StageRecord, base_facts, hardware_name, stages_of
+from sdxl_finetune.report.rows import Rows
+from sdxl_finetune.report.tags import TagCounter
 from sdxl_finetune.training.resume import Start
+
+LEAST_IMAGES = (1, 10, 100, 1000)
+"""Numbers of images for which tags that have at least so many images are counted."""
 
 
 def begin_stage(config: Config, start: Start | None, index: Index, accelerator: Accelerator) -> StageRecord:
@@ -25,7 +31,7 @@ def begin_stage(config: Config, start: Start | None, index: Index, accelerator: 
         "quality": count_quality_tags(index),
     }
     hardware = hardware_name(gather_object([device_name(accelerator.device)]))
-    return StageRecord(earlier, stage.model_copy(update=images), hardware)
+    return StageRecord(earlier, stage.model_copy(update=images), hardware, partial(count_tags, index))
 
 
 def _new_stages(config: Config, start: Start | None) -> tuple[Stage, ...]:
@@ -57,3 +63,12 @@ def count_quality_tags(index: Index) -> dict[str, int]:
         for name, count in zip(names, found.tolist(), strict=True):
             counts[name] = counts.get(name, 0) + count
     return counts
+
+
+def count_tags(index: Index) -> dict[str, int]:
+    """Number of different tags in the captions by the least number of images that have them."""
+    counter = TagCounter()
+    for tags in Rows(index).tags():
+        counter.add(tags)
+    images = counter.result().images
+    return {str(least): int((images >= least).sum()) for least in LEAST_IMAGES}
