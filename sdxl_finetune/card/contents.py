@@ -123,7 +123,8 @@ def collect(
     `config` is the config of the command, or empty. `scale` is the guidance scale of the run's preview prompts.
     """
     recorded = stages_of(file.metadata)
-    last, first = (recorded[-1], recorded[0]) if recorded else (Stage(), Stage())
+    last = recorded[-1] if recorded else Stage()
+    first = next((stage for stage in recorded if stage.base.name), last)
 
     def said(name: str) -> str | None:
         return getattr(config, f"metadata_{name}") or file.metadata.get(f"modelspec.{name}")
@@ -143,7 +144,7 @@ def collect(
         base_name=facts.base.name or _foreign(first.base.name),
         base_author=facts.base.author or first.base.author,
         base_license=facts.base.license or _foreign(first.base.license),
-        base_hash=base_hash if len(recorded) <= 1 else None,
+        base_hash=base_hash if first is last else None,
         stages=all_stages(facts, recorded),
         images=facts.data.images if facts.data.images is not None else last.images,
         held_out=last.held_out or None,

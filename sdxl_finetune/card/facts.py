@@ -69,9 +69,11 @@ class DataFacts(Table):
 
 
 class StageFacts(Table):
-    """A stage of training. It corrects the recorded stage of the same name, or stands before the recorded ones."""
+    """A stage of training. It corrects a recorded stage, or stands before the recorded ones."""
 
     name: Text
+    recorded: str | None = None
+    """Name of the recorded stage that this table is about. Default: the recorded stage of the same name, if any."""
     hardware: Text | None = None
     hours: float | None = Field(None, gt=0)
     images: Count | None = None
@@ -139,9 +141,9 @@ def _problem(path: Path, mistake: Any) -> Problem:
 def all_stages(facts: Facts, recorded: Sequence[Stage]) -> list[StageFacts]:
     """The stages of the page in their order: those that only the author knows, then the recorded ones.
 
-    A recorded stage takes the values of the author's stage of the same name.
+    A recorded stage takes the values of the author's stage that names it.
     """
-    own = {_names(stage.name): stage for stage in facts.stages}
+    own = {_names(stage): stage for stage in facts.stages}
     known = [_of_record(stage) for stage in recorded]
     taken = {names for names in own for stage in known if stage.name in names}
     stages = [stage for names, stage in own.items() if names not in taken]
@@ -151,8 +153,11 @@ def all_stages(facts: Facts, recorded: Sequence[Stage]) -> list[StageFacts]:
     return stages
 
 
-def _names(name: InLanguages | str) -> tuple[str, ...]:
-    return (name.en, name.zh) if isinstance(name, InLanguages) else (name,)
+def _names(stage: StageFacts) -> tuple[str, ...]:
+    """The names of the recorded stage that the author's stage may be about."""
+    if stage.recorded is not None:
+        return (stage.recorded,)
+    return (stage.name.en, stage.name.zh) if isinstance(stage.name, InLanguages) else (stage.name,)
 
 
 def _said(stage: StageFacts) -> dict[str, Any]:

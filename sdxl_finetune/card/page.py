@@ -67,7 +67,7 @@ def _render(text: str) -> str:
     """HTML of a block. Wide tables scroll by themselves, and open fields are marked."""
     rendered = str(_parser().render(text))
     rendered = rendered.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
-    for start, end in (("<strong>(to be filled", ")</strong>"), ("<strong>（待作者填写", "）</strong>")):
+    for start, end in (("<strong>(to be filled", ")</strong>"), ("<strong>待作者填写", "</strong>")):
         before, *rest = rendered.split(start)
         marked = [f"<mark>{start}{part.replace(end, f'{end}</mark>', 1)}" for part in rest]
         rendered = "".join([before, *marked])

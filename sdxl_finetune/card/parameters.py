@@ -4,6 +4,7 @@ The model's metadata say which values the run had. A line whose value the run di
 and options of the command line are added. Comments are left out, because they may name people and machines.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -15,6 +16,11 @@ from sdxl_finetune.config.fields import plain
 from sdxl_finetune.config.options import SECRETS
 from sdxl_finetune.output.metadata import TEXT_PATHS
 from sdxl_finetune.storage import Address
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PRIVATE = frozenset(
     {*SECRETS, *TEXT_PATHS, *HubOptions.model_fields, *MetadataOptions.model_fields}
@@ -59,7 +65,7 @@ def _shown_value(name: str, statement: str, config: Config) -> Any:
     if name in Config.model_fields:
         value = getattr(config, name)
         return None if name in PRIVATE or isinstance(value, (PurePath, Address)) else plain(value)
-    value = toml.loads(statement)[name]
+    value = tomllib.loads(statement)[name]
     return value if isinstance(value, (bool, int, float)) else None
 
 
@@ -83,7 +89,9 @@ def _statements(text: str) -> Iterator[tuple[str | None, str]]:
 
 def _without_comment(statement: str) -> str:
     """The statement without a comment at its end. A # inside of a text stays."""
-    values = toml.loads(statement)
+    values = tomllib.loads(statement)
+    if "\n" in statement and "#" in statement:  # a comment may stand on any of the lines
+        return "\n".join(assignment(name, value) for name, value in values.items())
     marks = (place for place, letter in enumerate(statement) if letter == "#")
     return next((statement[:place].rstrip() for place in marks if _parse(statement[:place]) == values), statement)
 
@@ -91,6 +99,6 @@ def _without_comment(statement: str) -> str:
 def _parse(statement: str) -> dict[str, Any] | None:
     """The values of a TOML text; None if it is not complete."""
     try:
-        return toml.loads(statement)
-    except (toml.TomlDecodeError, IndexError):
+        return tomllib.loads(statement)
+    except tomllib.TOMLDecodeError:
         return None

@@ -105,7 +105,7 @@ def _advice(card: Card, words: Words) -> Iterator[Block]:
             say(
                 f"**Put quality tags first:** {', '.join(first[:-1])}{' or ' * (len(first) > 1)}{first[-1]}"
                 " before all other tags.",
-                f"**质量标签写在最前面：**把 {'、'.join(first[:-1])}{' 或 ' * (len(first) > 1)}{first[-1]}"
+                f"**质量标签写在最前面**：把 {'、'.join(first[:-1])}{' 或 ' * (len(first) > 1)}{first[-1]}"
                 " 放在其他标签之前。",
             )
         )
@@ -219,7 +219,7 @@ def _quality(card: Card, words: Words) -> Iterator[Block]:
         [condition, code(tag.tag)]
         for condition, tag in zip(_conditions(card.quality, words), card.quality, strict=True)
     ]
-    if card.quality_images:
+    if any(card.quality_images.values()):
         head.append(say("images", "图片数"))
         rows = [[*row, f"{card.quality_images.get(tag.tag, 0):,}"] for row, tag in zip(rows, card.quality, strict=True)]
     yield Block(table(head, rows, numbers=[2]))
@@ -244,7 +244,7 @@ def _training(card: Card, words: Words) -> Iterator[Block]:
     say = words.say
     yield Block(say("## Training", "## 训练过程"))
     if card.stages:
-        head = [say("stage", "阶段"), say("hardware", "硬件"), say("hours", "小时")]
+        head = [say("stage", "阶段"), say("hardware", "硬件"), say("time", "时长")]
         head += [say("images", "图片"), say("epochs", "轮数（epoch）"), say("steps", "步数")]
         yield Block(
             table(head, [_stage(number, stage, words) for number, stage in enumerate(card.stages, 1)], [2, 3, 4, 5])
@@ -266,23 +266,27 @@ def _training(card: Card, words: Words) -> Iterator[Block]:
 def _stage(number: int, stage: StageFacts, words: Words) -> list[str]:
     """A row of the table of stages."""
     say, name = words.say, words.of(stage.name) or words.say(f"stage {number}", f"第 {number} 阶段")
-    hours = None if stage.hours is None else _hours(stage.hours)
+    hours = None if stage.hours is None else _duration(stage.hours, words)
     if hours and stage.at_least:
         hours = say(f"at least {hours}", f"至少 {hours}")
     remedy = f'add a [[stages]] table with name = "{name}" and this key to the file of --facts'
     return [
         name,
         words.or_open(stage.hardware, (f"hardware of {name}", f"{name} 的硬件"), remedy),
-        words.or_open(hours, (f"hours of {name}", f"{name} 的时长"), remedy),
+        words.or_open(hours, (f"time of {name}", f"{name} 的时长"), remedy),
         "" if stage.images is None else words.count(stage.images),
         "" if stage.epochs is None else f"{stage.epochs:g}",
         "" if stage.steps is None else f"{stage.steps:,}",
     ]
 
 
-def _hours(hours: float) -> str:
-    """Hours with as many digits as they deserve: 1,104, 7.5, 0.02."""
-    return f"{hours:,.0f}" if hours >= 20 else f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}"
+def _duration(hours: float, words: Words) -> str:
+    """A time in hours, or in minutes if it is short."""
+    if hours < 1:
+        minutes = max(1, round(hours * 60))
+        return words.say(f"{minutes} min", f"{minutes} 分钟")
+    number = f"{hours:,.0f}" if hours >= 20 or hours == int(hours) else f"{hours:.1f}"
+    return words.say(f"{number} h", f"{number} 小时")
 
 
 def _tags(card: Card, words: Words) -> Iterator[Block]:

@@ -39,7 +39,7 @@ class Words:
         if text is not None:
             return self.of(text)
         self.open_fields.append(f"{what[0]}: {remedy}")
-        return self.say(f"**(to be filled in by the author: {what[0]})**", f"**（待作者填写：{what[1]}）**")
+        return self.say(f"**(to be filled in by the author: {what[0]})**", f"**待作者填写：{what[1]}**")
 
 
 def code(text: str) -> str:

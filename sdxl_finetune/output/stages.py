@@ -106,8 +106,11 @@ def parse_stages(values: Any) -> tuple[Stage, ...]:
 
 
 def stages_of(metadata: Mapping[str, str]) -> tuple[Stage, ...]:
-    """The stages that a checkpoint's metadata tells: those of this program, or one of sd-scripts' fields `ss_*`."""
-    return recorded_stages(metadata) or _from_reference(metadata)
+    """The stages that a checkpoint's metadata tells.
+
+    Files of older versions of this program, and files with sd-scripts' fields `ss_*`, tell of one stage.
+    """
+    return recorded_stages(metadata) or _from_older_version(metadata) or _from_reference(metadata)
 
 
 def recorded_stages(metadata: Mapping[str, str]) -> tuple[Stage, ...]:
@@ -130,6 +133,14 @@ def base_facts(metadata: Mapping[str, str], path: PurePath) -> BaseModelFacts:
     """The title, author and licence in a file's metadata. A file without a title has its file name, without folder."""
     title, author, license_ = (metadata.get(f"modelspec.{name}") for name in ("title", "author", "license"))
     return BaseModelFacts(name=title or path.stem, author=author, license=license_)
+
+
+def _from_older_version(metadata: Mapping[str, str]) -> tuple[Stage, ...]:
+    steps, epochs = (_number(metadata.get(f"sdxl_finetune.{name}")) for name in ("step", "epoch"))
+    if steps is None:
+        return ()
+    program = f"sdxl_finetune {metadata.get('sdxl_finetune.version', '')}".rstrip()
+    return (Stage(name=metadata.get("modelspec.title"), program=program, steps=int(steps), epochs=epochs),)
 
 
 def _from_reference(metadata: Mapping[str, str]) -> tuple[Stage, ...]:
