@@ -80,7 +80,7 @@ class StageRecord:
     def stages(self, *, steps: int, epochs: float) -> tuple[Stage, ...]:
         """All stages, the run's own one as it stands after this many steps and epochs."""
         before = self._stage.seconds.get(self._hardware, 0.0)
-        seconds = round(before + time.monotonic() - self._began, 1)
+        seconds = round(before + time.monotonic() - self._began, 3)
         own = self._stage.model_copy(
             update={
                 "seconds": {**self._stage.seconds, self._hardware: seconds},
