@@ -34,7 +34,7 @@ FILES: dict[Language, str] = {"en": "card", "zh": "card.zh-CN"}
 
 def card(arguments: argparse.Namespace) -> None:
     """Writes the pages and pictures into the folder `output`. Raises UserError for the user's mistakes."""
-    _check_output(arguments)
+    _check_arguments(arguments)
     facts = load_facts(arguments.facts)
     config = load_run_config(arguments.config)
     text = config_path(arguments.config).read_text(encoding="utf-8-sig") if arguments.config else None
@@ -55,7 +55,13 @@ def card(arguments: argparse.Namespace) -> None:
     _write(replace(made, samples=_samples(arguments, config, file)), arguments.output)
 
 
-def _check_output(arguments: argparse.Namespace) -> None:
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises UserError for pages that exist, and for two sources of sample pictures."""
+    if arguments.samples and (arguments.prompt or arguments.prompts):
+        message = (
+            "the pictures come either from a folder or from prompts: leave out --samples, or --prompt and --prompts"
+        )
+        raise UserError(Problem(message, key="samples", value=str(arguments.samples)))
     existing = [path for name in FILES.values() for path in [arguments.output / f"{name}.md"] if path.exists()]
     if existing and not arguments.overwrite:
         raise UserError(Problem("exists already. Choose another --output, or add --overwrite", file=str(existing[0])))

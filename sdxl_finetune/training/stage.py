@@ -13,8 +13,6 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.model.load import open_checkpoint
 from sdxl_finetune.output.stages import Stage, StageRecord, base_facts, hardware_name, stages_of
-from sdxl_finetune.report.rows import Rows
-from sdxl_finetune.report.tags import TagCounter
 from sdxl_finetune.training.resume import Start
 
 LEAST_IMAGES = (1, 10, 100, 1000)
@@ -67,6 +65,9 @@ def count_quality_tags(index: Index) -> dict[str, int]:
 
 def count_tags(index: Index) -> dict[str, int]:
     """Number of different tags in the captions by the least number of images that have them."""
+    from sdxl_finetune.report.rows import Rows  # imported here, because it would slow down each start
+    from sdxl_finetune.report.tags import TagCounter
+
     counter = TagCounter()
     for tags in Rows(index).tags():
         counter.add(tags)

@@ -220,6 +220,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(base: Path, tmp_
     for arguments, said in (
         ([str(base), "--config", "wrong.toml"], "did you mean learning_rate"),
         ([str(base), "--samples", "empty"], "no PNG file"),
+        ([str(base), "--samples", "empty", "--prompt", "a cat"], "either from a folder or from prompts"),
         (["none.safetensors"], "no such file"),
         (["lora.safetensors"], "not an SDXL base model"),
         ([str(base), "--tags", "none.parquet"], "tag report cannot be read"),
