@@ -82,6 +82,7 @@ class Card:
     quality_first: Sequence[str]
     guidance: float | None
     resolution: str | None
+    has_buckets: bool
     max_tokens: int | None
     parameters: str | None
     samples: Sequence[Sample] = ()
@@ -131,7 +132,8 @@ def collect(
 
     quality = _quality_tags(facts, config, file.options)
     better = [tag.tag for tag in quality[: len(quality) // 2]]
-    length = file.options.get("max_token_length", config.max_token_length)
+    set_here = config.model_dump(include={"max_token_length", "enable_bucket"}) if config.model_fields_set else {}
+    options = set_here | file.options
     return Card(
         file=file,
         facts=facts,
@@ -154,7 +156,8 @@ def collect(
         quality_first=facts.quality_first if facts.quality_first is not None else better,
         guidance=facts.guidance or scale,
         resolution=file.metadata.get("modelspec.resolution"),
-        max_tokens=length if isinstance(length, int) else None,
+        has_buckets=bool(options.get("enable_bucket")),
+        max_tokens=options.get("max_token_length"),
         parameters=parameters,
     )
 

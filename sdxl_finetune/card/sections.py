@@ -62,7 +62,7 @@ def _file(card: Card, words: Words) -> Iterator[Block]:
     names = {part: say(part, PARTS_ZH[part]) for part in file.parameters}
     separator = say(", ", "，")
     parameters = separator.join(
-        say(f"{names[part]}: {count / 1e6:,.1f} million", f"{names[part]}：{count / 1e6:,.1f} M")
+        say(f"{names[part]}: {_amount(count, words)}", f"{names[part]}：{_amount(count, words)}")
         for part, count in file.parameters.items()
     )
     rows = [(say("file", "文件名"), code(file.name))]
@@ -79,6 +79,13 @@ def _file(card: Card, words: Words) -> Iterator[Block]:
     if merged := file.metadata.get("modelspec.merged_from"):
         rows.append((say("merged from", "融合自"), escape(merged)))
     yield Block(facts_table(rows, words))
+
+
+def _amount(count: int, words: Words) -> str:
+    """A large number in the unit of the language."""
+    if words.language == "en":
+        return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+    return f"{count / 1e8:.2f} 亿" if count >= 1e8 else f"{count / 1e4:,.0f} 万"
 
 
 def _objective(card: Card, words: Words) -> str:
@@ -113,10 +120,12 @@ def _advice(card: Card, words: Words) -> Iterator[Block]:
         items.append(say(f"Trigger words: {code(card.trigger)}.", f"触发词：{code(card.trigger)}。"))
     if card.resolution:
         items.append(
-            say(
-                f"Trained at {card.resolution} pixels and at other aspect ratios of about this area.",
-                f"训练分辨率为 {card.resolution}，其他宽高比请保持相近的总像素数。",
+            say(f"Trained at {card.resolution} pixels", f"训练分辨率为 {card.resolution}")
+            + (
+                say(" and at other aspect ratios of about this area", "，其他宽高比请保持相近的总像素数")
+                * card.has_buckets
             )
+            + say(".", "。")
         )
     if card.max_tokens:
         items.append(

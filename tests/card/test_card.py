@@ -62,6 +62,7 @@ def test_the_page_of_the_published_release(base: Path, tmp_path: Path) -> None:
     for row in (
         ["AutoV2 hash", f"`{short_hash}`"],
         ["precision", "float16"],
+        ["prediction type", "epsilon"],
         ["name", "another SDXL checkpoint"],
         ["captioned images", "5,000,000"],
         ["style tags", "more than 2,000"],
@@ -75,6 +76,7 @@ def test_the_page_of_the_published_release(base: Path, tmp_path: Path) -> None:
         ["stage 3, style training", "2 x A100 (80 GB)", "504 h", "", "", ""],
     ):
         assert row in found, row
+    assert "- Trained on captions of up to 225 tokens." in text
     assert "Guidance (CFG scale): at most 5." in text and "- Some tags are still underfitted." in text
     assert "`masterpiece`, `best quality` or `high quality` before all other tags" in text
     published = (ROOT / "configs" / "style.toml").read_text().partition("# ---- the release's parameters")[2]
@@ -228,7 +230,9 @@ def test_wrong_arguments_are_refused_before_anything_is_written(base: Path, tmp_
         with pytest.raises(UserError, match=said):
             main(["card", *arguments, "--output", "card"])
     assert not Path("card").exists()
-    write_card(base, Path("card"))
+    assert (
+        "tokens" not in write_card(base, Path("card"))["card.md"]
+    )  # the default of the option says nothing of this model
     with pytest.raises(UserError, match="--overwrite"):
         write_card(base, Path("card"))
     write_card(base, Path("card"), "--overwrite")
