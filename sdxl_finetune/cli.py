@@ -13,12 +13,15 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sdxl_finetune import OFFLINE_BY_DEFAULT
-from sdxl_finetune.errors import UserError, say_errors
+from sdxl_finetune.errors import Problem, UserError, say_errors
+from sdxl_finetune.runtime.signals import STOP_SIGNALS
 
 LOST_CONNECTION = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "failed to recv", "recvValue",
@@ -68,15 +71,15 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
             stream.reconfigure(errors="backslashreplace")
     # bitsandbytes warns about a missing CPU kernel that this program does not use.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    argument: Any = sys.argv[1:]
     try:
-        argument: Any = sys.argv[1:]
         if has_config:
             from sdxl_finetune.config import load_config
 
             argument = load_config(argument, program=program)
         status = 0 if argument is None else getattr(importlib.import_module(module), function)(argument)
     except UserError as error:
-        _say_problems(error)
+        _say_problems(error, argument)
         status = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -89,25 +92,31 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
             raise
         _say_failure_of_rank(error)
         status = 1
+    if status > 128:  # a further signal may come while the interpreter ends
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: os._exit(status))
     sys.exit(status)
 
 
-def _say_problems(error: UserError) -> None:
+def _say_problems(error: UserError, argument: Any) -> None:
     """Prints the problems. Those of a config are followed by those of everything that its other options name.
 
     The checks take a while, and a single process prints the problems of the config before. Several processes print once
     at the end, because only the errors of the first one shall be seen.
     """
-    from sdxl_finetune.config import FaultyConfig
+    from sdxl_finetune.config import Config, FaultyConfig, with_options
 
+    problems: Sequence[Problem] = error.problems
+    if isinstance(config := error.config if isinstance(error, FaultyConfig) else argument, Config):
+        problems = with_options(problems, config)
     is_alone = "RANK" not in os.environ
     if is_alone or not isinstance(error, FaultyConfig):
-        say_errors(*error.problems)
+        say_errors(*problems)
     if not isinstance(error, FaultyConfig):
         return
     checks = importlib.import_module("sdxl_finetune.training.checks")
-    further = checks.find_further_problems(error.config, error.faulty)
-    say_errors(*further, *(() if is_alone else error.problems))
+    further = with_options(checks.find_further_problems(error.config, error.faulty), error.config)
+    say_errors(*further, *(() if is_alone else problems))
 
 
 def _say_failure_of_rank(error: Exception) -> None:

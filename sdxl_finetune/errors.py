@@ -18,6 +18,8 @@ WAIT_FOR_RANK_0 = 8
 as well, so that an error of all ranks is printed once."""
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and surrogates, which Python uses for bytes that are not UTF-8."""
+SECRET = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
+"""User name and password in an address. They are never printed."""
 VARYING = re.compile(r"\d+(?:x\d+)*|'[^']*'|\"[^\"]*\"|\([^()]*\)")
 """The parts of a message that differ between problems of one kind: numbers, sizes, quotations and remarks."""
 SHOWN = 20
@@ -43,8 +45,9 @@ class Problem:
         where = f"{self.file}: " if self.file else ""
         value = "" if self.value is None else f" = {self.value!r}"
         key = "" if self.key is None else f"{self.key}{value}: "
+        text = SECRET.sub("***", where + key + self.message)
         # A file name may hold line breaks and bytes that are no text, but a problem is one line.
-        return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), where + key + self.message)
+        return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):
@@ -122,6 +125,13 @@ class Tally:
             if more := self._counts[kind] - len(first):
                 listed.append(Problem(f"and {more:,} more of this kind: {first[-1].message}"))
         return listed
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """Returns the first names of a list and the number of the others: "a, b and 3 more"."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def counted(count: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""Atomic writes, so that a file exists under its final name only when it is complete, and the short hash of a file."""
+"""Atomic writes: a file or folder exists under its final name only when it is complete. Sizes and hashes as text."""
 
 import contextlib
 import hashlib
@@ -90,3 +90,11 @@ def _remove(path: Path) -> None:
 
 def _is_running(process: int) -> bool:
     return psutil.pid_exists(process)  # on Windows, os.kill(process, 0) would be Ctrl-C
+
+
+def size_text(count: float) -> str:
+    """Returns a number of bytes in the largest unit that fits: "1.5 GiB", "20.0 MiB", "3.0 KiB" or "12 bytes"."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"

@@ -11,6 +11,7 @@ import random
 import zlib
 
 import numpy as np
+from jaxtyping import Int64
 
 
 def position_sequence(seed: int, purpose: str, *position: int) -> np.random.SeedSequence:
@@ -32,3 +33,10 @@ def position_random(seed: int, purpose: str, *position: int) -> random.Random:
     """A `random.Random` for one use at one position. The caption rules need one, because the reference's use it."""
     state = position_sequence(seed, purpose, *position).generate_state(4, np.uint32)
     return random.Random(int.from_bytes(state.tobytes(), "little"))
+
+
+def draw_sample(rows: Int64[np.ndarray, " n"], size: int, purpose: str) -> Int64[np.ndarray, " k"]:
+    """A random sample of the rows, in order, the same in each call: all rows if there are no more than `size`."""
+    if len(rows) <= size:
+        return rows
+    return np.sort(position_rng(0, purpose).choice(rows, size, replace=False, shuffle=False))

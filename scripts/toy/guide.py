@@ -7,6 +7,7 @@ Blocks that start with a comment such as `# guide/my.toml` are saved as that fil
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -60,10 +61,21 @@ def commands(content: str) -> Iterator[str]:
 
 
 def output_of(command: str) -> list[str]:
-    """Runs a command in the repository's root; returns the lines that a terminal shows at its end."""
+    """Runs a command in the repository's root; returns the lines that a terminal shows at its end.
+
+    The programs of this Python are on PATH, as after `source .venv/bin/activate`.
+    """
+    environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     print(f"$ {command}", flush=True)
     done = subprocess.run(
-        command, shell=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        shell=True,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     # A progress bar is redrawn after each carriage return, so only the last text of a line stays.
     lines = [line.rstrip().rpartition("\r")[2].rstrip() for line in NOISE.sub("", done.stdout).split("\n")]

@@ -11,10 +11,10 @@ import math
 import os
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,13 +27,13 @@ from sdxl_finetune.commands.storage_report import (
     latent_lines,
     optimizer_lines,
     say_text_outputs,
-    size_text,
 )
-from sdxl_finetune.config import Config, with_local_models
+from sdxl_finetune.config import Config, with_local_models, with_options
 from sdxl_finetune.data.batch_plan import Plan, build_plan
 from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Bucket, Index
 from sdxl_finetune.errors import UserError, counted
+from sdxl_finetune.files import size_text
 from sdxl_finetune.model.declared import read_declared
 from sdxl_finetune.model.load import inspect_checkpoint
 from sdxl_finetune.optim.lr import Rate, build_lr
@@ -48,7 +48,14 @@ from sdxl_finetune.runtime.processes import trained_dtype
 from sdxl_finetune.storage import Address
 from sdxl_finetune.training.checks import Outline, index_images, read_inputs
 from sdxl_finetune.training.every import Timeline, first_step, previews_every
-from sdxl_finetune.training.resume import Start, check_options, data_order, find_start, resumed_origin
+from sdxl_finetune.training.resume import (
+    Start,
+    check_options,
+    data_order,
+    find_start,
+    may_be_undecodable,
+    resumed_origin,
+)
 from sdxl_finetune.training.setup import total_steps
 
 logger = logging.getLogger(__name__)
@@ -58,7 +65,6 @@ MOST_SAMPLES = 4000
 """Steps at most at which the learning rate is computed, because a run may have millions."""
 WIDTH = 100
 """Columns of the output."""
-MiB, GiB = 1 << 20, 1 << 30
 
 
 def check(config: Config) -> int:
@@ -81,9 +87,8 @@ def check(config: Config) -> int:
         if index:
             plan = _plan(config, index, processes(), start)
             if start:
-                order = data_order(index, plan)
-                plan = replace(plan, origin=found.attempt(resumed_origin, start, order, config) or plan.origin)
                 found.say("resumes", f"{start.progress}, from {start.path}")
+                plan = replace(plan, origin=_origin(config, start, data_order(index, plan), found) or plan.origin)
             steps = total_steps(config, plan)
             timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
             found.say("steps", *_steps(config, index, timeline))
@@ -103,7 +108,7 @@ def check(config: Config) -> int:
             found.say("uploads", *_uploads(config))
             found.attempt(check_token, config)
         found.say("machine", *_machine(config))
-    found.say("problems", *(map(str, found.found) if found.found else ["none found"]))
+    found.say("problems", *(map(str, with_options(found.found, config)) if found.found else ["none found"]))
     for heading, line in found.lines:
         for number, part in enumerate(textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False)):
             print(f"{heading if not number else '':14}{part}")
@@ -172,6 +177,16 @@ def _millions(size: int) -> str:
 def _plan(config: Config, index: Index, ranks: int, start: Start | None = None) -> Plan:
     seed = start.state.seed if start and config.seed is None else config.seed
     return build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed or 0)
+
+
+def _origin(config: Config, start: Start, order: Mapping[str, Any], found: Findings) -> tuple[int, int] | None:
+    """The origin of the resumed run's plan. None if the order of the images has changed, which is a problem."""
+    skips = config.cache_latents and config.on_bad_image == "skip"
+    if skips and (count := may_be_undecodable(start, order)):
+        line = f"{counted(count, 'image')} more than before: the run decodes them, and leaves out those that are broken"
+        found.say("", f"{line}. If any other is left, the order of the images has changed, and the run says so")
+        return start.state.origin
+    return found.attempt(resumed_origin, start, order, config)
 
 
 def _steps(config: Config, index: Index, timeline: Timeline) -> Iterator[str]:

@@ -19,6 +19,7 @@ from sdxl_finetune.commands.memory_estimate import (
 from sdxl_finetune.config import Config
 from sdxl_finetune.config.rules import find_problems
 from sdxl_finetune.errors import UserError, counted
+from sdxl_finetune.files import size_text
 from sdxl_finetune.model.architecture import Architecture
 from sdxl_finetune.optim.step_unit import StepUnit
 from sdxl_finetune.runtime.host import memory_bytes
@@ -180,4 +181,4 @@ def _on_cpu(config: Config, estimator: Estimator, step: Estimate) -> str:
 
 
 def _size(size: float) -> str:
-    return f"{size / GiB:.2f} GiB" if size > GiB // 100 else f"{size / (1 << 20):.1f} MiB"
+    return f"{size / GiB:.2f} GiB" if size > GiB // 100 else size_text(size)

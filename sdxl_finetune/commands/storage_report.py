@@ -9,6 +9,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.tokens import tokenizer_of
 from sdxl_finetune.errors import Problem, Problems, counted
+from sdxl_finetune.files import size_text
 from sdxl_finetune.latents.captions import KEYS_FOLDER, Captions, count_keys, find_keys
 from sdxl_finetune.latents.preparing import latent_bytes
 from sdxl_finetune.latents.together import check_memory
@@ -24,7 +25,6 @@ from sdxl_finetune.storage import Address
 from sdxl_finetune.training.every import Timeline, previews_every, saves_every
 from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
 
-MiB, GiB = 1 << 20, 1 << 30
 ENDINGS = {"cache_latents": ".latents", "cache_text_encoder_outputs": ".text_outputs"}
 """Endings of the files that each option writes."""
 
@@ -145,7 +145,3 @@ def _place_of_cache(config: Config, size: int, option: str, found: Findings) -> 
 def existing(folder: Path) -> Path:
     """The folder itself if it exists, else the nearest existing folder above it."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def size_text(count: float) -> str:
-    return f"{count / GiB:.1f} GiB" if count >= GiB else f"{count / MiB:.1f} MiB"

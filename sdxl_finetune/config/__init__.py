@@ -1,5 +1,6 @@
 """Configuration: one typed schema, read from a TOML file and the command line, and checked as a whole."""
 
+from sdxl_finetune.config.addresses import with_options
 from sdxl_finetune.config.data_options import (
     AugmentationOptions,
     BucketOptions,
@@ -40,5 +41,5 @@ __all__ = [
     "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions", "LatentOptions",
     "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions",
     "NoiseOptions", "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset",
-    "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models",
+    "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models", "with_options",
 ]  # fmt: skip

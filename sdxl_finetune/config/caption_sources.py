@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from sdxl_finetune.config.fields import Shown, parsed
+from sdxl_finetune.config.fields import Refused, Shown, parsed
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ def read_sources(value: object) -> tuple[CaptionSource, ...]:
     if not isinstance(parts, list | tuple) or not parts:
         raise ValueError
     sources = tuple(part if isinstance(part, CaptionSource) else _read_source(part) for part in parts)
-    if len({source.name for source in sources}) < len(sources):
-        raise ValueError
+    names = [source.name for source in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise Refused(f"{twice[0]} is named twice")
     return sources
 
 
@@ -61,12 +62,23 @@ def _read_source(text: str) -> CaptionSource:
     name, *rest = (part.strip() for part in text.split(":"))
     is_whole = rest[-1:] == ["whole"]
     weight, *others = rest[: len(rest) - is_whole] or ["1"]
-    source = CaptionSource(name, float(weight), is_whole)
+    try:
+        source = CaptionSource(name, float(weight), is_whole)
+    except ValueError:
+        raise Refused(f"{weight!r} of {text.strip()!r} is no weight") from None
+    if others:
+        raise Refused(f"{text.strip()!r} has more than a name, a weight and the word whole")
+    if not 0 < source.weight < math.inf:
+        raise Refused(f"the weight of {name!r} is not above 0")
+    if not name.strip("."):
+        raise Refused(f"{text.strip()!r} names no source")
+    if source.is_file and set(source.ending) & set("/\\"):
+        raise Refused(f"{name!r} is a path, and a file beside the image is named by its ending")
     needs_key = source.is_file and source.ending.lower() == ".json"
-    if others or not (0 < source.weight < math.inf) or not source.name.strip("."):
-        raise ValueError
-    if source.is_file and (bool(source.key) != needs_key or set(source.ending) & set("/\\")):
-        raise ValueError
+    if source.is_file and needs_key and not source.key:
+        raise Refused(f"{name!r} needs a key, as .json#caption")
+    if source.is_file and source.key and not needs_key:
+        raise Refused(f"{name!r} has a key, and only .json files have keys")
     return source
 
 

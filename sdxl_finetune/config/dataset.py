@@ -26,7 +26,7 @@ from sdxl_finetune.config.data_options import (
 )
 from sdxl_finetune.config.fields import FileLocation, MetadataColumns, Resolution
 from sdxl_finetune.config.quality_options import MISSING_RULES, ImageWeightOptions, QualityOptions, is_ending
-from sdxl_finetune.errors import counted
+from sdxl_finetune.errors import counted, listed
 from sdxl_finetune.storage import Address, Found, Location, list_page
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -143,7 +143,7 @@ def find_folders(root: Location) -> Folders:
         folders.remarks.append(f"images directly in {root} are not used, because {root} has folders N_words")
     _remark_on_unused(folders, unnamed, empty)
     if not folders.used:
-        content = f"only the folders {_listed(names)}" if names else "no folders"
+        content = f"only the folders {listed(names)}" if names else "no folders"
         pictures = unread_pictures(count_endings(root, UNREAD_SUFFIXES))
         folders.problem = (
             f"no images to train on: it contains {content}{pictures and f', and {pictures}'}. Put images"
@@ -195,9 +195,9 @@ def _loose(page: Sequence[Found]) -> list[str]:
 def _remark_on_unused(folders: Folders, unnamed: list[str], empty: list[str]) -> None:
     if unnamed:
         message = "folders not used, because their names are not N_words (as 5_cat)"
-        folders.remarks.append(f"{message}: {_listed(unnamed)}")
+        folders.remarks.append(f"{message}: {listed(unnamed)}")
     if empty:
-        folders.remarks.append(f"folders not used, because they contain no images: {_listed(empty)}")
+        folders.remarks.append(f"folders not used, because they contain no images: {listed(empty)}")
 
 
 def holds_images(folder: Path) -> bool:
@@ -295,8 +295,3 @@ def not_found(path: Location, kind: str) -> str:
         return f"is a file, and a {kind} is needed: name the {kind} that holds it"
     place = "" if path.is_absolute() else f", which is relative to {Path.cwd()}"
     return f"no such {kind}: check the path{place}"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more

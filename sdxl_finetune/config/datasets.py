@@ -29,7 +29,7 @@ from sdxl_finetune.config.dataset import (
     not_found,
     split_tars,
 )
-from sdxl_finetune.config.fields import expected
+from sdxl_finetune.config.fields import expected, reasons
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.reading import parse_toml
 from sdxl_finetune.errors import Problem, UserError
@@ -153,8 +153,9 @@ class _Mistakes:
         try:
             return kind(**values)
         except ValidationError as error:
-            for name in sorted({str(mistake["loc"][0]) for mistake in error.errors()}):
-                self.add(f"must be {expected(kind.model_fields[name])}", f"{place}.{name}", values.get(name))
+            for name, reason in sorted(reasons(error).items()):
+                message = f"must be {expected(kind.model_fields[name])}"
+                self.add(f"{reason}: {message}" if reason else message, f"{place}.{name}", values.get(name))
             return None
 
 

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    InstanceOf,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from sdxl_finetune.storage import Address, parse_location
@@ -102,6 +110,20 @@ class OnlyWith:
         return f"has no effect {'with' if self.unless else 'without'} {names}"
 
 
+class Refused(ValueError):
+    """A value is refused, for a reason that is shown to the user."""
+
+
+def reasons(error: ValidationError) -> dict[str, str]:
+    """Returns the names of the refused options, each with the reason, empty if `expected` says it all."""
+    found: dict[str, str] = {}
+    for mistake in error.errors():
+        cause = mistake.get("ctx", {}).get("error")
+        name = str(mistake["loc"][0])
+        found[name] = found.get(name) or (str(cause) if isinstance(cause, Refused) else "")
+    return found
+
+
 @dataclass(frozen=True)
 class Shown:
     """Describes a kind of value in words."""
@@ -156,10 +178,13 @@ def _arguments(value: object) -> object:
         raise ValueError
     arguments = {}
     items = [item for text in texts for item in NEXT_ARGUMENT.split(text.strip(" ,")) if item]
-    for name, _, text in (item.partition("=") for item in items):
-        if not name.strip():
-            raise ValueError
-        arguments[name.strip()] = ast.literal_eval(text.strip())
+    for name, sign, text in (item.partition("=") for item in items):
+        if not name.strip() or not sign:
+            raise Refused(f"{name + sign + text!r} is not name=value")
+        try:
+            arguments[name.strip()] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            raise Refused(f"{text.strip()!r} is no number, and text needs quotes") from None
     return arguments
 
 
@@ -183,8 +208,12 @@ def _metadata_columns(value: object) -> object:
     texts = value.split(",") if isinstance(value, str) else value
     pairs = [text.partition("=") for text in texts]  # type: ignore[attr-defined]
     columns = {what.strip(): name.strip() for what, _, name in pairs}
-    if not columns or not set(columns) <= set(METADATA) or not all(columns.values()) or len(columns) < len(pairs):
-        raise ValueError
+    if unknown := [what for what in columns if what not in METADATA]:
+        raise Refused(f"{unknown[0]!r} is none of the names before the equals sign")
+    if unnamed := [what for what, name in columns.items() if not name]:
+        raise Refused(f"{unnamed[0]} has no name after it")
+    if not columns or len(columns) < len(pairs):
+        raise Refused("one of them is given twice")
     return tuple(f"{what}={name}" for what, name in columns.items())
 
 
@@ -195,8 +224,10 @@ def _tag_groups(value: object) -> object:
     if isinstance(value, str) and not value.lstrip().startswith("{"):
         return _path(value)
     groups = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(groups, dict) or not all(_are_tags(tags) for tags in groups.values()):
+    if not isinstance(groups, dict):
         raise ValueError
+    if wrong := [tag for tag, tags in groups.items() if not _are_tags(tags)]:
+        raise Refused(f"what {wrong[0]!r} stands for is neither a text nor a list of texts")
     return json.dumps(groups, ensure_ascii=False)
 
 
@@ -213,11 +244,13 @@ def _schedule(value: Any) -> Any:
 
 
 def parsed(parse: Callable[[Any], Any]) -> BeforeValidator:
-    """Returns a validator that refuses a value if `parse` fails in any way."""
+    """Returns a validator that refuses a value if `parse` fails in any way. It passes on the reason of Refused."""
 
     def check(value: object) -> object:
         try:
             return parse(value)
+        except Refused:
+            raise
         except Exception:
             raise ValueError from None
 
@@ -225,8 +258,8 @@ def parsed(parse: Callable[[Any], Any]) -> BeforeValidator:
 
 
 def _path(value: object) -> object:
-    if isinstance(value, str) and any(ord(letter) < 32 for letter in value):
-        raise ValueError  # a Windows path in double quotes: "C:\train" holds a tab
+    if isinstance(value, str) and any(ord(letter) < 32 for letter in value):  # "C:\train" holds a tab
+        raise Refused("in double quotes a backslash begins an escape: use single quotes, or /")
     return Path(value) if isinstance(value, str) else value
 
 
@@ -234,7 +267,10 @@ def _location(value: object) -> object:
     path = _path(value)
     if not isinstance(path, Path | Address):
         raise ValueError
-    return parse_location(value) if isinstance(value, str) else path
+    try:
+        return parse_location(value) if isinstance(value, str) else path
+    except ValueError as error:
+        raise Refused(str(error)) from None
 
 
 FilePath = Annotated[Path, BeforeValidator(_path), Shown("a path")]

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from sdxl_finetune.config.fields import Shown, expected, kinds
+from sdxl_finetune.config.fields import Shown, expected, kinds, reasons
 from sdxl_finetune.config.options import Config, to_toml
 from sdxl_finetune.config.output_options import Sampler
 from sdxl_finetune.config.reading import COMMAND_LINE, Given, config_path, problem, read_command_line, read_file
@@ -50,7 +50,7 @@ def load_config(arguments: Sequence[str], *, program: str) -> Config | None:
     _replace_unusable(options, remarks)
     values = {name: option.value for name, option in options.items()}
     refused = _refused(values)
-    problems += [problem(_remedy(name, options[name]), name, options) for name in values if name in refused]
+    problems += [problem(_remedy(name, options[name], refused[name]), name, options) for name in refused]
     config = Config(**{name: value for name, value in values.items() if name not in refused})
     file = None if path is None else str(path)
     faulty = {*refused, *(each.key for each in problems if each.key)}
@@ -60,7 +60,7 @@ def load_config(arguments: Sequence[str], *, program: str) -> Config | None:
             problems.append(Problem(message, "output_config", file, COMMAND_LINE))
     elif not command.print_config:
         for names, message in find_problems(config):
-            if refused.isdisjoint(names.split()):
+            if refused.keys().isdisjoint(names.split()):
                 problems.append(problem(message, names.split()[0], options, file))
                 faulty.update(names.split())
     if problems and (command.output_config or command.print_config):
@@ -154,29 +154,31 @@ def _nearest(name: str) -> str:
     return f"did you mean {near[0]}?" if near else "--help lists all options"
 
 
-def _refused(values: Mapping[str, Any]) -> set[str]:
-    """Returns the names of options whose value the schema refuses."""
+def _refused(values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the names of options whose value the schema refuses, each with the reason, in the order of `values`."""
     try:
         Config(**values)
     except ValidationError as error:
-        return {str(mistake["loc"][0]) for mistake in error.errors()}
-    return set()
+        found = reasons(error)
+        return {name: found[name] for name in values if name in found}
+    return {}
 
 
-def _remedy(name: str, given: Given) -> str:
+def _remedy(name: str, given: Given, reason: str) -> str:
+    """Says why a value is refused, if `reason` says it, and what the option takes."""
     field = Config.model_fields[name]
     (kind,) = kinds(field)
     typed = given.place == COMMAND_LINE
     is_path = isinstance(kind, Shown) and kind.text.startswith("a path")
     if is_path and isinstance(given.value, str):
-        if "://" in given.value:
-            return f"must be {expected(field)}, without user name, password, . and .."
-        return "must be a path. In double quotes a backslash begins an escape: use single quotes, or /"
+        return f"must be {expected(field)}; {reason}" if "://" in given.value else f"must be a path; {reason}"
+    because = f"{reason}: " if reason else ""
     if field.annotation == dict[str, Any] and typed:
-        return "must be arguments separated by spaces, as betas=0.9,0.99 eps=1e-8"
+        return f"{because}must be arguments separated by spaces, as betas=0.9,0.99 eps=1e-8"
     choices = get_args(kind) if get_origin(kind) is Literal else ()
-    text = kind is str or is_path or any(isinstance(choice, str) for choice in choices)
+    is_table = isinstance(kind, Shown) and kind.is_table
+    text = kind is str or (is_path and not is_table) or any(isinstance(choice, str) for choice in choices)
     hint = ""
     if not typed and (not isinstance(kind, Shown) or text):
         hint = ", in quotes" if text else ", without quotes"
-    return f"must be {expected(field)}" + (hint if isinstance(given.value, str) != text else "")
+    return f"{because}must be {expected(field)}" + (hint if isinstance(given.value, str) != text else "")

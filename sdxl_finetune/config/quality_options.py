@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from sdxl_finetune.config.fields import FilePath, OnlyWith, Options, Shown
+from sdxl_finetune.config.fields import FilePath, OnlyWith, Options, Refused, Shown
 
 MISSING_RULES = ("none", "skip", "stop")
 """Values of `quality_missing` besides the quality tags themselves."""
@@ -35,6 +35,17 @@ class QualityTag:
         return self.tag if self.share is None else f"{self.tag} top {_number(self.share)}%"
 
 
+def _hint(tag: str) -> str:
+    return ": a decimal number has a point" if tag.isdecimal() else ""
+
+
+def _as_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def _number(value: float) -> str:
     return repr(value).removesuffix(".0")
 
@@ -42,31 +53,33 @@ def _number(value: float) -> str:
 def parse_quality_tags(text: str) -> tuple[QualityTag, ...]:
     """Returns the quality tags of a text such as `masterpiece > 0.75, high quality > 0.6, worst quality`.
 
-    Raises ValueError if a condition cannot be read or can never hold after the conditions before it.
+    Raises Refused if a condition cannot be read or can never hold after the conditions before it.
     """
     tags = tuple(_parse_tag(part.strip()) for part in text.split(","))
     bounds = [tag.bound for tag in tags if tag.bound is not None]
     shares = [tag.share for tag in tags if tag.share is not None]
     if len({same_tag(tag.tag) for tag in tags}) < len(tags):
-        raise ValueError("a tag is named twice")
-    if any(tag.bound is None and tag.share is None for tag in tags[:-1]):
-        raise ValueError("only the last tag can do without a condition")
-    if any(after >= before for before, after in pairwise(bounds)):
-        raise ValueError("bounds must fall")
-    if any(after <= before for before, after in pairwise(shares)):
-        raise ValueError("shares must rise")
+        raise Refused("a tag is named twice")
+    if free := [tag.tag for tag in tags[:-1] if tag.bound is None and tag.share is None]:
+        raise Refused(f"{free[0]!r} has no condition, and only the last tag can do without one{_hint(free[0])}")
+    if wrong := [pair for pair in pairwise(bounds) if pair[1] >= pair[0]]:
+        raise Refused(f"bounds must fall, and {_number(wrong[0][1])} comes after {_number(wrong[0][0])}")
+    if wrong := [pair for pair in pairwise(shares) if pair[1] <= pair[0]]:
+        raise Refused(f"shares must rise, and {_number(wrong[0][1])}% comes after {_number(wrong[0][0])}%")
     return tags
 
 
 def _parse_tag(text: str) -> QualityTag:
     found = CONDITION.fullmatch(text)
     if found is None or SHARE_WITHOUT_PERCENT.fullmatch(text):
-        raise ValueError("a tag must be a text, alone or with > and a number, or with top and a number and %")
+        raise Refused(
+            f"{text!r} is neither a tag, nor a tag with > and a number, nor a tag with top and a number and %"
+        )
     tag, sign, bound, share = found.groups()
-    if bound is not None and not math.isfinite(float(bound)):
-        raise ValueError("a bound must be a finite number")
-    if share is not None and not 0 < float(share) <= 100:
-        raise ValueError("a share must be above 0 and at most 100 percent")
+    if bound is not None and not math.isfinite(_as_number(bound)):
+        raise Refused(f"the bound {bound} is no finite number")
+    if share is not None and not 0 < _as_number(share) <= 100:
+        raise Refused(f"the share {share}% is not above 0 and at most 100 percent")
     return QualityTag(
         tag,
         bound=None if bound is None else float(bound),

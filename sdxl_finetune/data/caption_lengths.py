@@ -15,7 +15,7 @@ from sdxl_finetune.data.caption_sources import choose_text
 from sdxl_finetune.data.captions import AS_WRITTEN, BREAK_WORD, caption
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.tokens import CHUNK, Tokenizer
-from sdxl_finetune.seeding import position_random, position_rng
+from sdxl_finetune.seeding import draw_sample, position_random
 
 SAMPLE = 10_000
 """Captions that are counted at most: about one second. Shares are then known to about 1 percentage point."""
@@ -97,9 +97,7 @@ class WholeCaptions:
 def measure_captions(index: Index, tokenizer: Tokenizer, sample: int = SAMPLE) -> CaptionLengths:
     """Counts the captions that are trained on or validated, or a random sample of `sample` of them."""
     rows = np.flatnonzero(index.used)
-    chosen = rows
-    if len(rows) > sample:
-        chosen = np.sort(position_rng(0, "caption lengths").choice(rows, sample, replace=False, shuffle=False))
+    chosen = draw_sample(rows, sample, "caption lengths")
     whole = WholeCaptions(index, "caption lengths")
     counts, chunks, breaks = [], np.zeros(len(chosen), np.int64), 0
     for place, row in enumerate(chosen.tolist()):

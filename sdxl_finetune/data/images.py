@@ -56,6 +56,13 @@ class ImageError(Exception):
         self.path, self.reason = path, reason
         super().__init__(path, reason)
 
+    @property
+    def is_lasting(self) -> bool:
+        """True if the content of the file is the cause, so that reading fails until the file changes."""
+        cause = self.__cause__
+        is_passing = isinstance(cause, OSError) and cause.errno is not None
+        return cause is not None and not is_passing and getattr(cause, "code", None) != cv2.Error.StsNoMem
+
 
 def image_extensions() -> tuple[str, ...]:
     """File name endings of images that can be read here, in lower case."""

@@ -354,7 +354,7 @@ def build_index(
     remark_on_sources(table, subsets)
     remark_on_faces(table, subsets)
     index = Index(_write(table, subsets, cache_dir), tuple(datasets), bad_files=len(problems))
-    remark_on_captions(index.saved["captions"], subsets)
+    remark_on_captions(index.saved["captions"], subsets, lambda row: index[row].path)
     return index
 
 

@@ -17,6 +17,7 @@ from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.caption_sources import caption_paths, read_texts
 from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.images import ImageError, image_size
+from sdxl_finetune.data.sources.names import MISSING_REMEDY
 from sdxl_finetune.errors import Problem, UserError
 
 NOTHING = b"-"
@@ -63,6 +64,8 @@ class Contents:
     """One text for each caption source; None for captions that were not asked for."""
     failed: dict[int, Sequence[Problem]] = field(default_factory=dict)
     """Problems of images that cannot be used, by place."""
+    lasting: set[int] = field(default_factory=set)
+    """Places of images of which the content of the file, or of the caption file, is the problem."""
 
 
 def look_at(files: Files) -> Stats:
@@ -78,6 +81,8 @@ def look_at(files: Files) -> Stats:
             except OSError as error:
                 is_link = os.path.islink(path)  # noqa: PTH114
                 reason = "a link to a missing file" if is_link else f"not readable ({error.strerror})"
+                if isinstance(error, FileNotFoundError) and files.subset.metadata_file and not is_link:
+                    reason = f"no such image, though the metadata file names it: {MISSING_REMEDY}"
                 stats.failed[place] = Problem(reason, file=os.fsdecode(path))
                 continue
             stats.bytes[place], stats.mtime[place] = stat.st_size, stat.st_mtime_ns
@@ -105,8 +110,12 @@ def read(files: Files, stats: Int64[np.ndarray, "n 2"]) -> Contents:
                 contents.captions[place] = list(read_texts(path, files.subset))
         except ImageError as error:
             contents.failed[place] = (Problem(error.reason, file=error.path),)
+            if error.is_lasting:
+                contents.lasting.add(place)
         except UserError as error:
             contents.failed[place] = error.problems
+            if not isinstance(error.__cause__, OSError):
+                contents.lasting.add(place)
     return contents
 
 

@@ -25,15 +25,17 @@ from jaxtyping import Bool, Float32, Int, Int64, UInt8
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.tables import one_chunk, with_slashes
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
 
-PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "image", "name", "key")
+PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "image", "name", "key", "id")
 """Columns that may hold the path of the image, in the order in which they are looked for."""
 ROWS = 1 << 16
 """Rows of a JSON file that are Python objects at once."""
 KINDS = ("", "missing", "no numbers", "not a number (NaN)", "infinite")
 """Kinds of values in a column of numbers; the first is a finite number."""
 MISSING = KINDS.index("missing")
+FIRST_ROWS = 100
+"""Rows of a JSON file whose keys a message lists."""
 EXAMPLES = 3
 """Rows of a file that a remark names."""
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
@@ -95,20 +97,21 @@ class Join:
     """Rows that a later row replaces, because it names the same image."""
 
 
-def read_rows(path: Path, wanted: Sequence[str], default: str) -> pa.Table:
-    """Returns the column `path` (large_binary) of a file, and those of the wanted columns that it has.
+def read_rows(path: Path, wanted: Sequence[str], default: str) -> tuple[pa.Table, Sequence[str]]:
+    """Returns the column `path` (large_binary) of a file with those of the wanted columns that it has, and all columns.
 
-    A JSON object of plain values by name gives the column `default`. Raises UserError for a file that cannot be read or
-    has no column of paths.
+    All columns are their names, for a message; of a JSON file the keys of its first rows. Whole numbers are paths too:
+    the image of 12345 is `12345.jpg`. A JSON object of plain values by name gives the column `default`. Raises
+    UserError for a file that cannot be read or has no column of paths.
     """
     try:
         match path.suffix.lower():
             case ".parquet":
-                table = _read_parquet(path, wanted)
+                table, there = _read_parquet(path, wanted)
             case ".csv" | ".tsv":
-                table = _read_csv(path, wanted)
+                table, there = _read_csv(path, wanted)
             case ".json" | ".jsonl":
-                table = _read_json(path, wanted, default)
+                table, there = _read_json(path, wanted, default)
             case _:
                 raise UserError(Problem("must end in .csv, .tsv, .json, .jsonl or .parquet: rename it", file=str(path)))
     except OSError as error:
@@ -120,7 +123,7 @@ def read_rows(path: Path, wanted: Sequence[str], default: str) -> pa.Table:
         raise UserError(Problem("the file has no rows: add a row for each image", file=str(path)))
     paths = one_chunk(pa.compute.cast(table["path"], pa.large_string()).fill_null("")).cast(pa.large_binary())
     paths = pa.compute.replace_substring_regex(with_slashes(paths), rb"^(\./)+", b"")
-    return table.set_column(table.column_names.index("path"), "path", paths).combine_chunks()
+    return table.set_column(table.column_names.index("path"), "path", paths).combine_chunks(), there
 
 
 def _columns(path: Path, there: Sequence[str], wanted: Sequence[str]) -> tuple[str, list[str]]:
@@ -128,43 +131,53 @@ def _columns(path: Path, there: Sequence[str], wanted: Sequence[str]) -> tuple[s
     name = next((name for name in PATH_COLUMNS if name in there and name not in wanted), None)
     if name is None:
         message = "no column names the images: rename the one with their paths to path; the columns are"
-        message += f" {', '.join(there)}"
+        message += f" {listed(there, SHOWN)}"
         raise UserError(Problem(message, file=str(path)))
     return name, [column for column in wanted if column in there]
 
 
-def _read_parquet(path: Path, wanted: Sequence[str]) -> pa.Table:
+def _read_parquet(path: Path, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
     with pa.parquet.ParquetFile(path) as file:
-        name, columns = _columns(path, file.schema_arrow.names, wanted)
-        return file.read(columns=[name, *columns]).select([name, *columns]).rename_columns(["path", *columns])
+        there = file.schema_arrow.names
+        name, columns = _columns(path, there, wanted)
+        table = file.read(columns=[name, *columns]).select([name, *columns])
+    kind = table[name].type
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        message = f"the column {name} is {kind}, and must be text or whole numbers: write the names of the images"
+        raise UserError(Problem(message, file=str(path)))
+    return table.rename_columns(["path", *columns]), there
 
 
-def _read_csv(path: Path, wanted: Sequence[str]) -> pa.Table:
+def _read_csv(path: Path, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
     """Values stay text, because one value that is no number must not make the file unreadable."""
     parse = pa.csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
     with pa.csv.open_csv(path, parse_options=parse) as reader:
-        name, columns = _columns(path, reader.schema.names, wanted)
+        there = reader.schema.names
+        name, columns = _columns(path, there, wanted)
     convert = pa.csv.ConvertOptions(
         column_types=dict.fromkeys([name, *columns], pa.large_string()),
         include_columns=[name, *columns],
         strings_can_be_null=False,
     )
     table = pa.csv.read_csv(path, parse_options=parse, convert_options=convert)
-    return table.rename_columns(["path", *columns])
+    return table.rename_columns(["path", *columns]), there
 
 
-def _read_json(path: Path, wanted: Sequence[str], default: str) -> pa.Table:
+def _read_json(path: Path, wanted: Sequence[str], default: str) -> tuple[pa.Table, list[str]]:
     """A JSON file or lines of JSON. The values become text, so that a column may hold numbers and text."""
     columns: set[str] = set()
+    there: list[str] = []
     batches = []
     schema = pa.schema({"path": pa.large_string(), **dict.fromkeys(wanted, pa.large_string())})
     rows = _json_lines(path) if path.suffix.lower() == ".jsonl" else _json_objects(path, default)
     while chunk := list(islice(rows, ROWS)):
         columns.update(name for name in wanted if any(name in values for _, values in chunk))
+        there = there or list(dict.fromkeys(key for _, values in chunk[:FIRST_ROWS] for key in values))
         texts: dict[str, list[str | None]] = {"path": [name for name, _ in chunk]}
         texts |= {name: [_text(values.get(name)) for _, values in chunk] for name in wanted}
         batches.append(pa.RecordBatch.from_pydict(texts, schema))
-    return pa.Table.from_batches(batches, schema).select(["path", *(name for name in wanted if name in columns)])
+    found = [name for name in wanted if name in columns]
+    return pa.Table.from_batches(batches, schema).select(["path", *found]), there
 
 
 def _text(value: Any) -> str | None:
@@ -190,11 +203,11 @@ def _json_objects(path: Path, default: str) -> Iterator[tuple[str, dict[str, Any
 
 def _named(path: Path, place: str, entry: Any) -> tuple[str, dict[str, Any]]:
     there = list(entry) if isinstance(entry, dict) else []
-    name = next((entry[key] for key in PATH_COLUMNS if key in there and isinstance(entry[key], str)), None)
+    name = next((entry[key] for key in PATH_COLUMNS if key in there and type(entry[key]) in (str, int)), None)
     if name is None:
         message = f"{place}: must be an object with the path of an image, under one of {', '.join(PATH_COLUMNS)}"
-        raise UserError(Problem(message, file=str(path)))
-    return name, entry
+        raise UserError(Problem(f"{message}; its keys are {listed(there, SHOWN) or 'none'}", file=str(path)))
+    return str(name), entry
 
 
 def read_numbers(column: pa.ChunkedArray) -> Numbers:

@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +13,18 @@ import pyarrow.compute
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.tables import one_chunk
 from sdxl_finetune.errors import Tally, UserError
+from sdxl_finetune.storage import Location
 
+EXAMPLES = 3
+"""Images that a warning names."""
 logger = logging.getLogger(__name__)
 
 
 def count_captions(table: pa.Table, subsets: Sequence[Subset]) -> dict[str, list[int]]:
-    """Counts images, images without a caption and captions of several lines, for each subset."""
+    """Counts images, images without a caption and captions of several lines, for each subset.
+
+    "first without" has the first rows of images without a caption.
+    """
     captions = one_chunk(table["captions"])
     texts, row = captions.flatten(), pa.compute.list_parent_indices(captions).to_numpy()
     is_text, has_lines = np.zeros(len(captions), bool), np.zeros(len(captions), bool)
@@ -26,21 +32,46 @@ def count_captions(table: pa.Table, subsets: Sequence[Subset]) -> dict[str, list
     has_lines[row[pa.compute.match_substring(texts, "\n").fill_null(False).to_numpy(zero_copy_only=False)]] = True
     subset = table["subset"].to_numpy()
     masks = {"images": np.ones(len(captions), bool), "without caption": ~is_text, "of several lines": has_lines}
-    return {name: np.bincount(subset[mask], minlength=len(subsets)).tolist() for name, mask in masks.items()}
+    counts = {name: np.bincount(subset[mask], minlength=len(subsets)).tolist() for name, mask in masks.items()}
+    return {**counts, "first without": np.flatnonzero(~is_text)[:EXAMPLES].tolist()}
 
 
-def remark_on_captions(counts: Mapping[str, Sequence[int]], subsets: Sequence[Subset]) -> None:
+def remark_on_captions(
+    counts: Mapping[str, Sequence[int]], subsets: Sequence[Subset], path_of: Callable[[int], Location]
+) -> None:
     """Warns of images without a caption, and of captions of which only the first line is used.
 
-    `counts` is the result of `count_captions`.
+    `counts` is the result of `count_captions`, and `path_of` gives the path of the image in a row.
     """
     total = sum(counts["images"])
     if uncaptioned := sum(counts["without caption"]):
-        logger.warning("%d of %d images have no caption file, or an empty one", uncaptioned, total)
+        first = ", ".join(str(path_of(row)) for row in counts.get("first without", ()))
+        logger.warning(
+            "%d of %d images have no caption, or an empty one, and are trained without a text%s: %s",
+            uncaptioned,
+            total,
+            first and f", for example {first}",
+            _remedy_for_captions([one for one, count in zip(subsets, counts["without caption"], strict=True) if count]),
+        )
     by_subset = zip(counts["of several lines"], subsets, strict=True)
     if lines := sum(count for count, subset in by_subset if not subset.enable_wildcard):
         remedy = "enable_wildcard = true draws one of the lines each time"
         logger.warning("%d of %d captions have several lines, and only the first is used: %s", lines, total, remedy)
+
+
+def _remedy_for_captions(subsets: Sequence[Subset]) -> str:
+    """Says what to do about images without a caption in these subsets."""
+    if any(subset.caption_sources for subset in subsets):
+        return "write one of the texts that caption_sources names"
+    remedies = []
+    if any(subset.metadata_file for subset in subsets):
+        remedies.append(
+            'fill caption or tags in the metadata file, or name other columns as metadata_columns = "tags=NAME"'
+        )
+    if endings := {"." + one.caption_extension.removeprefix(".") for one in subsets if not one.metadata_file}:
+        ending = sorted(endings)[0]
+        remedies.append(f"write files as cat{ending} for cat.png, or set caption_extension to the ending of yours")
+    return ", ".join(remedies)
 
 
 def remark_on_sources(table: pa.Table, subsets: Sequence[Subset]) -> None:

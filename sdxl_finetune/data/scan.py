@@ -12,7 +12,7 @@ import os
 import signal
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from sdxl_finetune.data.inspection import Contents, Files, Stats, look_at, read,
 from sdxl_finetune.data.listing import list_all, say_missing_captions
 from sdxl_finetune.data.sources.listed import Listing
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
+from sdxl_finetune.data.unusable import Unusable
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.progress import track
 
@@ -91,6 +92,8 @@ class Chunk:
     """All images of the subset in the last scan."""
     places: Int64[np.ndarray, " n"]
     """Row of each image in `known`, or -1."""
+    bad_places: Int64[np.ndarray, " n"]
+    """Row of each image among those that the last scan could not use, or -1."""
 
     def is_given(self, name: str) -> Bool[np.ndarray, " n"]:
         """True for images of which the listing gives this column."""
@@ -123,6 +126,8 @@ class Changes:
     """Rows of new and changed images and captions."""
     files: Files
     """The files of these rows."""
+    known_bad: Mapping[int, Sequence[Problem]]
+    """Problems of rows that the last scan could not use, and that have not changed."""
 
 
 def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False) -> tuple[pa.Table, Tally]:
@@ -138,6 +143,7 @@ def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
         return last, Tally()
     listed = list_all(subsets, cache_dir)
     known = SCANNED.empty_table() if last is None else last
+    unusable = Unusable.load(path.with_suffix(".unusable"))
     total = sum(listing.table.num_rows for listing in listed)
     problems, parts = Tally(), [SCANNED.empty_table()]
     for listing in listed:
@@ -147,16 +153,19 @@ def scan(subsets: Sequence[Subset], cache_dir: Path, *, skip_check: bool = False
         _executor(max(0, total - known.num_rows) + total // STAT_SHARE) as pool,
         track("reading captions and sizes", total, "images") as progress,
     ):
-        looked = _run_ahead(pool, look_at, ((chunk, _to_look_at(chunk)) for chunk in _chunks(subsets, listed, known)))
-        changes = (_changes(chunk, stats) for chunk, stats in looked)
+        looked = _run_ahead(
+            pool, look_at, ((chunk, _to_look_at(chunk)) for chunk in _chunks(subsets, listed, known, unusable))
+        )
+        changes = (_changes(chunk, stats, unusable) for chunk, stats in looked)
         reading = _run_ahead(pool, read, ((found, _to_read(found)) for found in changes))
         for found, contents in reading:
-            merged = None if _is_unchanged(found) else _merge(found, contents, problems)
+            merged = None if _is_unchanged(found) else _merge(found, contents, problems, unusable)
             before = _known_rows(found.chunk, len(found.chunk.places) if merged is None else merged.num_rows)
             is_unchanged = merged is None or _equal(merged, before)
             parts.append(before if is_unchanged else merged)
             has_changed |= not is_unchanged
             progress.update(found.chunk.listed.num_rows)
+    unusable.save()
     table = known
     if has_changed or sum(part.num_rows for part in parts) != known.num_rows:
         table = pa.concat_tables(parts).combine_chunks()
@@ -213,7 +222,9 @@ def _load(path: Path) -> pa.Table | None:
     return None
 
 
-def _chunks(subsets: Sequence[Subset], listed: Sequence[Listing], last: pa.Table) -> Iterator[Chunk]:
+def _chunks(
+    subsets: Sequence[Subset], listed: Sequence[Listing], last: pa.Table, unusable: Unusable
+) -> Iterator[Chunk]:
     """The images of all subsets, in order."""
     starts = np.searchsorted(one_chunk(last["subset"]).to_numpy(), np.arange(len(subsets) + 1))
     for number, (subset, listing) in enumerate(zip(subsets, listed, strict=True)):
@@ -223,8 +234,10 @@ def _chunks(subsets: Sequence[Subset], listed: Sequence[Listing], last: pa.Table
             places = np.arange(len(names))
         else:
             places = pa.compute.index_in(names, value_set=known_names).fill_null(-1).to_numpy().astype(np.int64)
+        bad = unusable.places(number, names)
         for start in range(0, len(names), CHUNK):
-            yield Chunk(number, subset, listing.table.slice(start, CHUNK), known, places[start : start + CHUNK])
+            own = slice(start, start + CHUNK)
+            yield Chunk(number, subset, listing.table.slice(start, CHUNK), known, places[own], bad[own])
 
 
 def _to_look_at(chunk: Chunk) -> tuple[Files]:
@@ -233,8 +246,8 @@ def _to_look_at(chunk: Chunk) -> tuple[Files]:
     return (chunk.files(everything, images=images, captions=captions),)
 
 
-def _changes(chunk: Chunk, stats: Stats) -> Changes:
-    """Compares the chunk with the last scan."""
+def _changes(chunk: Chunk, stats: Stats, unusable: Unusable) -> Changes:
+    """Compares the chunk with the last scan, and with the images that it could not use."""
     size_given, from_source = chunk.is_given("width"), chunk.is_given("captions")
     for name in ("bytes", "mtime"):
         getattr(stats, name)[chunk.is_given(name)] = chunk.given(name)[chunk.is_given(name)]
@@ -247,9 +260,11 @@ def _changes(chunk: Chunk, stats: Stats) -> Changes:
     images = ~size_given & (~is_same | size_was_given)
     captions = ~from_source & ~(same_caption & (chunk.places >= 0))
     wanted = ~is_same | images | captions
-    wanted[list(stats.failed)] = False
+    numbers = {"bytes": stats.bytes, "mtime": stats.mtime, "text_stat": stats.caption_stat}
+    known_bad = unusable.find(chunk.bad_places, numbers)
+    wanted[[*stats.failed, *known_bad]] = False
     rows = np.flatnonzero(wanted)
-    return Changes(chunk, stats, rows, chunk.files(rows, images=images, captions=captions))
+    return Changes(chunk, stats, rows, chunk.files(rows, images=images, captions=captions), known_bad)
 
 
 def _to_read(found: Changes) -> tuple[Files, Int64[np.ndarray, "k 2"]]:
@@ -259,7 +274,12 @@ def _to_read(found: Changes) -> tuple[Files, Int64[np.ndarray, "k 2"]]:
 def _is_unchanged(found: Changes) -> bool:
     """True if the rows of a chunk are neighbours in the last scan too, and nothing about them has changed."""
     chunk, places = found.chunk, found.chunk.places
-    if len(found.rows) or found.stats.failed or (places != np.arange(places[0], places[0] + len(places))).any():
+    if (
+        len(found.rows)
+        or found.stats.failed
+        or found.known_bad
+        or (places != np.arange(places[0], places[0] + len(places))).any()
+    ):
         return False
     given = [name for name in ("captions", "width", "height") if chunk.is_given(name).any()]
     for name in given:
@@ -284,14 +304,21 @@ def _equal(first: pa.Table, second: pa.Table) -> bool:
     return rest.equals(other_rest) and np.array_equal(score, other_score, equal_nan=True)
 
 
-def _merge(found: Changes, contents: Contents, problems: Tally) -> pa.Table:
-    """The rows of a chunk's usable images: those of the last scan, with what has changed. Counts the problems."""
+def _merge(found: Changes, contents: Contents, problems: Tally, unusable: Unusable) -> pa.Table:
+    """The rows of a chunk's usable images: those of the last scan, with what has changed.
+
+    Counts the problems, and notes images that cannot be used until they change.
+    """
     chunk, rows, stats = found.chunk, found.rows, found.stats
-    failed: dict[int, tuple[Problem, ...]] = {place: (problem,) for place, problem in stats.failed.items()}
-    failed |= {int(rows[place]): tuple(own) for place, own in contents.failed.items()}
+    failed: dict[int, Sequence[Problem]] = {place: (problem,) for place, problem in stats.failed.items()}
+    failed |= {int(rows[place]): own for place, own in contents.failed.items()} | dict(found.known_bad)
+    lasting = {int(rows[place]) for place in contents.lasting} | set(found.known_bad)
     for place in sorted(failed):
         for problem in failed[place]:
             problems.add(problem)
+        if place in lasting:
+            numbers = [int(column[place]) for column in (stats.bytes, stats.mtime, stats.caption_stat)]
+            unusable.add(chunk.number, chunk.listed["name"][place].as_py(), numbers, failed[place])
     kept = np.delete(np.arange(len(chunk.places)), list(failed))
     hashes = np.zeros((len(chunk.places), 16), np.uint8)
     is_known = chunk.places >= 0

@@ -24,7 +24,7 @@ from sdxl_finetune.data.joined import (
 )
 from sdxl_finetune.data.score_files import read_beside
 from sdxl_finetune.data.tables import one_chunk
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,11 @@ def _join_file(
     images: Images, path: Path, column: str, group: str | None, remarks: list[str]
 ) -> tuple[Numbers, np.ndarray]:
     """Scores and groups of the images from a file. Adds what it says twice or of no image to the remarks."""
-    table = read_rows(path, [column, group] if group else [column], column)
+    table, there = read_rows(path, [column, group] if group else [column], column)
     for name, key in ((column, "quality_column"), (group, "quality_groups")):
         if name and name not in table.column_names:
-            raise UserError(Problem(f"{path} has no such column: name another", key=key, value=name))
+            message = f"{path} has no such column: name another of its columns, which are {listed(there, SHOWN)}"
+            raise UserError(Problem(message, key=key, value=name if key == "quality_column" else f"column:{name}"))
     row = find_rows(images, path, table, remarks)
     numbers = read_numbers(table[column])
     names = np.full(len(row), "", object)

@@ -33,7 +33,7 @@ from sdxl_finetune.config.reading import parse_toml
 from sdxl_finetune.data.joined import KINDS, Images, find_rows, images_of, pick, read_numbers, read_rows
 from sdxl_finetune.data.tables import one_chunk
 from sdxl_finetune.data.tag_columns import TagPatterns, find_tags, separators_of
-from sdxl_finetune.errors import SHOWN, Problem, UserError
+from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
 
 VALUES = ("repeats", "loss_weight")
 """Values that a rule may set."""
@@ -146,9 +146,8 @@ def _by_rules(
             used = sets[name][numbers]
             np.maximum.at(last[name], places[used], numbers[used])
     if len(unmatched := np.flatnonzero(images == 0)):
-        names = ", ".join(f"{rules[number].table}.{rules[number].pattern!r}" for number in unmatched[:SHOWN])
-        more = f" and {len(unmatched) - SHOWN} more" if len(unmatched) > SHOWN else ""
-        remark = f"{path}: {len(unmatched)} of {len(rules)} rules match no image: {names}{more}. Correct or remove them"
+        names = listed((f"{rules[number].table}.{rules[number].pattern!r}" for number in unmatched), SHOWN)
+        remark = f"{path}: {len(unmatched)} of {len(rules)} rules match no image: {names}. Correct or remove them"
         if len(rows) and any(rules[number].table == "paths" for number in unmatched):
             name = os.fsdecode(images_of(table, subsets, rows[:1]).in_folder[0].as_py())
             remark += f". Paths are compared with names such as {name}"
@@ -208,10 +207,11 @@ def glob_regex(pattern: str) -> str:
 
 def _by_image(path: Path, images: Images, remarks: list[str]) -> Mapping[str, Float64[np.ndarray, " n"]]:
     """The values that the rows of a file give to images, NaN for images without a row or value."""
-    table = read_rows(path, VALUES, "repeats")
+    table, columns = read_rows(path, VALUES, "repeats")
     there = [name for name in VALUES if name in table.column_names]
     if not there:
-        raise UserError(Problem(f"the file has neither a column {' nor '.join(VALUES)}: add one", file=str(path)))
+        message = f"the file has neither a column {' nor '.join(VALUES)}: rename or add one"
+        raise UserError(Problem(f"{message}; the columns are {listed(columns, SHOWN)}", file=str(path)))
     row = find_rows(images, path, table, remarks)
     found: dict[str, Float64[np.ndarray, " n"]] = {}
     problems = []

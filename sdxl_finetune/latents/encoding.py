@@ -62,6 +62,8 @@ class Report:
 
     bad: dict[int, Problem] = field(default_factory=dict)
     """Problems of images that could not be encoded, by row."""
+    undecodable: dict[int, str] = field(default_factory=dict)
+    """Messages on images of which the content of the file is the problem, by row."""
     counts: Counter[str] = field(default_factory=Counter)
     """Numbers of images by what happened: encoded, found again, taken from .npz files."""
     duplicates: dict[int, int] = field(default_factory=dict)
@@ -129,6 +131,8 @@ def encode_images(job: Encoding, rows: Int64[np.ndarray, " k"], writer: ShardWri
             for row, image in _read_ahead(job, rows):
                 if isinstance(image, ImageError):
                     job.report.bad[row] = Problem(image.reason, file=image.path)
+                    if image.is_lasting:
+                        job.report.undecodable[row] = image.reason
                 if isinstance(image, ImageError) or image.pixels is None:
                     yield 1 if isinstance(image, ImageError) else _store(job, writer, [image])
                     continue

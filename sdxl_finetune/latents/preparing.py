@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.remarks import report_bad_images
+from sdxl_finetune.data.unusable import save_undecodable
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.latents.encoding import Encoder, Encoding, Report, encode_images, find_foreign_npz
 from sdxl_finetune.latents.keys import RowKeys, latent_shape, row_keys
@@ -67,6 +68,9 @@ def prepare(
         places = find_places(index, keys, library)
     _log_counts(reports, int(index.used.sum()) - len(rows), team.shelf.folder if team.shelf else None)
     bad = _bad_images(index, reports)
+    undecodable = {row: message for report in reports for row, message in report.undecodable.items()}
+    if accelerator.is_main_process and undecodable:
+        save_undecodable(scratch, index.stat_hashes[list(undecodable)], list(undecodable.values()))
     if accelerator.is_main_process or config.on_bad_image == "stop":
         report_bad_images(Tally(bad.values()), config.on_bad_image)
     index = index.without(bad)

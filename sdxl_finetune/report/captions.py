@@ -4,7 +4,6 @@ Lengths are those of the captions as the model is given them, with prefix and su
 counted in a random sample of the images, because a caption takes a tenth of a millisecond.
 """
 
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -102,10 +101,3 @@ def _beyond(text: str, separator: str, tokenizer: Tokenizer) -> list[str]:
         else:
             high = middle - 1
     return [tag.strip() for tag in tags[low:] if tag.strip()]
-
-
-def draw_sample(total: int, size: int) -> Int64[np.ndarray, " k"]:
-    """Rows of a random sample, in order, the same in each call: all rows if there are no more than `size`."""
-    if total <= size:
-        return np.arange(total)
-    return np.array(sorted(random.Random(0).sample(range(total), size)))

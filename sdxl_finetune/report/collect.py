@@ -16,7 +16,7 @@ from sdxl_finetune.data.tokens import tokenizer_of
 from sdxl_finetune.errors import VARYING, Tally
 from sdxl_finetune.progress import track
 from sdxl_finetune.report.captions import SAMPLE as CAPTION_SAMPLE
-from sdxl_finetune.report.captions import Lengths, draw_sample, measure_lengths
+from sdxl_finetune.report.captions import Lengths, measure_lengths
 from sdxl_finetune.report.duplicates import Duplicates, Groups, find_duplicates, group_rows
 from sdxl_finetune.report.findings import (
     EXAMPLES,
@@ -31,6 +31,7 @@ from sdxl_finetune.report.scores import Scores, measure_scores
 from sdxl_finetune.report.sizes import Sizes, measure_sizes
 from sdxl_finetune.report.tags import SAMPLE as PAIR_SAMPLE
 from sdxl_finetune.report.tags import TagCounter, Tags, Together, count_together
+from sdxl_finetune.seeding import draw_sample
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,9 @@ def describe(index: Index, config: Config, rare: int, bad_files: Tally | None = 
     with _timed("tags and equal captions", seconds):
         tags, equal_captions, in_captions = _read_captions(rows)
     with _timed("tags that occur together", seconds):
-        together = count_together(rows.tags(draw_sample(len(index), PAIR_SAMPLE)), tags)
+        together = count_together(rows.tags(draw_sample(np.arange(len(index)), PAIR_SAMPLE, "pairs of tags")), tags)
     with _timed("tokens of captions", seconds):
-        sample = draw_sample(len(index), CAPTION_SAMPLE)
+        sample = draw_sample(np.arange(len(index)), CAPTION_SAMPLE, "caption lengths")
         lengths = measure_lengths(sample, WholeCaptions(index, "report").text, rows.separator, tokenizer_of(config))
     with _timed("duplicates", seconds):
         duplicates = find_duplicates(index, config)

@@ -39,8 +39,9 @@ PAUSES = (1.0, 4.0, 10.0)
 """Seconds before an operation is tried again. These attempts cover what breaks in a body."""
 MOST_PARTS = 5000
 """Parts of one upload. Stores allow 10,000."""
+NO_BUCKET = "the bucket does not exist: check its name, and AWS_ENDPOINT_URL for a store that is not Amazon's"
 REASONS = {
-    "nosuchbucket": "the bucket does not exist",
+    "nosuchbucket": NO_BUCKET,
     "connection refused": "the connection is refused",
     "dns error": "the name of the host is not found",
     "timed out": "no answer in time",
@@ -171,7 +172,8 @@ def _attempt(address: Address, done: str, request: Callable[[], T], *, patient: 
         except StorageError:
             raise
         except FileNotFoundError:
-            error = StorageError(address, "does not exist", missing=True)
+            message = f"cannot be written: {NO_BUCKET}" if done == "written" else "does not exist"
+            error = StorageError(address, message, missing=True)
             if not patient:
                 raise error from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
@@ -180,7 +182,9 @@ def _attempt(address: Address, done: str, request: Callable[[], T], *, patient: 
         except (exceptions.NotSupportedError, exceptions.InvalidPathError):
             raise StorageError(address, f"cannot be {done}: the store does not offer this") from None
         except (exceptions.BaseError, OSError, ValueError) as failure:
-            error = StorageError(address, f"cannot be {done}, after {1 + len(PAUSES)} attempts: {_reason(failure)}")
+            if (reason := _reason(failure)) == NO_BUCKET:
+                raise StorageError(address, f"cannot be {done}: {reason}") from None
+            error = StorageError(address, f"cannot be {done}, after {1 + len(PAUSES)} attempts: {reason}")
         if (pause := next(pauses, None)) is None:
             raise error from None
         time.sleep(pause)

@@ -35,7 +35,8 @@ from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.data.scan import scan
 from sdxl_finetune.data.tags import check_tag_rules
 from sdxl_finetune.data.tokens import Tokenizer, tokenizer_of
-from sdxl_finetune.errors import Problem, Problems, UserError
+from sdxl_finetune.data.unusable import load_undecodable
+from sdxl_finetune.errors import Problem, Problems, Tally, UserError
 from sdxl_finetune.model.compilation import check_compiler
 from sdxl_finetune.model.diffusers_folder import open_vae
 from sdxl_finetune.model.load import Inspected, inspect_checkpoint
@@ -163,14 +164,26 @@ def find_further_problems(config: Config, faulty: Set[str]) -> Sequence[Problem]
 
 
 def index_images(config: Config) -> Index:
-    """Builds the index of a run, and looks for its lists of tags and its masks. Raises UserError."""
+    """Builds the index of a run, and looks for its lists of tags and its masks. Raises UserError.
+
+    The index is without the images that an earlier run could not decode and that have not changed since then.
+    """
     skip, datasets = config.skip_cache_check, load_datasets(config)
     check_tag_rules(subset for dataset in datasets for subset in dataset.subsets)
     index = build_index(datasets, config.cache_folder, config.on_bad_image, skip_check=skip)
+    if config.cache_latents:
+        index = _without_undecodable(index, config)
     if skip:
         return index
     remark_on_alpha(index)
     return without_bad_masks(index, config.on_bad_image)
+
+
+def _without_undecodable(index: Index, config: Config) -> Index:
+    known = load_undecodable(config.cache_folder, index.stat_hashes)
+    bad = {row: Problem(text, file=str(index[row].path)) for row, text in known.items() if index.used[row]}
+    report_bad_images(Tally(bad.values()), config.on_bad_image)
+    return index.without(bad) if bad else index
 
 
 def _read_images(

@@ -126,6 +126,23 @@ def _batch_sizes(index: Index, plan: Plan) -> list[int]:
     return sizes if len(set(sizes)) > 1 else sizes[:1]
 
 
+def differing(start: Start, order: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that differ from those of the resumed run, with their present values."""
+    before = start.state.data_order or {}
+    facts = {**dict.fromkeys(MARK_FACTS), **order}
+    return {fact: value for fact, value in facts.items() if before.get(fact) != value}
+
+
+def may_be_undecodable(start: Start, order: Mapping[str, Any]) -> int:
+    """The number of images that are in use now and were not before, if nothing else has changed; 0 otherwise.
+
+    `sdxl-check` decodes no image. The run leaves out images that cannot be decoded, and may then have the same images.
+    """
+    changed, before = differing(start, order), start.state.data_order or {}
+    is_only_images = changed.keys() <= {"images", "images with repeats", "repeats"}
+    return max(0, order["images"] - before.get("images", order["images"])) if is_only_images else 0
+
+
 def resumed_origin(start: Start, order: Mapping[str, Any], options: ResumeOptions) -> tuple[int, int]:
     """The origin of the resumed run's plan: as before, or the next epoch if the order of images has changed.
 
@@ -137,8 +154,7 @@ def resumed_origin(start: Start, order: Mapping[str, Any], options: ResumeOption
         return state.origin
     changed = ", ".join(
         fact if isinstance(value, str | None) else f"{fact}: {state.data_order.get(fact)} -> {value}"
-        for fact, value in {**dict.fromkeys(MARK_FACTS), **order}.items()
-        if state.data_order.get(fact) != value
+        for fact, value in differing(start, order).items()
     )
     if not changed:
         return state.origin

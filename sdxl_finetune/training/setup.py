@@ -28,6 +28,7 @@ from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
 from sdxl_finetune.errors import Problems, UserError, counted
+from sdxl_finetune.files import size_text
 from sdxl_finetune.latents.captions import prepare_text
 from sdxl_finetune.latents.masks import MaskStore, prepare_masks
 from sdxl_finetune.latents.preparing import prepare
@@ -356,8 +357,7 @@ def _log_beginning(
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
     with suppress(Exception):  # a user's own optimizer may not step on a small tensor
         states = state_bytes(config, trained_dtype(config)) * sum(group.size for group in learner.parameters.groups)
-        size = f"{states / 2**30:.2f} GiB" if states > 2**30 else f"{states / 2**20:.1f} MiB"
-        logger.info("%s keeps %s of optimizer states in each process", config.optimizer_name, size)
+        logger.info("%s keeps %s of optimizer states in each process", config.optimizer_name, size_text(states))
     log.begin(
         first_step=timeline.first,
         steps=steps,

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sdxl_finetune.commands.check import check
 from sdxl_finetune.config import load_config
 from sdxl_finetune.errors import UserError
+from sdxl_finetune.latents import encoding
 from sdxl_finetune.latents.shards import Kind, read_shard
 from sdxl_finetune.training.loop import train
 from tests.hub_server import TOKEN, HubServer
@@ -135,13 +136,13 @@ def test_cached_text_encoder_outputs(work, capsys) -> None:
     asked = ["--cache_text_encoder_outputs_to_disk", "--no-train_text_encoder", "--no-shuffle_caption"]
     asked += ["--max_train_epochs", "", "--max_train_steps", "1"]
     assert check(config("sdxl-check", *asked)) == 0
-    found = re.search(r"text outputs +(\d+) different captions: ([\d.]+) MiB in out/cache", capsys.readouterr().out)
+    found = re.search(r"text outputs +(\d+) different captions: ([\d.]+) KiB in out/cache", capsys.readouterr().out)
     assert found and train(config("sdxl-train", *asked)) == 0
     (shard,) = Path("out/cache/text_outputs").glob("*/*.text_outputs")
     kind = Kind("text_outputs", shard.parent.name)
     tables = read_shard(shard, kind, shard.stat().st_size)
     count, size = len(tables.keys), tables.size
-    assert int(found[1]) == count and float(found[2]) == pytest.approx(count * size / 2**20, abs=0.06)
+    assert int(found[1]) == count and float(found[2]) == pytest.approx(count * size / 2**10, abs=0.06)
 
 
 def test_frozen_parts_and_another_objective_are_shown(work, capsys) -> None:
@@ -184,6 +185,27 @@ def test_what_a_run_would_resume_from_is_looked_at(work, capsys) -> None:
     assert check(config("sdxl-check", *resumed, "out/style-state", "--optimizer_type", "Adafactor")) == 2
     problems = capsys.readouterr().out.partition("\nproblems")[2]
     assert "the order of images has changed" in problems and "holds the state of AdamW" in problems
+
+
+def test_a_resumed_run_without_undecodable_images_is_no_other_run(work, capsys, monkeypatch) -> None:
+    """An image whose header can be read and whose pixels cannot: the run drops it, and then the check does too."""
+    Path("images/broken.jpg").write_bytes(min(Path("images").glob("*.jpg")).read_bytes()[:9000])
+    short = ["--no_memory", "--max_train_epochs", "", "--max_train_steps", "2", "--save_every_n_epochs", ""]
+    short += ["--on_bad_image", "skip"]
+    assert train(config("sdxl-train", *short, "--save_state")) == 0
+    resumed = [*short, "--max_train_steps", "4", "--resume", "out/style-state"]
+    capsys.readouterr()
+    assert check(config("sdxl-check", *resumed)) == 0
+    assert "1 skipped" in (said := capsys.readouterr().out) and "more than before" not in said
+    assert check(config("sdxl-check", *resumed, "--on_bad_image", "stop")) == 2
+    assert "broken.jpg: not readable as an image" in capsys.readouterr().out.partition("\nproblems")[2]
+    shutil.rmtree("out/cache/unusable")
+    assert check(config("sdxl-check", *resumed)) == 0
+    assert "1 image more than before: the run decodes them" in capsys.readouterr().out
+    assert train(config("sdxl-train", *resumed)) == 0  # the latent of the broken image is tried again, and noted
+    decoded: list[str] = []
+    monkeypatch.setattr(encoding, "_read_image", lambda job, row: decoded.append(job.index[row].path.name))
+    assert train(config("sdxl-train", *resumed, "--max_train_steps", "5")) == 0 and not decoded
 
 
 def test_counts_of_one_are_singular(work, capsys) -> None:

@@ -389,4 +389,5 @@ def test_tables_of_tag_groups_are_values_and_not_groups_of_options(folder, capsy
     Path("c.toml").write_text("[captions]\nseed = {a = 1}\n[more]\ncaption_tag_dropout_groups = {miku = [3]}\n")
     nested, wrong = problems("--config", "c.toml")
     assert "c.toml:2: seed" in nested and "a table inside a table is not allowed" in nested
-    assert "caption_tag_dropout_groups = {'miku': [3]}: must be a path, or a table" in wrong
+    assert "caption_tag_dropout_groups = {'miku': [3]}: what 'miku' stands for is neither a text nor a list" in wrong
+    assert wrong.endswith('must be a path, or a table as {"hatsune miku" = ["aqua hair", "twintails"]}')

@@ -101,7 +101,11 @@ def test_all_bad_files_are_named(
     assert [index[row].path for row in range(len(index))] == [tmp_path / "a/fine.png", tmp_path / "b/fine.png"]
     skipped, uncaptioned = (record.getMessage() for record in caplog.records)
     assert all(name in skipped for name in files)
-    assert uncaptioned == "2 of 2 images have no caption file, or an empty one"
+    assert uncaptioned == (
+        "2 of 2 images have no caption, or an empty one, and are trained without a text, for example"
+        f" {tmp_path}/a/fine.png, {tmp_path}/b/fine.png: write files as cat.caption for cat.png, or set"
+        " caption_extension to the ending of yours"
+    )
     assert "4 skipped" in index.describe()
     assert index[1].bucket.dataset == 1
 

@@ -51,7 +51,8 @@ def write(path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.tsv", "a.jsonl", "plain.json", "objects.json", "list.json"])
 def test_every_format_gives_the_same_columns(tmp_path: Path, name: str) -> None:
-    table = read_rows(write(tmp_path / name), ["score", "absent"], "score")
+    table, there = read_rows(write(tmp_path / name), ["score", "absent"], "score")
+    assert "score" in there and "absent" not in there
     assert table.column_names == ["path", "score"]
     assert table["path"].to_pylist() == [b"a.png", b"b.png"]
     assert read_numbers(table["score"]).values.tolist() == [0.5, 0.25]
@@ -117,7 +118,7 @@ def test_numbers_in_text_are_read_as_float32(numbers) -> None:
 )
 def test_an_image_is_found_by_name_folder_and_absolute_path(tmp_path: Path, paths: list[str]) -> None:
     (tmp_path / "a.csv").write_text("path\nother.png\n" + "\n".join(paths))
-    table = read_rows(tmp_path / "a.csv", [], "score")
+    table, _ = read_rows(tmp_path / "a.csv", [], "score")
     remarks: list[str] = []
     row = find_rows(images("a.png", "sub/b.v2.jpg", "c.png"), tmp_path / "a.csv", table, remarks)
     assert row.tolist() == [1, 2, -1]
@@ -134,7 +135,7 @@ def test_the_most_exact_name_and_the_last_row_win() -> None:
 
 def test_an_image_in_a_tar_file_is_found_without_the_name_of_the_tar_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,key\n1,000001\n2,000002.png\n3,b.tar/000003\n4,5_cat/b.TAR/sub/000004.png\n")
-    table = read_rows(tmp_path / "a.csv", [], "score")
+    table, _ = read_rows(tmp_path / "a.csv", [], "score")
     packed = images(
         "a.tar/000001.png", "a.tar/000002.png", "b.tar/000003.png", "b.TAR/sub/000004.png", "b.tar/000005.png"
     )
@@ -154,5 +155,30 @@ def test_paths_as_windows_writes_them(tmp_path: Path, monkeypatch) -> None:
     names = pa.array([b"a.png", b"sub/b.png", b"c.png"], pa.large_binary())
     found = Images(names, np.zeros(3, np.int32), [PureWindowsPath("C:\\x\\5_cat")])
     monkeypatch.setattr(os, "sep", "\\")
-    table = read_rows(tmp_path / "scores.csv", ["score"], "score")
+    table, _ = read_rows(tmp_path / "scores.csv", ["score"], "score")
     assert find_rows(found, tmp_path, table, []).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl", "a.json"])
+def test_whole_numbers_name_images(tmp_path: Path, name: str) -> None:
+    path, rows = tmp_path / name, [{"id": 12345, "score": 0.5}, {"id": 7, "score": 0.25}]
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        path.write_text("id,score\n12345,0.5\n7,0.25\n")
+    else:
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    table, _ = read_rows(path, ["score"], "score")
+    assert find_rows(images("7.png", "12345.jpg", "8.png"), path, table, []).tolist() == [1, 0, -1]
+
+
+def test_fractions_name_no_images(tmp_path: Path) -> None:
+    pa.parquet.write_table(pa.table({"id": [12345.0], "score": [1.0]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="the column id is double, and must be text or whole numbers: write the names"):
+        read_rows(tmp_path / "a.parquet", ["score"], "score")
+
+
+def test_a_row_without_a_path_is_named_with_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"picture": "a.png", "score": 1}')
+    with pytest.raises(UserError, match=r"line 1: must be an object with the path .*; its keys are picture, score"):
+        read_rows(tmp_path / "a.jsonl", ["score"], "score")

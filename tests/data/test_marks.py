@@ -184,11 +184,12 @@ def test_shares_within_the_groups_of_a_rating_tag_and_of_a_column(folder: Path, 
     assert "quality_tags: 1 images of (none): best top 34% = score >= 0.1" in said
 
 
-def test_a_missing_column_is_named(folder: Path, build) -> None:
+def test_a_missing_column_is_named_with_those_that_exist(folder: Path, build) -> None:
     options = {"quality_tags": RELEASE, "quality_scores": write_scores(folder, SCORES, "parquet")}
-    with pytest.raises(UserError, match=r"quality_column = 'aesthetic': .* has no such column"):
+    there = r"name another of its columns, which are path, score$"
+    with pytest.raises(UserError, match=rf"quality_column = 'aesthetic': .* has no such column: {there}"):
         build(**options, quality_column="aesthetic")
-    with pytest.raises(UserError, match=r"quality_groups = 'rating': .* has no such column"):
+    with pytest.raises(UserError, match=rf"quality_groups = 'column:rating': .* has no such column: {there}"):
         build(**options, quality_groups="column:rating")
 
 

@@ -167,16 +167,24 @@ def test_changed_and_missing_objects_are_noticed(images, tmp_path: Path, pack: P
     assert caught.value.path == str(plain / "a.png") and "does not exist" in caught.value.reason
 
 
-def test_bad_objects_are_counted(upload, tmp_path: Path, listing) -> None:
+def test_bad_objects_are_counted(upload, tmp_path: Path, listing, server: S3Server) -> None:
     folder = tmp_path / "bad"
     folder.mkdir()
     for name, data in {"a.png": picture(), "b.png": b"", "c.png": b"text", "d.png": picture()[:20]}.items():
         (folder / name).write_bytes(data)
     (folder / "a.caption").write_bytes(b"\xff")
     (folder / "e.jpg").write_bytes(picture(0, "JPEG"))
-    found = listing(upload(folder))
+    address = upload(folder)
+    found = listing(address)
     assert list(captions(found)) == ["e.jpg"] and len(found.problems) == 4
     assert "the file is empty" in messages(found) and any("not UTF-8" in message for message in messages(found))
+    server.clear()
+    again = listing(address)
+    assert again.table.equals(found.table) and sorted(messages(again)) == sorted(messages(found))
+    assert server.requests == {"GET": 1}  # the listing: no object that cannot be used is read again
+    write(address / "c.png", picture())
+    server.clear()
+    assert list(captions(listing(address))) == ["c.png", "e.jpg"] and server.requests == {"GET": 2}
     with pytest.raises(UserError, match="holds no images"):
         listing(ROOT / "nothing")
 
@@ -257,7 +265,7 @@ def test_other_processes_read_by_themselves(images, tmp_path: Path, pack: Pack, 
     workers = [context.Process(target=_read_all, args=(index, results)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    assert [results.get(timeout=60) for _ in workers] == [expected] * 2
+    assert [results.get(timeout=300) for _ in workers] == [expected] * 2
     for worker in workers:
         worker.join()
 

@@ -157,7 +157,11 @@ def test_captions_that_are_not_utf_8(read: Read) -> None:
             {},
             r'no column names the images .*the columns are image: set metadata_columns = "path=NAME"',
         ),
-        ({"path": [3], "caption": ["x"]}, {}, "the column path is int64, and must be text"),
+        (
+            {"path": [3.0], "caption": ["x"]},
+            {},
+            "path is double, and must be text or whole numbers: write it so, or name another with metadata_columns",
+        ),
         ({"path": ["a"], "caption": [3.5]}, {}, "the column caption is double, and must be text, or lists of texts"),
         ({"path": ["a"], "score": [[1]]}, {}, "the column score is list<.*>, and must be numbers"),
         ({"path": ["a"], "image_size": ["64x64"]}, {}, "the column image_size is string, and must be lists of two"),
@@ -219,3 +223,14 @@ def test_names_without_endings(tmp_path: Path, read: Read) -> None:
     assert rows(listing, "name") == [(b"five.jpg",), (b"one.v2.webp",), (b"two.PNG",)]
     several, missing = messages(listing)
     assert several.startswith("row 3: several images have this name") and missing.startswith("row 4: no image has this")
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint32()])
+def test_a_column_of_whole_numbers_names_images(tmp_path: Path, read: Read, kind: pa.DataType) -> None:
+    for name in ("12345.jpg", "7.png", "0009.png"):
+        (tmp_path / name).touch()
+    ids = pa.array([12345, 7, None, 9], pa.int32()).cast(kind)
+    listing = read({"id": ids, "tags": ["1cat", "1dog", "x", "y"]})
+    assert rows(listing, "name", "captions") == [(b"12345.jpg", ["1cat"]), (b"7.png", ["1dog"])]
+    nameless, padded = messages(listing)
+    assert nameless == "row 3: id is missing" and padded.startswith("row 4: no image has this name")

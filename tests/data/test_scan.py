@@ -8,13 +8,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
 from sdxl_finetune.config import Subset
+from sdxl_finetune.data import inspection
 from sdxl_finetune.data import scan as scan_module
+from sdxl_finetune.data.images import ImageError, image_size
 from sdxl_finetune.data.scan import digest_of, scan
+from sdxl_finetune.data.unusable import NUMBERS, Unusable
+from sdxl_finetune.errors import Problem
 
 
 @pytest.fixture
@@ -161,6 +166,54 @@ def test_an_unreadable_image_is_looked_at_again(folder: Path, look, subset, tmp_
     Image.new("RGB", (70, 80)).save(folder / "7.png")
     found, opened = look(subset(folder))
     assert opened == {"7.png"} and (found["width"][6], found["height"][6]) == (70, 80)
+
+
+@pytest.mark.parametrize("chunk", [2, 4096])
+def test_an_unusable_image_is_not_read_again_until_it_changes(
+    folder: Path, look, subset, tmp_path: Path, monkeypatch, chunk: int
+) -> None:
+    monkeypatch.setattr(scan_module, "CHUNK", chunk)
+    (folder / "2.png").write_bytes(b"no image")
+    (folder / "3.txt").write_bytes(b"\xff")
+    (folder / "gone.png").symlink_to("nowhere")
+    rules = subset(folder, caption_extension=".txt")
+    cache = tmp_path / "cache"
+    first, problems = scan([rules], cache)
+    assert first["name"].to_pylist() == [b"0.png", b"1.png", b"4.png", b"5.png"] and len(problems) == 3
+    opened: list[str] = []
+    monkeypatch.setattr(inspection, "image_size", lambda path: opened.append(path.name) or image_size(path))
+    monkeypatch.setattr(inspection, "read_texts", lambda path, options: opened.append(path.name) or ("",))
+    again, same = scan([rules], cache)
+    assert not opened and again.schema.metadata == first.schema.metadata
+    assert set(same.problems()) == set(problems.problems())
+    (folder / "3.txt").write_text("repaired")
+    Image.new("RGB", (70, 80)).save(folder / "2.png")
+    found, left = scan([rules], cache)
+    assert sorted(set(opened)) == ["2.png", "3.png"] and found.num_rows == 6 and len(left) == 1
+    opened.clear()
+    found, _ = scan([rules], cache)
+    assert not opened and found["width"].to_pylist() == [64, 64, 70, 64, 64, 64]
+
+
+def test_images_are_read_again_if_the_library_or_the_access_has_changed(tmp_path: Path, monkeypatch) -> None:
+    problem, numbers = Problem("broken", file="a.png"), {name: np.array([5]) for name in NUMBERS}
+    kept = Unusable.load(tmp_path / "x")
+    kept.add(0, b"a.png", [5, 5, 5], [problem])
+    kept.save()
+    names = pa.array([b"a.png"], pa.large_binary())
+    kept = Unusable.load(tmp_path / "x")
+    assert kept.find(kept.places(0, names), numbers) == {0: (problem,)}
+    assert not kept.find(kept.places(1, names), numbers)
+    for name in NUMBERS:
+        assert not kept.find(kept.places(0, names), {**numbers, name: np.array([6])})
+    monkeypatch.setattr("PIL.__version__", "another")
+    kept = Unusable.load(tmp_path / "x")
+    assert not kept.find(kept.places(0, names), numbers)
+    (tmp_path / "text.png").write_text("text")
+    for name, is_lasting in (("text.png", True), ("missing.png", False)):
+        with pytest.raises(ImageError) as caught:
+            image_size(tmp_path / name)
+        assert caught.value.is_lasting == is_lasting
 
 
 def test_processes_find_the_same(folder: Path, look, subset, monkeypatch) -> None:

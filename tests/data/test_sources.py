@@ -72,14 +72,17 @@ def test_names_are_files_with_or_without_ending(captions, tmp_path: Path) -> Non
     number, several, missing = (problem.message for problem in caught.value.problems)
     assert number == "'below/two': the entry must be an object with caption or tags"
     assert several.startswith("'below/three': several images") and "three.jpg" in several and "three.png" in several
-    assert missing == f"'nowhere/one': no image has this name ({tmp_path}/nowhere/one.*)"
+    assert (
+        missing
+        == f"'nowhere/one': no image has this name ({tmp_path}/nowhere/one.*): correct the name or remove the entry"
+    )
 
 
 def test_a_line_each(captions) -> None:
     lines = [{"image_path": "a.png", "caption": "a"}, {"image_path": "b é.png", "tags": "b"}]
     text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
     assert captions(text) == {"a.png": "a", "b é.png": "b"}
-    with pytest.raises(UserError, match=r"meta\.jsonl: line 2: the entry has no image_path"):
+    with pytest.raises(UserError, match=r"meta\.jsonl: line 2: the entry has no image_path \(its keys are "):
         captions('{"image_path": "a.png"}\n{"caption": "b"}')
 
 
@@ -145,6 +148,13 @@ def test_scores_and_caption_columns(listed) -> None:
     for score in ("good", True, float("inf")):
         problems = listed({"a.png": {"score": score}, "b.png": {}}).problems.problems()
         assert [problem.message for problem in problems] == ["'a.png': score must be a number"]
+
+
+def test_a_key_that_no_entry_has_is_named_with_the_keys_that_exist(listed) -> None:
+    content = {"a.png": {"caption": "a", "score": 1}, "b.png": {"caption": "b", "rank": 2}}
+    message = "metadata_columns = 'tags=tagz': no entry has the key tagz; the keys are caption, score, rank"
+    with pytest.raises(UserError, match=message):
+        listed(content, metadata_columns=("tags=tagz", "score=rank"))
 
 
 def test_sizes_are_read(listed) -> None:

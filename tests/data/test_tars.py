@@ -251,13 +251,49 @@ def test_a_changed_tar_is_noticed_when_an_image_is_read(pack: Pack, tmp_path: Pa
     assert "not readable" in caught.value.reason and caught.value.path == str(path / "a.png")
 
 
-def test_patterns_name_the_tars(pack: Pack, listing) -> None:
+def test_patterns_name_the_tars(pack: Pack, listing, tmp_path: Path) -> None:
     for number in range(4):
         pack(f"data-{number:02}.tar", {"a.png": picture(number)})
     assert list(captions(listing(tar_files="data-{01..02}.tar"))) == ["data-01.tar/a.png", "data-02.tar/a.png"]
     assert list(captions(listing(tar_files="data-*1.tar"))) == ["data-01.tar/a.png"]
-    with pytest.raises(UserError, match=r"2 of 4 tar files are missing: data-04\.tar, data-05\.tar"):
-        listing(tar_files="data-{02..05}.tar")
+    messages = {
+        "data-{02..05}.tar": r"2 of 4 tar files are missing \(data-04\.tar, data-05\.tar\): download them, or name"
+        r" those that are there: data-\*\.tar$",
+        "dat-{1..2}.tar": r"2 of 2 tar files are missing \(dat-1\.tar, dat-2\.tar\): check the name, because the folder"
+        r" holds data-00\.tar, data-01\.tar, data-02\.tar, data-03\.tar$",
+        "dat-*.tar": r"no tar file has such a name: check the name, because the folder holds data-00\.tar, ",
+    }
+    for pattern, message in messages.items():
+        with pytest.raises(UserError, match=message):
+            listing(tar_files=pattern)
+    for path in (tmp_path / "tars").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"no tar file has such a name: check the name, .* holds no tar files$"):
+        listing(tar_files="data-*.tar")
+
+
+def test_the_metadata_of_all_tar_files_can_be_used_with_a_part_of_them(pack: Pack, listing, tmp_path, caplog) -> None:
+    for number in range(3):
+        pack(f"{number}.tar", {f"{number}{letter}.png": picture() for letter in "ab"})
+    path = tmp_path / "meta.parquet"
+    names = [f"{number}{letter}" for number in range(3) for letter in "ab"]
+    pa.parquet.write_table(pa.table({"key": names[1:], "tags": names[1:]}), path)
+    found = listing(metadata_file=path, tar_files="{0..1}.tar")
+    assert captions(found) == {"0.tar/0b.png": ["0b"], "1.tar/1a.png": ["1a"], "1.tar/1b.png": ["1b"]}
+    assert not found.problems
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == (
+        f"{path}: 2 of 5 entries are left out, because {tmp_path}/tars/{{0..1}}.tar does not hold their images, for"
+        " example 2a, 2b. 3 of 4 images there have an entry and are used"
+    )
+    (tmp_path / "tars" / "1.tar").write_bytes(b"broken" * 200)
+    assert len(listing(metadata_file=path, tar_files="{0..1}.tar").problems) == 1
+    pa.parquet.write_table(pa.table({"key": ["0000", "0001"]}), path)
+    message = (
+        r"none of its 2 entries names an image of .*tars\. Entries are for example 0000, 0001, and an image is 0\.tar"
+    )
+    with pytest.raises(UserError, match=message):
+        listing(metadata_file=path)
 
 
 def test_a_folder_of_images_beside_tars_stays_one_of_images(pack: Pack, listing, tmp_path: Path, caplog) -> None:
@@ -283,8 +319,8 @@ def test_metadata_names_members(pack: Pack, listing, tmp_path: Path) -> None:
     assert scores == {"0.tar/0a.png": 0, "0.tar/0b.png": 1, "1.tar/1a.png": 2, "1.tar/1b.png": 4, "1.tar/1c.png": 3}
     assert captions(found)["1.tar/1a.png"] == ["beside"] and captions(found)["1.tar/1b.png"] == [""]
     assert found.table["offset"].null_count == 0
-    missing, repeated = messages(found)
-    assert missing.startswith("row 6: no image has this name") and repeated.startswith("row 7: the image is named in")
+    (repeated,) = messages(found)
+    assert repeated.startswith("row 7: the image is named in an earlier row")
     pa.parquet.write_table(pa.table({**columns, "caption": [f"text {number}" for number in range(7)]}), path)
     assert captions(listing(metadata_file=path))["1.tar/1a.png"] == ["text 2"]
 

@@ -101,7 +101,7 @@ def test_subsets_without_the_option_are_not_weighted(tmp_path: Path) -> None:
         ("[tags]\nx = { loss_weight = 0 }", "r.toml", "loss_weight must be a number above 0"),
         ("[tags]\nx = { repeats = 1.3 }", "r.toml", "1.3 times num_repeats, 2, is no whole number"),
         ("[tags\n", "r.toml", "not valid TOML"),
-        ("path,x\na,1\n", "r.csv", "neither a column repeats nor loss_weight"),
+        ("path,x\na,1\n", "r.csv", "neither a column repeats nor loss_weight: .*; the columns are path, x"),
         ("path,repeats\na.png,many\nb.png,-2\n", "r.csv", "repeats must be .*; 2 rows hold 'many', '-2'"),
         ("path,loss_weight\na.png,0\n", "r.csv", "loss_weight must be a number above 0"),
     ],

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_finetune.data.tokens import build_tokenizer
-from sdxl_finetune.report.captions import draw_sample, measure_lengths
+from sdxl_finetune.report.captions import measure_lengths
 from sdxl_finetune.report.duplicates import group_rows
 from sdxl_finetune.report.rows import first_texts
 from sdxl_finetune.report.sizes import histogram, log_histogram, map_sizes
 from sdxl_finetune.report.summary import percent
 from sdxl_finetune.report.tags import TagCounter, Tags, count_together, neighbours, split_texts
+from sdxl_finetune.seeding import draw_sample
 
 CAPTIONS = st.lists(st.sampled_from(["a", " b", "b ", "long tag", "", "ü", "<b>"]), max_size=8).map(",".join)
 
@@ -165,9 +166,10 @@ def test_a_tag_at_the_end_of_a_cut_caption_is_named() -> None:
 
 
 def test_a_sample_is_the_same_each_time_and_has_no_row_twice() -> None:
-    assert draw_sample(5, 10).tolist() == [0, 1, 2, 3, 4]
-    sample = draw_sample(1000, 100)
-    assert sample.tolist() == draw_sample(1000, 100).tolist() == sorted(set(sample.tolist()))
+    assert draw_sample(np.arange(5), 10, "x").tolist() == [0, 1, 2, 3, 4]
+    sample = draw_sample(np.arange(0, 2000, 2), 100, "x")
+    assert sample.tolist() == draw_sample(np.arange(0, 2000, 2), 100, "x").tolist() == sorted(set(sample.tolist()))
+    assert not (sample % 2).any() and sample.tolist() != draw_sample(np.arange(0, 2000, 2), 100, "y").tolist()
     assert len(sample) == 100
 
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields, joined_caption
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
 from sdxl_finetune.storage import Location, open_location
 
 CHUNK = 1 << 14
@@ -39,10 +39,12 @@ Named = tuple[int, Any, Any]
 def read_entries(subset: Subset, path: Location, fields: Fields) -> Iterator[Chunk]:
     """Yields the entries of a .json or .jsonl file in chunks. Raises UserError for a file that cannot be read."""
     is_lines = path.suffix.lower() == ".jsonl"
+    keys: dict[str, None] = {}
     try:
         with open_location(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
             named = _lines(file, fields) if is_lines else _members(file.read(), path)
             while chunk := list(islice(named, CHUNK)):
+                keys |= dict.fromkeys(key for _, _, entry in chunk if isinstance(entry, dict) for key in entry)
                 yield _chunk(subset, path, fields, chunk, is_lines=is_lines)
     except UnicodeDecodeError as error:
         message = f"not a UTF-8 text file (byte {error.start}): save it as UTF-8"
@@ -51,13 +53,28 @@ def read_entries(subset: Subset, path: Location, fields: Fields) -> Iterator[Chu
         raise UserError(Problem(f"not valid JSON ({error}): correct the file", file=str(path))) from None
     except OSError as error:
         raise UserError(Problem(f"the file cannot be read: {error.strerror}", file=str(path))) from None
+    if keys and not fields.beside:  # beside images in tar files there may be .json files with these keys
+        _check_keys(fields, keys, path, is_lines=is_lines)
+
+
+def _check_keys(fields: Fields, keys: Iterable[str], path: Location, *, is_lines: bool) -> None:
+    """Raises UserError for keys that the user has named and that no entry has."""
+    there = listed(keys, SHOWN)
+    wrong = [
+        Problem(f"no entry has the key {name}; the keys are {there}", "metadata_columns", f"{what}={name}", str(path))
+        for what, name in fields.given.items()
+        if name not in keys and (is_lines or what != "path")  # .json has the names of images as keys
+    ]
+    if wrong:
+        raise UserError(wrong)
 
 
 def _lines(file: Iterable[str], fields: Fields) -> Iterator[Named]:
     for number, line in enumerate(file, start=1):
         if line.strip():
             entry = json.loads(line)
-            yield number, entry.get(fields.one("path")) if isinstance(entry, dict) else None, entry
+            name = entry.get(fields.one("path")) if isinstance(entry, dict) else None
+            yield number, str(name) if type(name) is int else name, entry
 
 
 def _members(text: str, path: Location) -> Iterator[Named]:
@@ -113,7 +130,10 @@ def _chunk(subset: Subset, path: Location, fields: Fields, named: Iterable[Named
 def _row(subset: Subset, fields: Fields, name: Any, entry: Any) -> tuple:
     """The values of ENTRIES after the number. Raises ValueError for an entry that is malformed."""
     if not isinstance(name, str) or not name:
-        raise ValueError(f"the entry has no {fields.one('path')}")
+        keys = listed(entry, SHOWN) if isinstance(entry, dict) else "none"
+        raise ValueError(
+            f'the entry has no {fields.one("path")} (its keys are {keys}): set metadata_columns = "path=KEY"'
+        )
     try:
         file_name = os.fsencode(name)
     except UnicodeEncodeError:

@@ -18,6 +18,7 @@ from sdxl_finetune.errors import Problem, UserError
 
 CHUNK = 1 << 16
 """Names that are Python objects at once."""
+MISSING_REMEDY = "correct the name or remove the entry"
 SHOWN = 5
 """Images of the same name without ending that a message lists."""
 
@@ -59,8 +60,10 @@ def with_endings(folder: Path, names: pa.Array, endings: tuple[str, ...]) -> tup
         for place, images in wrong.items():
             full = folder / os.fsdecode(short[int(own[place])].as_py())
             listed = ", ".join(os.fsdecode(image) for image in images[:SHOWN])
-            several = f"several images have this name ({full}.*: {listed})"
-            mistakes[int(rows[own[place]])] = several if images else f"no image has this name ({full}.*)"
+            several = f"several images have this name ({full}.*: {listed}): add the ending"
+            mistakes[int(rows[own[place]])] = (
+                several if images else f"no image has this name ({full}.*): {MISSING_REMEDY}"
+            )
     ordered = pa.concat_arrays(found).take(pa.array(np.argsort(np.concatenate(order))))
     return pa.compute.replace_with_mask(names, pa.array(is_short), ordered), mistakes
 

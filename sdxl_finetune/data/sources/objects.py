@@ -26,6 +26,7 @@ from sdxl_finetune.data.sources.folders import list_folder
 from sdxl_finetune.data.sources.listed import Listing, listed_table
 from sdxl_finetune.data.sources.names import encoded, stems
 from sdxl_finetune.data.tables import map_table, one_chunk, write_table
+from sdxl_finetune.data.unusable import NUMBERS, Unusable
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.progress import track
 from sdxl_finetune.storage import Address, StorageError, read
@@ -137,9 +138,17 @@ def _contents(
     is_same = known_place >= 0
     for name, values in now.items():
         is_same &= np.append(one_chunk(known[name]).to_numpy(), -1)[known_place] == values
-    rows = np.flatnonzero(~is_same)
+    unusable, problems = Unusable.load(kept.with_suffix(".unusable")), Tally()
+    numbers = [now[name] for name in ("bytes", "mtime", "text_version")]
+    known_bad = unusable.find(unusable.places(0, images.names), dict(zip(NUMBERS, numbers, strict=True)))
+    for row, own in known_bad.items():
+        unusable.add(0, images.names[row].as_py(), [int(column[row]) for column in numbers], own)
+        problems.add(own[0])
+    to_read = ~is_same
+    to_read[list(known_bad)] = False
+    rows = np.flatnonzero(to_read)
     names = {ending: one.names.take(places[ending].take(pa.array(rows))) for ending, one in beside.items()}
-    tables, problems = [known.take(pa.array(known_place[is_same]))], Tally()
+    tables = [known.take(pa.array(known_place[is_same]))]
     pool = ThreadPoolExecutor(THREADS)
     try:
         with track("reading sizes and captions", len(rows), "images") as progress:
@@ -151,12 +160,13 @@ def _contents(
                     for name, size, *own in zip(chunk.names.to_pylist(), chunk.sizes.tolist(), *texts, strict=True)
                 ]
                 versions = {name: values[rows[start : start + CHUNK]] for name, values in now.items()}
-                tables.append(_table(jobs, list(pool.map(_attempt, jobs)), versions, problems))
+                tables.append(_table(jobs, list(pool.map(_attempt, jobs)), versions, problems, unusable))
                 progress.update(len(jobs))
     finally:
         pool.shutdown(cancel_futures=True)
         table = pa.concat_tables(tables).combine_chunks()
         if len(rows) or table.num_rows != known.num_rows:
+            unusable.save()
             write_table(kept, table)  # also after an interruption, because the reading may have taken long
     return table, problems
 
@@ -186,28 +196,40 @@ def _names(beside: Mapping[str, Objects], names: Sequence[bytes | None]) -> dict
     return {ending: os.fsdecode(name) for ending, name in zip(beside, names, strict=True) if name is not None}
 
 
-def _attempt(reading: Reading) -> tuple[tuple[int, int], Texts] | Problem:
+@dataclass(frozen=True)
+class Failed:
+    """An image that cannot be used."""
+
+    problem: Problem
+    is_lasting: bool
+    """True if the content of the object is the problem."""
+
+
+def _attempt(reading: Reading) -> tuple[tuple[int, int], Texts] | Failed:
     try:
         return reading()
     except ImageError as error:
-        return Problem(error.reason, file=error.path)
+        return Failed(Problem(error.reason, file=error.path), error.is_lasting)
     except StorageError as error:
-        return error.problems[0]
+        return Failed(error.problems[0], is_lasting=False)
     except ValueError as error:
-        return Problem(str(error), file=str(reading.folder / reading.name))
+        return Failed(Problem(str(error), file=str(reading.folder / reading.name)), is_lasting=True)
 
 
 def _table(
     jobs: Sequence[Reading],
-    results: Sequence[tuple[tuple[int, int], Texts] | Problem],
+    results: Sequence[tuple[tuple[int, int], Texts] | Failed],
     versions: Mapping[str, Int64[np.ndarray, " k"]],
     problems: Tally,
+    unusable: Unusable,
 ) -> pa.Table:
-    """The usable images of a chunk in columns. Counts the problems of the others."""
+    """The usable images of a chunk in columns. Counts the problems of the others, and notes lasting ones."""
     rows = []
     for job, result, *version in zip(jobs, results, *versions.values(), strict=True):
-        if isinstance(result, Problem):
-            problems.add(result)
+        if isinstance(result, Failed):
+            problems.add(result.problem)
+            if result.is_lasting:
+                unusable.add(0, os.fsencode(job.name), list(map(int, version)), [result.problem])
             continue
         size, texts = result
         rows.append((os.fsencode(job.name), *version, *size, texts.score, *map(texts.texts.get, job.wanted.texts)))

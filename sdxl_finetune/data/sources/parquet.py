@@ -18,13 +18,13 @@ from jaxtyping import Bool
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields, as_lists, joined_captions, without_empty
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
 from sdxl_finetune.storage import Location, open_location, stat
 
 CHUNK = 1 << 16
 """Rows that are checked at once: a few megabytes of captions."""
 USUAL = {
-    "path": ("image_path", "file_name", "filename", "path", "key"),
+    "path": ("image_path", "file_name", "filename", "path", "key", "id"),
     "caption": ("caption", "text"),
     "tags": ("tags",),
     "score": ("score",),
@@ -77,7 +77,7 @@ def read_rows(subset: Subset, paths: Sequence[Location], fields: Fields) -> Iter
 
 def find_columns(schema: pa.Schema, fields: Fields, path: Location) -> Columns:
     """The columns to read of a file. Raises UserError with all that are missing or of a wrong type."""
-    there = ", ".join(schema.names)
+    there = listed(schema.names, SHOWN)
     problems, names = [], {}
     for what, usual in USUAL.items():
         given = fields.given.get(what)
@@ -101,7 +101,9 @@ def find_columns(schema: pa.Schema, fields: Fields, path: Location) -> Columns:
     for what, name in [*names.items(), *(("caption", name) for name in sources if name in schema.names)]:
         kind = schema.field(name).type
         if expected := _misfit(what, kind):
-            problems.append(Problem(f"the column {name} is {kind}, and must be {expected}", file=str(path)))
+            option = "caption_sources" if name in sources else "metadata_columns"
+            message = f"the column {name} is {kind}, and must be {expected}: write it so, or name another with {option}"
+            problems.append(Problem(message, file=str(path)))
     if problems:
         raise UserError(problems)
     return Columns(names, tuple(fields.sources))
@@ -125,7 +127,10 @@ def _is_number(kind: pa.DataType) -> bool:
 def _misfit(what: str, kind: pa.DataType) -> str | None:
     """The type that a column should have; None if it has it, or if it has no values at all."""
     fits, expected = {
-        "path": (_is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind), "text"),
+        "path": (
+            _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_integer(kind),
+            "text or whole numbers",
+        ),
         "caption": (_is_text(kind) or _is_list(kind, _is_text), "text, or lists of texts"),
         "score": (_is_number(kind) or _is_text(kind), "numbers"),
         "width": (_is_number(kind), "numbers"),
@@ -174,7 +179,10 @@ def _chunk(subset: Subset, path: Location, columns: Columns, batch: pa.RecordBat
 
 
 def _names(column: pa.Array, name: str, wrong: Mistakes) -> pa.Array:
-    names = _plain(column).cast(pa.large_binary())
+    names = _plain(column)
+    if pa.types.is_integer(names.type):  # the id of an image, whose file is 12345.jpg
+        names = names.cast(pa.large_string())
+    names = names.cast(pa.large_binary())
     wrong.append((_true(pa.compute.equal(pa.compute.binary_length(names).fill_null(0), 0)), f"{name} is missing"))
     wrong.append((_true(pa.compute.match_substring(names, b"\0")), f"{name} holds a null character"))
     return names

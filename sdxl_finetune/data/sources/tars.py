@@ -15,7 +15,7 @@ import re
 import signal
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, product
@@ -34,7 +34,7 @@ from sdxl_finetune.data.sources.listed import LISTED, Listing, sorted_by_name
 from sdxl_finetune.data.sources.names import prefixed
 from sdxl_finetune.data.sources.tar_files import Members, read_members, schema
 from sdxl_finetune.data.tables import map_table, one_chunk, write_table
-from sdxl_finetune.errors import Problem, Tally, UserError
+from sdxl_finetune.errors import Problem, Tally, UserError, listed
 from sdxl_finetune.progress import track
 from sdxl_finetune.storage import Found, Location, StorageError
 
@@ -75,13 +75,22 @@ def find_tars(folder: Location, pattern: str | None) -> list[Found]:
         names = list(there)
     elif "*" in pattern:
         names = [name for name in there if fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            raise UserError(Problem(f"no tar file has such a name: {_remedy(there)}", file=str(folder / pattern)))
     else:
         names = expand(pattern)
         if missing := [name for name in names if name not in there]:
-            shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-            message = f"{len(missing)} of {len(names)} tar files are missing: {shown}"
+            is_range = NUMBERS.search(pattern) and len(missing) < len(names)
+            remedy = f"download them, or name those that are there: {NUMBERS.sub('*', pattern)}"
+            message = f"{len(missing)} of {len(names)} tar files are missing ({listed(missing)})"
+            message += f": {remedy if is_range else _remedy(there)}"
             raise UserError(Problem(message, file=str(folder / pattern)))
     return [there[name] for name in sorted(names)]
+
+
+def _remedy(there: Collection[str]) -> str:
+    """Says what to do if none of the tar files that a user names exists. `there` are those in the folder."""
+    return f"check the name, because the folder holds {listed(sorted(there)) or 'no tar files'}"
 
 
 def read_tars(subset: Subset, cache_dir: Path) -> Listing:
