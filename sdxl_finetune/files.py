@@ -1,6 +1,7 @@
-"""Atomic writes: a file or folder exists under its final name only when it is complete. Sizes of files as text."""
+"""Atomic writes: a file or folder exists under its final name only when it is complete. Sizes and hashes as text."""
 
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -39,6 +40,15 @@ def atomic_path(final: Path) -> Iterator[Path]:
         _flush(final.parent)
     finally:
         _remove(temporary)
+
+
+def auto_v2(path: Path) -> str:
+    """Returns the short hash that model sites use: the first ten hex digits of the SHA-256 hash, in upper case."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()[:10].upper()
 
 
 def remove_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> list[Path]:

@@ -1,6 +1,6 @@
 """The documentation names only what exists: files, tests, links, anchors and commands.
 
-The pages are README.md, CHANGELOG.md, every page in docs/ and the README files in tests/.
+The pages are README.md in both languages, CHANGELOG.md, every page in docs/ and the README files in tests/.
 """
 
 import re
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/README.md")])
+PAGES = sorted(
+    [*ROOT.glob("README*.md"), ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/README.md")]
+)
 DIFFERENCES = ROOT / "docs" / "differences.md"
 FIELDS = ("The reference", "Here", "Why", "Golden values", "Test")
 """The fields of an entry of docs/differences.md, in their order. Only "Golden values" may be missing."""

@@ -31,7 +31,7 @@ CODE_BLOCK = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 CODE = re.compile(r"`[^`]*`")
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
-SENTENCE_END = re.compile(r"(?<=[.!?])[)\"']*\s+")
+SENTENCE_END = re.compile(r"(?<=[.!?])[)\"']*\s+|(?<=[。！？])")
 
 
 def paragraphs(text: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Runs every command of docs/guide.md in its order.
 
     python -m scripts.toy.guide            prints what the commands print
-    python -m scripts.toy.guide --write    also writes their output into docs/guide.md
+    python -m scripts.toy.guide --write    also writes their output into docs/guide.md and its translation
 
 Blocks that start with a comment such as `# guide/my.toml` are saved as that file. The folder `guide` is made anew.
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "guide.md"
+CHINESE = GUIDE.with_name("guide.zh-CN.md")
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(console|toml|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOISE = re.compile(r"^(Failed to load CPU gemm|.*: UserWarning|\s+warnings\.warn).*\n?", re.MULTILINE)
 """Lines that libraries print and that say nothing about this program."""
@@ -24,12 +26,21 @@ NOISE = re.compile(r"^(Failed to load CPU gemm|.*: UserWarning|\s+warnings\.warn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write the output into docs/guide.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the output into docs/guide.md and docs/guide.zh-CN.md"
+    )
     arguments = parser.parse_args()
     shutil.rmtree(ROOT / "guide", ignore_errors=True)
     text = BLOCK.sub(run_block, GUIDE.read_text(encoding="utf-8"))
     if arguments.write:
         GUIDE.write_text(text, encoding="utf-8")
+        CHINESE.write_text(with_blocks(CHINESE.read_text(encoding="utf-8"), text), encoding="utf-8")
+
+
+def with_blocks(page: str, source: str) -> str:
+    """The page with the code blocks of another page, which has as many of them, in their order."""
+    blocks = iter(FENCED.findall(source))
+    return FENCED.sub(lambda _: next(blocks), page)
 
 
 def run_block(block: re.Match[str]) -> str:

@@ -72,6 +72,21 @@ def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
     print(f"wrote {counted(len(requests), 'image')} into {arguments.output}")
 
 
+def draw_requested(
+    arguments: argparse.Namespace, model_hash: str | None, *, most: int
+) -> Iterator[tuple[Image.Image, str]]:
+    """Draws the images that the command line asks for, at most `most`. Yields each with its parameters.
+
+    Raises UserError.
+    """
+    requests = _read_requests(arguments)
+    _check_models([arguments.model], arguments.vae)
+    if len(requests) > most:
+        logger.warning("the first %d of %d images are drawn", most, len(requests))
+    for request, image in _draw(arguments.model, requests[:most], arguments):
+        yield image, request.parameters(arguments.model.stem, model_hash)
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Writes an HTML page with a row for each prompt and seed, and a column for each checkpoint.
 

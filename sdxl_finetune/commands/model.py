@@ -1,11 +1,10 @@
-"""`sdxl-model`: makes small random models, describes checkpoints, converts them, and draws images with them.
+"""`sdxl-model`: makes small random models, describes checkpoints, converts them, draws and writes pages with them.
 
 The module imports only what `--help` needs. Each command imports the rest.
 """
 
 import argparse
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.files import atomic_path
+from sdxl_finetune.files import atomic_path, auto_v2
 from sdxl_finetune.output.prompts import SAMPLERS
 
 if TYPE_CHECKING:
@@ -78,8 +77,9 @@ def _add_image_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     compare.add_argument("models", type=Path, nargs="+", metavar="model", help="files or diffusers folders")
     compare.add_argument("--output", type=Path, default=Path("compare.html"), help="page (default: compare.html)")
     compare.add_argument("--overwrite", action="store_true", help="replace the page if it exists")
+    card = _add_card(commands)
     positive, samplers = partial(_integer, 1), f"{', '.join(SAMPLERS)} (default: euler_a)"
-    for command in (generate, compare):
+    for command in (generate, compare, card):
         add = command.add_argument
         add("--prompts", type=Path, metavar="FILE", help="prompt file, as for sample_prompts. Options in the file win")
         add("--prompt", action="append", default=[], help="what to draw. May be given several times")
@@ -101,6 +101,28 @@ def _add_image_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
         unsaid = "The metadata of models from sdxl-train says this already"
         add("--v_parameterization", action="store_true", help=f"the model predicts velocity. {unsaid}")
         add("--zero_terminal_snr", action="store_true", help=f"the model has zero terminal SNR. {unsaid}")
+
+
+def _add_card(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    text = "write the release page of a checkpoint, as Markdown and HTML, in English and Chinese"
+    card = commands.add_parser("card", help=text, description=text)
+    card.set_defaults(run=_card)
+    card.add_argument("model", type=Path, help="file or diffusers folder")
+    card.add_argument("--config", metavar="FILE", help="config of the run that trained the model")
+    card.add_argument("--facts", type=Path, metavar="FILE", help="TOML file of what only the author knows")
+    card.add_argument("--output", type=Path, default=Path("card"), help="folder (default: card)")
+    card.add_argument("--overwrite", action="store_true", help="replace the pages if they exist")
+    samples = "folder of sample pictures (PNG). Default: the previews that the run drew with this model"
+    card.add_argument("--samples", type=Path, metavar="FOLDER", help=samples)
+    tags = "tag report (.parquet). Default: the report of this model in output_dir/tags"
+    card.add_argument("--tags", type=Path, metavar="FILE", help=tags)
+    return card
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    from sdxl_finetune.commands.card import card
+
+    card(arguments)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -264,12 +286,3 @@ def _group_by_part(tensors: "Mapping[str, Source]") -> "dict[str, list[Source]]"
     for key, source in tensors.items():
         parts[next(part for part, prefix in prefixes.items() if key.startswith(prefix))].append(source)
     return {part: sources for part, sources in parts.items() if sources}
-
-
-def auto_v2(path: Path) -> str:
-    """Returns the short hash that model sites use: the first ten hex digits of the SHA-256 hash, in upper case."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()[:10].upper()

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import mimetypes
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path, PurePath
@@ -22,6 +23,7 @@ from sdxl_finetune.config import Config, MetadataOptions
 from sdxl_finetune.config.fields import plain
 from sdxl_finetune.config.options import SECRETS
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.output.stages import Stage, stages_json
 
 PREFIX = "sdxl_finetune."
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "bitsandbytes", "numpy", "pydantic")
@@ -39,11 +41,12 @@ def build_metadata(
     now: datetime,
     thumbnail: str | None = None,
     resume: str = "{}",
+    stages: Sequence[Stage] = (),
 ) -> dict[str, str]:
     """Builds the metadata of a checkpoint that is saved after `step` optimizer steps and `epoch` whole epochs.
 
     `now` is the time of saving, with its time zone. `thumbnail` is the result of `load_thumbnail`. `resume` is JSON
-    text that a resumed run needs (TrainingState.to_metadata).
+    text that a resumed run needs (TrainingState.to_metadata). `stages` are the stages of training.
     """
     fields = {
         "version": sdxl_finetune.__version__,
@@ -54,6 +57,8 @@ def build_metadata(
         "config": json.dumps(shareable(config), sort_keys=True, ensure_ascii=False),
         "resume": resume,
     }
+    if stages:
+        fields["stages"] = json.dumps(stages_json(stages), sort_keys=True, ensure_ascii=False)
     return modelspec(config, now=now, thumbnail=thumbnail) | {PREFIX + name: value for name, value in fields.items()}
 
 

@@ -203,6 +203,8 @@ def _save(
     run.log.note_save(step)
     with run.log.pause():
         if run.accelerator.is_main_process:
+            if weights:  # not for a state alone: a run that is being stopped has little time
+                run.stages.count_tags()
             state = _training_state(run, step, is_interrupted)
             # States first: a run that is killed in between resumes from the state, and then saves the checkpoint.
             for save in states:
@@ -228,6 +230,7 @@ def _training_state(run: Run, step: int, is_interrupted: bool) -> TrainingState:
         optimizer=run.config.optimizer_name,
         config=run.options,
         is_interrupted=is_interrupted,
+        stages=run.stages.stages(steps=step, epochs=epoch + steps_into_epoch / plan.steps_per_epoch),
     )
 
 
@@ -241,6 +244,7 @@ def _save_checkpoint(run: Run, save: Save, state: TrainingState) -> None:
         now=datetime.now().astimezone(),
         thumbnail=run.thumbnail,
         resume=state.to_metadata(holds_ema=ema and learner.ema is not None),
+        stages=state.stages,
     )
     with published_weights(run, ema):
         path = checkpoints.write_checkpoint(

@@ -25,6 +25,7 @@ from sdxl_finetune.model.load import open_checkpoint
 from sdxl_finetune.output.checkpoints import saved_names
 from sdxl_finetune.output.hub import download_start
 from sdxl_finetune.output.metadata import PREFIX, shareable
+from sdxl_finetune.output.stages import recorded_stages
 from sdxl_finetune.storage import Address, StorageError, list_files, read
 from sdxl_finetune.storage.folders import fetch, fetch_to, files_at
 from sdxl_finetune.training.option_files import saved_options
@@ -307,4 +308,5 @@ def _load(path: Path, address: Address | None = None) -> Start:
     except (ValueError, TypeError, AttributeError) as error:
         message = f"its metadata is damaged ({error}); to start anew from it, give it as pretrained_model_name_or_path"
         raise UserError(Problem(message, key="resume", value=str(path))) from None
+    state = replace(state, stages=recorded_stages(file.metadata))
     return Start(path=path, is_state=False, state=state, address=address, content=content_of(path))

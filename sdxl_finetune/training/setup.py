@@ -47,6 +47,7 @@ from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_access
 from sdxl_finetune.output.log import Log, run_directory
 from sdxl_finetune.output.prompts import Prompt, with_size
+from sdxl_finetune.output.stages import StageRecord
 from sdxl_finetune.output.uploads import Uploads, open_uploads
 from sdxl_finetune.runtime.processes import (
     build_accelerator,
@@ -66,6 +67,7 @@ from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
 from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.resume import Start
+from sdxl_finetune.training.stage import begin_stage
 from sdxl_finetune.training.stored_saves import StoredSaves, try_find_stored
 from sdxl_finetune.training.text_encoder import TextEncoders
 from sdxl_finetune.training.vae_encoder import VaeEncoder
@@ -100,6 +102,8 @@ class Run:
     validation: Validation | None
     """None if no images are held out."""
     log: Log
+    stages: StageRecord
+    """The stages of training so far, for the metadata of checkpoints."""
     uploads: Uploads
     stored: StoredSaves
     """Saves that the store held at the start, for the first rank. What is removed since is taken out."""
@@ -156,7 +160,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     seed = _run_seed(config, start)
     torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
     inputs = _read_inputs(config, accelerator, start, Problems())
-    index, tokenizer = inputs.index, inputs.tokenizer
+    index, tokenizer, prompts = inputs.index, inputs.tokenizer, inputs.prompts or ()
     assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
     index, latents, masks = _prepare_latents(config, index, loaded.vae, accelerator, stop)
@@ -170,8 +174,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
     _prepare_model(config, loaded.model, accelerator)
     learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, timeline.steps))
-    if start and start.is_state:
-        _restore(start, learner)
+    _restore(start, learner)
     dataset = TrainingDataset(
         index=index,
         read_latents=latents.read if latents else None,
@@ -187,7 +190,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         rank=accelerator.process_index,
         ranks=ranks,
     )
-    _log_beginning(config, log, index, timeline, learner, inputs.prompts or ())
+    _log_beginning(config, log, index, timeline, learner, prompts)
     _log_captions(index, tokenizer, accelerator)
     uploads, stored = _build_uploads(config, accelerator)
     return Run(
@@ -201,12 +204,13 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         dataset=dataset,
         learner=learner,
         tokenizer=tokenizer,
-        prompts=with_size(inputs.prompts or (), index.resolution),
+        prompts=with_size(prompts, index.resolution),
         thumbnail=inputs.thumbnail,
         checkpoint_format=loaded.format,
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
         log=log,
+        stages=begin_stage(config, start, index, accelerator),
         uploads=uploads,
         stored=stored,
     )
@@ -323,8 +327,10 @@ def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator
     sdxl.to(accelerator.device)
 
 
-def _restore(start: Start, learner: Learner) -> None:
-    """Gives the learner the optimizer state, loss scale and EMA of a training state."""
+def _restore(start: Start | None, learner: Learner) -> None:
+    """Gives the learner the optimizer state, loss scale and EMA, if the run starts from a training state."""
+    if start is None or not start.is_state:
+        return
     update = learner.update
     changed = resume.changed_optimizer_args(start, learner.config)
     saved_scale, unknown = restore_optimizer_state(

@@ -28,6 +28,7 @@ from sdxl_finetune.model.load import Format
 from sdxl_finetune.model.tensorfile import Source, write_safetensors
 from sdxl_finetune.output.checkpoints import saved_names
 from sdxl_finetune.output.metadata import versions
+from sdxl_finetune.output.stages import Stage, parse_stages, stages_json
 from sdxl_finetune.training.saves import STATE_SUFFIX
 
 FORMAT = 1
@@ -57,6 +58,8 @@ class TrainingState:
     """The facts that the order of images depends on, in words for a message; None if unknown."""
     log: str | None = None
     """Name of the run's folder in `logging_dir`."""
+    stages: tuple[Stage, ...] = ()
+    """The stages of training so far; empty if an older version saved the state."""
     holds_ema: bool = False
     """True for a checkpoint whose weights are the EMA; never for a training state, which holds both."""
     checkpoint_format: Format | None = None
@@ -83,6 +86,7 @@ class TrainingState:
             "config": self.config,
             "checkpoint": self.checkpoint_format,
             "interrupted": self.is_interrupted,
+            "stages": stages_json(self.stages),
         }
 
     @classmethod
@@ -100,6 +104,7 @@ class TrainingState:
             config=values["config"],
             checkpoint_format=values["checkpoint"],
             is_interrupted=values["interrupted"],
+            stages=parse_stages(values.get("stages")),
             **_read_position(values["resume"]),
         )
 
