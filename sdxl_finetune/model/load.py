@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import split
 from sdxl_finetune.model.architecture import Architecture, read_architecture, read_vae_config
-from sdxl_finetune.model.declared import Declared, read_declared
+from sdxl_finetune.model.declared import EDM, V_PRED, ZTSNR, Declared, read_declared, read_markers
 from sdxl_finetune.model.diffusers_folder import open_folder, open_vae
 from sdxl_finetune.model.identify import kind_of
 from sdxl_finetune.model.keymap import LOGIT_SCALE, module_name
@@ -73,6 +73,7 @@ def load_checkpoint(
         dtype = dtype or _exact_dtype(parts, named, model.unused_names())
         _fill_parts(model, parts, named, dtype, exact=exact)
         model.unused = {name: named.read(name).clone() for name in model.unused_names() if name in named}
+        model.markers = read_markers(file)
         vae = _build_vae(named_vae, vae_path or path)
         _warn_of_unknown_tensors(named, {**parts, "vae": vae}, model.unused)
     return Loaded(
@@ -253,7 +254,7 @@ def _fill(
 def _warn_of_unknown_tensors(named: NamedTensors, parts: Mapping[str, nn.Module], unused: Iterable[str]) -> None:
     """Warns once of tensors that no part of SDXL has, and that saved checkpoints will not hold."""
     names = [module_name(part, name) for part, module in parts.items() for name, _ in module.named_parameters()]
-    known = {named.key(name) for name in [*names, *unused]}
+    known = {named.key(name) for name in [*names, *unused]} | {V_PRED, ZTSNR, *EDM}
     unknown = [key for key in named.tensors if key not in known and not key.endswith("position_ids")]
     if unknown:
         logger.warning("%d tensors that are not SDXL's are left out: %s", len(unknown), _first_four(unknown))

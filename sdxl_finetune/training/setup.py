@@ -34,6 +34,7 @@ from sdxl_finetune.latents.preparing import prepare
 from sdxl_finetune.latents.store import LatentStore
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.compilation import compile_blocks
+from sdxl_finetune.model.declared import marker_tensors
 from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
 from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
@@ -277,6 +278,9 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
         path, v_parameterization=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
     ):
         logger.warning("%s", remark)
+    loaded.model.markers = marker_tensors(
+        v_prediction=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
+    )
     if start and start.state.checkpoint_format:
         return replace(loaded, format=start.state.checkpoint_format)
     return loaded
