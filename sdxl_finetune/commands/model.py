@@ -1,4 +1,4 @@
-"""`sdxl-model`: makes small random models, describes checkpoints, converts them, and draws images with them.
+"""`sdxl-model`: makes small random models, describes, converts and merges checkpoints, and draws images with them.
 
 The module imports only what `--help` needs. Each command imports the rest.
 """
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdxl_finetune.commands.merge import add_parser as add_merge_parser
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.prompts import SAMPLERS
@@ -36,7 +37,9 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sdxl-model", description="Makes, describes and converts SDXL checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="sdxl-model", description="Makes, describes, converts and merges SDXL checkpoints."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     positive = partial(_integers, 1)
     init = commands.add_parser("init", help="make a small model with random weights")
@@ -63,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     for option, meaning in (("v_parameterization", "v-prediction"), ("zero_terminal_snr", "zero terminal SNR")):
         described = f"say that the model has {meaning}, or that it has not (default: as the model says)"
         convert.add_argument(f"--{option}", action=argparse.BooleanOptionalAction, default=None, help=described)
-    for command, precision in ((init, "fp16"), (convert, "unchanged")):
+    merge = add_merge_parser(commands)
+    merge.set_defaults(run=_merge)
+    for command, precision in ((init, "fp16"), (convert, "unchanged"), (merge, "that of the first model")):
         described = f"precision of the weights (default: {precision})"
         command.add_argument("--save_precision", choices=tuple(PRECISIONS), help=described)
         command.add_argument("--save_model_as", choices=FORMATS, help="format (default: from the name of the output)")
@@ -118,6 +123,16 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     _check_output(arguments)
     compare(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from sdxl_finetune.commands.merge import merge
+
+    save_as = _choose_format(arguments)
+    dtype = getattr(torch, PRECISIONS[arguments.save_precision]) if arguments.save_precision else None
+    merge(arguments, save_as, dtype, auto_v2)
 
 
 def _integer(least: int, text: str) -> int:

@@ -69,7 +69,8 @@ def _folder_kind(file: TensorFile) -> str:
     if not file.scheduler:
         return "noise prediction (no scheduler/scheduler_config.json)"
     said = str(file.scheduler.get("prediction_type", "epsilon"))
-    kind = f"{ {'v_prediction': 'v-prediction', 'epsilon': 'noise prediction'}.get(said, said)} (prediction_type)"
+    names = {"v_prediction": "v-prediction", "epsilon": "noise prediction"}
+    kind = f"{names.get(said, said)} (prediction_type)"
     if file.scheduler.get("rescale_betas_zero_snr"):
         kind += ", zero terminal SNR (rescale_betas_zero_snr)"
     return kind
