@@ -53,6 +53,7 @@ from sdxl_finetune.storage import Address, exists, write
 from sdxl_finetune.storage.folders import fetch_to
 from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
+from sdxl_finetune.training.colours import ColourCheck, build_colour_check
 from sdxl_finetune.training.every import Timeline, first_step, saves_every
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
@@ -92,6 +93,8 @@ class Run:
     save_as: SaveAs
     validation: Validation | None
     """None if no images are held out."""
+    colours: ColourCheck | None
+    """None if the options ask for no colour check."""
     log: Log
     uploads: Uploads
 
@@ -200,6 +203,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         checkpoint_format=loaded.format,
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
+        colours=build_colour_check(config, dataset),
         log=log,
         uploads=_build_uploads(config, accelerator),
     )
