@@ -144,7 +144,7 @@ class ColourOptions(Options):
     colour_check_images: Annotated[int | None, COLOURS] = Field(None, ge=2)
     """Images of a colour check: held-out ones, or training images if none are held out. Default: 16."""
     colour_check_bound: Annotated[float | None, COLOURS] = Field(None, gt=0, le=1)
-    """Warn if mean, contrast or saturation, 0 to 1, is off by more. Default: 0.1. Not in sd-scripts."""
+    """Warn if mean, contrast or saturation, 0 to 1, is off by more. Default: 0.08. Not in sd-scripts."""
 
 
 class LoggingOptions(Options):

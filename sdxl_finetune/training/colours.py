@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES = 16
 """Default of `colour_check_images`."""
-BOUND = 0.1
+BOUND = 0.08
 """Default of `colour_check_bound`. docs/proof.md shows what sound and broken runs of the small model give."""
 STEPS = 20
 """Sampling steps of a picture. More of them change its colours little."""
