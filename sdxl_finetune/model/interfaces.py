@@ -1,4 +1,4 @@
-"""What user interfaces take a checkpoint for: the rules by which each of them recognises v-prediction.
+"""The rules by which each user interface recognises v-prediction, and takes a checkpoint for what it is.
 
 No interface reads metadata. The rules were read in the sources of the interfaces, at these places:
 

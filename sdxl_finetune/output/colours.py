@@ -1,7 +1,7 @@
 """Mean, contrast and saturation of pictures, and how far drawn pictures are off those that they should resemble.
 
-A model that is drawn on another noise schedule than it was trained on, or whose training goes wrong, loses or gains
-brightness and contrast long before its loss shows anything (Lin et al., arXiv 2305.08891, section 2).
+A wrong noise schedule or a training that goes wrong changes brightness and contrast long before any loss shows it. Lin
+et al. (arXiv 2305.08891, section 2) describe this.
 """
 
 from dataclasses import dataclass

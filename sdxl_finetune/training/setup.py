@@ -31,7 +31,7 @@ from sdxl_finetune.errors import Problems, UserError, counted
 from sdxl_finetune.latents.captions import prepare_text
 from sdxl_finetune.latents.masks import MaskStore, prepare_masks
 from sdxl_finetune.latents.preparing import prepare
-from sdxl_finetune.latents.store import LatentStore
+from sdxl_finetune.latents.store import LatentStore, TextStore
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.compilation import compile_blocks
 from sdxl_finetune.model.declared import marker_tensors
@@ -155,10 +155,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
     index, latents, masks = _prepare_latents(config, index, loaded.vae, accelerator, stop)
-    text = None
-    if config.cache_text_encoder_outputs:
-        text = prepare_text(index, TextEncoders(loaded.model, tokenizer, accelerator.device), config, accelerator, stop)
-        loaded.model.detach_text_encoders()
+    text = _prepare_text(config, index, loaded.model, tokenizer, accelerator, stop)
     ranks = accelerator.num_processes
     plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
     order = resume.data_order(index, plan)
@@ -300,6 +297,23 @@ def _prepare_latents(
         return index, latents, masks
     vae.to(accelerator.device)
     return index, None, None
+
+
+def _prepare_text(
+    config: Config,
+    index: Index,
+    sdxl: SDXL,
+    tokenizer: Tokenizer,
+    accelerator: Accelerator,
+    stop: StopRequest | None,
+) -> TextStore | None:
+    """The cached outputs of the text encoders, which then leave the model; None if the config asks for no cache."""
+    if not config.cache_text_encoder_outputs:
+        return None
+    encoders = TextEncoders(sdxl, tokenizer, accelerator.device)
+    text = prepare_text(index, encoders, config, accelerator, stop)
+    sdxl.detach_text_encoders()
+    return text
 
 
 def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator) -> None:
