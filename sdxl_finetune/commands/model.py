@@ -1,4 +1,4 @@
-"""`sdxl-model`: makes small random models, describes checkpoints, converts them, draws and writes pages with them.
+"""`sdxl-model`: makes small models; describes, converts and merges checkpoints; draws and writes pages with them.
 
 The module imports only what `--help` needs. Each command imports the rest.
 """
@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdxl_finetune.commands.merge import add_parser as add_merge_parser
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path, auto_v2
 from sdxl_finetune.output.prompts import SAMPLERS
 
 if TYPE_CHECKING:
     from sdxl_finetune.model.architecture import Architecture
+    from sdxl_finetune.model.load import Loaded
     from sdxl_finetune.model.save import SaveAs
     from sdxl_finetune.model.tensorfile import Source
 
@@ -34,7 +36,9 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sdxl-model", description="Makes, describes and converts SDXL checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="sdxl-model", description="Makes, describes, converts and merges SDXL checkpoints."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     positive = partial(_integers, 1)
     init = commands.add_parser("init", help="make a small model with random weights")
@@ -58,7 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("model", type=Path, help="file or diffusers folder to read")
     convert.add_argument("output", type=Path, help="file (.safetensors, .ckpt) or diffusers folder to write")
     convert.add_argument("--vae", type=Path, help="VAE (file or folder) that replaces the model's own")
-    for command, precision in ((init, "fp16"), (convert, "unchanged")):
+    for option, meaning in (("v_parameterization", "v-prediction"), ("zero_terminal_snr", "zero terminal SNR")):
+        described = f"say that the model has {meaning}, or that it has not (default: as the model says)"
+        convert.add_argument(f"--{option}", action=argparse.BooleanOptionalAction, default=None, help=described)
+    merge = add_merge_parser(commands)
+    merge.set_defaults(run=_merge)
+    for command, precision in ((init, "fp16"), (convert, "unchanged"), (merge, "that of the first model")):
         described = f"precision of the weights (default: {precision})"
         command.add_argument("--save_precision", choices=tuple(PRECISIONS), help=described)
         command.add_argument("--save_model_as", choices=FORMATS, help="format (default: from the name of the output)")
@@ -136,6 +145,16 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     _check_output(arguments)
     compare(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from sdxl_finetune.commands.merge import merge
+
+    save_as = _choose_format(arguments)
+    dtype = getattr(torch, PRECISIONS[arguments.save_precision]) if arguments.save_precision else None
+    merge(arguments, save_as, dtype, auto_v2)
 
 
 def _integer(least: int, text: str) -> int:
@@ -221,8 +240,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     if names := saturated(loaded.model, loaded.vae, dtype):
         message = f"fp16 holds values up to 65504. These tensors exceed it: {', '.join(names)}. Choose bf16 or float"
         raise UserError(Problem(message, key="save_precision", value="fp16", file=str(arguments.model)))
-    # Empty tensors such as v_pred are not SDXL's and are left out, so the metadata must say the objective.
-    said = {"modelspec.prediction_type": "v"} if loaded.declared.v_prediction else {}
+    metadata = _change_objective(loaded, arguments)
     with atomic_path(arguments.output) as temporary:
         save_checkpoint(
             temporary,
@@ -230,11 +248,29 @@ def _convert(arguments: argparse.Namespace) -> None:
             loaded.vae,
             save_as=save_as,
             dtype=dtype,
-            metadata={**loaded.metadata, **said},
+            metadata=metadata,
             epoch=loaded.epoch or 0,
             global_step=loaded.global_step or 0,
         )
     print(f"wrote {arguments.output} ({str(dtype).removeprefix('torch.')})")
+
+
+def _change_objective(loaded: "Loaded", arguments: argparse.Namespace) -> dict[str, str]:
+    """Gives the model the markers that the command line asks for. Returns the metadata that goes with them."""
+    from sdxl_finetune.model.declared import EDM, V_PRED, ZTSNR, marker_tensors
+
+    markers, metadata = loaded.model.markers, dict(loaded.metadata)
+    asked = {V_PRED: arguments.v_parameterization, ZTSNR: arguments.zero_terminal_snr}
+    if not (markers.keys().isdisjoint(EDM) or all(value is None for value in asked.values())):
+        message = "is an EDM model, which predicts in a way of its own. Leave out --v_parameterization and"
+        raise UserError(Problem(f"{message} --zero_terminal_snr", file=str(arguments.model)))
+    for key, value in asked.items():
+        if value is False:
+            markers.pop(key, None)
+    if asked[V_PRED] is False:
+        metadata["modelspec.prediction_type"] = "epsilon"
+    markers |= marker_tensors(v_prediction=bool(asked[V_PRED]), zero_terminal_snr=bool(asked[ZTSNR]))
+    return metadata
 
 
 def _choose_format(arguments: argparse.Namespace) -> "SaveAs":
@@ -253,6 +289,7 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
+    from sdxl_finetune.model.interfaces import describe_interfaces
     from sdxl_finetune.model.load import inspect_checkpoint
 
     path = arguments.model
@@ -267,6 +304,9 @@ def _info(arguments: argparse.Namespace) -> None:
     if checkpoint.architecture:
         for field in dataclasses.fields(checkpoint.architecture):
             print(f"  {field.name} = {getattr(checkpoint.architecture, field.name)}")
+    if checkpoint.kind is None:
+        for line in describe_interfaces(path, checkpoint.file):
+            print(line)
     for key, value in sorted(checkpoint.file.metadata.items()):
         print(f"metadata {key}: {value}")
 

@@ -16,6 +16,7 @@ from sdxl_finetune.config.downloads import with_local_models
 from sdxl_finetune.config.load import FaultyConfig, load_config
 from sdxl_finetune.config.options import Config, to_toml
 from sdxl_finetune.config.output_options import (
+    ColourOptions,
     HubOptions,
     LoggingOptions,
     MetadataOptions,
@@ -37,9 +38,10 @@ from sdxl_finetune.config.training_options import (
 )
 
 __all__ = [
-    "AugmentationOptions", "BucketOptions", "CaptionOptions", "Config", "DataOptions", "Dataset", "EmaOptions",
-    "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions", "LatentOptions",
-    "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions",
-    "NoiseOptions", "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset",
-    "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models", "with_options",
+    "AugmentationOptions", "BucketOptions", "CaptionOptions", "ColourOptions", "Config", "DataOptions", "Dataset",
+    "EmaOptions", "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions",
+    "LatentOptions", "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions",
+    "ModelOptions", "NoiseOptions", "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions",
+    "SavingOptions", "Subset", "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models",
+    "with_options",
 ]  # fmt: skip

@@ -45,6 +45,7 @@ class Config(
     output_options.HubOptions,
     output_options.MetadataOptions,
     output_options.PreviewOptions,
+    output_options.ColourOptions,
     output_options.LoggingOptions,
 ):
     """Every option of a run."""

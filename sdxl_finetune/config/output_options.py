@@ -11,6 +11,7 @@ Sampler = Literal[
     "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 ]  # fmt: skip
 PROMPTS = OnlyWith("sample_prompts")
+COLOURS = OnlyWith("colour_check_every_n_epochs colour_check_every_n_steps")
 UPLOADS = OnlyWith("huggingface_repo_id")
 
 
@@ -125,8 +126,25 @@ class PreviewOptions(Options):
     """Draw previews every N optimizer steps. 0: never."""
     sample_at_first: Annotated[bool, PROMPTS] = False
     """Draw previews before the first step."""
-    sample_sampler: Annotated[Sampler, PROMPTS] = "ddim"
-    """Sampler of the previews."""
+    sample_sampler: Annotated[
+        Sampler, OnlyWith("sample_prompts colour_check_every_n_epochs colour_check_every_n_steps")
+    ] = "ddim"
+    """Sampler of the previews and of the colour check."""
+
+
+class ColourOptions(Options):
+    """Colours of drawn pictures"""
+
+    colour_check_every_n_epochs: int | None = Field(None, ge=0)
+    """Draw the captions of fixed images every N epochs and compare the colours. Default: never. Not in sd-scripts."""
+    colour_check_every_n_steps: Annotated[int | None, OnlyWith("colour_check_every_n_epochs", unless=True)] = Field(
+        None, ge=0
+    )
+    """Draw them every N optimizer steps. If both are set, epochs win. Not in sd-scripts."""
+    colour_check_images: Annotated[int | None, COLOURS] = Field(None, ge=2)
+    """Images of a colour check: held-out ones, or training images if none are held out. Default: 16."""
+    colour_check_bound: Annotated[float | None, COLOURS] = Field(None, gt=0, le=1)
+    """Warn if mean, contrast or saturation, 0 to 1, is off by more. Default: 0.08. Not in sd-scripts."""
 
 
 class LoggingOptions(Options):

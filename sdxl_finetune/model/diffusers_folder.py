@@ -6,7 +6,7 @@ needs to open it offline.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from sdxl_finetune.model.architecture import (
     unet_config,
     vae_config,
 )
+from sdxl_finetune.model.declared import V_PRED, ZTSNR
 from sdxl_finetune.model.keymap import VAE, module_name
 from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors, write_safetensors
 from sdxl_finetune.model.tokenizer_files import save_tokenizers
+from sdxl_finetune.model.weights import Weights
 
 PARTS = {
     "unet": ("unet", ("diffusion_pytorch_model",)),
@@ -159,37 +161,36 @@ def _paths(folder: Path, stems: tuple[str, ...]) -> list[Path]:
     raise UserError(Problem(f"the folder has no weights ({stems[0]}.safetensors or .bin)", file=str(folder)))
 
 
-def save_folder(
-    folder: Path,
-    architecture: Architecture,
-    tensors: Mapping[str, Source],
-    metadata: Mapping[str, str],
-    *,
-    safe: bool,
-) -> None:
+def save_folder(folder: Path, weights: Weights, metadata: Mapping[str, str], *, safe: bool) -> None:
     """Writes a diffusers pipeline: weights as .safetensors (if `safe`) or .bin, configs, scheduler and tokenizers."""
     for part, (name, stems) in PARTS.items():
         (folder / name).mkdir(parents=True)
         prefix = f"{part}."
-        inside = {key.removeprefix(prefix): source for key, source in tensors.items() if key.startswith(prefix)}
+        inside = {key.removeprefix(prefix): source for key, source in weights.tensors.items() if key.startswith(prefix)}
         if safe:
             header = {**(metadata if part == "unet" else {}), "format": "pt"}
             write_safetensors(folder / name / f"{stems[0]}.safetensors", inside, header)
         else:
             torch.save({key: source.read() for key, source in inside.items()}, folder / name / f"{stems[-1]}.bin")
-    save_configs(folder, architecture, metadata)
+    save_configs(folder, weights.architecture, weights.markers)
 
 
-def save_configs(folder: Path, architecture: Architecture, metadata: Mapping[str, str]) -> None:
-    """Writes everything of a diffusers pipeline but its weights, as `from_single_file(..., config=folder)` needs."""
+def save_configs(folder: Path, architecture: Architecture, markers: Collection[str]) -> None:
+    """Writes everything of a diffusers pipeline but its weights, as `from_single_file(..., config=folder)` needs.
+
+    The scheduler has the objective of the `markers` (see declared.py). With zero terminal SNR its steps start at
+    timestep 999, as Lin et al. ask for (arXiv 2305.08891, section 3.3).
+    """
     with torch.device("meta"):
         UNet2DConditionModel(**unet_config(architecture)).save_config(folder / "unet")
         AutoencoderKL(**vae_config(architecture)).save_config(folder / "vae")
     CLIPTextConfig(**te1_config(architecture), architectures=["CLIPTextModel"]).save_pretrained(folder / "text_encoder")
     config = CLIPTextConfig(**te2_config(architecture), architectures=["CLIPTextModelWithProjection"])
     config.save_pretrained(folder / "text_encoder_2")
-    prediction = "v_prediction" if metadata.get("modelspec.prediction_type") == "v" else "epsilon"
-    EulerDiscreteScheduler(**_SCHEDULE, prediction_type=prediction).save_config(folder / "scheduler")
+    objective: dict[str, Any] = {"prediction_type": "v_prediction" if V_PRED in markers else "epsilon"}
+    if ZTSNR in markers:
+        objective |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    EulerDiscreteScheduler(**_SCHEDULE | objective).save_config(folder / "scheduler")
     save_tokenizers(folder)
     index = {name: [library, kind] for name, library, kind in _PIPELINE}
     text = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__, **index}

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,15 +20,16 @@ from torch import Tensor, nn
 
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import split
-from sdxl_finetune.model.architecture import Architecture, read_architecture, read_vae_config
-from sdxl_finetune.model.declared import Declared, read_declared
+from sdxl_finetune.model.architecture import Architecture, read_architecture, read_vae_config, vae_config
+from sdxl_finetune.model.declared import EDM, V_PRED, ZTSNR, Declared, read_declared, read_markers
 from sdxl_finetune.model.diffusers_folder import open_folder, open_vae
 from sdxl_finetune.model.identify import kind_of
 from sdxl_finetune.model.keymap import LOGIT_SCALE, module_name
 from sdxl_finetune.model.named_tensors import NamedTensors
 from sdxl_finetune.model.sdxl import SDXL
-from sdxl_finetune.model.tensorfile import TensorFile, open_tensors
+from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors
 from sdxl_finetune.model.text import refill_positions
+from sdxl_finetune.model.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ def load_checkpoint(
         dtype = dtype or _exact_dtype(parts, named, model.unused_names())
         _fill_parts(model, parts, named, dtype, exact=exact)
         model.unused = {name: named.read(name).clone() for name in model.unused_names() if name in named}
+        model.markers = read_markers(file)
         vae = _build_vae(named_vae, vae_path or path)
         _warn_of_unknown_tensors(named, {**parts, "vae": vae}, model.unused)
     return Loaded(
@@ -121,6 +124,44 @@ def _build_vae(named: NamedTensors, path: Path) -> AutoencoderKL:
         _check_tensors({"vae": vae}, named, ())
         _fill("vae", vae, named, torch.float32)
     return vae.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An SDXL base model of which each tensor is read when a writer asks for it."""
+
+    weights: Weights
+    dtype: torch.dtype
+    """The dtype that holds the model's weights exactly."""
+    file: TensorFile
+
+
+def open_weights(path: Path) -> Opened:
+    """Opens a model to read its tensors one by one. Raises UserError as `load_checkpoint` does."""
+    with _problems_in(path):
+        file, _ = open_base_model(path)
+        named = NamedTensors(file.tensors)
+        architecture = read_architecture(named, named)
+        with torch.device("meta"):
+            model, vae = SDXL(architecture), AutoencoderKL(**vae_config(architecture))
+        parts = {"unet": model.unet, "te1": model.te1, "te2": model.te2}
+        _check_tensors({**parts, "vae": vae}, named, model.unused_names())
+        _warn_of_unknown_tensors(named, {**parts, "vae": vae}, model.unused_names())
+        names = [module_name(p, name) for p, m in {**parts, "vae": vae}.items() for name, _ in m.named_parameters()]
+        tensors = {
+            name: Source(
+                shape=named.shape(name),
+                dtype=named.tensors[named.key(name)].dtype,
+                read=partial(named.read, name),
+            )
+            for name in [*names, *model.unused_names()]
+            if name in named
+        }
+        return Opened(
+            weights=Weights(architecture=architecture, tensors=tensors, markers=read_markers(file)),
+            dtype=_exact_dtype(parts, named, model.unused_names()),
+            file=file,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +294,7 @@ def _fill(
 def _warn_of_unknown_tensors(named: NamedTensors, parts: Mapping[str, nn.Module], unused: Iterable[str]) -> None:
     """Warns once of tensors that no part of SDXL has, and that saved checkpoints will not hold."""
     names = [module_name(part, name) for part, module in parts.items() for name, _ in module.named_parameters()]
-    known = {named.key(name) for name in [*names, *unused]}
+    known = {named.key(name) for name in [*names, *unused]} | {V_PRED, ZTSNR, *EDM}
     unknown = [key for key in named.tensors if key not in known and not key.endswith("position_ids")]
     if unknown:
         logger.warning("%d tensors that are not SDXL's are left out: %s", len(unknown), _first_four(unknown))

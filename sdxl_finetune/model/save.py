@@ -7,7 +7,8 @@ atomic: the caller gives a temporary path (`files.atomic_path`).
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +17,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from typing_extensions import assert_never
 
+from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.model.declared import EDM, V_PRED
 from sdxl_finetune.model.diffusers_folder import save_folder
 from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap, Place, module_name, put
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import Source, source_of, write_safetensors
+from sdxl_finetune.model.weights import Weights
 
 SaveAs = Literal["safetensors", "ckpt", "diffusers", "diffusers_safetensors"]
 """The reference's values of the option save_model_as."""
@@ -38,22 +42,37 @@ def save_checkpoint(
 ) -> None:
     """Writes the model to `path`, with every tensor in `dtype`, rounded once from its master weight.
 
-    If `dtype` is None, tensors keep their dtype in memory. `metadata` goes into .safetensors files, and `epoch` and
-    `global_step` into a .ckpt file. Values beyond the range of float16 become infinite; call `saturated` to find them.
+    If `dtype` is None, tensors keep their dtype in memory. The rest is as in `save_weights`. Values beyond the range of
+    float16 become infinite; call `saturated` to find them.
     """
+    weights = _weights(model, vae, dtype)
+    save_weights(path, weights, save_as=save_as, metadata=metadata, epoch=epoch, global_step=global_step)
+
+
+def save_weights(
+    path: Path, weights: Weights, *, save_as: SaveAs, metadata: Mapping[str, str], epoch: int = 0, global_step: int = 0
+) -> None:
+    """Writes the weights to `path`. The objective is written where programs look for it.
+
+    Single files get the marker tensors, and a diffusers folder the config of its scheduler. `metadata` goes into
+    .safetensors files, with `modelspec.prediction_type` set to `v` for v-prediction. `epoch` and `global_step` go into
+    a .ckpt file. Raises UserError for an EDM model as a diffusers folder.
+    """
+    if V_PRED in weights.markers:
+        metadata = {**metadata, "modelspec.prediction_type": "v"}
     match save_as:
         case "safetensors":
-            write_safetensors(path, single_file_tensors(model, vae, dtype), metadata)
+            write_safetensors(path, _single_file(weights), metadata)
         case "ckpt":
-            state = {key: source.read() for key, source in single_file_tensors(model, vae, dtype).items()}
+            state = {key: source.read() for key, source in _single_file(weights).items()}
             torch.save({"state_dict": state, "epoch": epoch, "global_step": global_step}, path)
         case "diffusers" | "diffusers_safetensors":
-            tensors = {
-                name: _source([(Place(name), source)], _target(model, name, source, dtype))
-                for name, source in _tensors(model, vae)
-                if name != LOGIT_SCALE
-            }
-            save_folder(path, model.architecture, tensors, metadata, safe=save_as == "diffusers_safetensors")
+            if edm := [key for key in EDM if key in weights.markers]:
+                message = f"a diffusers folder has no place for {edm[0]}: save the model as safetensors or ckpt"
+                raise UserError(Problem(message, key="save_model_as", value=save_as))
+            tensors = {name: source for name, source in weights.tensors.items() if name != LOGIT_SCALE}
+            inside = replace(weights, tensors=tensors)
+            save_folder(path, inside, metadata, safe=save_as == "diffusers_safetensors")
         case _:
             assert_never(save_as)
 
@@ -65,15 +84,29 @@ def single_file_tensors(
 
     If `exact`, tensors are not converted, and tensors with master weights are float32.
     """
-    keymap = KeyMap(model.architecture.layout)
+    return _single_file(_weights(model, vae, dtype, exact=exact))
+
+
+def _weights(model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None, *, exact: bool = False) -> Weights:
+    tensors = {
+        name: source if exact else _joined([(Place(name), source)], _target(model, name, source, dtype))
+        for name, source in _tensors(model, vae)
+    }
+    return Weights(architecture=model.architecture, tensors=tensors, markers=model.markers)
+
+
+def _single_file(weights: Weights) -> dict[str, Source]:
+    """The tensors of a single-file checkpoint by key. A tensor that is joined of several has their common dtype."""
+    keymap = KeyMap(weights.architecture.layout)
     parts: dict[str, list[tuple[Place, Source]]] = defaultdict(list)
-    targets: dict[str, torch.dtype] = {}
-    for name, source in _tensors(model, vae):
+    for name, source in weights.tensors.items():
         place = keymap.place(name)
         parts[place.key].append((place, source))
-        target = source.dtype if exact else _target(model, name, source, dtype)
-        targets[place.key] = torch.promote_types(target, targets.get(place.key, target))
-    return {key: _source(group, targets[key]) for key, group in parts.items()}
+    joined = {
+        key: _joined(group, reduce(torch.promote_types, [source.dtype for _, source in group]))
+        for key, group in parts.items()
+    }
+    return joined | {key: source_of(marker) for key, marker in weights.markers.items()}
 
 
 def saturated(model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None) -> list[str]:
@@ -114,7 +147,7 @@ def _target(model: SDXL, name: str, source: Source, dtype: torch.dtype | None) -
     return model.te1.dtype if name in model.unused else getattr(model, part).dtype
 
 
-def _source(parts: list[tuple[Place, Source]], dtype: torch.dtype) -> Source:
+def _joined(parts: list[tuple[Place, Source]], dtype: torch.dtype) -> Source:
     shape = put([(place, torch.empty(source.shape, device="meta")) for place, source in parts]).shape
 
     def read() -> Tensor:

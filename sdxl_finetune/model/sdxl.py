@@ -32,6 +32,9 @@ class SDXL(nn.Module):
         self.unused: dict[str, Tensor] = {}
         """Tensors by name (see keymap.py): te1's last layer and final norm, and te2's logit_scale. They are on the CPU,
         in the file's precision, not part of the module's state, never trained and always saved."""
+        self.markers: dict[str, Tensor] = {}
+        """Marker tensors by their key in a single-file checkpoint, by which user interfaces recognise the objective
+        (see declared.py). They are saved with every checkpoint."""
         self.masters = MasterWeights()
         """Exact values of the parameters in bf16, frozen ones included. Files are saved from them."""
 

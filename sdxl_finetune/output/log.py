@@ -28,6 +28,7 @@ from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config, LoggingOptions, to_toml
 from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
+from sdxl_finetune.output.colours import Drift
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
 from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
@@ -259,6 +260,22 @@ class Log:
             self._metrics.write(json.dumps(row) + "\n")
         for tracker in self._trackers:
             tracker.scalars({f"validation/{name}": loss for name, loss in losses.items()}, step)
+
+    def colours(self, drifts: Sequence[Drift], *, step: int, epoch: int) -> None:
+        """Writes the colours of drawn pictures, of the images of the same captions, and the drift after `step` steps.
+
+        `epoch` is that of the last step, or 0.
+        """
+        if not drifts:
+            return
+        logger.info("colours after step %d: %s", step, ", ".join(f"{d.name} {d.value:+.3f}" for d in drifts))
+        figures = {f"drift/{drift.name}": drift.value for drift in drifts}
+        figures |= {f"drawn/{drift.name}": drift.drawn for drift in drifts}
+        figures |= {f"images/{drift.name}": drift.expected for drift in drifts}
+        if self._metrics:
+            self._metrics.write(json.dumps({"step": step, "epoch": epoch, "colours": figures}) + "\n")
+        for tracker in self._trackers:
+            tracker.scalars({f"colours/{name}": figure for name, figure in figures.items()}, step)
 
     def close(self, reason: str) -> None:
         """Writes all pending scalars and why the run ended. A second call does nothing."""

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sdxl_finetune.config import PreviewOptions, ResumeOptions, SavingOptions, ValidationOptions
+from sdxl_finetune.config import ColourOptions, PreviewOptions, ResumeOptions, SavingOptions, ValidationOptions
 from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.errors import counted
 
@@ -130,6 +130,16 @@ def validation_every(options: ValidationOptions) -> Every:
     if epochs is None and steps is None:
         epochs = 1
     return Every(steps=None if epochs else steps, epochs=epochs, at_start=True, at_end=True)
+
+
+def colours_every(options: ColourOptions) -> Every:
+    """When colours are checked: before the first step, after the last one, and in the period of the options.
+
+    A period in epochs wins over a period in steps. Without either option they are never checked.
+    """
+    epochs, steps = options.colour_check_every_n_epochs, options.colour_check_every_n_steps
+    is_on = bool(epochs or steps)
+    return Every(steps=None if epochs else steps, epochs=epochs, at_start=is_on, at_end=is_on)
 
 
 def saves_every(options: SavingOptions, epochs: int) -> Every:

@@ -22,7 +22,7 @@ from sdxl_finetune.output.checkpoints import Save, overwritten
 from sdxl_finetune.output.metadata import build_metadata
 from sdxl_finetune.output.previews import PreviewModel, draw_previews
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts, with_size
-from sdxl_finetune.training.every import Moment, previews_every, validation_every
+from sdxl_finetune.training.every import Moment, colours_every, previews_every, validation_every
 from sdxl_finetune.training.optimizer_state import collect_optimizer_state
 from sdxl_finetune.training.resume import Start
 from sdxl_finetune.training.saves import STATE_SUFFIX, checkpoints_due, final_state, states_due
@@ -47,6 +47,7 @@ def begin(run: Run) -> None:
         moment = run.timeline.after(run.timeline.first)
         preview_if_due(run, moment)
         validate_if_due(run, moment)
+        check_colours_if_due(run, moment)
     else:
         _save_missing(run, run.start)
 
@@ -113,8 +114,24 @@ def validate_if_due(run: Run, moment: Moment) -> None:
     run.log.flush()
     with run.log.pause(), published_weights(run, run.config.ema_validation):
         losses = run.validation(run.learner)
-    epoch = run.timeline.plan.place(moment.step - 1)[0] + 1 if moment.step else 0
-    run.log.validation(losses, step=moment.step, epoch=epoch)
+    run.log.validation(losses, step=moment.step, epoch=_epoch_of(run, moment))
+
+
+def check_colours_if_due(run: Run, moment: Moment) -> None:
+    """Compares the colours of drawn pictures with those of images if that is due, and warns of a drift."""
+    if run.colours is None or not colours_every(run.config).is_due(moment):
+        return
+    run.log.flush()
+    with run.log.pause(), published_weights(run, run.config.ema_previews):
+        drifts = run.colours(run.learner)
+    run.log.colours(drifts, step=moment.step, epoch=_epoch_of(run, moment))
+    if (text := run.colours.warning(drifts, step=moment.step)) and run.accelerator.is_main_process:
+        logger.warning("%s", text)
+
+
+def _epoch_of(run: Run, moment: Moment) -> int:
+    """Number of the epoch of the last step, or 0 before the first one."""
+    return run.timeline.plan.place(moment.step - 1)[0] + 1 if moment.step else 0
 
 
 def save_if_due(run: Run, moment: Moment) -> bool:

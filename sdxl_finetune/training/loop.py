@@ -62,6 +62,7 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
         run.log.record(step)
         hooks.preview_if_due(run, moment)
         hooks.validate_if_due(run, moment)
+        hooks.check_colours_if_due(run, moment)
         state_is_saved = hooks.save_if_due(run, moment)
         if stop_is_due(run, stop):
             if not state_is_saved:

@@ -36,6 +36,7 @@ from sdxl_finetune.latents.preparing import prepare
 from sdxl_finetune.latents.store import LatentStore, TextStore
 from sdxl_finetune.model.attention import enable_gradient_checkpointing, use_attention
 from sdxl_finetune.model.compilation import compile_blocks
+from sdxl_finetune.model.declared import marker_tensors
 from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
 from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
@@ -62,6 +63,7 @@ from sdxl_finetune.storage import Address
 from sdxl_finetune.storage.folders import fetch_to
 from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
+from sdxl_finetune.training.colours import ColourCheck, build_colour_check
 from sdxl_finetune.training.every import Timeline, first_step, saves_every
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
@@ -101,6 +103,8 @@ class Run:
     save_as: SaveAs
     validation: Validation | None
     """None if no images are held out."""
+    colours: ColourCheck | None
+    """None if the options ask for no colour check."""
     log: Log
     stages: StageRecord
     """The stages of training so far, for the metadata of checkpoints."""
@@ -209,6 +213,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         checkpoint_format=loaded.format,
         save_as=format_to_save(config, loaded.format),
         validation=build_validation(config, dataset),
+        colours=build_colour_check(config, dataset),
         log=log,
         stages=begin_stage(config, start, index, accelerator),
         uploads=uploads,
@@ -288,6 +293,9 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
         path, v_parameterization=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
     ):
         logger.warning("%s", remark)
+    loaded.model.markers = marker_tensors(
+        v_prediction=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
+    )
     if start and start.state.checkpoint_format:
         return replace(loaded, format=start.state.checkpoint_format)
     return loaded
@@ -308,7 +316,7 @@ def _prepare_latents(
 def _prepare_text(
     config: Config, index: Index, sdxl: SDXL, tokenizer: Tokenizer, accelerator: Accelerator, stop: StopRequest | None
 ) -> TextStore | None:
-    """The cache of text encoder outputs, if the config asks for one. The model then needs no text encoders."""
+    """The cached outputs of the text encoders, which then leave the model; None if the config asks for no cache."""
     if not config.cache_text_encoder_outputs:
         return None
     text = prepare_text(index, TextEncoders(sdxl, tokenizer, accelerator.device), config, accelerator, stop)

@@ -8,7 +8,7 @@ not depend on noise options, loss weights, batch size or seed of the run, and fi
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,7 +23,7 @@ from sdxl_finetune.config import Config, Dataset
 from sdxl_finetune.data.batch_plan import MicroBatch
 from sdxl_finetune.data.captions import AS_WRITTEN
 from sdxl_finetune.data.index import Entry, Index
-from sdxl_finetune.data.loader import TrainingDataset, load_batches
+from sdxl_finetune.data.loader import DrawNoise, TrainingDataset, load_batches
 from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.model.sdxl import evaluating
 from sdxl_finetune.model.vae import batch_latents
@@ -125,7 +125,7 @@ class Validation:
 def build_validation(config: Config, training: TrainingDataset) -> Validation | None:
     """The validation of the held out images of the training dataset's index; None if no image is held out."""
     index = training.index
-    batches = _held_out_batches(index)
+    batches = batches_of(index, np.flatnonzero(index.held_out).astype(np.int32))
     if not batches:
         return None
     limit = config.max_validation_steps
@@ -134,19 +134,13 @@ def build_validation(config: Config, training: TrainingDataset) -> Validation | 
     numbers = {index.buckets[index.bucket[rows[0]]].dataset for rows in batches}
     count = config.validation_timesteps
     timesteps = [int((number + 0.5) * TIMESTEPS / count) for number in range(count)]
-    datasets = tuple(_unchanged(dataset) for dataset in index.datasets)
     batches_of_rank = batches[training.rank :: training.ranks]
-    image_ids = [[_image_id(index[row]) for row in rows.tolist()] for rows in batches_of_rank]
-    dataset = replace(
+    image_ids = [[image_id(index[row]) for row in rows.tolist()] for rows in batches_of_rank]
+    dataset = unchanged(
         training,
-        index=Index(index.path, datasets, index.excluded, index.bad_files),
         draw_noise=partial(draw_validation_noise, timesteps, image_ids),
         draw_timesteps=partial(validation_timesteps, timesteps),
         seed=config.validation_seed,
-        max_steps=1,
-        noise_latent_scale=None,
-        rank=0,
-        ranks=1,
     )
     return Validation(
         dataset=dataset,
@@ -157,9 +151,27 @@ def build_validation(config: Config, training: TrainingDataset) -> Validation | 
     )
 
 
-def _held_out_batches(index: Index) -> list[Int32[np.ndarray, " k"]]:
-    """The rows of held out images in batches of one bucket, each with its dataset's batch size."""
-    rows = np.flatnonzero(index.held_out).astype(np.int32)
+def unchanged(
+    training: TrainingDataset, *, draw_noise: DrawNoise, draw_timesteps: Callable[[Position, int], Tensor], seed: int
+) -> TrainingDataset:
+    """The images of the training dataset with captions and views that are not changed at random, for one rank alone."""
+    index = training.index
+    datasets = tuple(_unchanged(dataset) for dataset in index.datasets)
+    return replace(
+        training,
+        index=Index(index.path, datasets, index.excluded, index.bad_files),
+        draw_noise=draw_noise,
+        draw_timesteps=draw_timesteps,
+        seed=seed,
+        max_steps=1,
+        noise_latent_scale=None,
+        rank=0,
+        ranks=1,
+    )
+
+
+def batches_of(index: Index, rows: Int32[np.ndarray, " n"]) -> list[Int32[np.ndarray, " k"]]:
+    """The rows in batches of one bucket, each with its dataset's batch size."""
     rows = rows[np.argsort(index.bucket[rows], kind="stable")]
     by_bucket = np.split(rows, np.flatnonzero(np.diff(index.bucket[rows])) + 1) if len(rows) else []
     batches = []
@@ -174,6 +186,7 @@ def _unchanged(dataset: Dataset) -> Dataset:
     return dataset.model_copy(update={"subsets": subsets})
 
 
-def _image_id(entry: Entry) -> tuple[int, int]:
+def image_id(entry: Entry) -> tuple[int, int]:
+    """The `validation_seed` of an image and a hash of its file name."""
     digest = hashlib.blake2b(os.fsencode(entry.path.name), digest_size=4).digest()
     return entry.subset.validation_seed, int.from_bytes(digest, "little")

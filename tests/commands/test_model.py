@@ -125,7 +125,7 @@ def test_help_does_not_import_torch() -> None:
 
 
 def test_convert_keeps_the_precision_of_sdxl_s_own_weights(tiny_path: Path, tmp_path: Path) -> None:
-    """Empty and foreign tensors in float32, a float32 VAE and logit_scale do not make the file larger."""
+    """Markers and foreign tensors in float32, a float32 VAE and logit_scale do not make the file larger."""
     tensors = load_file(tiny_path) | {"v_pred": torch.tensor([]), "foreign.weight": torch.ones(3)}
     for key in tensors:
         if key.startswith("first_stage_model.") or key.endswith("logit_scale"):
@@ -133,6 +133,7 @@ def test_convert_keeps_the_precision_of_sdxl_s_own_weights(tiny_path: Path, tmp_
     save_file(tensors, tmp_path / "mixed.safetensors")
     main(["convert", str(tmp_path / "mixed.safetensors"), str(tmp_path / "same.safetensors")])
     converted = load_file(tmp_path / "same.safetensors")
+    assert converted.pop("v_pred").shape == (0,)
     assert {tensor.dtype for tensor in converted.values()} == {torch.float16}
     assert converted.keys() == load_file(tiny_path).keys()
     tensors["model.diffusion_model.out.2.bias"] = tensors["model.diffusion_model.out.2.bias"].float()

@@ -170,7 +170,7 @@ def test_unknown_tensors_are_left_out_with_one_warning(
     with caplog.at_level(logging.WARNING):
         load_checkpoint(path, dtype=None)
         assert not caplog.records
-        save_file({**tensors, "denoiser.sigmas": torch.ones(1000), "v_pred": torch.ones(0)}, path)
+        save_file({**tensors, "denoiser.sigmas": torch.ones(1000), "foreign": torch.ones(0)}, path)
         load_checkpoint(path, dtype=None)
     assert len(caplog.records) == 1
     assert "2 tensors" in caplog.text

@@ -2,20 +2,21 @@
 
 import copy
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.low_bits import split
 from sdxl_finetune.model.architecture import Architecture, TextSize
+from sdxl_finetune.model.declared import marker_tensors
 from sdxl_finetune.model.load import Loaded, load_checkpoint
 from sdxl_finetune.model.random_model import TINY, build_random_model, text_size
 from sdxl_finetune.model.save import SaveAs, saturated, save_checkpoint
@@ -213,13 +214,55 @@ def test_saturated_finds_values_beyond_float16(little: tuple[SDXL, AutoencoderKL
     assert saturated(model, vae, torch.bfloat16) == saturated(model, vae, None) == []
 
 
-@pytest.mark.parametrize(("metadata", "kind"), [({}, "epsilon"), ({"modelspec.prediction_type": "v"}, "v_prediction")])
-def test_a_diffusers_folder_names_the_prediction_type(
-    little: tuple[SDXL, AutoencoderKL], tmp_path: Path, metadata: dict, kind: str
+OBJECTIVES = [(False, False), (True, False), (True, True), (False, True)]
+
+
+@pytest.mark.parametrize(("v_prediction", "zero_terminal_snr"), OBJECTIVES)
+@pytest.mark.parametrize("save_as", ["safetensors", "ckpt", "diffusers", "diffusers_safetensors"])
+def test_every_format_says_the_objective_and_a_second_save_keeps_it(
+    little: tuple[SDXL, AutoencoderKL], tmp_path: Path, save_as: SaveAs, v_prediction: bool, zero_terminal_snr: bool
 ) -> None:
-    folder = tmp_path / "model"
-    save_checkpoint(folder, *little, save_as="diffusers", dtype=torch.float16, metadata=metadata)
-    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == kind
+    """The second save is a .safetensors file that is made of what the first one says."""
+    model, vae = copy.deepcopy(little)
+    model.markers = marker_tensors(v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
+    first, second = tmp_path / f"m.{save_as}", tmp_path / "second.safetensors"
+    save_checkpoint(first, model, vae, save_as=save_as, dtype=torch.float16, metadata={})
+    loaded = load_checkpoint(first, dtype=None)
+    assert bool(loaded.declared.v_prediction) is v_prediction
+    assert bool(loaded.declared.zero_terminal_snr) is zero_terminal_snr
+    save_checkpoint(second, loaded.model, loaded.vae, save_as="safetensors", dtype=torch.float16, metadata={})
+    tensors = load_file(second)
+    assert {key for key in tensors if "." not in key} == set(model.markers)
+    assert all(tensors[key].shape == (0,) for key in model.markers)
+    plain = {key: tensor for key, tensor in tensors.items() if "." in key}
+    unmarked = tmp_path / "unmarked.safetensors"
+    save_checkpoint(unmarked, *little, save_as="safetensors", dtype=torch.float16, metadata={})
+    missing = {key for key in load_file(unmarked) if key not in plain}
+    assert missing == ({"conditioner.embedders.1.model.logit_scale"} if save_as.startswith("diffusers") else set())
+
+
+@pytest.mark.parametrize(("v_prediction", "zero_terminal_snr"), OBJECTIVES)
+def test_diffusers_draws_from_a_folder_with_the_objective_of_the_model(
+    little: tuple[SDXL, AutoencoderKL], tmp_path: Path, v_prediction: bool, zero_terminal_snr: bool
+) -> None:
+    model, vae = copy.deepcopy(little)
+    model.markers = marker_tensors(v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
+    save_checkpoint(tmp_path / "m", model, vae, save_as="diffusers", dtype=torch.float16, metadata={})
+    scheduler = EulerDiscreteScheduler.from_pretrained(tmp_path / "m", subfolder="scheduler")
+    assert scheduler.config.prediction_type == ("v_prediction" if v_prediction else "epsilon")
+    scheduler.set_timesteps(10)
+    assert (scheduler.alphas_cumprod[-1] < 1e-6) == zero_terminal_snr
+    assert (scheduler.timesteps[0] == 999) == zero_terminal_snr
+
+
+def test_edm_models_keep_their_markers_and_have_no_folder(little: tuple[SDXL, AutoencoderKL], tmp_path: Path) -> None:
+    model, vae = copy.deepcopy(little)
+    model.markers = {"edm_vpred.sigma_max": torch.tensor(120.0)}
+    save_checkpoint(tmp_path / "m.ckpt", model, vae, save_as="ckpt", dtype=None, metadata={})
+    loaded = load_checkpoint(tmp_path / "m.ckpt", dtype=None).model
+    assert loaded.markers == {"edm_vpred.sigma_max": torch.tensor(120.0)}
+    with pytest.raises(UserError, match=r"a diffusers folder has no place for edm_vpred\.sigma_max"):
+        save_checkpoint(tmp_path / "m", loaded, vae, save_as="diffusers", dtype=None, metadata={})
 
 
 def test_diffusers_opens_saved_folders_and_files_offline(

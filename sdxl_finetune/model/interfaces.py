@@ -1,0 +1,76 @@
+"""The rules by which each user interface recognises v-prediction, and takes a checkpoint for what it is.
+
+No interface reads metadata. The rules were read in the sources of the interfaces, at these places:
+
+- ComfyUI: `SDXL.model_type` in comfy/supported_models.py
+- AUTOMATIC1111: modules/sd_models_config.py, pull requests 16567 and 16569 (October 2024, after release 1.10)
+- Forge: `SDXL.model_type` of huggingface_guess, and `split_state_dict` and `forge_loader` in backend/loader.py
+- reForge: ldm_patched/modules/supported_models.py and modules_forge/forge_loader.py
+- diffusers: `scheduler_config.json`; `from_single_file` does not look at the tensors
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sdxl_finetune.model.declared import EDM, V_PRED, ZTSNR, read_declared
+from sdxl_finetune.model.tensorfile import TensorFile
+
+_NEEDS_V_PRED = ("ComfyUI",)
+"""Interfaces that look for `ztsnr` only in models with `v_pred`."""
+_READ_YAML = ("AUTOMATIC1111", "Forge")
+"""Interfaces for which a .yaml file of the same name beside the checkpoint wins over the tensors."""
+_INTERFACES = ("ComfyUI", "AUTOMATIC1111", "Forge", "reForge")
+
+
+def describe_interfaces(path: Path, file: TensorFile) -> Iterator[str]:
+    """Yields a line for each interface with what it takes the SDXL model at `path` for, and why.
+
+    A last line says what to do if the checkpoint itself says something else.
+    """
+    if path.is_dir():
+        yield f"diffusers takes it for {_folder_kind(file)}"
+        yield "ComfyUI, AUTOMATIC1111, Forge and reForge open single files: convert it to .safetensors for them"
+        return
+    for name in _INTERFACES:
+        yield f"{name} takes it for {_kind(name, path, file)}"
+    yield "diffusers takes it for what the pipeline's scheduler is set to, because from_single_file reads no marker"
+    declared = read_declared(file)
+    missing = [
+        key
+        for key, said in ((V_PRED, declared.v_prediction), (ZTSNR, declared.zero_terminal_snr))
+        if said and key not in file.tensors
+    ]
+    if missing:
+        yield f"its metadata says more, which no interface reads: sdxl-model convert adds {' and '.join(missing)}"
+
+
+def _kind(name: str, path: Path, file: TensorFile) -> str:
+    if name in _READ_YAML and path.with_suffix(".yaml").is_file():
+        return f"what {path.with_suffix('.yaml').name} beside it says"
+    found = [key for key in EDM if key in file.tensors]
+    if found and name != "AUTOMATIC1111":
+        return f"an EDM model ({_tensors(found)})"
+    v_pred, ztsnr = V_PRED in file.tensors, ZTSNR in file.tensors
+    kind = f"v-prediction ({_tensors([V_PRED])}" if v_pred else f"noise prediction (no tensor {V_PRED}"
+    if ztsnr and (v_pred or name not in _NEEDS_V_PRED):
+        kind += f"), zero terminal SNR ({_tensors([ZTSNR])}"
+    elif ztsnr:
+        kind += f", without which {ZTSNR} counts for nothing"
+    if name == "AUTOMATIC1111" and (v_pred or ztsnr):
+        kind += "; releases up to 1.10 need a .yaml file beside it"
+    return kind + ")"
+
+
+def _tensors(keys: list[str]) -> str:
+    return f"{'tensor' if len(keys) == 1 else 'tensors'} {', '.join(keys)}"
+
+
+def _folder_kind(file: TensorFile) -> str:
+    if not file.scheduler:
+        return "noise prediction (no scheduler/scheduler_config.json)"
+    said = str(file.scheduler.get("prediction_type", "epsilon"))
+    names = {"v_prediction": "v-prediction", "epsilon": "noise prediction"}
+    kind = f"{names.get(said, said)} (prediction_type)"
+    if file.scheduler.get("rescale_betas_zero_snr"):
+        kind += ", zero terminal SNR (rescale_betas_zero_snr)"
+    return kind
