@@ -4,6 +4,7 @@ import logging
 import os
 
 from sdxl_finetune.config import Config, with_local_models
+from sdxl_finetune.data.tokens import tokenizer_of
 from sdxl_finetune.errors import Problem, UserError, say_errors
 from sdxl_finetune.latents.captions import prepare_text
 from sdxl_finetune.latents.masks import prepare_masks
@@ -14,7 +15,6 @@ from sdxl_finetune.output.console import console
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory
 from sdxl_finetune.runtime.processes import build_accelerator, weight_dtype
 from sdxl_finetune.runtime.signals import Interrupt, stop_on_signals
-from sdxl_finetune.training.checks import tokenizer_of
 from sdxl_finetune.training.setup import shared_index
 from sdxl_finetune.training.text_encoder import TextEncoders
 from sdxl_finetune.training.vae_encoder import VaeEncoder

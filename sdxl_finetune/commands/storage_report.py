@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.tokens import tokenizer_of
 from sdxl_finetune.errors import Problem, Problems, counted
 from sdxl_finetune.latents.captions import KEYS_FOLDER, Captions, count_keys, find_keys
 from sdxl_finetune.latents.preparing import latent_bytes
@@ -20,7 +21,6 @@ from sdxl_finetune.output.checkpoints import PRECISIONS, Save, final_name
 from sdxl_finetune.runtime.host import memory_bytes
 from sdxl_finetune.runtime.processes import weight_dtype
 from sdxl_finetune.storage import Address
-from sdxl_finetune.training.checks import tokenizer_of
 from sdxl_finetune.training.every import Timeline, previews_every, saves_every
 from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sdxl_finetune.batch import Tokens
 from sdxl_finetune.clip_vocabulary import END_TOKEN, START_TOKEN, WORD_END, load_merges, load_vocabulary
+from sdxl_finetune.config import ModelOptions
 from sdxl_finetune.errors import Problem, UserError
 
 CHUNK = 75
@@ -177,6 +178,16 @@ def build_tokenizer(
         weighted=weighted_captions,
         breaks=caption_break,
         folders=(folders[0], folders[1]),
+    )
+
+
+def tokenizer_of(options: ModelOptions) -> Tokenizer:
+    """The tokenizer of a run. Raises UserError if a saved tokenizer is not CLIP's."""
+    return build_tokenizer(
+        max_token_length=options.max_token_length,
+        weighted_captions=options.weighted_captions,
+        caption_break=options.caption_break,
+        tokenizer_cache_dir=options.tokenizer_cache_dir,
     )
 
 

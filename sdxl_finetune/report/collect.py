@@ -12,6 +12,7 @@ import numpy as np
 from sdxl_finetune.config import Config, load_datasets
 from sdxl_finetune.data.caption_lengths import WholeCaptions
 from sdxl_finetune.data.index import Index, build_index
+from sdxl_finetune.data.tokens import tokenizer_of
 from sdxl_finetune.errors import VARYING, Tally
 from sdxl_finetune.progress import track
 from sdxl_finetune.report.captions import SAMPLE as CAPTION_SAMPLE
@@ -30,7 +31,6 @@ from sdxl_finetune.report.scores import Scores, measure_scores
 from sdxl_finetune.report.sizes import Sizes, measure_sizes
 from sdxl_finetune.report.tags import SAMPLE as PAIR_SAMPLE
 from sdxl_finetune.report.tags import TagCounter, Tags, Together, count_together
-from sdxl_finetune.training.checks import tokenizer_of
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,6 @@ from sdxl_finetune.config import (
     LatentOptions,
     LrOptions,
     MaskOptions,
-    ModelOptions,
     OptimizerOptions,
     QualityOptions,
     load_datasets,
@@ -35,7 +34,7 @@ from sdxl_finetune.data.masks import remark_on_alpha, without_bad_masks
 from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.data.scan import scan
 from sdxl_finetune.data.tags import check_tag_rules
-from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
+from sdxl_finetune.data.tokens import Tokenizer, tokenizer_of
 from sdxl_finetune.errors import Problem, Problems, UserError
 from sdxl_finetune.model.compilation import check_compiler
 from sdxl_finetune.model.diffusers_folder import open_vae
@@ -134,16 +133,6 @@ def read_inputs(
         thumbnail=problems.attempt(load_thumbnail, config.metadata_thumbnail) if intact("metadata_thumbnail") else None,
         model=model,
         index=_read_images(config, problems, share, faulty),
-    )
-
-
-def tokenizer_of(config: ModelOptions) -> Tokenizer:
-    """The tokenizer of a run. Raises UserError if a saved tokenizer is not CLIP's."""
-    return build_tokenizer(
-        max_token_length=config.max_token_length,
-        weighted_captions=config.weighted_captions,
-        caption_break=config.caption_break,
-        tokenizer_cache_dir=config.tokenizer_cache_dir,
     )
 
 

@@ -20,6 +20,7 @@ from sdxl_finetune.data.batch_plan import MicroBatch, Plan, build_plan
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset
+from sdxl_finetune.data.tokens import tokenizer_of
 from sdxl_finetune.data.views import View, draw_view
 from sdxl_finetune.diffusion.noise import draw_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
@@ -28,7 +29,6 @@ from sdxl_finetune.latents.captions import Captions
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.contact_sheet import contact_sheet, stack
 from sdxl_finetune.runtime.processes import build_accelerator, shared_seed
-from sdxl_finetune.training.checks import tokenizer_of
 from sdxl_finetune.training.setup import shared_index, total_steps
 
 logger = logging.getLogger(__name__)
