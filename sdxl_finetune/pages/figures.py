@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 
 from sdxl_finetune.pages.words import shown
 
+CHART_HEIGHT = 320
+"""Pixels of a chart without horizontal bars."""
 LETTERS, HOVER_LETTERS = 26, 120
 """Letters of a label on an axis, and of the text that appears where one points."""
 

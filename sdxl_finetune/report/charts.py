@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float64
 
-from sdxl_finetune.pages.figures import HOVER_LETTERS, LETTERS, figure_of, label, log_axis
+from sdxl_finetune.pages.figures import CHART_HEIGHT, HOVER_LETTERS, LETTERS, figure_of, label, log_axis
 from sdxl_finetune.report.captions import Lengths
 from sdxl_finetune.report.collect import Report
 from sdxl_finetune.report.sizes import BucketRow, Histogram, Sizes
@@ -15,8 +15,6 @@ from sdxl_finetune.report.tags import Tags, Together
 MOST_BARS = 40
 BAR_HEIGHT = 21
 """Pixels of a horizontal bar with its gap."""
-CHART_HEIGHT = 320
-"""Pixels of a chart without horizontal bars."""
 TOKENS_IN_BAR = 5
 MAP_HEIGHT = 500
 """Least height of the chart of buckets, and height of the map beside it, in pixels."""
