@@ -18,6 +18,8 @@ MOST_ERRORS = 60
 """Tags up to which error bars are drawn. More bars would hide the points."""
 NEVER = 0.5
 """Place of a tag without exposures on a logarithmic axis."""
+FORMATS = {"gain": ".1%", "accuracy": ".0%"}
+LEGEND = {"legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"}, "margin": {"t": 60}}
 FEW = 200
 """Tags up to which points are large."""
 
@@ -46,16 +48,15 @@ def tag_points(rows: Sequence[TagRow], value: str) -> go.Figure:
     figure = figure_of(traces, HEIGHT)
     if value == "accuracy":
         for chance in sorted({row.chance for row in known}):
-            note = {"text": "chance", "xanchor": "right", "yshift": -8, "font": {"size": 11}}
+            note = {"text": "chance", "font": {"size": 11}}
             figure.add_hline(chance, line={"dash": "dot", "width": 1.5}, annotation=note)
+        figure.update_yaxes(range=[0, 1.05])
     if median := median_exposures(rows):
         figure.add_vline(median, line={"dash": "dot", "width": 1.5})
     powers = {10.0**k: f"{10**k:,}" for k in range(10)}
-    figure.update_xaxes(
-        title="exposures: images with the tag that training has seen", **log_axis({NEVER: "0", **powers})
-    )
-    figure.update_yaxes(title=value, tickformat=".0%")
-    return figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.1}, margin={"t": 40})
+    figure.update_xaxes(title="exposures", **log_axis({NEVER: "0", **powers}))
+    figure.update_yaxes(title=value, tickformat=FORMATS[value])
+    return figure.update_layout(showlegend=True, **LEGEND)
 
 
 def _points(rows: Sequence[TagRow], state: str, value: str, total: int) -> go.Scatter:
@@ -90,8 +91,8 @@ def trend_lines(moments: Sequence[Moment], value: str) -> go.Figure:
         for part in ("median", "worst_tenth")
     ]
     figure = figure_of(lines, CHART_HEIGHT)
-    figure.update_layout(legend={"orientation": "h", "y": 1.15}, margin={"t": 40})
-    return figure.update_xaxes(title="optimizer steps").update_yaxes(title=value, tickformat=".0%")
+    figure.update_layout(**LEGEND)
+    return figure.update_xaxes(title="optimizer steps").update_yaxes(title=value, tickformat=FORMATS[value])
 
 
 def state_bars(moments: Sequence[Moment]) -> go.Figure:
@@ -112,5 +113,5 @@ def state_bars(moments: Sequence[Moment]) -> go.Figure:
     every = -(-len(moments) // 10)
     ticks = [f"{moment.step:,}" if place % every == 0 else "" for place, moment in enumerate(moments)]
     figure.update_xaxes(title="optimizer steps", tickvals=places, ticktext=ticks, showgrid=False)
-    figure.update_layout(barmode="stack", legend={"orientation": "h", "y": 1.15}, margin={"t": 40})
+    figure.update_layout(barmode="stack", **LEGEND)
     return figure.update_yaxes(title="tags")

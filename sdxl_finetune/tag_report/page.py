@@ -47,16 +47,23 @@ def render_page(
         "chances": sorted({row.chance for row in rows}),
         "trends": script_json(_trends(rows, moments)),
         "signed": signed,
+        "points": points,
     }
     return render(FOLDER / "tags.html", build_figures(rows, moments), context, [FOLDER / "tags.js"])
+
+
+def points(share: float) -> str:
+    """A share in percent with one decimal and without its sign %. A value that rounds to 0 has no sign."""
+    text = f"{share * 100:.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
 def signed(change: float | None) -> str:
     """A change of a share in percentage points, such as `+1.2` or `−0.4`; a dash if it is unknown."""
     if change is None:
         return "–"
-    text = f"{change * 100:+.1f}"
-    return "0.0" if float(text) == 0 else text.replace("-", "−")
+    text = points(change)
+    return text if text == "0.0" or change < 0 else f"+{text}"
 
 
 def _fitting(exhibits: Sequence[Exhibit]) -> list[Exhibit]:

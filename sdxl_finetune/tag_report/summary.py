@@ -86,7 +86,7 @@ def _on_changes(moments: Sequence[Moment]) -> Iterator[Remark]:
     both = [(before.rows[tag], row) for tag, row in now.rows.items() if tag in before.rows]
     won = [row for old, row in both if old.state != "learned" and row.state == "learned"]
     lost = [row for old, row in both if old.state == "learned" and row.state != "learned"]
-    since = f"since the report {before.name}"
+    since = f"since step {before.step:,}"
     if won:
         yield Remark("note", f"{number(len(won), 'tag was', 'tags were')} learned {since}: {_names(won)}.")
     if lost:
@@ -109,5 +109,5 @@ def _on_images(rows: Sequence[TagRow]) -> Iterator[Remark]:
 
 def _names(tags: Sequence[TagRow]) -> str:
     """The first tags by name, and the number of the others."""
-    names = ", ".join(shown(row.tag, 40) for row in tags[:NAMED])
+    names = ", ".join(f"“{shown(row.tag, 40)}”" for row in tags[:NAMED])
     return f"{names} and {len(tags) - NAMED:,} more" if len(tags) > NAMED else names

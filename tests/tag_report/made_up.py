@@ -39,7 +39,7 @@ def images_table(tags: pa.Table, each: int = 6) -> pa.Table:
 
 
 def made_report(count: int, step: int = 500, *, names: list[str] | None = None) -> Report:
-    """A report of `count` tags at a step: what a model learns grows with the exposures. Every seventh is contradictory."""
+    """A report of `count` tags at a step: knowledge grows with exposures, but every seventh is contradictory."""
     random = np.random.default_rng(count)
     exposures = (np.geomspace(20, 20_000, count)[random.permutation(count)] * step / 500).astype(int)
     noise = random.normal(0, 0.04, (2, count))
@@ -48,7 +48,7 @@ def made_report(count: int, step: int = 500, *, names: list[str] | None = None) 
     rows = []
     for place in range(count):
         accuracy = float(np.clip(CHANCE + (0.97 - CHANCE) * known[place] + noise[1, place], 0, 1))
-        state = "learned" if accuracy > 0.6 else "contradictory" if exposures[place] > 2000 else "underfitted"
+        state = "learned" if accuracy > 0.6 else "contradictory" if exposures[place] > 1000 else "underfitted"
         state = "unclear" if 0.5 < accuracy <= 0.6 else state
         change = 0.05 * float(known[place]) if step > 100 else None
         rows.append({
