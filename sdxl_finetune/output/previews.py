@@ -193,7 +193,7 @@ def draw_previews(
                 latents = draw_latents(model, prompt.sampler or options.sample_sampler, [prompt], [own_seed])
                 drawn.append((index, prompt, own_seed, latents))
     previews = []
-    with torch.no_grad(), _moved_to(model.device, model.vae):
+    with torch.no_grad(), moved_to(model.device, model.vae):
         for index, prompt, own_seed, latents in drawn:
             with _report_failure(index, prompt):
                 image, path = to_image(model.vae, latents), files.path(index, prompt.seed)
@@ -264,7 +264,7 @@ def _report_failure(index: int, prompt: Prompt) -> Iterator[None]:
 
 
 @contextmanager
-def _moved_to(device: torch.device, vae: AutoencoderKL) -> Iterator[None]:
+def moved_to(device: torch.device, vae: AutoencoderKL) -> Iterator[None]:
     """Within the context the VAE is on `device`. Afterwards it is where it was before."""
     previous_device = vae.device
     vae.to(device)
