@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from sdxl_finetune.config import Config, ImageWeightOptions, QualityOptions
 from sdxl_finetune.config.fields import LR_SCHEDULES, ScheduleName, Shown, expected, kinds
 from sdxl_finetune.config.options import GROUPS
+from sdxl_finetune.config.tag_options import TagReportOptions
 from sdxl_finetune.config.unsupported import FOREIGN, OFF, REFERENCE, is_off
 
 EMA = {"ema_decay", "ema_half_life", "ema_previews", "ema_validation", "ema_save", "ema_on_cpu"}
