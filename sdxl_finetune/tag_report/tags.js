@@ -8,7 +8,7 @@ const heads = [...table.tHead.rows[0].cells];
 const search = document.getElementById("search");
 const chips = [...document.querySelectorAll(".chip")];
 const curves = JSON.parse(document.getElementById("curves").textContent);
-const points = (share) => (Math.round(share * 1000) / 10 || 0).toFixed(1).replace("-", "−");
+const percent = (share) => (Math.round(share * 1000) / 10 || 0).toFixed(1).replace("-", "−");
 const normal = (text) => text.toLowerCase().replaceAll("_", " ");
 const order = new Intl.Collator(undefined, { numeric: true });
 const rows = [...body.rows].map((row) => ({
@@ -73,7 +73,7 @@ function curve(title, values, baseline) {
   add("line", { class: "baseline", x1: 0, x2: 260, y1: level, y2: level });
   const points = values.flatMap((value, place) => (value === null ? [] : [`${x(place)},${y(value)}`]));
   add("polyline", { class: "curve", points: points.join(" ") });
-  const text = `${title}: ${points(known[0])} % to ${points(known.at(-1))} %`;
+  const text = `${title}: ${percent(known[0])} % to ${percent(known.at(-1))} %`;
   svg.setAttribute("aria-label", text);
   return element("figure", {}, svg, element("figcaption", {}, text));
 }
