@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sdxl_finetune.config import PreviewOptions, ResumeOptions, SavingOptions, ValidationOptions
+from sdxl_finetune.config.tag_options import TagReportOptions
 from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.errors import counted
 
@@ -130,6 +131,12 @@ def validation_every(options: ValidationOptions) -> Every:
     if epochs is None and steps is None:
         epochs = 1
     return Every(steps=None if epochs else steps, epochs=epochs, at_start=True, at_end=True)
+
+
+def reports_every(options: TagReportOptions) -> Every:
+    """When tag reports are made: before the first step, after the last one, and every N epochs."""
+    epochs = options.tag_report_every_n_epochs
+    return Every(epochs=epochs, at_start=epochs is not None, at_end=epochs is not None)
 
 
 def saves_every(options: SavingOptions, epochs: int) -> Every:

@@ -6,8 +6,6 @@ its crop is at the centre, and its loss is the squared error without loss weight
 not depend on noise options, loss weights, batch size or seed of the run, and figures of such runs compare.
 """
 
-import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,29 +17,17 @@ from jaxtyping import Int32
 from torch import Tensor
 
 from sdxl_finetune.batch import TIMESTEPS, Batch, Position
-from sdxl_finetune.config import Config, Dataset
+from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import MicroBatch
-from sdxl_finetune.data.captions import AS_WRITTEN
-from sdxl_finetune.data.index import Entry, Index
+from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
+from sdxl_finetune.data.unchanged import image_id, unchanged_index
+from sdxl_finetune.diffusion.loss_weights import UNWEIGHTED
 from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.model.sdxl import evaluating
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.seeding import position_normal
 from sdxl_finetune.training.learner import Learner
-
-UNWEIGHTED = {
-    "loss_type": "l2",
-    "min_snr_gamma": None,
-    "debiased_estimation_loss": False,
-    "scale_v_pred_loss_like_noise_pred": False,
-    "v_pred_like_loss": None,
-}
-"""Loss options of every validation, whatever the run trains with."""
-NOT_AT_RANDOM = {"flip_aug": False, "color_aug": False, "random_crop": False, "face_crop_aug_range": None}
-UNCHANGED = {**AS_WRITTEN, **NOT_AT_RANDOM}
-"""Options of every validation dataset: captions and images are not changed at random. A wildcard {a|b} still becomes
-one of its options, chosen by position."""
 
 
 def draw_validation_noise(
@@ -134,12 +120,11 @@ def build_validation(config: Config, training: TrainingDataset) -> Validation | 
     numbers = {index.buckets[index.bucket[rows[0]]].dataset for rows in batches}
     count = config.validation_timesteps
     timesteps = [int((number + 0.5) * TIMESTEPS / count) for number in range(count)]
-    datasets = tuple(_unchanged(dataset) for dataset in index.datasets)
     batches_of_rank = batches[training.rank :: training.ranks]
-    image_ids = [[_image_id(index[row]) for row in rows.tolist()] for rows in batches_of_rank]
+    image_ids = [[image_id(index[row]) for row in rows.tolist()] for rows in batches_of_rank]
     dataset = replace(
         training,
-        index=Index(index.path, datasets, index.excluded, index.bad_files),
+        index=unchanged_index(index),
         draw_noise=partial(draw_validation_noise, timesteps, image_ids),
         draw_timesteps=partial(validation_timesteps, timesteps),
         seed=config.validation_seed,
@@ -167,13 +152,3 @@ def _held_out_batches(index: Index) -> list[Int32[np.ndarray, " k"]]:
         size = index.datasets[index.buckets[index.bucket[group[0]]].dataset].batch_size
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return batches
-
-
-def _unchanged(dataset: Dataset) -> Dataset:
-    subsets = tuple(subset.model_copy(update=UNCHANGED) for subset in dataset.subsets)
-    return dataset.model_copy(update={"subsets": subsets})
-
-
-def _image_id(entry: Entry) -> tuple[int, int]:
-    digest = hashlib.blake2b(os.fsencode(entry.path.name), digest_size=4).digest()
-    return entry.subset.validation_seed, int.from_bytes(digest, "little")

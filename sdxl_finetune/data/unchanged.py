@@ -1,0 +1,32 @@
+"""Images and captions without anything random, as validation and tag reports use them.
+
+Their figures depend only on the weights and on the images, so that they compare over checkpoints and runs.
+"""
+
+import hashlib
+import os
+
+from sdxl_finetune.config import Dataset
+from sdxl_finetune.data.captions import AS_WRITTEN
+from sdxl_finetune.data.index import Entry, Index
+
+NOT_AT_RANDOM = {"flip_aug": False, "color_aug": False, "random_crop": False, "face_crop_aug_range": None}
+UNCHANGED = {**AS_WRITTEN, **NOT_AT_RANDOM}
+"""Options of datasets whose captions and images are not changed at random. A wildcard {a|b} still becomes one of its
+options, chosen by position."""
+
+
+def unchanged_index(index: Index) -> Index:
+    """The same images, with captions that are whole and in order, and crops at the centre."""
+    return Index(index.path, tuple(map(_unchanged, index.datasets)), index.excluded, index.bad_files)
+
+
+def _unchanged(dataset: Dataset) -> Dataset:
+    subsets = tuple(subset.model_copy(update=UNCHANGED) for subset in dataset.subsets)
+    return dataset.model_copy(update={"subsets": subsets})
+
+
+def image_id(entry: Entry) -> tuple[int, int]:
+    """The image's `validation_seed` and a hash of its file name, from which its noise is drawn."""
+    digest = hashlib.blake2b(os.fsencode(entry.path.name), digest_size=4).digest()
+    return entry.subset.validation_seed, int.from_bytes(digest, "little")
