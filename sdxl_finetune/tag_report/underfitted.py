@@ -8,6 +8,7 @@ They are rounded up, and lie from LEAST_REPEATS to MOST_REPEATS. If no tag is le
 takes the place of the median. Contradictory and unclear tags get no repeats: more of the same images would not help.
 """
 
+import contextlib
 import glob
 import json
 import math
@@ -91,10 +92,17 @@ def rule_pattern(tag: str) -> str:
     return pattern if comparable(pattern) == pattern else f"[{name}[]"
 
 
+def path_in_config(path: Path) -> str:
+    """The path as a config may name it: relative to the current folder if it lies there, with forward slashes."""
+    with contextlib.suppress(ValueError):
+        return path.absolute().relative_to(Path.cwd()).as_posix()
+    return path.as_posix()
+
+
 def _lines(path: Path, rows: Sequence[TagRow], suggestions: Suggestions, facts: Facts) -> Iterator[str]:
     step = "" if facts.step is None else f" after {facts.step:,} steps"
     yield f"# Repeats for the underfitted tags of {shown(facts.model)}{step}. Set in the config:"
-    yield f"#     image_weights = {_toml_string(path.name)}"
+    yield f"#     image_weights = {_toml_string(path_in_config(path))}"
     if suggestions.target is None:
         yield f"# Exposures are not known, so each of these tags is used {LEAST_REPEATS} times as often."
     else:
