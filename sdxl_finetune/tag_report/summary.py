@@ -20,7 +20,7 @@ class Remark:
     level: Literal["problem", "warning", "note", "good"]
     text: str
     todo: str = ""
-    """What to do about it."""
+    """Advice: what the reader should do about it."""
     code: str = ""
     """A line of the config that does it."""
 
