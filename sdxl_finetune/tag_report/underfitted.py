@@ -112,8 +112,10 @@ def _lines(path: Path, rows: Sequence[TagRow], suggestions: Suggestions, facts: 
     yield "# An image with several of these tags gets the repeats of the last one, which has the most."
     yield ""
     yield "[tags]"
-    for one in suggestions.underfitted:
-        yield f"{_toml_string(rule_pattern(one.row.tag))} = {{ repeats = {one.repeats} }}  # {describe(one.row)}"
+    # Tags that differ in case alone may have one pattern, and a key must not stand twice. The most repeats count.
+    rules = {rule_pattern(one.row.tag): one for one in suggestions.underfitted}
+    for pattern, one in sorted(rules.items(), key=lambda rule: rule[1].repeats):
+        yield f"{_toml_string(pattern)} = {{ repeats = {one.repeats} }}  # {describe(one.row)}"
     median = median_exposures(rows)
     often = "" if median is None else f" The median learned tag was seen {median:,.0f} times."
     yield from _comments(

@@ -111,12 +111,15 @@ def test_a_rule_matches_its_tag_and_no_other(tag: str, other: str) -> None:
 
 
 def test_rule_files_are_read_back_with_the_largest_repeats_last(tmp_path) -> None:
-    rows = [{"tag": tag, "exposures": 10 * place} for place, tag in enumerate([*ODD, "a\x7fb", "a\\b", '"'])]
-    report = tag_rows(tags_table([*LEARNED, *rows, {"tag": "bad\ntag", "state": "contradictory", "exposures": 5000}]))
+    rows = [{"tag": tag, "exposures": 10 * place} for place, tag in enumerate([*ODD, "a\x7fb", "a\\b", '"', "X*"])]
+    same = {"tag": "x*", "exposures": 500}
+    report = tag_rows(
+        tags_table([*LEARNED, *rows, same, {"tag": "bad\ntag", "state": "contradictory", "exposures": 5000}])
+    )
     assert write_underfitted(tmp_path / "u.toml", report, facts(model="a\nb.safetensors"))
     rules = read_rules(tmp_path / "u.toml")
     repeats = [rule.repeats for rule in rules]
-    assert repeats == sorted(repeats) and repeats[-1] == 10
+    assert repeats == sorted(repeats) and repeats[-1] == 10 and len(repeats) == len(rows)
     patterns = TagPatterns([rule.pattern for rule in rules])
     for row in rows:
         (number,) = patterns.match(row["tag"])

@@ -130,6 +130,7 @@ def test_of_two_thousand_tags_the_page_shows_some_and_finds_all(tmp_path) -> Non
     report = made_report(2000)
     written = write_tag_page(tmp_path, report)
     assert written and written.stat().st_size < 8e6
+    assert written.read_text(encoding="utf-8").count("<tr data-state=") == 2000, "the table is whole without JavaScript"
     with Page() as page:
         page.open(written, width=390)
         shown = f"{NAMES}.length"
