@@ -88,8 +88,10 @@ def rule_pattern(tag: str) -> str:
     if not set(name) & set("*?["):
         return tag
     pattern = glob.escape(name)
-    # [?] would be read as the tag ? in brackets of a weight, and would then match every letter.
-    return pattern if comparable(pattern) == pattern else f"[{name}[]"
+    if comparable(pattern) == pattern:
+        return pattern
+    # [?] would be read as the tag ? in brackets of a weight, and would then match every letter. [?[] is not read so.
+    return f"[{name[0]}[]{glob.escape(name[1:])}"
 
 
 def path_in_config(path: Path) -> str:
