@@ -102,6 +102,10 @@ def choose(options: TagReportOptions, index: Index) -> Choice:
     listed = list_tags(options, index)
     others = _number_of_others(options, len(listed.names))
     worded = _word(options, index, listed, others)
+    while options.tag_report_others is None and others > 1 and not all(worded):
+        others -= 1  # images that have most tags of the list leave few others
+        worded = _word(options, index, listed, others)
+    _check_all_are_measured(listed, worded, others)
     images = options.tag_report_images
     if budget := options.tag_report_budget:
         images = _within(budget, worded, images, len(options.tag_report_timesteps))
@@ -136,8 +140,8 @@ def _number_of_others(options: TagReportOptions, tags: int) -> int:
 def _word(options: TagReportOptions, index: Index, listed: Listed, others: int) -> list[list[Worded]]:
     """The images of each tag, in the order in which they are measured, with their captions.
 
-    Raises UserError if no image is left for a tag: its captions hold too many tags of the list, or another source or
-    line of the image became the caption.
+    A tag has no image if their captions hold too many tags of the list, or if another source or line of each image
+    became the caption.
     """
     patterns, subsets = TagPatterns(listed.names, exact=True), [trained_options(subset) for subset in index.subsets]
     known: dict[int, list[Wording]] = {}
@@ -152,12 +156,16 @@ def _word(options: TagReportOptions, index: Index, listed: Listed, others: int) 
             if one := _worded(index, row, tag, known[row], listed, others):
                 found.append(one)
         worded.append(found)
+    return worded
+
+
+def _check_all_are_measured(listed: Listed, worded: Sequence[Sequence[Worded]], others: int) -> None:
+    """Raises UserError if a tag has no image."""
     if missing := [listed.names[tag] for tag, found in enumerate(worded) if not found]:
         names = ", ".join(map(repr, missing[:SHOWN])) + (f" and {len(missing) - SHOWN} more" if missing[SHOWN:] else "")
         message = f"no image to measure {names} on: in each, another line or source is the caption, or its other tags"
         message += f" leave fewer than {others} of the list to compete. Lower it, or remove these tags from the list"
         raise UserError(Problem(message, "tag_report_others", others))
-    return worded
 
 
 def _worded(

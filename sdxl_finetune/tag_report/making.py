@@ -10,11 +10,14 @@ from accelerate import Accelerator
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset
+from sdxl_finetune.output.previews import PreviewModel
 from sdxl_finetune.progress import duration
 from sdxl_finetune.runtime.signals import StopRequest
-from sdxl_finetune.tag_report.choice import Choice
+from sdxl_finetune.tag_report.choice import Choice, image_name
 from sdxl_finetune.tag_report.finished import open_finished
+from sdxl_finetune.tag_report.gallery import DrawOptions, Example, make_exhibits, tags_to_show
 from sdxl_finetune.tag_report.measure import Subject, measure
+from sdxl_finetune.tag_report.outputs import write_files, write_tag_page
 from sdxl_finetune.tag_report.results import build_report, earlier_reports, with_changes
 from sdxl_finetune.tag_report.schema import Facts, Report, save_report
 from sdxl_finetune.tag_report.states import bounds
@@ -73,5 +76,31 @@ def make_report(
     report = with_changes(report, base or first, last)
     path = save_report(job.folder, report)
     finished.remove()
+    write_files(job.folder, report)
     logger.info("tag report: %s written after %s", path, duration(time.monotonic() - began))
     return report
+
+
+def write_page_of(
+    job: Job, report: Report, model: PreviewModel | None = None, options: DrawOptions | None = None
+) -> Path | None:
+    """Writes the page of a report with its images, and with pictures that the model draws. Returns its path."""
+    index, listed = job.dataset.index, job.choice.listed
+    found = {}
+    for pair in job.choice.pairs:
+        unit = job.choice.units[pair.unit]
+        found[listed.names[pair.tag], image_name(index, unit.row)] = (pair, unit)
+
+    def example_of(tag: str, image: str) -> Example | None:
+        if (tag, image) not in found:
+            return None
+        pair, unit = found[tag, image]
+        entry = index[unit.row]
+        whole, without = unit.captions[pair.whole], unit.captions[pair.without]
+        return Example(
+            caption=whole, without=without, width=entry.bucket.width, height=entry.bucket.height, read=entry.read
+        )
+
+    options = options or DrawOptions(tags=0)
+    exhibits = make_exhibits(tags_to_show(report, options), report, example_of, model, options)
+    return write_tag_page(job.folder, report, exhibits)

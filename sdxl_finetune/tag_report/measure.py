@@ -69,8 +69,8 @@ def fixed_dataset(training: TrainingDataset) -> TrainingDataset:
         training,
         index=unchanged_index(training.index),
         read_text=None,
-        draw_noise=_no_noise,
-        draw_timesteps=_no_timesteps,
+        draw_noise=no_noise,
+        draw_timesteps=no_timesteps,
         seed=0,
         max_steps=1,
         noise_latent_scale=None,
@@ -79,11 +79,13 @@ def fixed_dataset(training: TrainingDataset) -> TrainingDataset:
     )
 
 
-def _no_noise(_position: Position, shape: tuple[int, int, int, int], _latents: Tensor | None) -> tuple[Tensor, None]:
+def no_noise(_position: Position, shape: tuple[int, int, int, int], _latents: Tensor | None) -> tuple[Tensor, None]:
+    """Stands in for noise that nothing uses."""
     return torch.zeros(shape), None
 
 
-def _no_timesteps(_position: Position, count: int) -> Tensor:
+def no_timesteps(_position: Position, count: int) -> Tensor:
+    """Stands in for timesteps that nothing uses."""
     return torch.zeros(count, dtype=torch.int64)
 
 
@@ -186,9 +188,9 @@ def unit_losses(
         part = places[start : start + size]
         times = torch.tensor([time for time, _ in part], device=latents.device)
         encoded = [encode(unit.captions[text]) for _, text in part]
-        batch = _repeated(image, len(part))
-        batch = replace(
-            batch,
+        batch = _repeated(
+            image,
+            len(part),
             noise=noise[times],
             timesteps=torch.tensor([timesteps[time] for time, _ in part], device=latents.device),
             hidden=torch.cat([one.hidden for one in encoded]),
@@ -206,8 +208,9 @@ def _noise_seed(entry: Any) -> tuple[int, str, int]:
     return seed, "tag report", name
 
 
-def _repeated(image: Batch, count: int) -> Batch:
-    """The image's sizes and mask `count` times. Its pixels and tokens are left out."""
+def _repeated(image: Batch, count: int, **own: Tensor) -> Batch:
+    """A batch with the image's sizes and mask `count` times, and with values of its own. Pixels and tokens are left
+    out."""
     mask = None if image.mask is None else image.mask.expand(count, -1, -1)
     return replace(
         image,
@@ -222,6 +225,7 @@ def _repeated(image: Batch, count: int) -> Batch:
         target_size=image.target_size.expand(count, -1),
         mask=mask,
         weights=image.weights.expand(count),
+        **own,
     )
 
 

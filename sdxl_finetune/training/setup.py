@@ -150,7 +150,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     index, tokenizer = inputs.index, inputs.tokenizer
     assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
-    index, latents, masks = _prepare_latents(config, index, loaded.vae, accelerator, stop)
+    index, latents, masks = prepare_latents(config, index, loaded.vae, accelerator, stop)
     text = None
     if config.cache_text_encoder_outputs:
         text = prepare_text(index, TextEncoders(loaded.model, tokenizer, accelerator.device), config, accelerator, stop)
@@ -282,7 +282,7 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
     return loaded
 
 
-def _prepare_latents(
+def prepare_latents(
     config: Config, index: Index, vae: AutoencoderKL, accelerator: Accelerator, stop: StopRequest | None
 ) -> tuple[Index, LatentStore | None, MaskStore | None]:
     """The caches of latents and masks, if the config asks for them. Without them, batches hold images and masks."""

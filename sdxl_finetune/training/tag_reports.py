@@ -9,9 +9,11 @@ import logging
 from sdxl_finetune.diffusion.loss_weights import UNWEIGHTED
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.tag_report.choice import choose
-from sdxl_finetune.tag_report.making import Job, make_report
+from sdxl_finetune.tag_report.making import Job, make_report, write_page_of
 from sdxl_finetune.tag_report.measure import Subject, fixed_dataset
+from sdxl_finetune.tag_report.scalars import tag_scalars
 from sdxl_finetune.tag_report.schema import TAGS_ENDING, report_name
+from sdxl_finetune.tag_report.tables import tag_rows
 from sdxl_finetune.training.every import Moment, reports_every
 from sdxl_finetune.training.hooks import published_weights
 from sdxl_finetune.training.setup import Run
@@ -73,6 +75,10 @@ def report_tags(run: Run, job: Job, moment: Moment, stop: StopRequest) -> None:
     run.log.flush()
     with run.log.pause(), published_weights(run, run.config.ema_save):
         try:
-            make_report(job, subject, facts, epochs=epochs + steps_into_epoch / plan.steps_per_epoch, stop=stop)
+            done = epochs + steps_into_epoch / plan.steps_per_epoch
+            report = make_report(job, subject, facts, epochs=done, stop=stop)
+            if report is not None:
+                run.log.tags(tag_scalars(tag_rows(report.tags)), step=moment.step, epoch=facts.epoch or 0)
+                write_page_of(job, report)
         except Exception as error:
             logger.warning("no tag report after step %d: %s. Training goes on", moment.step, error)
