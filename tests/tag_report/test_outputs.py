@@ -110,7 +110,7 @@ def test_a_rule_matches_its_tag_and_no_other(tag: str, other: str) -> None:
     assume(comparable(tag))
     patterns = TagPatterns([rule_pattern(tag)])
     assert patterns.match(tag) == (0,)
-    # A tag that begins with [ may share the rule of one with a star there, because brackets of weights are not compared.
+    # A rule for ? or * at the beginning matches [ there, too, because brackets of weights are not compared.
     if comparable(other) != comparable(tag) and not comparable(other).startswith("["):
         assert patterns.match(other) == ()
 
