@@ -40,6 +40,7 @@ def write_tag_page(folder: Path, report: Report, exhibits: Sequence[Exhibit] = (
 
     name = report_name(report.facts)
     moments = read_moments(folder, report)
-    page = render_page(report.facts, tag_rows(report.tags), moments, exhibits, f"{name}{underfitted.ENDING}")
+    repeats = underfitted.path_in_config(folder / f"{name}{underfitted.ENDING}")
+    page = render_page(report.facts, tag_rows(report.tags), moments, exhibits, repeats)
     write_page(page, folder / f"{name}{PAGE_ENDING}")
     return folder / f"{name}{PAGE_ENDING}"

@@ -24,8 +24,8 @@ def render_page(
 ) -> str:
     """The HTML text of the page.
 
-    `moments` are the reports whose trends are shown, with this one as the last. `file` is the name of the file of
-    suggested repeats.
+    `moments` are the reports whose trends are shown, with this one as the last. `file` is the path of the suggested
+    repeats, as the config names it.
     """
     rows = sorted(rows, key=worst_first)
     suggestions = suggest_repeats(rows)
@@ -37,6 +37,7 @@ def render_page(
         "rows": rows,
         "counts": {state: sum(row.state == state for row in rows) for state in WORST_FIRST},
         "remarks": summarize(rows, moments, suggestions, file),
+        "file": file,
         "repeats": {one.row.tag: one.repeats for one in suggestions.underfitted},
         "median": median_exposures(rows),
         "exhibits": fitting,

@@ -20,13 +20,13 @@ class Remark:
     level: Literal["problem", "warning", "note", "good"]
     text: str
     todo: str = ""
-    """What to do about it."""
+    """Advice: what the reader should do about it."""
     code: str = ""
     """A line of the config that does it."""
 
 
 def summarize(rows: Sequence[TagRow], moments: Sequence[Moment], suggestions: Suggestions, file: str) -> list[Remark]:
-    """The remarks of a report, the most serious ones first. `file` is the name of the file of suggested repeats."""
+    """The remarks of a report, the most serious ones first. `file` is the path of the suggested repeats."""
     remarks = [
         *_on_learned(rows),
         *_on_underfitted(rows, suggestions, file),
@@ -76,7 +76,9 @@ def _on_unclear(rows: Sequence[TagRow]) -> Iterator[Remark]:
     if tags := [row for row in rows if row.state == "unclear"]:
         are = number(len(tags), "tag is", "tags are")
         text = f"{are} unclear: {_names(tags)}. The error is too large to decide."
-        yield Remark("note", text, "Measure more of their images with a larger --budget.")
+        yield Remark(
+            "note", text, "Measure more images of them (tag_report_images), or add images if a tag has only a few."
+        )
 
 
 def _on_changes(moments: Sequence[Moment]) -> Iterator[Remark]:

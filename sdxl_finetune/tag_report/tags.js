@@ -8,8 +8,9 @@ const heads = [...table.tHead.rows[0].cells];
 const search = document.getElementById("search");
 const chips = [...document.querySelectorAll(".chip")];
 const curves = JSON.parse(document.getElementById("curves").textContent);
-const points = (share) => (Math.round(share * 1000) / 10 || 0).toFixed(1).replace("-", "−");
+const percent = (share) => (Math.round(share * 1000) / 10 || 0).toFixed(1).replace("-", "−");
 const normal = (text) => text.toLowerCase().replaceAll("_", " ");
+const isOn = (chip) => chip.getAttribute("aria-pressed") === "true";
 const order = new Intl.Collator(undefined, { numeric: true });
 const rows = [...body.rows].map((row) => ({
   row, text: normal(row.cells[0].textContent), state: row.dataset.state, place: Number(row.dataset.place),
@@ -33,7 +34,7 @@ function compare(a, b) {
 
 function show() {
   const words = normal(search.value).split(/\s+/).filter(Boolean);
-  const states = new Set(chips.filter((chip) => chip.ariaPressed === "true").map((chip) => chip.dataset.state));
+  const states = new Set(chips.filter((chip) => isOn(chip)).map((chip) => chip.dataset.state));
   const found = rows.filter((one) => states.has(one.state) && words.every((word) => one.text.includes(word)));
   const visible = found.sort(compare).slice(0, limit);
   body.replaceChildren(...visible.flatMap((one) => (one.detail ? [one.row, one.detail] : [one.row])));
@@ -73,7 +74,7 @@ function curve(title, values, baseline) {
   add("line", { class: "baseline", x1: 0, x2: 260, y1: level, y2: level });
   const points = values.flatMap((value, place) => (value === null ? [] : [`${x(place)},${y(value)}`]));
   add("polyline", { class: "curve", points: points.join(" ") });
-  const text = `${title}: ${points(known[0])} % to ${points(known.at(-1))} %`;
+  const text = `${title}: ${percent(known[0])} % to ${percent(known.at(-1))} %`;
   svg.setAttribute("aria-label", text);
   return element("figure", {}, svg, element("figcaption", {}, text));
 }
@@ -85,7 +86,7 @@ function detailOf({ row, place, values }) {
     return gain === "–" && accuracy === "–" ? [] : [`since the ${since}: gain ${gain}, accuracy ${accuracy} points`];
   };
   const facts = [
-    `measured on ${images} images${held === "0" ? "" : `, ${held} of them held out`}`,
+    `measured on ${images} ${images === "1" ? "image" : "images"}${held === "0" ? "" : `, ${held} of them held out`}`,
     ...(exposures === undefined ? [] : [`seen ${Number(exposures).toLocaleString("en")} times in training`]),
     ...changes(last, "last report"), ...changes(base, "base model"),
     ...(repeats === undefined ? [] : [`suggested repeats: ${repeats}`]),
@@ -128,7 +129,7 @@ body.addEventListener("keydown", (event) => {
 });
 for (const chip of chips) {
   chip.addEventListener("click", () => {
-    chip.ariaPressed = String(chip.ariaPressed !== "true");
+    chip.setAttribute("aria-pressed", String(!isOn(chip)));
     limit = START;
     show();
   });

@@ -8,6 +8,7 @@ They are rounded up, and lie from LEAST_REPEATS to MOST_REPEATS. If no tag is le
 takes the place of the median. Contradictory and unclear tags get no repeats: more of the same images would not help.
 """
 
+import contextlib
 import glob
 import json
 import math
@@ -87,14 +88,23 @@ def rule_pattern(tag: str) -> str:
     if not set(name) & set("*?["):
         return tag
     pattern = glob.escape(name)
-    # [?] would be read as the tag ? in brackets of a weight, and would then match every letter.
-    return pattern if comparable(pattern) == pattern else f"[{name}[]"
+    if comparable(pattern) == pattern:
+        return pattern
+    # [?] would be read as the tag ? in brackets of a weight, and would then match every letter. [?[] is not read so.
+    return f"[{name[0]}[]{glob.escape(name[1:])}"
+
+
+def path_in_config(path: Path) -> str:
+    """The path as a config may name it: relative to the current folder if it lies there, with forward slashes."""
+    with contextlib.suppress(ValueError):
+        return path.absolute().relative_to(Path.cwd()).as_posix()
+    return path.as_posix()
 
 
 def _lines(path: Path, rows: Sequence[TagRow], suggestions: Suggestions, facts: Facts) -> Iterator[str]:
     step = "" if facts.step is None else f" after {facts.step:,} steps"
     yield f"# Repeats for the underfitted tags of {shown(facts.model)}{step}. Set in the config:"
-    yield f"#     image_weights = {_toml_string(path.name)}"
+    yield f"#     image_weights = {_toml_string(path_in_config(path))}"
     if suggestions.target is None:
         yield f"# Exposures are not known, so each of these tags is used {LEAST_REPEATS} times as often."
     else:
@@ -104,8 +114,10 @@ def _lines(path: Path, rows: Sequence[TagRow], suggestions: Suggestions, facts: 
     yield "# An image with several of these tags gets the repeats of the last one, which has the most."
     yield ""
     yield "[tags]"
-    for one in suggestions.underfitted:
-        yield f"{_toml_string(rule_pattern(one.row.tag))} = {{ repeats = {one.repeats} }}  # {describe(one.row)}"
+    # Tags that differ in case alone may have one pattern, and a key must not stand twice. The most repeats count.
+    rules = {rule_pattern(one.row.tag): one for one in suggestions.underfitted}
+    for pattern, one in sorted(rules.items(), key=lambda rule: rule[1].repeats):
+        yield f"{_toml_string(pattern)} = {{ repeats = {one.repeats} }}  # {describe(one.row)}"
     median = median_exposures(rows)
     often = "" if median is None else f" The median learned tag was seen {median:,.0f} times."
     yield from _comments(
