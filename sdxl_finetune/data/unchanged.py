@@ -17,7 +17,7 @@ options, chosen by position."""
 
 
 def unchanged_index(index: Index) -> Index:
-    """The same images, with captions that are whole and in order, and crops at the centre."""
+    """An index of the same images, with captions that are whole and in order, and crops at the centre."""
     return Index(index.path, tuple(map(_unchanged, index.datasets)), index.excluded, index.bad_files)
 
 

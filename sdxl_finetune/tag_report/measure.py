@@ -208,7 +208,7 @@ def _noise_seed(entry: Any) -> tuple[int, str, int]:
     return seed, "tag report", name
 
 
-def _repeated(image: Batch, count: int, **own: Tensor) -> Batch:
+def _repeated(image: Batch, count: int, **own: Any) -> Batch:
     """A batch with the image's sizes and mask `count` times, and with values of its own. Pixels and tokens are left
     out."""
     mask = None if image.mask is None else image.mask.expand(count, -1, -1)

@@ -9,8 +9,8 @@ For an image i with a tag, L(c, t) is the loss with caption c at timestep t, alw
 The figures of a tag are means over its images. The mean of ratios weighs all timesteps alike. A ratio at one timestep
 is the same for noise prediction and v-prediction, because both losses differ by a factor that depends on the timestep
 alone. The tag with the lowest loss is the answer of a diffusion classifier (Li et al., arXiv 2303.16203). Li et al. sum
-the losses of all timesteps before they compare. Each timestep is one trial here, because the sum is right for nearly
-all images as soon as a tag is half learned, and then no longer tells tags apart (docs/proof.md).
+the losses of all timesteps before they compare. Here each timestep is one trial. The sum is right for nearly all images
+as soon as a tag is half learned, and then no longer tells tags apart (docs/proof.md).
 """
 
 from collections.abc import Mapping, Sequence

@@ -25,7 +25,7 @@ FOLDER = "tags"
 
 
 def build_reports(run: Run) -> Job | None:
-    """What all reports of a run measure; None if its options ask for none."""
+    """The job of all reports of a run; None if its options ask for none."""
     config, index = run.config, run.dataset.index
     if config.tag_report_every_n_epochs is None:
         return None
