@@ -13,12 +13,14 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from typing import Any, NoReturn
 
 from sdxl_finetune import OFFLINE_BY_DEFAULT
 from sdxl_finetune.errors import UserError, say_errors
+from sdxl_finetune.runtime.signals import STOP_SIGNALS
 
 LOST_CONNECTION = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "failed to recv", "recvValue",
@@ -89,6 +91,9 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
             raise
         _say_failure_of_rank(error)
         status = 1
+    if status > 128:  # a further signal may come while the interpreter ends
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: os._exit(status))
     sys.exit(status)
 
 

@@ -49,7 +49,7 @@ class Page:
 
     def __exit__(self, *_error: object) -> None:
         self._browser.terminate()
-        self._browser.wait(timeout=30)
+        self._browser.wait(timeout=300)
         os.close(self._write)
         os.close(self._read)
         self._profile.cleanup()

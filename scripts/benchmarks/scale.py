@@ -4,7 +4,8 @@
 
 `--rows` are synthetic: an index of images that do not exist, and shards of sparse files with real tables. They measure
 a start with skip_cache_check up to the first batch, which two data-loader workers make. `--files` are real: hard links
-to small JPEGs, with caption files. They measure the first scan and a start that checks every file.
+to small JPEGs, with caption files. They measure the first scan, a start that checks every file, and sdxl-check with
+configs/style.toml and the header of a full-size checkpoint.
 
 Each measurement is a new process. Imports are not counted: the figures of a start with FEW images are taken off, in
 which the workers import the same modules. The last column is the growth from the smallest to the largest size. The
@@ -14,7 +15,9 @@ last table has the rates of reading latents, of the caching pipeline and of maki
 import argparse
 import contextlib
 import json
+import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +25,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -31,6 +35,7 @@ import pyarrow as pa
 import torch
 
 from scripts.benchmarks import captions, data, latent_reading
+from scripts.benchmarks.checkpoint_memory import full_size_sources
 from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Dataset, Subset
 from sdxl_finetune.data import scan as scan_module
@@ -64,6 +69,8 @@ LINES = {
     "worker": ("rows", "memory of a data-loader worker beyond imports, MB", "worker"),
     "first": ("files", "first scan, images/s", "rate"),
     "checked": ("files", "start with every file checked, images/s", "rate"),
+    "check": ("files", "sdxl-check with every file checked, seconds", "seconds"),
+    "check_unchecked": ("files", "sdxl-check with skip_cache_check, seconds", "seconds"),
 }
 """Lines of the table: which sizes it has, its title and the figure."""
 RATES = {
@@ -96,7 +103,8 @@ def main() -> None:
         net = {name: found[name] - imports[name] for name in ("seconds", "main", "worker")}
         figures.setdefault("rows", {})[size] = {"unchecked": net}
     for size in arguments.files:
-        figures.setdefault("files", {})[size] = measure(arguments.folder, size, make_files, ["first", "checked"])
+        steps = ["first", "checked", "check_first", "check", "check_unchecked"]
+        figures.setdefault("files", {})[size] = measure(arguments.folder, size, make_files, steps)
     print_table(figures)
     if not arguments.no_rates:
         rates = measure(arguments.folder, 0, lambda _folder, _size: None, list(RATES))
@@ -214,6 +222,43 @@ def scan_all(folder: Path) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "rate": round(len(index) / seconds)}
 
 
+def check(folder: Path, more: Sequence[str] = ()) -> dict[str, float]:
+    """Runs sdxl-check with the users' config. Its index exists from the second time on."""
+    model = folder / "base.safetensors"
+    if not model.exists():
+        write_header(model)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a picture\n")
+    options = {
+        "train_data_dir": folder / "images",
+        "pretrained_model_name_or_path": model,
+        "cache_dir": folder / "cache",
+        "output_dir": folder / "output",
+        "sample_prompts": prompts,
+    }
+    command = [sys.executable, "-c", "from sdxl_finetune.cli import check; check()", "--config", "configs/style.toml"]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    began = time.perf_counter()
+    output = subprocess.run([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    seconds = round(time.perf_counter() - began, 1)
+    print(output, file=sys.stderr)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = round(used.ru_utime + used.ru_stime, 1)
+    return {"seconds": seconds, "cpu": cpu, "gigabytes": round(used.ru_maxrss / 1e6, 2)}
+
+
+def write_header(path: Path) -> None:
+    """Writes the header of a full-size checkpoint, and a hole of the size of its tensors."""
+    header, end = {}, 0
+    for key, source in full_size_sources().items():
+        begin, end = end, end + math.prod(source.shape) * source.dtype.itemsize
+        header[key] = {"dtype": "F16", "shape": list(source.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
 def start(folder: Path) -> dict[str, float]:
     """Does what a run with cached latents does before its first batch, except for the model."""
     before, began, cpu = private_bytes(), time.perf_counter(), time.process_time()
@@ -312,6 +357,9 @@ STEPS: dict[str, Callable[[Path], dict[str, float]]] = {
     "unchecked": start,
     "first": scan_all,
     "checked": scan_all,
+    "check_first": check,
+    "check": check,
+    "check_unchecked": partial(check, more=("--skip_cache_check",)),
     "reading": read_latents,
     "pipeline": cache_latents,
     "tokens": make_tokens,

@@ -234,7 +234,7 @@ def test_killed_and_stopped_while_encoding(work, caplog) -> None:
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(sent)
-        assert process.communicate(timeout=60)[0] and process.returncode == status
+        assert process.communicate(timeout=300)[0] and process.returncode == status
         written = len(shards())
     caplog.set_level("INFO")
     assert cache(config()) == 0

@@ -257,7 +257,7 @@ def test_other_processes_read_by_themselves(images, tmp_path: Path, pack: Pack, 
     workers = [context.Process(target=_read_all, args=(index, results)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    assert [results.get(timeout=60) for _ in workers] == [expected] * 2
+    assert [results.get(timeout=300) for _ in workers] == [expected] * 2
     for worker in workers:
         worker.join()
 

@@ -159,13 +159,15 @@ def test_a_gradient_that_is_no_number_ends_the_run_unless_its_step_was_skipped(
 
 
 def test_pauses_are_no_part_of_a_step(tmp_path: Path) -> None:
+    began = time.perf_counter()
     with Log(Config(), tmp_path, rank=0) as log:
         log.begin(steps=1, steps_per_epoch=1)
         with log.pause():
             time.sleep(0.5)
         log.record(step(loss=torch.ones(()), images=100))
+        seconds = time.perf_counter() - began
     (row,) = rows(tmp_path)
-    assert row["images_per_second"] > 400
+    assert row["images_per_second"] > 100 / (seconds - 0.25)
 
 
 def test_the_directory_is_named_as_the_references(tmp_path: Path) -> None:

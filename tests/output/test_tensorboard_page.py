@@ -37,7 +37,7 @@ def tensorboard(folder: Path) -> Iterator[str]:
             yield match.group()
         finally:
             server.terminate()
-            server.wait(timeout=30)
+            server.wait(timeout=300)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: TensorBoard's page is not opened")
@@ -67,6 +67,6 @@ def test_tensorboard_shows_scalars_and_previews_in_a_browser(tmp_path: Path) -> 
             "--dump-dom",
             f"{address}?tagFilter=loss%7Cnorm%7Cupdate%7Clr%7Cpreviews#timeseries",
         ]
-        shown = subprocess.run(browser, capture_output=True, text=True, timeout=240)
+        shown = subprocess.run(browser, capture_output=True, text=True, timeout=300)
     cards = set(re.findall(r'title="([^"]+)"', shown.stdout))
     assert cards >= TAGS, shown.stdout[-3000:]

@@ -20,7 +20,7 @@ from sdxl_finetune.output.uploads import Uploads, open_uploads
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
 from tests.hub_server import TOKEN, HubServer, Repository
 
-SECONDS = 30
+SECONDS = 120
 """Patience of the tests."""
 
 

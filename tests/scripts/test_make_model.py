@@ -28,7 +28,7 @@ def start(folder: Path) -> subprocess.Popen:
 def make(folder: Path) -> str:
     """Runs the script to its end and returns its output."""
     process = start(folder)
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     return output
 

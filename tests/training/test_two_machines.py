@@ -117,7 +117,7 @@ def test_a_machine_that_dies_costs_what_it_had_not_written(work, s3: S3Server) -
     for process in (running[1].pid, *map(int, children)):
         os.kill(process, signal.SIGKILL)
     for process in running:
-        process.communicate(timeout=120)
+        process.communicate(timeout=300)
     before = set(stored())
     done = outputs(start("cache", [local("one"), local("three")], s3))[0]
     encoded, kept = (int(number) for number in re.findall(r"(\d+) (?:encoded|there already)", counts(done)))
