@@ -90,6 +90,8 @@ def test_without_learned_tags_rare_ones_catch_up_with_the_most_frequent() -> Non
     found = suggest_repeats(tag_rows(tags_table([{"tag": "a", "exposures": 100}, {"tag": "b", "exposures": 40}])))
     assert [(one.row.tag, one.repeats) for one in found.underfitted] == [("b", 3)]
     assert [row.tag for row in found.satisfied] == ["a"] and not found.is_learned
+    untrained = suggest_repeats(tag_rows(tags_table([{"tag": "a", "exposures": 0}])))
+    assert len(untrained.satisfied) == 1 and not untrained.underfitted
     unknown = suggest_repeats(tag_rows(tags_table([{"tag": "a", "exposures": None}])))
     assert unknown.target is None and [one.repeats for one in unknown.underfitted] == [2]
 
