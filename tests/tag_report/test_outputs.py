@@ -5,6 +5,7 @@ import csv
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -143,6 +144,18 @@ def test_without_underfitted_tags_there_is_no_rule_file(tmp_path) -> None:
     tags = tags_table(LEARNED)
     assert [file.name for file in write_files(tmp_path, Report(facts(), tags, images_table(tags)))] == ["00000500.csv"]
     assert not path.exists()
+
+
+def test_a_file_that_the_config_names_stays_as_it_is(tmp_path, monkeypatch, caplog) -> None:
+    path = tmp_path / "tags" / "00000500.underfitted.toml"
+    path.parent.mkdir()
+    path.write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    report, named = made_report(12), Path("tags/00000500.underfitted.toml")
+    assert write_files(path.parent, report, [None, named]) == [path.with_name("00000500.csv")]
+    assert path.read_text() == "mine" and "Copy the file to another folder" in caplog.text
+    assert len(write_files(path.parent, report, [None, Path("other.toml")])) == 2
+    assert path.read_text() != "mine"
 
 
 def test_sdxl_check_and_the_index_take_the_suggested_repeats(work, write_images, capsys) -> None:
