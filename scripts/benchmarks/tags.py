@@ -121,14 +121,22 @@ def by_tag(report: Path) -> dict[str, dict]:
 
 
 def shares(model: Path, seed: int) -> dict[str, float]:
-    """The share of pictures drawn with each tag that show its palette. They are drawn without guidance."""
+    """The share of pictures drawn with each tag that show its palette. They are drawn without guidance.
+
+    The result is kept beside the model.
+    """
+    kept = model.with_name("drawn.json")
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
     scenes = captions_to_draw(PICTURES)
     own = palettes(seed)
     texts = [styled_caption(scene, style) for style in own for scene in scenes]
     pictures = draw_texts(model, texts, scale=1.0)
     found = np.array([own[style].is_shown(pictures[place * PICTURES + number]) for place, style in enumerate(own)
                       for number in range(PICTURES)])  # fmt: skip
-    return dict(zip(own, found.reshape(len(own), PICTURES).mean(axis=1).tolist(), strict=True))
+    drawn = dict(zip(own, found.reshape(len(own), PICTURES).mean(axis=1).tolist(), strict=True))
+    kept.write_text(json.dumps(drawn))
+    return drawn
 
 
 def correlations(rows: Sequence[Row]) -> tuple[float, float]:

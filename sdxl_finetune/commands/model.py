@@ -80,7 +80,7 @@ def _add_tags(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     tags = commands.add_parser("tags", help=text, description=f"{text}. {more}", allow_abbrev=False)
     tags.set_defaults(run=_tags)
     add = tags.add_argument
-    add("model", type=Path, help="file or diffusers folder")
+    add("model", help="file, diffusers folder, or address of a file in an object store")
     add("--config", required=True, metavar="FILE", help="config that names the images")
     add("--tags", metavar="TAGS", help='tags to measure, with patterns, as "style_*" or "cat, dog"')
     add("--tags_file", metavar="FILE", help="file of tags to measure, one tag or pattern on a line")

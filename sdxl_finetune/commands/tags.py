@@ -52,7 +52,7 @@ def tags(arguments: argparse.Namespace, options: Sequence[str]) -> int:
     given = [f"--tag_report_{name}={value}" for name in SHORT if (value := getattr(arguments, name)) is not None]
     if any(getattr(arguments, name) is not None for name in LISTS):  # replaces the list of the config
         given += [f"--tag_report_{name}=" for name in LISTS if getattr(arguments, name) is None]
-    model = ["--pretrained_model_name_or_path", str(arguments.model), "--tag_report_every_n_epochs", "1"]
+    model = ["--pretrained_model_name_or_path", arguments.model, "--tag_report_every_n_epochs", "1"]
     config = load_data_config(["--config", arguments.config, *options, *model, *given], "sdxl-model tags")
     if config is None:
         return 0
@@ -71,10 +71,12 @@ def _run(config: Config, arguments: argparse.Namespace, stop: StopRequest) -> No
     accelerator = build_accelerator(config)
     config = with_local_models(config)
     base, base_model = _read_base(arguments.base)
+    if arguments.output is None and config.output_dir is None:
+        raise UserError(Problem("is missing: name the folder of the report, or set output_dir", key="output"))
     index = shared_index(config, accelerator)
     choice = choose(config, index)
     logger.info("tag report: %s", choice.describe())
-    loaded = _load(config, arguments.model)
+    loaded = _load(config, config.model_path)
     training = _dataset(config, index, np.array([unit.row for unit in choice.units]), loaded, accelerator, stop)
     job = Job(
         config=config,
@@ -86,7 +88,7 @@ def _run(config: Config, arguments: argparse.Namespace, stop: StopRequest) -> No
     )
     if base_model is not None:
         base = _measure(job, base_model, _load(config, base_model), None, stop)
-    report = _measure(job, arguments.model, loaded, base, stop)
+    report = _measure(job, config.model_path, loaded, base, stop)
     if report is not None:
         model = _preview_model(config, loaded, accelerator)
         page = write_page_of(job, report, model, DrawOptions(tags=arguments.draw))
