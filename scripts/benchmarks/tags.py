@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 from scripts.benchmarks.proof import CONFIG, ROOT, train
 from scripts.toy.judge import draw_texts
 from scripts.toy.palettes import CONTRADICTORY, MISLABELLED, captions_to_draw, palettes, styled_caption, write_styles
+from sdxl_finetune.files import atomic_path
 from sdxl_finetune.tag_report.schema import load_report, report_paths
 
 PAGE = ROOT / "docs" / "proof.md"
@@ -31,6 +32,7 @@ HELD_OUT = ["--validation_split", "0.1", "--validate_every_n_steps", "0"]
 REPORT = ["--tags", "style_*", "--images", "16", "--others", "4", "--draw", "0"]
 FIRST = ["--max_train_epochs", "5"]
 THEN = ["--max_train_epochs", "3"]
+FIGURES = ("exposures", "gain", "gain_error", "accuracy", "accuracy_error", "state")
 SPOILT = (CONTRADICTORY, MISLABELLED)
 
 
@@ -47,19 +49,21 @@ class Row:
     state: str
     drawn: float
     """Share of the drawn pictures that show the style."""
-    then_gain: float
-    then_accuracy: float
-    then_state: str
-    then_drawn: float
+    then_gain: float | None = None
+    then_accuracy: float | None = None
+    then_state: str | None = None
+    then_drawn: float | None = None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "tags")
+    parser.add_argument("--first", action="store_true", help="only train and measure, without the suggested repeats")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/proof.md")
     arguments = parser.parse_args()
-    results = {seed: measure(arguments.folder.resolve() / str(seed), seed) for seed in arguments.seeds}
+    then = () if arguments.first else THEN
+    results = {seed: measure(arguments.folder.resolve() / str(seed), seed, then=then) for seed in arguments.seeds}
     text = "\n\n".join([table(results), *(seed_table(seed, rows) for seed, rows in results.items())])
     print(text)
     if arguments.write:
@@ -70,34 +74,42 @@ def main() -> None:
 def measure(
     folder: Path, seed: int, first: Sequence[str] = FIRST, then: Sequence[str] = THEN, share: float = 1.0
 ) -> list[Row]:
-    """Trains, measures, trains on and measures again. `share` makes the data smaller."""
+    """Trains, measures, trains on and measures again; without `then` only the first half.
+
+    `share` makes the data smaller.
+    """
     kept = folder / "rows.json"
     if kept.exists():
         return [Row(**row) for row in json.loads(kept.read_text())]
-    write_styles(folder / "pictures", seed, share)
+    if not (folder / "pictures").exists():  # new files would be other images for an interrupted measurement
+        with atomic_path(folder / "pictures") as pictures:
+            write_styles(pictures, seed, share)
     asked = [*HELD_OUT, "--seed", str(seed), "--save_precision", "float"]
     model = train(folder, "first", *asked, *first, data="pictures")
     report = report_on(folder, model)
     repeats = report.with_name(report.name.replace(".parquet", ".underfitted.toml"))
     weights = ["--image_weights", str(repeats)] if repeats.exists() else []
-    later = train(folder, "then", *asked, *then, *weights, model=model, data="pictures")
-    drawn, then_drawn = shares(model, seed), shares(later, seed)
-    before, after = by_tag(report), by_tag(report_on(folder, later, *weights))
+    before, drawn = by_tag(report), shares(model, seed)
+    after, then_drawn = {}, {}
+    if then:
+        later = train(folder, "then", *asked, *then, *weights, model=model, data="pictures")
+        after, then_drawn = by_tag(report_on(folder, later, *weights)), shares(later, seed)
     rows = [
-        Row(
-            style=style,
-            **{name: before[style][name] for name in ("exposures", "gain", "gain_error", "accuracy")},
-            accuracy_error=before[style]["accuracy_error"],
-            state=before[style]["state"],
-            drawn=drawn[style],
-            then_gain=after[style]["gain"],
-            then_accuracy=after[style]["accuracy"],
-            then_state=after[style]["state"],
-            then_drawn=then_drawn[style],
-        )
+        Row(style=style, drawn=drawn[style], **{name: before[style][name] for name in FIGURES})
         for style in palettes(seed)
     ]
-    kept.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if then:
+        rows = [
+            replace(
+                row,
+                then_gain=after[row.style]["gain"],
+                then_accuracy=after[row.style]["accuracy"],
+                then_state=after[row.style]["state"],
+                then_drawn=then_drawn[row.style],
+            )
+            for row in rows
+        ]
+        kept.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return rows
 
 
@@ -169,9 +181,11 @@ def table(results: Mapping[int, Sequence[Row]]) -> str:
 
 
 def mean(rows: Sequence[Row]) -> str:
+    """The mean share of drawn pictures in the style, before and after training on."""
     if not rows:
         return "none"
-    return f"{np.mean([row.drawn for row in rows]):.0%}, {np.mean([row.then_drawn for row in rows]):.0%}"
+    shown = [[row.drawn for row in rows], [row.then_drawn for row in rows]]
+    return ", ".join("–" if None in each else f"{np.mean(each):.0%}" for each in shown)  # type: ignore[arg-type]
 
 
 def seed_table(seed: int, rows: Sequence[Row]) -> str:
@@ -183,11 +197,16 @@ def seed_table(seed: int, rows: Sequence[Row]) -> str:
     ]
     lines += [
         f"| {row.style} | {row.exposures} | {row.gain:.2f} ± {row.gain_error:.2f} | {row.accuracy:.2f} ±"
-        f" {row.accuracy_error:.2f} | {row.state} | {row.drawn:.0%} | {row.then_gain:.2f} | {row.then_accuracy:.2f} |"
-        f" {row.then_state} | {row.then_drawn:.0%} |"
+        f" {row.accuracy_error:.2f} | {row.state} | {row.drawn:.0%} | {shown(row.then_gain, '.2f')} |"
+        f" {shown(row.then_accuracy, '.2f')} | {row.then_state or '–'} | {shown(row.then_drawn, '.0%')} |"
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number in this form, or a dash."""
+    return "–" if value is None else format(value, form)
 
 
 if __name__ == "__main__":
