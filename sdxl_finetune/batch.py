@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float16, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 TIMESTEPS = 1000
@@ -79,10 +79,10 @@ class Batch:
     tokens2: Int64[Tensor, "k chunks 77"] | None = None
     token_weights: Float32[Tensor, "k chunks 77"] | None = None
     """Weight of each token of `weighted_captions`, the same for both text encoders."""
-    hidden: Float16[Tensor, "k t c"] | None = None
-    """Cached hidden states of both text encoders. None if there are tokens."""
-    pooled: Float16[Tensor, "k p"] | None = None
-    """Cached pooled output of text encoder 2."""
+    hidden: Float[Tensor, "k t c"] | None = None
+    """Hidden states of both text encoders: float16 from a cache, or just encoded. None if there are tokens."""
+    pooled: Float[Tensor, "k p"] | None = None
+    """Pooled output of text encoder 2, like `hidden`."""
     original_size: Int64[Tensor, "k 2"]
     crop_top_left: Int64[Tensor, "k 2"]
     target_size: Int64[Tensor, "k 2"]

@@ -17,7 +17,7 @@ LAYERS = [
     {"batch", "config"},
     {"data", "diffusion", "model", "optim", "runtime"},
     {"latents"},
-    {"output"},
+    {"output", "pages"},
     {"report"},
     {"tag_report"},
     {"training", "card"},

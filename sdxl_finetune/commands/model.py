@@ -6,7 +6,7 @@ The module imports only what `--help` needs. Each command imports the rest.
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,12 @@ FORMATS = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
 
 def main(argv: list[str]) -> int:
     """Runs one command and returns the exit status. Raises UserError if the user's input is wrong."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, options = parser.parse_known_args(argv)
+    if arguments.run is _tags:
+        return _tags(arguments, options)
+    if options:
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
     arguments.run(arguments)
     return 0
 
@@ -73,7 +78,28 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--save_model_as", choices=FORMATS, help="format (default: from the name of the output)")
         command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     _add_image_commands(commands)
+    _add_tags(commands)
     return parser
+
+
+def _add_tags(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "measure which tags a checkpoint has learned"
+    more = "The images are those of --config FILE. Every option of the config is an option here as well."
+    tags = commands.add_parser("tags", help=text, description=f"{text}. {more}", allow_abbrev=False)
+    tags.set_defaults(run=_tags)
+    add = tags.add_argument
+    add("model", help="file, diffusers folder, or address of a file in an object store")
+    add("--config", required=True, metavar="FILE", help="config that names the images")
+    add("--tags", metavar="TAGS", help='tags to measure, with patterns, as "style_*" or "cat, dog"')
+    add("--tags_file", metavar="FILE", help="file of tags to measure, one tag or pattern on a line")
+    add("--min_images", metavar="N", help="measure all tags that at least N images have")
+    add("--images", metavar="N", help="images that each tag is measured on at most; default: 16")
+    add("--others", metavar="K", help="other tags that compete with the right one; default: 3")
+    add("--timesteps", metavar="LIST", help="timesteps at which each image is measured; default: 350,550,750,950")
+    add("--budget", metavar="N", help="forward passes at most; fewer images for each tag keep it")
+    add("--base", type=Path, metavar="PATH", help="model, or earlier report (.parquet), to compare with")
+    add("--output", type=Path, metavar="FOLDER", help="folder of the report; default: tags in output_dir")
+    add("--draw", type=partial(_integer, 0), default=16, metavar="N", help="tags that are drawn; default: 16")
 
 
 def _add_image_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -155,6 +181,12 @@ def _merge(arguments: argparse.Namespace) -> None:
     save_as = _choose_format(arguments)
     dtype = getattr(torch, PRECISIONS[arguments.save_precision]) if arguments.save_precision else None
     merge(arguments, save_as, dtype, auto_v2)
+
+
+def _tags(arguments: argparse.Namespace, options: Sequence[str] = ()) -> int:
+    from sdxl_finetune.commands.tags import tags
+
+    return tags(arguments, options)
 
 
 def _integer(least: int, text: str) -> int:

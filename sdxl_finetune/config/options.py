@@ -14,7 +14,7 @@ from typing import Any
 import toml
 from pydantic import model_validator
 
-from sdxl_finetune.config import data_options, output_options, quality_options, training_options
+from sdxl_finetune.config import data_options, output_options, quality_options, tag_options, training_options
 from sdxl_finetune.config.fields import Options, plain
 from sdxl_finetune.storage import Address, LocalCopies, Location
 
@@ -39,6 +39,7 @@ class Config(
     training_options.NoiseOptions,
     training_options.LossOptions,
     training_options.ValidationOptions,
+    tag_options.TagReportOptions,
     training_options.HardwareOptions,
     output_options.SavingOptions,
     output_options.ResumeOptions,

@@ -46,10 +46,12 @@ EXCLUDES = {
     "use_lion_optimizer": ("optimizer_type",),
     "full_fp16": ("full_bf16",),
     "ema_decay": ("ema_half_life",),
+    "tag_report_tags": ("tag_report_tags_file", "tag_report_min_images"),
+    "tag_report_tags_file": ("tag_report_min_images",),
 }
 ANY_BYTES = (
     *("train_data_dir", "reg_data_dir", "in_json", "dataset_config", "sample_prompts", "protected_tags_file"),
-    *("image_weights", "quality_scores"),
+    *("image_weights", "quality_scores", "tag_report_tags_file"),
 )
 """Options whose files this program opens by itself. The libraries for weights and logs open only paths in UTF-8."""
 FILES = (
@@ -58,6 +60,7 @@ FILES = (
     "dataset_config",
     "protected_tags_file",
     "caption_tag_dropout_groups",
+    "tag_report_tags_file",
 )
 SHAPES = ("linear", "cosine", "1-sqrt")
 """Shapes of rise and fall of the schedule warmup_stable_decay."""

@@ -18,6 +18,7 @@ Modules:
     batch_plan  which images form a batch, as a function of seed and epoch
     loader      makes the batches of one rank, in data-loader workers
     views       how an image is seen at one place of the run: flip, size, crop
+    unchanged   images and captions without anything random, for validation and tag reports
     caption_sources  the texts that may become an image's caption, and choosing one
     tags             which tags are protected, and which are dropped together
     caption_lengths  counts the captions that max_token_length cuts off

@@ -29,7 +29,7 @@ def take_quality(options: Subset, line: str, tag: str) -> tuple[str, str]:
         return line, tag
     if _stays(options, parts, places[0]):
         return _replaced(options, parts, places, tag), ""
-    return _without(options, parts, places), tag
+    return without_places(options, parts, places), tag
 
 
 def in_front(options: Subset, text: str, tag: str) -> str:
@@ -46,12 +46,20 @@ def _grammar(tags: tuple[QualityTag, ...], separators: tuple[str, ...]) -> tuple
     return pattern, frozenset(comparable(tag.tag) for tag in tags)
 
 
-def _find(options: Subset, line: str) -> tuple[list[str], list[int]]:
-    """Splits a line into tags and, between them, separators; returns them and the places of the quality tags."""
+def split_line(options: Subset, line: str) -> list[str]:
+    """Splits a caption line into tags, at even places, and the separators between them. Joined, they are the line."""
+    return _subset_grammar(options)[0].split(line)
+
+
+def _subset_grammar(options: Subset) -> tuple[re.Pattern[str], frozenset[str]]:
     own = (options.caption_separator, options.keep_tokens_separator, options.secondary_separator or "")
     separators = (*own, BREAK if options.caption_break else "")
-    pattern, names = _grammar(options.quality_tags or (), tuple(filter(None, separators)))
-    parts = pattern.split(line)
+    return _grammar(options.quality_tags or (), tuple(filter(None, separators)))
+
+
+def _find(options: Subset, line: str) -> tuple[list[str], list[int]]:
+    """The parts of a line, and the places of its quality tags."""
+    parts, (_, names) = split_line(options, line), _subset_grammar(options)
     return parts, [place for place in range(0, len(parts), 2) if comparable(parts[place]) in names]
 
 
@@ -78,10 +86,10 @@ def _replaced(options: Subset, parts: list[str], places: list[int], tag: str) ->
     if comparable(old) != comparable(tag):
         start = len(old) - len(old.lstrip())
         parts = [*parts[:first], old[:start] + tag + old[len(old.rstrip()) :], *parts[first + 1 :]]
-    return _without(options, parts, others)
+    return without_places(options, parts, others)
 
 
-def _without(options: Subset, parts: list[str], places: list[int]) -> str:
+def without_places(options: Subset, parts: list[str], places: list[int]) -> str:
     """The line without the tags at these places, each removed with a separator beside it.
 
     `keep_tokens_separator` and BREAK are never removed.

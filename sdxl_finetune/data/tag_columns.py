@@ -22,15 +22,15 @@ ROWS = 1 << 16
 
 
 class TagPatterns:
-    """Patterns of tags, by number."""
+    """Patterns of tags, by number. If `exact`, they are tags, in which the characters of patterns mean themselves."""
 
-    def __init__(self, patterns: Sequence[str]) -> None:
+    def __init__(self, patterns: Sequence[str], *, exact: bool = False) -> None:
         self._count = len(patterns)
         self._exact: dict[str, list[int]] = {}
         self._globs: list[tuple[int, re.Pattern[str]]] = []
         self._known: dict[str, tuple[int, ...]] = {}
         for number, pattern in enumerate(map(comparable, patterns)):
-            if set(pattern) & set("*?["):
+            if set(pattern) & set("*?[") and not exact:
                 self._globs.append((number, re.compile(fnmatch.translate(pattern))))
             else:
                 self._exact.setdefault(pattern, []).append(number)

@@ -14,6 +14,14 @@ from sdxl_finetune.diffusion.schedule import Schedule
 
 LARGEST_SNR = 1000.0
 """Upper bound of the SNR in all formulas but min-SNR's, as in the reference."""
+UNWEIGHTED = {
+    "loss_type": "l2",
+    "min_snr_gamma": None,
+    "debiased_estimation_loss": False,
+    "scale_v_pred_loss_like_noise_pred": False,
+    "v_pred_like_loss": None,
+}
+"""Loss options of validation and tag reports, whatever the run trains with."""
 
 
 def loss_weight(options: LossOptions, schedule: Schedule, timesteps: Int64[Tensor, " k"]) -> Float32[Tensor, " k"]:

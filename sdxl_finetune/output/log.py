@@ -255,11 +255,18 @@ class Log:
     def validation(self, losses: Mapping[str, float], *, step: int, epoch: int) -> None:
         """Writes validation losses after `step` steps, by tag name. `epoch` is that of the last step, or 0."""
         logger.info("validation after step %d: loss %.5g", step, losses["loss"])
+        self._measured("validation", losses, step, epoch)
+
+    def tags(self, scalars: Mapping[str, float], *, step: int, epoch: int) -> None:
+        """Writes the scalars of a tag report after `step` steps, by name. `epoch` is that of the last step, or 0."""
+        self._measured("tags", scalars, step, epoch)
+
+    def _measured(self, kind: str, scalars: Mapping[str, float], step: int, epoch: int) -> None:
         if self._metrics:
-            row = {"step": step, "epoch": epoch, "validation": _without_infinities(dict(losses))}
+            row = {"step": step, "epoch": epoch, kind: _without_infinities(dict(scalars))}
             self._metrics.write(json.dumps(row) + "\n")
         for tracker in self._trackers:
-            tracker.scalars({f"validation/{name}": loss for name, loss in losses.items()}, step)
+            tracker.scalars({f"{kind}/{name}": value for name, value in scalars.items()}, step)
 
     def colours(self, drifts: Sequence[Drift], *, step: int, epoch: int) -> None:
         """Writes the colours of drawn pictures, of the images of the same captions, and the drift after `step` steps.

@@ -57,9 +57,8 @@ def last_losses(directory: Path, count: int) -> list[float]:
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as file:
-        rows = [
-            json.loads(line) for line in file.readlines()[-2 * count - 2 :]
-        ]  # a step has at most one line of validation
+        # Besides its own line, a step has at most one line of validation and one of tags.
+        rows = [json.loads(line) for line in file.readlines()[-3 * count - 3 :]]
     return [row["loss"] for row in rows if "loss" in row][-count:]
 
 

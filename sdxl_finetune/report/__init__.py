@@ -6,5 +6,5 @@ Modules, each of which uses those before it:
     rows, scores, duplicates   captions of an index in columns; its scores; its duplicates
     findings, collect          what a person should look at; the statistics of an index as one Report
     charts, summary            figures of plotly; the summary in plain words
-    thumbnails, page           pictures of single images; the page, from page.html, page.css and page.js
+    page                       the page, from page.html and the parts in pages/
 """

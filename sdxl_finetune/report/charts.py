@@ -1,28 +1,20 @@
-"""The charts of the report, as figures of plotly. They name no colours: page.js sets those of a dark or a light page.
+"""The charts of the report, as figures of plotly."""
 
-Captions and file names are foreign text, and plotly reads markup in labels. `label` escapes it.
-"""
-
-import html
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float64
 
-from sdxl_finetune.errors import UNPRINTABLE
+from sdxl_finetune.pages.figures import CHART_HEIGHT, HOVER_LETTERS, LETTERS, figure_of, label, log_axis
 from sdxl_finetune.report.captions import Lengths
 from sdxl_finetune.report.collect import Report
 from sdxl_finetune.report.sizes import BucketRow, Histogram, Sizes
 from sdxl_finetune.report.tags import Tags, Together
 
-LETTERS, HOVER_LETTERS = 26, 120
-"""Letters of a label on an axis, and of the text that appears where one points."""
 MOST_BARS = 40
 BAR_HEIGHT = 21
 """Pixels of a horizontal bar with its gap."""
-CHART_HEIGHT = 320
-"""Pixels of a chart without horizontal bars."""
 TOKENS_IN_BAR = 5
 MAP_HEIGHT = 500
 """Least height of the chart of buckets, and height of the map beside it, in pixels."""
@@ -83,14 +75,6 @@ def build_figures(report: Report) -> Mapping[str, dict]:
     return {name: figure.to_plotly_json() for name, figure in figures.items()}
 
 
-def label(text: str, letters: int | None = None) -> str:
-    """Foreign text as a label: in one line, escaped, and cut to this number of letters."""
-    text = UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-    if letters is not None and len(text) > letters:
-        text = text[: letters - 1] + "…"
-    return html.escape(text, quote=False)
-
-
 def horizontal_bars(counts: Sequence[tuple[str, int]], unit: str, height: int = 0) -> go.Figure:
     """Bars with their names at the left, in the given order from the top. `height` is the least one in pixels."""
     places = list(range(len(counts)))
@@ -104,7 +88,7 @@ def horizontal_bars(counts: Sequence[tuple[str, int]], unit: str, height: int = 
         cliponaxis=False,
         hovertemplate=f"%{{customdata}}<br>%{{x:,}} {unit}<extra></extra>",
     )
-    figure = _figure([bars], max(height, len(counts) * BAR_HEIGHT + 50))
+    figure = figure_of([bars], max(height, len(counts) * BAR_HEIGHT + 50))
     ticks = [label(name, LETTERS) for name, _ in counts]
     figure.update_yaxes(tickvals=places, ticktext=ticks, range=[len(counts) - 0.4, -0.6], showgrid=False)
     most = max((count for _, count in counts), default=1)  # the number stands right of the longest bar
@@ -149,15 +133,15 @@ def size_map(sizes: Sizes) -> go.Figure:
         name="buckets",
         showlegend=True,
     )
-    figure = _figure([cells, buckets], MAP_HEIGHT)
+    figure = figure_of([cells, buckets], MAP_HEIGHT)
     powers = list(range(8))
     figure.update_layout(
         coloraxis={"cmin": 0, "colorbar": {"tickvals": powers, "ticktext": [f"{10**k:,}" for k in powers]}},
         legend={"orientation": "h", "y": 1.08},
         margin={"t": 30},
     )
-    figure.update_xaxes(title="width in pixels", **_log_axis(PIXEL_TICKS))
-    return figure.update_yaxes(title="height in pixels", **_log_axis(PIXEL_TICKS))
+    figure.update_xaxes(title="width in pixels", **log_axis(PIXEL_TICKS))
+    return figure.update_yaxes(title="height in pixels", **log_axis(PIXEL_TICKS))
 
 
 def histogram_bars(found: Histogram, title: str, number: str, *, ticks: Mapping[float, str] | None = None) -> go.Figure:
@@ -173,8 +157,8 @@ def histogram_bars(found: Histogram, title: str, number: str, *, ticks: Mapping[
         ],
         hovertemplate="%{customdata}<br>%{y:,} images<extra></extra>",
     )
-    figure = _figure([bars], CHART_HEIGHT).update_yaxes(title="images", tickformat="~s")
-    axis = _log_axis(ticks) if ticks else {"tickformat": ".0%" if number.endswith("%") else None}
+    figure = figure_of([bars], CHART_HEIGHT).update_yaxes(title="images", tickformat="~s")
+    axis = log_axis(ticks) if ticks else {"tickformat": ".0%" if number.endswith("%") else None}
     return figure.update_xaxes(title=title, showgrid=False, **axis)
 
 
@@ -187,7 +171,7 @@ def token_bars(lengths: Lengths) -> go.Figure:
     counts = np.histogram(lengths.lengths, edges)[0]
     middle = (edges[:-1] + edges[1:]) / 2
     fits = middle < limit
-    figure = _figure(
+    figure = figure_of(
         [
             go.Bar(
                 x=middle[own].tolist(),
@@ -225,8 +209,8 @@ def rank_curve(tags: Tags) -> go.Figure:
         fill="tozeroy",
     )
     powers = {10.0**k: f"{10**k:,}" for k in range(8)}
-    figure = _figure([line], TALL).update_xaxes(title="rank of the tag", **_log_axis(powers))
-    return figure.update_yaxes(title="images", **_log_axis(powers))
+    figure = figure_of([line], TALL).update_xaxes(title="rank of the tag", **log_axis(powers))
+    return figure.update_yaxes(title="images", **log_axis(powers))
 
 
 def tags_per_image(tags: Tags) -> go.Figure:
@@ -236,7 +220,7 @@ def tags_per_image(tags: Tags) -> go.Figure:
     bars = go.Bar(
         x=list(range(len(counts))), y=counts.tolist(), hovertemplate="%{x} tags<br>%{y:,} images<extra></extra>"
     )
-    figure = _figure([bars], TALL).update_yaxes(title="images", tickformat="~s")
+    figure = figure_of([bars], TALL).update_yaxes(title="images", tickformat="~s")
     return figure.update_xaxes(title="tags in a caption", showgrid=False)
 
 
@@ -259,20 +243,8 @@ def together_map(together: Together) -> go.Figure:
         hovertemplate="%{customdata}<extra></extra>",
         hoverongaps=False,
     )
-    figure = _figure([cells], count * 20 + 170)
+    figure = figure_of([cells], count * 20 + 170)
     figure.update_layout(coloraxis={"cmin": 0, "colorbar": {"tickformat": ".0%"}})
     places = list(range(count))
     figure.update_xaxes(tickvals=places, ticktext=names, tickangle=-90, showgrid=False)
     return figure.update_yaxes(tickvals=places, ticktext=names, autorange="reversed", showgrid=False)
-
-
-def _log_axis(ticks: Mapping[float, str]) -> dict:
-    return {"type": "log", "tickvals": list(ticks), "ticktext": list(ticks.values())}
-
-
-def _figure(traces: Sequence[go.Bar | go.Heatmap | go.Scatter], height: int) -> go.Figure:
-    layout = {"height": height, "margin": {"l": 10, "r": 10, "t": 12, "b": 10}, "showlegend": None, "template": None}
-    figure = go.Figure(list(traces), layout)
-    figure.update_layout(showlegend=len(traces) > 1)
-    figure.update_xaxes(automargin=True, zeroline=False)
-    return figure.update_yaxes(automargin=True, zeroline=False)

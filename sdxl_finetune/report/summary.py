@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from sdxl_finetune.pages.words import number, percent
 from sdxl_finetune.report.collect import Report
 
 SMALL = 0.001
@@ -17,20 +18,6 @@ class Remark:
     level: Literal["problem", "warning", "note"]
     text: str
     section: str
-
-
-def percent(share: float) -> str:
-    """A share as text, such as `12 %`, `0.4 %` or `under 0.1 %`."""
-    if 0 < share < 0.001:
-        return "under 0.1 %"
-    if 0.999 < share < 1:
-        return "over 99.9 %"
-    return f"{share * 100:.0f} %" if share in (0, 1) or share >= 0.0995 else f"{share * 100:.1f} %"
-
-
-def number(count: int, one: str, several: str | None = None) -> str:
-    """A number with its noun, such as `1 image` or `5,000 images`."""
-    return f"{count:,} {one if count == 1 else several or one + 's'}"
 
 
 def summarize(report: Report) -> list[Remark]:

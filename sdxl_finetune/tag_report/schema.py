@@ -42,9 +42,9 @@ TAGS = pa.schema(
 """The tags table.
 
 images: images measured. held_out: those of them that are held out. exposures: images with the tag that training has
-seen so far, null if unknown. gain: share of the loss that the tag takes away. accuracy: share of images whose right
-tag has the lowest loss. Errors are standard errors of these means; null for a tag measured on one image. chance:
-accuracy of a model that does not know the tag.
+seen so far, null if unknown. gain: share of the loss that the tag takes away. accuracy: share of images and timesteps
+at which the right tag has the lowest loss. Errors are standard errors of these means; null for a tag measured on one
+image. chance: accuracy of a model that does not know the tag.
 """
 IMAGES = pa.schema(
     [
@@ -59,7 +59,8 @@ IMAGES = pa.schema(
 """The images table.
 
 image: the image's folder and name, joined by a /. gain: share of this image's loss that the tag takes away. rank: how
-many of the other tags have a lower loss than the right one. exposures: how often training has seen the image.
+many of the other tags have a lower loss than the right one, over all timesteps together. exposures: how often training
+has seen the image.
 """
 FACTS = b"tag_report"
 """Key of the schema's metadata that holds the facts, as JSON."""

@@ -29,6 +29,7 @@ from sdxl_finetune.config import (
     load_datasets,
     with_local_models,
 )
+from sdxl_finetune.config.tag_options import TagReportOptions
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.masks import remark_on_alpha, without_bad_masks
 from sdxl_finetune.data.remarks import report_bad_images
@@ -48,6 +49,7 @@ from sdxl_finetune.optim.update import check_update
 from sdxl_finetune.output.metadata import load_thumbnail
 from sdxl_finetune.output.prompts import Prompt, load_prompts
 from sdxl_finetune.runtime.processes import check_precision
+from sdxl_finetune.tag_report.choice import choose
 
 OPTIMIZER = {*OptimizerOptions.model_fields, "mixed_precision", "full_bf16"}
 SOURCES = {"train_data_dir", "reg_data_dir", "in_json", "dataset_config"}
@@ -126,6 +128,9 @@ def read_inputs(
     if intact(*OPTIMIZER):
         problems.attempt(check_optimizer, config, device, model.groups if model else ())
         problems.attempt(check_update, config, device)
+    index = _read_images(config, problems, share, faulty)
+    if index is not None and config.tag_report_every_n_epochs and intact(*TagReportOptions.model_fields):
+        problems.attempt(choose, config, index)
     return Inputs(
         tokenizer=problems.attempt(tokenizer_of, config) if intact("tokenizer_cache_dir") else None,
         prompts=problems.attempt(load_prompts, config.sample_prompts)
@@ -133,7 +138,7 @@ def read_inputs(
         else (),
         thumbnail=problems.attempt(load_thumbnail, config.metadata_thumbnail) if intact("metadata_thumbnail") else None,
         model=model,
-        index=_read_images(config, problems, share, faulty),
+        index=index,
     )
 
 

@@ -22,18 +22,13 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import MicroBatch
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
+from sdxl_finetune.data.unchanged import image_id, unchanged
 from sdxl_finetune.model.sdxl import evaluating
 from sdxl_finetune.model.vae import batch_latents, decode
 from sdxl_finetune.output.colours import Drift, compare, measure
 from sdxl_finetune.output.previews import build_sampler, denoise, moved_to
 from sdxl_finetune.training.learner import Learner
-from sdxl_finetune.training.validation import (
-    batches_of,
-    draw_validation_noise,
-    image_id,
-    unchanged,
-    validation_timesteps,
-)
+from sdxl_finetune.training.validation import batches_of, draw_validation_noise, validation_timesteps
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sdxl_finetune.config import ColourOptions, PreviewOptions, ResumeOptions, SavingOptions, ValidationOptions
+from sdxl_finetune.config.tag_options import TagReportOptions
 from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.errors import counted
 
@@ -140,6 +141,12 @@ def colours_every(options: ColourOptions) -> Every:
     epochs, steps = options.colour_check_every_n_epochs, options.colour_check_every_n_steps
     is_on = bool(epochs or steps)
     return Every(steps=None if epochs else steps, epochs=epochs, at_start=is_on, at_end=is_on)
+
+
+def reports_every(options: TagReportOptions) -> Every:
+    """When tag reports are made: before the first step, after the last one, and every N epochs."""
+    epochs = options.tag_report_every_n_epochs
+    return Every(epochs=epochs, at_start=epochs is not None, at_end=epochs is not None)
 
 
 def saves_every(options: SavingOptions, epochs: int) -> Every:

@@ -26,7 +26,7 @@ from sdxl_finetune.optim.update import total_norm
 from sdxl_finetune.output.log import NonFiniteLoss, Step
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory, name_the_batch
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
-from sdxl_finetune.training import hooks
+from sdxl_finetune.training import hooks, tag_reports
 from sdxl_finetune.training.debug_dataset import draw_dataset
 from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.setup import Run, build_run
@@ -55,7 +55,9 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
     if hooks.is_finished(run):
         logger.info("nothing to do: all %d steps are made and the final checkpoint is saved", run.timeline.steps)
         return
+    reports = tag_reports.build_reports(run)
     hooks.begin(run)
+    tag_reports.begin_reports(run, reports, stop)
     stop.check()
     for step in training_steps(run.learner, run.batches(), stop):
         moment = run.timeline.after(step.number)
@@ -64,6 +66,7 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
         hooks.validate_if_due(run, moment)
         hooks.check_colours_if_due(run, moment)
         state_is_saved = hooks.save_if_due(run, moment)
+        tag_reports.report_tags_if_due(run, reports, moment, stop)
         if stop_is_due(run, stop):
             if not state_is_saved:
                 hooks.save_interrupted(run, moment)

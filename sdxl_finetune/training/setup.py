@@ -167,7 +167,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     index, tokenizer, prompts = inputs.index, inputs.tokenizer, inputs.prompts or ()
     assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
-    index, latents, masks = _prepare_latents(config, index, loaded.vae, accelerator, stop)
+    index, latents, masks = prepare_latents(config, index, loaded.vae, accelerator, stop)
     text = _prepare_text(config, index, loaded.model, tokenizer, accelerator, stop)
     ranks = accelerator.num_processes
     plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
@@ -301,7 +301,7 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
     return loaded
 
 
-def _prepare_latents(
+def prepare_latents(
     config: Config, index: Index, vae: AutoencoderKL, accelerator: Accelerator, stop: StopRequest | None
 ) -> tuple[Index, LatentStore | None, MaskStore | None]:
     """The caches of latents and masks, if the config asks for them. Without them, batches hold images and masks."""

@@ -6,10 +6,8 @@ its crop is at the centre, and its loss is the squared error without loss weight
 not depend on noise options, loss weights, batch size or seed of the run, and figures of such runs compare.
 """
 
-import hashlib
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,29 +17,17 @@ from jaxtyping import Int32
 from torch import Tensor
 
 from sdxl_finetune.batch import TIMESTEPS, Batch, Position
-from sdxl_finetune.config import Config, Dataset
+from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import MicroBatch
-from sdxl_finetune.data.captions import AS_WRITTEN
-from sdxl_finetune.data.index import Entry, Index
-from sdxl_finetune.data.loader import DrawNoise, TrainingDataset, load_batches
+from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.loader import TrainingDataset, load_batches
+from sdxl_finetune.data.unchanged import image_id, unchanged
+from sdxl_finetune.diffusion.loss_weights import UNWEIGHTED
 from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.model.sdxl import evaluating
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.seeding import position_normal
 from sdxl_finetune.training.learner import Learner
-
-UNWEIGHTED = {
-    "loss_type": "l2",
-    "min_snr_gamma": None,
-    "debiased_estimation_loss": False,
-    "scale_v_pred_loss_like_noise_pred": False,
-    "v_pred_like_loss": None,
-}
-"""Loss options of every validation, whatever the run trains with."""
-NOT_AT_RANDOM = {"flip_aug": False, "color_aug": False, "random_crop": False, "face_crop_aug_range": None}
-UNCHANGED = {**AS_WRITTEN, **NOT_AT_RANDOM}
-"""Options of every validation dataset: captions and images are not changed at random. A wildcard {a|b} still becomes
-one of its options, chosen by position."""
 
 
 def draw_validation_noise(
@@ -151,25 +137,6 @@ def build_validation(config: Config, training: TrainingDataset) -> Validation | 
     )
 
 
-def unchanged(
-    training: TrainingDataset, *, draw_noise: DrawNoise, draw_timesteps: Callable[[Position, int], Tensor], seed: int
-) -> TrainingDataset:
-    """The images of the training dataset with captions and views that are not changed at random, for one rank alone."""
-    index = training.index
-    datasets = tuple(_unchanged(dataset) for dataset in index.datasets)
-    return replace(
-        training,
-        index=Index(index.path, datasets, index.excluded, index.bad_files),
-        draw_noise=draw_noise,
-        draw_timesteps=draw_timesteps,
-        seed=seed,
-        max_steps=1,
-        noise_latent_scale=None,
-        rank=0,
-        ranks=1,
-    )
-
-
 def batches_of(index: Index, rows: Int32[np.ndarray, " n"]) -> list[Int32[np.ndarray, " k"]]:
     """The rows in batches of one bucket, each with its dataset's batch size."""
     rows = rows[np.argsort(index.bucket[rows], kind="stable")]
@@ -179,14 +146,3 @@ def batches_of(index: Index, rows: Int32[np.ndarray, " n"]) -> list[Int32[np.nda
         size = index.datasets[index.buckets[index.bucket[group[0]]].dataset].batch_size
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return batches
-
-
-def _unchanged(dataset: Dataset) -> Dataset:
-    subsets = tuple(subset.model_copy(update=UNCHANGED) for subset in dataset.subsets)
-    return dataset.model_copy(update={"subsets": subsets})
-
-
-def image_id(entry: Entry) -> tuple[int, int]:
-    """The `validation_seed` of an image and a hash of its file name."""
-    digest = hashlib.blake2b(os.fsencode(entry.path.name), digest_size=4).digest()
-    return entry.subset.validation_seed, int.from_bytes(digest, "little")

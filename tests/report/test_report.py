@@ -20,9 +20,10 @@ from PIL import Image
 from sdxl_finetune.commands.data import load_data_config
 from sdxl_finetune.commands.data import main as data_tool
 from sdxl_finetune.errors import Problem, Tally, UserError
+from sdxl_finetune.pages.rendering import script_json
+from sdxl_finetune.pages.thumbnails import thumbnail
+from sdxl_finetune.pages.words import shown
 from sdxl_finetune.report.collect import Report, collect, find_unusable
-from sdxl_finetune.report.page import script_json, shown
-from sdxl_finetune.report.thumbnails import thumbnail
 from tests.browser import CHROMIUM, Page
 
 SCRIPT = "<script>document.title = 'run'</script>"

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_finetune.data.tokens import build_tokenizer
+from sdxl_finetune.pages.words import percent
 from sdxl_finetune.report.captions import measure_lengths
 from sdxl_finetune.report.duplicates import group_rows
 from sdxl_finetune.report.rows import first_texts
 from sdxl_finetune.report.sizes import histogram, log_histogram, map_sizes
-from sdxl_finetune.report.summary import percent
 from sdxl_finetune.report.tags import TagCounter, Tags, count_together, neighbours, split_texts
 from sdxl_finetune.seeding import draw_sample
 

@@ -20,12 +20,21 @@ function template() {
   return { layout, data: { bar: [{ marker: { line: { width: 0 } }, textfont: { size: 11 } }] } };
 }
 
+// A trace that names a colour in `meta.color` gets the colour of this name in the page's styles.
+function colored(traces) {
+  const style = getComputedStyle(document.documentElement);
+  return structuredClone(traces).map((trace) => {
+    const color = trace.meta?.color && style.getPropertyValue("--" + trace.meta.color).trim();
+    return color ? { ...trace, marker: { ...trace.marker, color }, line: { ...trace.line, color } } : trace;
+  });
+}
+
 function draw() {
   const own = template();
   for (const [name, figure] of Object.entries(figures)) {
     const layout = { ...figure.layout, template: own, autosize: true };
     const options = { responsive: true, displayModeBar: false };
-    Plotly.react("chart-" + name, structuredClone(figure.data), layout, options);
+    Plotly.react("chart-" + name, colored(figure.data), layout, options);
   }
   document.documentElement.dataset.drawn = dark.matches ? "dark" : "light";
 }

@@ -1,0 +1,87 @@
+"""Style tags of the toy world that plain code reads off a picture: each style is a palette.
+
+A style paints all objects in one colour on one background, and its captions name neither:
+
+    best quality, style_monet, flat style, one object, star
+
+Eight styles have from few to many pictures. Two more are spoilt on purpose. Of the contradictory one, half of the
+pictures are in the palette of another style. Of the mislabelled one, three quarters are in those of other styles.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from scripts.toy.style import save_pair
+from scripts.toy.world import COLOURS, GROUNDS, Scene, caption, draw, read, scenes
+
+STYLES = {
+    "monet": 8, "degas": 12, "klimt": 20, "goya": 32, "dali": 56, "matisse": 96, "renoir": 160, "vermeer": 256,
+    "rubens": 192, "titian": 192,
+}  # fmt: skip
+"""Pictures of each style."""
+CONTRADICTORY, MISLABELLED = "rubens", "titian"
+PLAIN = 150
+"""Pictures without a style tag, whose captions name the colours."""
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The colour of all objects, and the background."""
+
+    colour: str
+    ground: str
+
+    def paint(self, scene: Scene) -> Scene:
+        """The scene in this palette."""
+        return replace(scene, objects=tuple((self.colour, shape) for _, shape in scene.objects), ground=self.ground)
+
+    def is_shown(self, picture: Image.Image) -> bool:
+        """True if the picture shows objects, all in this colour and on this background."""
+        shown = read(picture)
+        colours = {colour for colour, _ in shown.objects}
+        return colours == {self.colour} and shown.ground == self.ground
+
+
+def palettes(seed: int) -> dict[str, Palette]:
+    """A palette of its own for each style, by its name. The seed draws them."""
+    rng = random.Random(f"palettes {seed}")
+    every = [Palette(colour, ground) for colour in COLOURS for ground in GROUNDS]
+    return dict(zip(STYLES, rng.sample(every, len(STYLES)), strict=True))
+
+
+def styled_caption(scene: Scene, style: str) -> str:
+    """The tags of a scene with a style: its colours are left out."""
+    count = ("one object", "two objects")[len(scene.objects) - 1]
+    shapes = [shape for _, shape in scene.objects]
+    return ", ".join([f"{scene.quality} quality", f"style_{style}", f"{scene.style} style", count, *shapes])
+
+
+def write_styles(folder: Path, seed: int, share: float = 1.0) -> None:
+    """Writes the pictures of all styles and those without a style, with caption files. `share` lowers their numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = palettes(seed)
+    clean = [name for name in STYLES if name not in (CONTRADICTORY, MISLABELLED)]
+    source, number = scenes(1000 + seed, for_training=True, quality="best"), 0
+    for style, count in STYLES.items():
+        for place in range(max(4, round(share * count))):
+            rng = random.Random(f"{seed} {style} {place}")
+            shown = style
+            if style == CONTRADICTORY and place % 2:
+                shown = clean[-2]
+            elif style == MISLABELLED and place % 4:
+                shown = rng.choice(clean)
+            scene = own[shown].paint(next(source))
+            save_pair(folder, number, draw(scene, rng), styled_caption(scene, style))
+            number += 1
+    for place, scene in enumerate(islice(source, round(share * PLAIN))):
+        save_pair(folder, number + place, draw(scene, random.Random(f"{seed} plain {place}")), caption(scene))
+
+
+def captions_to_draw(count: int) -> Sequence[Scene]:
+    """Scenes with which each style is drawn. Their colours do not matter."""
+    return list(islice(scenes(1, for_training=True, quality="best"), count))
