@@ -20,6 +20,8 @@ NEVER = 0.5
 """Place of a tag without exposures on a logarithmic axis."""
 FORMATS = {"gain": ".1%", "accuracy": ".0%"}
 LEGEND = {"legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"}, "margin": {"t": 60}}
+NARROW = 500
+"""Ratio of exposures up to which the axis has ticks between the powers of ten."""
 FEW = 200
 """Tags up to which points are large."""
 
@@ -53,8 +55,10 @@ def tag_points(rows: Sequence[TagRow], value: str) -> go.Figure:
         figure.update_yaxes(range=[0, 1.05])
     if median := median_exposures(rows):
         figure.add_vline(median, line={"dash": "dot", "width": 1.5})
-    powers = {10.0**k: f"{10**k:,}" for k in range(10)}
-    figure.update_xaxes(title="exposures", **log_axis({NEVER: "0", **powers}))
+    seen = [max(1, row.exposures or 0) for row in known]
+    digits = (1, 2, 5) if max(seen) < NARROW * min(seen) else (1,)
+    ticks = {float(digit * 10**k): f"{digit * 10**k:,}" for k in range(10) for digit in digits}
+    figure.update_xaxes(title="exposures", **log_axis({NEVER: "0", **ticks}))
     figure.update_yaxes(title=value, tickformat=FORMATS[value])
     return figure.update_layout(showlegend=True, **LEGEND)
 

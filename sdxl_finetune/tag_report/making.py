@@ -76,7 +76,7 @@ def make_report(
     report = with_changes(report, base or first, last)
     path = save_report(job.folder, report)
     finished.remove()
-    write_files(job.folder, report)
+    write_files(job.folder, report, {subset.image_weights for subset in job.index.subsets})
     logger.info("tag report: %s written after %s", path, duration(time.monotonic() - began))
     return report
 

@@ -4,7 +4,7 @@ The page comes last, because pictures for it may take minutes. Without the libra
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sdxl_finetune.pages.rendering import missing_libraries, write_page
@@ -19,11 +19,19 @@ logger = logging.getLogger(__name__)
 CSV_ENDING, PAGE_ENDING = ".csv", ".html"
 
 
-def write_files(folder: Path, report: Report) -> list[Path]:
-    """Writes the CSV file, and the file of suggested repeats if there are some. Returns their paths. Raises OSError."""
+def write_files(folder: Path, report: Report, in_use: Iterable[Path | None] = ()) -> list[Path]:
+    """Writes the CSV file, and the file of suggested repeats if there are some. Returns their paths. Raises OSError.
+
+    A file of repeats among `in_use`, which the config names as `image_weights`, stays as it is. A resumed run
+    would otherwise find other repeats.
+    """
     name = report_name(report.facts)
     table, repeats = folder / f"{name}{CSV_ENDING}", folder / f"{name}{underfitted.ENDING}"
     write_csv(table, report.tags)
+    if any(path is not None and path.resolve() == repeats.resolve() for path in in_use):
+        message = "image_weights = %s: the tag report would replace this file, so it leaves its repeats out. %s"
+        logger.warning(message, repeats, "Copy the file to another folder, and name the copy")
+        return [table]
     has_repeats = underfitted.write_underfitted(repeats, tag_rows(report.tags), report.facts)
     return [table, repeats] if has_repeats else [table]
 

@@ -51,17 +51,19 @@ class Suggestions:
 def suggest_repeats(rows: Sequence[TagRow]) -> Suggestions:
     """The repeats of the underfitted tags among `rows`, by the rule of this module."""
     median = median_exposures(rows)
-    target = median if median is not None else max((row.exposures or 0 for row in rows), default=0) or None
+    target = median
+    if target is None:
+        target = max((row.exposures for row in rows if row.exposures is not None), default=None)
     suggestions, satisfied = [], []
     for row in rows:
         if row.state != "underfitted":
             continue
-        if median is None and target is not None and row.exposures is not None and row.exposures >= target:
-            satisfied.append(row)
-            continue
-        # Without exposures nothing says how many repeats are missing, so that the least number is suggested.
-        known = target is not None and row.exposures is not None
-        ratio = target / max(1, row.exposures) if known else 0  # type: ignore[operator, type-var]
+        ratio = 0.0  # Without exposures nothing says how many repeats are missing, so the least number is suggested.
+        if target is not None and row.exposures is not None:
+            if median is None and row.exposures >= target:
+                satisfied.append(row)
+                continue
+            ratio = target / max(1, row.exposures)
         repeats = min(MOST_REPEATS, max(LEAST_REPEATS, math.ceil(ratio)))
         suggestions.append(Suggestion(row, repeats))
     suggestions.sort(key=lambda one: (one.repeats, one.row.tag))

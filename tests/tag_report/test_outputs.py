@@ -5,6 +5,7 @@ import csv
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -90,6 +91,8 @@ def test_without_learned_tags_rare_ones_catch_up_with_the_most_frequent() -> Non
     found = suggest_repeats(tag_rows(tags_table([{"tag": "a", "exposures": 100}, {"tag": "b", "exposures": 40}])))
     assert [(one.row.tag, one.repeats) for one in found.underfitted] == [("b", 3)]
     assert [row.tag for row in found.satisfied] == ["a"] and not found.is_learned
+    untrained = suggest_repeats(tag_rows(tags_table([{"tag": "a", "exposures": 0}])))
+    assert len(untrained.satisfied) == 1 and not untrained.underfitted
     unknown = suggest_repeats(tag_rows(tags_table([{"tag": "a", "exposures": None}])))
     assert unknown.target is None and [one.repeats for one in unknown.underfitted] == [2]
 
@@ -141,6 +144,18 @@ def test_without_underfitted_tags_there_is_no_rule_file(tmp_path) -> None:
     tags = tags_table(LEARNED)
     assert [file.name for file in write_files(tmp_path, Report(facts(), tags, images_table(tags)))] == ["00000500.csv"]
     assert not path.exists()
+
+
+def test_a_file_that_the_config_names_stays_as_it_is(tmp_path, monkeypatch, caplog) -> None:
+    path = tmp_path / "tags" / "00000500.underfitted.toml"
+    path.parent.mkdir()
+    path.write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    report, named = made_report(12), Path("tags/00000500.underfitted.toml")
+    assert write_files(path.parent, report, [None, named]) == [path.with_name("00000500.csv")]
+    assert path.read_text() == "mine" and "Copy the file to another folder" in caplog.text
+    assert len(write_files(path.parent, report, [None, Path("other.toml")])) == 2
+    assert path.read_text() != "mine"
 
 
 def test_sdxl_check_and_the_index_take_the_suggested_repeats(work, write_images, capsys) -> None:
