@@ -41,7 +41,7 @@ class Row:
     """A tag before and after training on with the suggested repeats."""
 
     style: str
-    exposures: int
+    exposures: int | None
     gain: float
     gain_error: float
     accuracy: float

@@ -40,9 +40,9 @@ class TagReportOptions(Options):
     """Timesteps at which each image is measured. Not in sd-scripts."""
     tag_report_budget: Annotated[int | None, REPORTS] = Field(None, ge=1)
     """Forward passes of a report at most. Fewer images for each tag keep it. Default: no limit. Not in sd-scripts."""
-    tag_report_learned_skill: Annotated[float, REPORTS] = Field(0.7, ge=0, le=1)
+    tag_report_learned_skill: Annotated[float, REPORTS] = Field(0.75, ge=0, le=1)
     """Accuracy of a learned tag at least, from 0 at chance to 1. Not in sd-scripts."""
     tag_report_learned_gain: Annotated[float, REPORTS] = Field(0.5, ge=0)
     """Gain of a learned tag at least, as a share of the median gain of all tags. Not in sd-scripts."""
-    tag_report_contradictory_exposures: Annotated[float, REPORTS] = Field(0.5, gt=0)
+    tag_report_contradictory_exposures: Annotated[float, REPORTS] = Field(1.0, gt=0)
     """Exposures, as a share of the median learned tag's, from which a tag is contradictory. Not in sd-scripts."""

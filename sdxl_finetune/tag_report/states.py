@@ -2,11 +2,12 @@
 
     skill = (accuracy - chance) / (1 - chance)      0: the tag is not known, 1: the right tag always wins
 
-A tag is learned if its skill and its gain reach their bounds. A tag that does not is contradictory if training has seen
-it as often as the median learned tag: more of the same would not help. Otherwise it is underfitted. If a figure lies so
-near its bound that chance decides, the tag is unclear.
+A tag is learned if its skill and its gain reach their bounds. Another tag is underfitted if training has seen it more
+seldom than the median learned tag. If training has seen it as often, more of the same would not help: the tag is
+contradictory if a figure surely misses its bound, and else unclear. A tag is also unclear if its error is large.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 from sdxl_finetune.config.tag_options import TagReportOptions
 
 SURE = 1.0
-"""Standard errors by which a figure must miss its bound before the tag is called not learned."""
-FEW = 3
-"""Images of a tag below which nothing is decided."""
+"""Standard errors by which a figure must miss its bound before a tag is called contradictory."""
+LARGE = 0.15
+"""Error of the accuracy from which nothing is decided. Three images have about 0.2, eight about 0.1."""
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,30 @@ def find_states(tags: Sequence[Figures], options: TagReportOptions) -> list[str]
     if not tags:
         return []
     least_gain = options.tag_report_learned_gain * statistics.median(tag.gain for tag in tags)
-    found = [_is_learned(tag, options.tag_report_learned_skill, max(least_gain, 0.0)) for tag in tags]
-    seen = [
-        tag.exposures for tag, learned in zip(tags, found, strict=True) if learned is True and tag.exposures is not None
-    ]
-    often = options.tag_report_contradictory_exposures * statistics.median(seen) if seen else None
+    skill, gain = options.tag_report_learned_skill, max(least_gain, 0.0)
+    learned = [_is_clear(tag) and _reaches(tag, skill, gain) for tag in tags]
+    seen = [tag.exposures for tag, is_learned in zip(tags, learned, strict=True) if is_learned]
+    known = [exposures for exposures in seen if exposures is not None]
+    often = options.tag_report_contradictory_exposures * statistics.median(known) if known else math.inf
     states = []
-    for tag, learned in zip(tags, found, strict=True):
-        if learned is None:
-            states.append("unclear")
-        elif learned:
+    for tag, is_learned in zip(tags, learned, strict=True):
+        if is_learned:
             states.append("learned")
-        elif often is not None and tag.exposures is not None and tag.exposures >= often:
-            states.append("contradictory")
-        else:
+        elif not _is_clear(tag):
+            states.append("unclear")
+        elif tag.exposures is None or tag.exposures < often:
             states.append("underfitted")
+        else:
+            states.append("unclear" if _reaches(tag, skill, gain, SURE) else "contradictory")
     return states
 
 
-def _is_learned(tag: Figures, least_skill: float, least_gain: float) -> bool | None:
-    """True if both figures reach their bounds, False if one of them surely does not, None if that is not clear."""
-    if tag.images < FEW or tag.gain_error is None or tag.accuracy_error is None:
-        return None
-    least_accuracy = tag.chance + least_skill * (1 - tag.chance)
-    if tag.chance < 1 and tag.accuracy < least_accuracy:
-        return False if tag.accuracy + SURE * tag.accuracy_error < least_accuracy else None
-    if tag.gain < least_gain or tag.gain <= 0:
-        return False if tag.gain + SURE * tag.gain_error < least_gain or tag.gain <= 0 else None
-    return True
+def _is_clear(tag: Figures) -> bool:
+    return tag.gain_error is not None and tag.accuracy_error is not None and tag.accuracy_error < LARGE
+
+
+def _reaches(tag: Figures, skill: float, gain: float, errors: float = 0.0) -> bool:
+    """True if both figures, raised by so many standard errors, reach their bounds. The gain must be above 0."""
+    accuracy = tag.accuracy + errors * (tag.accuracy_error or 0.0)
+    raised = tag.gain + errors * (tag.gain_error or 0.0)
+    return accuracy >= tag.chance + skill * (1 - tag.chance) and raised >= gain and raised > 0

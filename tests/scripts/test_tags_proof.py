@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -58,7 +59,8 @@ def test_a_slice_of_the_proof_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rows = tags.measure(tmp_path, 0, share=0.01)
     assert [row.style for row in rows] == list(STYLES)
     assert all(row.then_gain == row.gain for row in rows), "the model is the same"
-    assert all(abs(row.gain) < 0.3 and row.drawn in (0.0, 1.0) for row in rows)
+    assert all(np.isfinite(row.gain) and row.exposures is None and row.drawn in (0.0, 1.0) for row in rows)
+    assert "contradictory" not in {row.state for row in rows}, "nothing says how often this model saw the tags"
     assert tags.measure(tmp_path, 0) == rows, "finished parts are kept"
 
 
