@@ -198,7 +198,7 @@ def _steps(config: Config, index: Index, timeline: Timeline) -> Iterator[str]:
     yield (
         f"{counted(plan.batches_per_epoch, 'batch')} and {counted(plan.steps_per_epoch, 'step')} an epoch,"
         f" {counted(steps, 'step')} in all"
-        f" ({epochs:.4g} epochs) on {counted(own, 'process')}"
+        f" ({epochs:.4g} epoch{'s' * (epochs != 1)}) on {counted(own, 'process')}"
     )
     others = [count for count in (1, 2, 4, 8) if count != own]
     plans = {count: _plan(config, index, count).steps_per_epoch for count in others}

@@ -14,7 +14,7 @@ from sdxl_finetune.errors import UserError
 
 UNUSED = {"pretrained_model_name_or_path", "vae", "max_train_steps", "max_train_epochs", "resume", "sample_prompts"}
 """Options of training alone. A dataset can be looked at without them, and their mistakes do not matter."""
-CONFIG_HELP = "The images are those of --config FILE. Every option of the config is an option here as well."
+CONFIG_HELP = "The images are those of the config. Every option of the config is an option here as well."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,8 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--rare", type=int, default=10, metavar="N", help="list tags in fewer than N images; default: 10"
     )
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
         command.allow_abbrev = False  # an unknown option is the config's
+        command.usage = f"sdxl-data {name} --config FILE [--option VALUE ...]"
     return parser
 
 

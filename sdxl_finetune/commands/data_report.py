@@ -25,5 +25,5 @@ def data_report(config: Config, output: Path, *, rare: int) -> int:
         except OSError as error:
             message = f"the page cannot be written ({error.strerror}): choose another place"
             raise UserError(Problem(message, key="--output", value=str(output))) from error
-    print(f"{output}: {len(report.index):,} images, {output.stat().st_size / 1e6:.1f} MB")
+    print(f"wrote {output}: {len(report.index):,} images, {output.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -86,9 +86,10 @@ def file_lines(
 def _kind(kind: str, saves: Sequence[Save], final: str | None, size: float) -> Iterator[str]:
     kept, names = _kept(saves) + (final is not None), [save.name for save in saves]
     shown = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
-    end = f" and {final} at the end" if final else ""
-    yield f"{len(names)} numbered {kind} ({shown or 'none'}){end}"
-    yield f"{size_text(size)} each; {kept} stay, and one more while saving: {size_text((kept + 1) * size)}"
+    end = f"{final} at the end" if final else ""
+    numbered = f"{len(names)} numbered {kind} ({shown})" if names else f"no numbered {kind}"
+    yield f"{numbered} and {end}" if end else numbered
+    yield f"{size_text(size)} each; {kept} kept, and one more while saving: {size_text((kept + 1) * size)}"
 
 
 def _kept(saves: Sequence[Save]) -> int:

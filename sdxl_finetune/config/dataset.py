@@ -273,7 +273,8 @@ def mark_problems(
     if scores and not is_ending(scores) and (reason := _scores_problem(scores)):
         yield "quality_scores", reason
     if groups.startswith("column:") and (scores is None or is_ending(scores)):
-        yield "quality_groups", "needs quality_scores, the file with this column: set it, or name tags"
+        remedy = "set it (the metadata file may stand there too), or name tags"
+        yield "quality_groups", f"needs quality_scores, the file with this column: {remedy}"
 
 
 def _scores_problem(scores: str) -> str | None:

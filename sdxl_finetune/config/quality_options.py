@@ -72,9 +72,7 @@ def parse_quality_tags(text: str) -> tuple[QualityTag, ...]:
 def _parse_tag(text: str) -> QualityTag:
     found = CONDITION.fullmatch(text)
     if found is None or SHARE_WITHOUT_PERCENT.fullmatch(text):
-        raise Refused(
-            f"{text!r} is neither a tag, nor a tag with > and a number, nor a tag with top and a number and %"
-        )
+        raise Refused(f"{text!r} cannot be read")
     tag, sign, bound, share = found.groups()
     if bound is not None and not math.isfinite(_as_number(bound)):
         raise Refused(f"the bound {bound} is no finite number")

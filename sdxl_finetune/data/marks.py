@@ -150,14 +150,14 @@ def _groups(
 def _describe_shares(values: np.ndarray, options: Subset, groups: Groups | None) -> Iterator[str]:
     """Yields the number of images of each group, and the lowest scores of tags that are given by shares."""
     tags = options.quality_tags or ()
-    names = ["all images"] if groups is None else groups.names
+    names = ["all images"] if groups is None else [f"group {name}" for name in groups.names]
     number = np.zeros(len(values), np.int64) if groups is None else groups.number
     lowest = share_bounds(values, tags, number, len(names))
     sizes = np.bincount(number, minlength=len(names)).tolist()
     for group, name in enumerate(names[:MOST_GROUPS]):
         if lowest and sizes[group]:
             bounds = (f"{tags[place]} = score >= {bound[group]:.6g}" for place, bound in lowest.items())
-            yield f"quality_tags: {sizes[group]:,} images of {name}: {', '.join(bounds)}"
+            yield f"quality_tags: {name} (images: {sizes[group]:,}): {', '.join(bounds)}"
 
 
 def _apply_missing(

@@ -86,10 +86,10 @@ def remark_on_sources(table: pa.Table, subsets: Sequence[Subset]) -> None:
             is_there = texts.is_valid().to_numpy(zero_copy_only=False).reshape(-1, len(subset.caption_sources))
             counts = dict(zip((one.name for one in subset.caption_sources), is_there.sum(axis=0).tolist(), strict=True))
             logger.info(
-                "%s: %d images, of which have the caption source %s; %d have none",
+                "%s: %d images; caption source %s, none in %d",
                 subset.image_dir,
                 end - start,
-                ", ".join(f"{name} {count}" for name, count in counts.items()),
+                ", ".join(f"{name} in {count}" for name, count in counts.items()),
                 int((~is_there.any(axis=1)).sum()),
             )
             if missing := [name for name, count in counts.items() if not count]:

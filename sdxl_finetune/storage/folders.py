@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sdxl_finetune.files import atomic_path
+from sdxl_finetune.files import atomic_path, size_text
 from sdxl_finetune.storage.access import delete, list_files, stat, write
 from sdxl_finetune.storage.address import Address, Found, StorageError
 from sdxl_finetune.storage.copies import locked
@@ -42,7 +42,7 @@ def fetch_to(address: Address, path: Path, files: Sequence[Found] | None = None)
                 return
             files = files_at(address) if files is None else files
             size = sum(found.size for found in files)
-            logger.info("downloading %s (%.1f GB) to %s", address, size / 1e9, path)
+            logger.info("downloading %s (%s) to %s", address, size_text(size), path)
             with atomic_path(path) as temporary:
                 for found in files:
                     download(address / found.name, temporary / found.name if found.name else temporary, found.size)

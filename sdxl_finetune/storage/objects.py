@@ -40,11 +40,16 @@ PAUSES = (1.0, 4.0, 10.0)
 MOST_PARTS = 5000
 """Parts of one upload. Stores allow 10,000."""
 NO_BUCKET = "the bucket does not exist: check its name, and AWS_ENDPOINT_URL for a store that is not Amazon's"
+NO_CREDENTIALS = (
+    "no credentials: set them in the environment. S3 needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
+    " AWS_SKIP_SIGNATURE=true for a public bucket. Azure needs AZURE_STORAGE_ACCOUNT_KEY"
+)
 REASONS = {
+    "169.254.169.254": NO_CREDENTIALS,  # without credentials the library asks the cloud's machine for them
+    "/latest/api/token": NO_CREDENTIALS,
     "account must be specified": "the environment names no account: set AZURE_STORAGE_ACCOUNT_NAME",
     "invalid access key": "AZURE_STORAGE_ACCOUNT_KEY in the environment is no valid key: correct it",
     "service account file": "the credentials that GOOGLE_SERVICE_ACCOUNT names cannot be read: correct it",
-    "169.254.169.254": "no credentials: set them in the environment",  # asked for on a machine outside of the cloud
     "nosuchbucket": NO_BUCKET,
     "connection refused": "the connection is refused",
     "dns error": "the name of the host is not found",
@@ -206,7 +211,7 @@ def _attempt(address: Address, done: str, request: Callable[[], T], *, patient: 
         except (exceptions.NotSupportedError, exceptions.InvalidPathError):
             raise StorageError(address, f"cannot be {done}: the store does not offer this") from None
         except (exceptions.BaseError, OSError, ValueError) as failure:
-            if (reason := _reason(failure)) == NO_BUCKET:
+            if (reason := _reason(failure)) in (NO_BUCKET, NO_CREDENTIALS):
                 raise StorageError(address, f"cannot be {done}: {reason}") from None
             error = StorageError(address, f"cannot be {done}, after {1 + len(PAUSES)} attempts: {reason}")
         if (pause := next(pauses, None)) is None:

@@ -54,7 +54,7 @@ def test_it_says_what_the_run_does(work, capsys) -> None:
     assert re.search(r"\ncaptions      max_token_length = \d+ cuts off ", said)
     assert "3 numbered weights (style-000001, style-000002, style-000003) and style at the end" in said
     sizes = {path.name: path.stat().st_size for path in Path("out").glob("*.safetensors")}
-    assert len(sizes) == 3 and "3 stay" in said
+    assert len(sizes) == 3 and "3 kept" in said
     each = re.search(r"([\d.]+) MiB each", said)
     assert each and float(each[1]) == pytest.approx(sizes["style.safetensors"] / 2**20, rel=0.02)
     assert (
@@ -213,5 +213,6 @@ def test_counts_of_one_are_singular(work, capsys) -> None:
     asked = ["--max_train_epochs", "1", "--train_batch_size", "100", "--sample_every_n_epochs", "1", "--no_memory"]
     assert check(config("sdxl-check", *asked, "--sample_prompts", "prompts.txt", "--learning_rate_te1", "0")) == 0
     said = capsys.readouterr().out
-    assert re.search(r"1 step in all \(1 epochs?\) on 1 process", said) and "1 round of previews" in said
+    assert re.search(r"1 step in all \(1 epoch\) on 1 process", said) and "1 round of previews" in said
+    assert "no numbered weights and style at the end" in said
     assert not re.search(r"(?<![\d.])1 (batches|steps|rounds|buckets|images|processes)\b", said)

@@ -53,6 +53,12 @@ WRITTEN = {
 }
 
 
+def test_help_shows_where_the_config_goes(capsys) -> None:
+    with pytest.raises(SystemExit):
+        data.main(["report", "--help"])
+    assert "sdxl-data report --config FILE [--option VALUE ...]" in capsys.readouterr().out
+
+
 def test_tags_are_written_once_and_a_second_run_touches_nothing(work, capsys) -> None:
     before = captions()
     Path("images/1_cat/a.txt").chmod(0o640)

@@ -26,7 +26,7 @@ def problems(*arguments: str) -> list[str]:
         ("quality_tags", "best > high, bad", "the bound high is no finite number"),
         ("quality_tags", "best top 300%, bad", "the share 300% is not above 0 and at most 100 percent"),
         ("quality_tags", "best > 0.7, Best", "a tag is named twice"),
-        ("quality_tags", "best < 0.7, bad", "'best < 0.7' is neither a tag, nor a tag with > and a number, .*"),
+        ("quality_tags", "best < 0.7, bad", "'best < 0.7' cannot be read"),
         ("caption_sources", ".json:0.5", "'.json' needs a key, as .json#caption"),
         ("caption_sources", ".txt#tags", "'.txt#tags' has a key, and only .json files have keys"),
         ("caption_sources", "tags:much", "'much' of 'tags:much' is no weight"),

@@ -58,7 +58,7 @@ def test_the_index_holds_the_text_of_each_source(index, caplog) -> None:
     assert [own[row].captions for row in range(4)] == [
         ("tags of a", "A text of a."), ("tags of b", None), (None, "A text of c."), (None, None)
     ]  # fmt: skip
-    assert "4 images, of which have the caption source .txt 2, .json#caption 2; 1 have none" in caplog.text
+    assert "4 images; caption source .txt in 2, .json#caption in 2, none in 1" in caplog.text
     assert "1 of 4 images have no caption, or an empty one, and are trained without a text" in caplog.text
     assert "d.png: write one of the texts that caption_sources names" in caplog.text
 

@@ -180,8 +180,8 @@ def test_shares_within_the_groups_of_a_rating_tag_and_of_a_column(folder: Path, 
     pa.parquet.write_table(table, path)
     assert tags(build(**options, quality_groups="column:rating")) == ["best", "best", "rest", "best", "rest", "best"]
     said = [record.getMessage() for record in caplog.records]
-    assert "quality_tags: 3 images of rating:safe: best top 34% = score >= 0.5" in said
-    assert "quality_tags: 1 images of (none): best top 34% = score >= 0.1" in said
+    assert "quality_tags: group rating:safe (images: 3): best top 34% = score >= 0.5" in said
+    assert "quality_tags: group (none) (images: 1): best top 34% = score >= 0.1" in said
 
 
 def test_a_missing_column_is_named_with_those_that_exist(folder: Path, build) -> None:

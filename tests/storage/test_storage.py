@@ -250,6 +250,19 @@ def test_impossible_credentials_of_other_stores_are_named_at_once(monkeypatch, a
     objects.forget_stores()
 
 
+def test_missing_credentials_are_not_asked_for_again(s3: S3Server, monkeypatch) -> None:
+    """Without variables the library asks the metadata service of a cloud, which most machines do not have."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(time, "sleep", lambda _seconds: pytest.fail("tried again"))
+    objects.forget_stores()
+    for function in (stat, read, lambda one: list(list_files(one))):
+        with pytest.raises(StorageError, match="no credentials: set them in the environment"):
+            function(Address("s3://bucket/a"))
+    objects.forget_stores()
+
+
 def test_clients_of_google_and_azure_are_made_from_the_environment(monkeypatch) -> None:
     """No request is made: these tests have no server for either."""
     from obstore.store import AzureStore, GCSStore

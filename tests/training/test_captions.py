@@ -71,7 +71,7 @@ def run(*more: str) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_draws_the_same_captions(work, caplog) -> None:
     with caplog.at_level(logging.INFO):
         whole = run("--save_every_n_steps", "2", "--save_state")
-    assert "4 images, of which have the caption source .txt 4, .json#caption 4; 0 have none" in caplog.text
+    assert "4 images; caption source .txt in 4, .json#caption in 4, none in 0" in caplog.text
     assert caplog.text.count("captions: max_token_length = 150 cuts off") == 1
     other = run("--caption_sources", ".txt", "--output_name", "last")
     assert any(not torch.equal(whole[name], other[name]) for name in whole)
