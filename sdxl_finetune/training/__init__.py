@@ -11,4 +11,5 @@ Modules:
     state, optimizer_state, resume    training states, and continuing from them
     debug_dataset    draws the first batches instead of training
     validation, vae_encoder    the validation loss, and the VAE for the latent cache
+    colours     compares drawn pictures with the images of the same captions
 """
