@@ -7,7 +7,10 @@ Modules:
     keymap        one table between module names and checkpoint keys, used in both directions
     load, save    checkpoints as .safetensors, .ckpt or diffusers folder
     tensorfile, named_tensors, diffusers_folder, tokenizer_files    the parts of loading and saving
-    declared      says which objective a checkpoint was trained with
+    weights       all tensors of a model, as writers are given them
+    declared      says which objective a checkpoint was trained with, and has its marker tensors
+    interfaces    says what user interfaces take a checkpoint for
+    merge, averaging    weighted sums of models, and the weights that approximate an EMA
     identify      says which model a file holds, if it is not SDXL
     attention, compilation    gradient checkpointing, xformers, torch.compile
     random_model  small models with random weights

@@ -5,6 +5,7 @@ Modules:
     checkpoints, metadata   names, formats and metadata of saved weights
     log, trackers           metrics.jsonl, TensorBoard, wandb; log_history cuts a log back for a resumed run
     previews, prompts       preview images
+    colours                 mean, contrast and saturation of pictures
     contact_sheet           many images on one picture
     console                 messages on the terminal
     uploads, hub, hub_process           Hugging Face hub: queue of uploads, one call, the process that makes it

@@ -12,4 +12,5 @@ Modules:
     debug_dataset    draws the first batches instead of training
     validation, vae_encoder    the validation loss, and the VAE for the latent cache
     tag_reports      which tags are learned so far
+    colours          compares drawn pictures with the images of the same captions
 """

@@ -1,8 +1,8 @@
-"""Hooks of the training loop: previews, validation, checkpoints and training states.
+"""Hooks of the training loop: previews, validation, colour checks, checkpoints and training states.
 
 Pure functions of the moment decide when something is due, and under which name it is saved (every.py, saves.py). The
 hooks carry it out. No hook changes anything about training. All ranks call the hooks at the same steps: they share out
-the previews and the validation, and the first rank saves.
+the previews, the validation and the colour checks, and the first rank saves.
 """
 
 import logging
