@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.kept_files import REFRESH, STAMP, UNUSED, publish_index, remove_unused
 from sdxl_finetune.storage import Address, list_files
@@ -70,6 +72,29 @@ def test_a_folder_without_old_files_is_left_alone(tmp_path: Path, caplog) -> Non
         age(tmp_path / "tars" / "x" / "1.tar.members", UNUSED + 10)
         remove_unused(tmp_path)
     assert not (tmp_path / "tars" / "x").exists() and "tars/*/*.members" in caplog.text
+
+
+@pytest.mark.parametrize("away", [400 * 86400.0, -400 * 86400.0])
+def test_a_wrong_clock_neither_removes_used_files_nor_keeps_old_ones_for_ever(
+    tmp_path: Path, monkeypatch, away: float
+) -> None:
+    """The clock of one of two machines that share a folder is wrong. The file server notes the times."""
+    (tmp_path / "scans").mkdir()
+    used, old, bad = (tmp_path / "scans" / name for name in ("used.scan", "old.scan", "old.unusable"))
+    for path in (used, old, bad):
+        path.touch()
+    for path in (old, bad):
+        age(path, UNUSED + 10)
+    now = time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now + away)
+        remove_unused(tmp_path)
+    assert used.exists() and not old.exists() and not bad.exists()
+    old.touch()
+    age(old, UNUSED + 10)
+    os.utime(tmp_path / STAMP, (now + 10 * UNUSED,) * 2)
+    remove_unused(tmp_path)
+    assert used.exists() and not old.exists(), "a time in the future does not stop the search"
 
 
 def test_indexes_in_a_store_are_written_again_before_they_are_old(s3, tmp_path: Path, monkeypatch, caplog) -> None:
