@@ -9,6 +9,7 @@ import pytest
 
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.kept_files import REFRESH, STAMP, UNUSED, publish_index, remove_unused
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.storage import Address, list_files
 
 FOLDER = Address("s3://bucket/cache/indexes")
@@ -117,3 +118,20 @@ def test_indexes_in_a_store_are_written_again_before_they_are_old(s3, tmp_path: 
         publish_index(tmp_path / "used.index", FOLDER)
     assert [found.name for found in list_files(FOLDER)] == ["used.index"]
     assert "removed 1 indexes that were not used for 90 days" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["scans", "scores", "marks", "held_out", "mask_files"])
+def test_a_folder_in_cache_dir_that_cannot_be_written_to_is_named(
+    tmp_path: Path, write_images, subset, dataset, folder: str
+) -> None:
+    """Another user of the `cache_dir` may have made the folder. Here it is a file, because root may write anywhere."""
+    write_images(tmp_path / "a", {"a.png": (64, 64), "b.png": (64, 64)})
+    options = {"quality_tags": "x > 0.5", "quality_scores": ".score", "validation_split": 0.5}
+    one = subset(tmp_path / "a", conditioning_data_dir=tmp_path / "a", **options)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / folder).touch()
+    with pytest.raises(UserError) as error:
+        build_index([dataset(one)], tmp_path / "cache", "stop")
+    (problem,) = error.value.problems
+    assert problem.file and Path(problem.file).parent == tmp_path / "cache" / folder
+    assert "cannot be written" in problem.message and "cache_dir" in problem.message
