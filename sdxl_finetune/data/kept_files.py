@@ -25,12 +25,14 @@ KEPT = (
     *("scans/*.unusable", "objects/*.unusable", "mask_files/*.unusable"),
 )
 """Patterns of the files in `cache_dir` that this program keeps and can make again."""
+UNFINISHED = tuple(f"{pattern}.*.tmp" for pattern in KEPT)
+"""Patterns of what killed processes leave of such files. The files of five million images have gigabytes."""
 STAMP = ".unused_files_removed"
 """File whose modification time is the time of the last search."""
 
 
 def remove_unused(cache_dir: Path) -> None:
-    """Removes the KEPT files that were not used for UNUSED seconds, at most once a day, and logs what it removed.
+    """Removes the files that were not used for UNUSED seconds, at most once a day, and logs what it removed.
 
     Ages are differences between times of the file system. The clock of this machine may be wrong, or differ from that
     of the file server.
@@ -45,7 +47,7 @@ def remove_unused(cache_dir: Path) -> None:
     except OSError:  # nothing can be removed from this folder
         return
     count, size, kinds = 0, 0, set[str]()
-    for pattern in KEPT:
+    for pattern in (*KEPT, *UNFINISHED):
         for path in cache_dir.glob(pattern):
             with contextlib.suppress(OSError):  # removed by another process, or mapped on Windows
                 status = path.stat()

@@ -242,8 +242,11 @@ def find_keys_together(
 
 def _forget_old(folder: Path) -> None:
     """Removes all files of keys but the KEPT newest ones."""
-    files = sorted(folder.glob(f"*{KEYS}"), key=lambda file: file.stat().st_mtime)
-    for old in files[:-KEPT]:
+    files = []
+    for path in folder.glob(f"*{KEYS}"):
+        with contextlib.suppress(OSError):  # another run may have removed it meanwhile
+            files.append((path.stat().st_mtime, path))
+    for _, old in sorted(files)[:-KEPT]:
         with contextlib.suppress(OSError):  # Windows removes no file that a process has mapped
             old.unlink()
 

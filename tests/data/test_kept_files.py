@@ -135,3 +135,17 @@ def test_a_folder_in_cache_dir_that_cannot_be_written_to_is_named(
     (problem,) = error.value.problems
     assert problem.file and Path(problem.file).parent == tmp_path / "cache" / folder
     assert "cannot be written" in problem.message and "cache_dir" in problem.message
+
+
+def test_what_killed_processes_have_left_half_written_is_removed(tmp_path: Path) -> None:
+    left = [".a.index.71-0a1b.tmp", "scans/.b.scan.72-0a1b.tmp", "caption_keys/.c.keys.npy.73-0a1b.tmp"]
+    others = ["own.tmp", "latents/.1.latents.74-0a1b.tmp"]
+    for name in (*left, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    remove_unused(tmp_path)
+    assert files(tmp_path) == {*left, *others}, "another process may be writing them"
+    for name in (*left, *others, STAMP):
+        age(tmp_path / name, UNUSED + 10)
+    remove_unused(tmp_path)
+    assert files(tmp_path) == set(others)
