@@ -233,7 +233,7 @@ def _reason(failure: Exception) -> str:
 def _impossible_name(failure: Exception) -> str:
     """Names the object of which the library refuses the name. Only the name is taken from its text."""
     name = IMPOSSIBLE.search(str(failure))
-    named = f" ({ascii(name[1])})" if name else ""
+    named = f" ({name[1]!a})" if name else ""
     return f"an object's name{named} has an empty part, a part . or .., or a control character: rename the object"
 
 

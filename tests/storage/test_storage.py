@@ -169,10 +169,11 @@ class TestObjectsOfOtherPrograms:
     @pytest.mark.parametrize(("folder", "name"), [("1", "a//b.png"), ("2", "./c.png"), ("3", "tab\t.png")])
     def test_a_name_that_cannot_be_used_is_named(self, s3: S3Server, folder: str, name: str) -> None:
         s3.create("others")  # the bucket of all tests is emptied through these functions
-        put(s3, f"others/{folder}/{name}")
+        key = f"{folder}/{name}"
+        put(s3, f"others/{key}")
         with pytest.raises(StorageError) as error:
             list(list_files(Address(f"s3://others/{folder}")))
-        beginning = f"s3://others/{folder}: cannot be listed: an object's name ({ascii(f'{folder}/{name}')}) has"
+        beginning = f"s3://others/{folder}: cannot be listed: an object's name ({key!a}) has"
         assert str(error.value).startswith(beginning) and str(error.value).endswith("rename the object")
 
 
