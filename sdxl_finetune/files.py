@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder exists under its final name only when it is complete. Sizes and hashes as text."""
+"""Atomic writes: a file or folder exists under its final name only when it is complete. Sizes, times and hashes."""
 
 import contextlib
 import hashlib
@@ -90,6 +90,14 @@ def _remove(path: Path) -> None:
 
 def _is_running(process: int) -> bool:
     return psutil.pid_exists(process)  # on Windows, os.kill(process, 0) would be Ctrl-C
+
+
+def modified(status: os.stat_result) -> int:
+    """The modification time in nanoseconds since 1970. A time beyond the year 2262 is that of the largest int64.
+
+    File systems hold later times, which wrong clocks and damaged copies leave. Columns of int64 do not.
+    """
+    return max(-(1 << 63), min(status.st_mtime_ns, (1 << 63) - 1))
 
 
 def size_text(count: float) -> str:

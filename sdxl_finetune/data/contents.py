@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from sdxl_finetune.data.images import ImageError
+from sdxl_finetune.files import modified
 from sdxl_finetune.storage import Location, StorageError, read_with_stat
 
 
@@ -27,7 +28,7 @@ def read_image(
                 if container:
                     file.seek(offset)
                 data = file.read(stat[0]) if container else file.read()
-            found = now.st_size, now.st_mtime_ns
+            found = now.st_size, modified(now)
         else:
             data, now_stat = read_with_stat(place, max(offset, 0), stat[0])
             found = now_stat.size, now_stat.version

@@ -10,8 +10,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Int, Int64
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.tables import one_chunk
-from sdxl_finetune.files import atomic_path
+from sdxl_finetune.data.tables import kept_file, one_chunk
 from sdxl_finetune.storage.copies import touch
 
 CHUNK = 1 << 16
@@ -64,7 +63,7 @@ def _kept(
     except (OSError, ValueError, EOFError):
         pass
     chosen = hold_out(names, share, seed).astype(np.int64)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with kept_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, chosen)
     return chosen
 

@@ -19,6 +19,7 @@ from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.images import ImageError, image_size
 from sdxl_finetune.data.sources.names import MISSING_REMEDY
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.files import modified
 
 NOTHING = b"-"
 """Stands for the `stat` of a caption file that does not exist."""
@@ -85,7 +86,7 @@ def look_at(files: Files) -> Stats:
                     reason = f"no such image, though the metadata file names it: {MISSING_REMEDY}"
                 stats.failed[place] = Problem(reason, file=os.fsdecode(path))
                 continue
-            stats.bytes[place], stats.mtime[place] = stat.st_size, stat.st_mtime_ns
+            stats.bytes[place], stats.mtime[place] = stat.st_size, modified(stat)
         if files.captions[place]:
             stats.caption_stat[place] = _caption_stat(os.fsdecode(path), files.subset)
     return stats

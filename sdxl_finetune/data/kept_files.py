@@ -22,22 +22,32 @@ EVERY = 86400.0
 KEPT = (
     *("*.index", "scans/*.scan", "marks/*.marks", "held_out/*.npy", "scores/*.scores", "objects/*.objects"),
     *("mask_files/*.masks", "mask_files/*.objects", "tars/*/*.members", "caption_keys/*.keys.npy"),
+    *("scans/*.unusable", "objects/*.unusable", "mask_files/*.unusable"),
 )
 """Patterns of the files in `cache_dir` that this program keeps and can make again."""
+UNFINISHED = tuple(f"{pattern}.*.tmp" for pattern in KEPT)
+"""Patterns of what killed processes leave of such files. The files of five million images have gigabytes."""
 STAMP = ".unused_files_removed"
 """File whose modification time is the time of the last search."""
 
 
 def remove_unused(cache_dir: Path) -> None:
-    """Removes the KEPT files that were not used for UNUSED seconds, at most once a day, and logs what it removed."""
-    now = time.time()
-    try:
-        if (cache_dir / STAMP).stat().st_mtime > now - EVERY:
+    """Removes the files that were not used for UNUSED seconds, at most once a day, and logs what it removed.
+
+    Ages are differences between times of the file system. The clock of this machine may be wrong, or differ from that
+    of the file server.
+    """
+    stamp = cache_dir / STAMP
+    with contextlib.suppress(OSError):
+        if abs(time.time() - stamp.stat().st_mtime) < EVERY:  # a stamp of the future is from a wrong clock
             return
-    except OSError:
-        pass
+    try:
+        stamp.touch()
+        now = stamp.stat().st_mtime
+    except OSError:  # nothing can be removed from this folder
+        return
     count, size, kinds = 0, 0, set[str]()
-    for pattern in KEPT:
+    for pattern in (*KEPT, *UNFINISHED):
         for path in cache_dir.glob(pattern):
             with contextlib.suppress(OSError):  # removed by another process, or mapped on Windows
                 status = path.stat()
@@ -47,8 +57,6 @@ def remove_unused(cache_dir: Path) -> None:
     for folder in cache_dir.glob("tars/*"):
         with contextlib.suppress(OSError):
             folder.rmdir()  # removes an empty folder only
-    with contextlib.suppress(OSError):
-        (cache_dir / STAMP).touch()
     if count:
         message = "%s: removed %d files (%.1f MB) of earlier runs, not used for %d days: %s"
         logger.info(message, cache_dir, count, size / 1e6, UNUSED // 86400, ", ".join(sorted(kinds)))

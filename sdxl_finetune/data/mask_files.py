@@ -23,6 +23,7 @@ from sdxl_finetune.data.sources.names import has_ending, stems
 from sdxl_finetune.data.sources.objects import Objects, columns_of
 from sdxl_finetune.data.tables import map_table, one_chunk, with_slashes, write_table
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.files import modified
 from sdxl_finetune.storage import Address, Found, Location, list_files, naming
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def _walk(folder: Path) -> Iterator[Found]:
         for name in names:
             with suppress(OSError):  # a link to a missing file is no mask
                 stat = os.stat(os.path.join(parent, name))  # noqa: PTH116, PTH118 (millions)
-                yield Found(stat.st_size, stat.st_mtime_ns, name if below == "." else f"{below}/{name}")
+                yield Found(stat.st_size, modified(stat), name if below == "." else f"{below}/{name}")
 
 
 def find_masks(images: pa.Array, masks: pa.Array) -> tuple[Int64[np.ndarray, " n"], Bool[np.ndarray, " n"]]:

@@ -180,7 +180,7 @@ def digest_of(table: pa.Table, names: Sequence[str] | None = None, size: int = 1
     digest = hashlib.blake2b(digest_size=size)
     for name in names or table.column_names:
         digest.update(name.encode())
-        for chunk in table[name].chunks:
+        for chunk in filter(len, table[name].chunks):  # an empty chunk may have buffers, and has none in a file
             # The first buffer marks nulls. It may be there or not where there are none.
             for buffer in chunk.buffers()[chunk.null_count == 0 :]:
                 if buffer is not None:

@@ -3,7 +3,9 @@
 Paths are passed to Arrow as bytes, because it refuses text that is not UTF-8.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,30 @@ import pyarrow.compute
 import pyarrow.ipc
 from jaxtyping import UInt8
 
+from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.storage.copies import touch
 
 
+@contextlib.contextmanager
+def kept_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path, and renames the file there to `path` at the end, as `atomic_path` does.
+
+    Raises UserError if the file cannot be written, for example into a folder that another user has made.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            yield temporary
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        message = f"the file cannot be written ({reason}): free disk space, correct the permissions of its folder,"
+        raise UserError(Problem(f"{message} or name another folder as cache_dir", file=str(path))) from None
+
+
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes a table to a file that appears under its name when it is complete."""
+    """Writes a table to a file that appears under its name when it is complete. Raises UserError."""
     with (
-        atomic_path(path) as temporary,
+        kept_file(path) as temporary,
         pa.OSFile(os.fsencode(temporary), "wb") as file,
         pa.ipc.new_file(file, table.schema) as writer,
     ):

@@ -32,8 +32,8 @@ from sdxl_finetune.config import Config, Subset
 from sdxl_finetune.data.caption_sources import Texts, choose_text
 from sdxl_finetune.data.captions import AS_WRITTEN, caption
 from sdxl_finetune.data.index import Index
+from sdxl_finetune.data.tables import kept_file
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.files import atomic_path
 from sdxl_finetune.latents.keys import hash16
 from sdxl_finetune.latents.library import Library
 from sdxl_finetune.latents.records import Records
@@ -200,7 +200,7 @@ def find_keys(captions: Captions, folder: Path, *, writes: bool) -> UInt8[np.nda
         return keys
     keys = captions.keys()
     if writes:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
+        with kept_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, keys)
         _forget_old(folder)
     return keys
@@ -242,8 +242,11 @@ def find_keys_together(
 
 def _forget_old(folder: Path) -> None:
     """Removes all files of keys but the KEPT newest ones."""
-    files = sorted(folder.glob(f"*{KEYS}"), key=lambda file: file.stat().st_mtime)
-    for old in files[:-KEPT]:
+    files = []
+    for path in folder.glob(f"*{KEYS}"):
+        with contextlib.suppress(OSError):  # another run may have removed it meanwhile
+            files.append((path.stat().st_mtime, path))
+    for _, old in sorted(files)[:-KEPT]:
         with contextlib.suppress(OSError):  # Windows removes no file that a process has mapped
             old.unlink()
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sdxl_finetune.files import atomic_path
+from sdxl_finetune.files import atomic_path, modified
 from sdxl_finetune.storage import objects
 from sdxl_finetune.storage.address import Address, Found, Location, Stat, StorageError
 
@@ -38,7 +38,7 @@ def stat(location: Location) -> Stat:
         found = location.stat()
     except OSError as error:
         raise _local_error(location, "read", error) from None
-    return Stat(found.st_size, found.st_mtime_ns)
+    return Stat(found.st_size, modified(found))
 
 
 def exists(location: Location) -> bool:
@@ -63,7 +63,7 @@ def list_files(folder: Location) -> Iterator[Found]:
         for found in _walk(folder):
             entry = found.stat()
             name = os.path.relpath(found.path, folder).replace(os.sep, "/")
-            yield Found(entry.st_size, entry.st_mtime_ns, name, entry.st_mtime)
+            yield Found(entry.st_size, modified(entry), name, entry.st_mtime)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sdxl_finetune.files import atomic_path, size_text
 from sdxl_finetune.storage.access import delete, list_files, stat, write
@@ -51,11 +51,16 @@ def fetch_to(address: Address, path: Path, files: Sequence[Found] | None = None)
 
 
 def files_at(address: Address) -> list[Found]:
-    """The files of a folder by name, or the object itself with an empty name. Raises StorageError if there is none."""
+    """The files of a folder by name, or the object itself with an empty name. Raises StorageError if there is none.
+
+    Consoles of stores make a folder as an empty object of its name. Such an object is not a file of the folder above.
+    """
     with contextlib.suppress(StorageError):
         found = stat(address)
         return [Found(found.size, found.version, "")]
     files = sorted(list_files(address), key=lambda found: found.name)
+    folders = {str(parent) for found in files for parent in PurePosixPath(found.name).parents}
+    files = [found for found in files if found.size or found.name not in folders]
     if not files:
         raise StorageError(address, "does not exist", missing=True)
     return files

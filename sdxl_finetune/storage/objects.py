@@ -65,6 +65,9 @@ REASONS = {
 """Reason to report for each word in the library's error text. The first word that is found counts."""
 STATUS = re.compile(r"status(?: code)?:? (\d{3})", re.IGNORECASE)
 
+IMPOSSIBLE = re.compile(r'path "(.*?)"(?: contained|:)', re.IGNORECASE | re.DOTALL)
+"""The name in the library's text on a name of an object that it cannot use."""
+
 
 def read(address: Address, start: int, length: int) -> bytes:
     """`length` bytes of an object from position `start`. Raises StorageError if the object is shorter."""
@@ -208,8 +211,10 @@ def _attempt(address: Address, done: str, request: Callable[[], T], *, patient: 
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
             message = "access is denied: check the credentials in the environment, and what they may do"
             raise StorageError(address, f"cannot be {done}; {message}") from None
-        except (exceptions.NotSupportedError, exceptions.InvalidPathError):
+        except exceptions.NotSupportedError:
             raise StorageError(address, f"cannot be {done}: the store does not offer this") from None
+        except exceptions.InvalidPathError as failure:
+            raise StorageError(address, f"cannot be {done}: {_impossible_name(failure)}") from None
         except (exceptions.BaseError, OSError, ValueError) as failure:
             if (reason := _reason(failure)) in (NO_BUCKET, NO_CREDENTIALS):
                 raise StorageError(address, f"cannot be {done}: {reason}") from None
@@ -228,6 +233,13 @@ def _reason(failure: Exception) -> str:
     return (
         f"the store answers with status {status[1]}" if status else f"an error of the store ({type(failure).__name__})"
     )
+
+
+def _impossible_name(failure: Exception) -> str:
+    """Names the object of which the library refuses the name. Only the name is taken from its text."""
+    name = IMPOSSIBLE.search(str(failure))
+    named = f" ({name[1]!a})" if name else ""
+    return f"an object's name{named} has an empty part, a part . or .., or a control character: rename the object"
 
 
 def _version(found: Any) -> int:

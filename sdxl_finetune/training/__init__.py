@@ -8,7 +8,8 @@ Modules:
     loop        the training loop
     hooks       previews, validation and saves
     every, saves    when a hook is due, and under which name something is saved
-    state, optimizer_state, resume    training states, and continuing from them
+    state, optimizer_state, resume, stored_saves    training states, also in a store, and continuing from them
+    stage            the stages of training, for the metadata of checkpoints
     debug_dataset    draws the first batches instead of training
     validation, vae_encoder    the validation loss, and the VAE for the latent cache
     tag_reports      which tags are learned so far

@@ -27,7 +27,7 @@ from sdxl_finetune.training.optimizer_state import collect_optimizer_state
 from sdxl_finetune.training.resume import Start
 from sdxl_finetune.training.saves import STATE_SUFFIX, checkpoints_due, final_state, states_due
 from sdxl_finetune.training.setup import Run
-from sdxl_finetune.training.state import TrainingState, interrupted_states, is_saved_name, save_state
+from sdxl_finetune.training.state import TrainingState, interrupted_states, is_saved_name, save_state, time_of_saving
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +248,7 @@ def _training_state(run: Run, step: int, is_interrupted: bool) -> TrainingState:
         config=run.options,
         is_interrupted=is_interrupted,
         stages=run.stages.stages(steps=step, epochs=epoch + steps_into_epoch / plan.steps_per_epoch),
+        saved_at=time_of_saving(step, run.start.state if run.start and run.start.is_state else None),
     )
 
 

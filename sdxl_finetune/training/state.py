@@ -91,15 +91,18 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainingState":
-        """The state that `to_json` wrote. Raises ValueError for a format that is newer than this program."""
+        """The state that `to_json` wrote. Raises ValueError for a format that is newer than this program.
+
+        Raises ValueError, KeyError, TypeError or AttributeError for other values.
+        """
         if values["format"] > FORMAT:
             message = f"{STATE} has format {values['format']}, and this version of the program reads up to {FORMAT}"
             raise ValueError(f"{message}; update the program")
         return cls(
-            step=values["step"],
-            epoch=values["epoch"],
+            step=int(values["step"]),
+            epoch=int(values["epoch"]),
             seed=values["seed"],
-            saved_at=values["time"],
+            saved_at=float(values["time"]),
             optimizer=values["optimizer"],
             config=values["config"],
             checkpoint_format=values["checkpoint"],
@@ -163,7 +166,7 @@ def load_state(directory: Path) -> TrainingState:
     except FileNotFoundError as error:
         message = f"this is not a complete training state, {Path(error.filename).name} is missing: use another state"
         raise UserError(Problem(message, file=str(directory))) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             Problem(f"this training state cannot be read ({error}): use another state", file=str(directory))
         ) from None
@@ -173,8 +176,18 @@ def peek_state(directory: Path) -> TrainingState | None:
     """The TrainingState of a directory, without checking the manifest; None if state.json cannot be read."""
     try:
         return TrainingState.from_json(json.loads((directory / STATE).read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def time_of_saving(step: int, start: TrainingState | None) -> float:
+    """The time at which the state of this step is saved, in seconds since 1970. It is later than that of `start`.
+
+    `resume = auto` takes the state that was saved last. The clock of the machine that saved `start`, the state or
+    checkpoint that the run was resumed from, may be ahead. Therefore each step adds at least a microsecond.
+    """
+    now = time.time()
+    return now if start is None else max(now, start.saved_at + 1e-6 * (step - start.step))
 
 
 def interrupted_states(options: Config, *, before: int) -> list[Path]:

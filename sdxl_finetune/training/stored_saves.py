@@ -57,5 +57,5 @@ def try_find_stored(config: Config) -> StoredSaves:
 def _read_state(address: Address) -> TrainingState | None:
     try:
         return TrainingState.from_json(json.loads(read(address / STATE)))
-    except (StorageError, ValueError, KeyError, TypeError):
+    except (StorageError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -5,8 +5,11 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.kept_files import REFRESH, STAMP, UNUSED, publish_index, remove_unused
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.storage import Address, list_files
 
 FOLDER = Address("s3://bucket/cache/indexes")
@@ -72,6 +75,29 @@ def test_a_folder_without_old_files_is_left_alone(tmp_path: Path, caplog) -> Non
     assert not (tmp_path / "tars" / "x").exists() and "tars/*/*.members" in caplog.text
 
 
+@pytest.mark.parametrize("away", [400 * 86400.0, -400 * 86400.0])
+def test_a_wrong_clock_neither_removes_used_files_nor_keeps_old_ones_for_ever(
+    tmp_path: Path, monkeypatch, away: float
+) -> None:
+    """The clock of one of two machines that share a folder is wrong. The file server notes the times."""
+    (tmp_path / "scans").mkdir()
+    used, old, bad = (tmp_path / "scans" / name for name in ("used.scan", "old.scan", "old.unusable"))
+    for path in (used, old, bad):
+        path.touch()
+    for path in (old, bad):
+        age(path, UNUSED + 10)
+    now = time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now + away)
+        remove_unused(tmp_path)
+    assert used.exists() and not old.exists() and not bad.exists()
+    old.touch()
+    age(old, UNUSED + 10)
+    os.utime(tmp_path / STAMP, (now + 10 * UNUSED,) * 2)
+    remove_unused(tmp_path)
+    assert used.exists() and not old.exists(), "a time in the future does not stop the search"
+
+
 def test_indexes_in_a_store_are_written_again_before_they_are_old(s3, tmp_path: Path, monkeypatch, caplog) -> None:
     for name in ("used.index", "unused.index"):
         (tmp_path / name).write_bytes(name.encode())
@@ -92,3 +118,34 @@ def test_indexes_in_a_store_are_written_again_before_they_are_old(s3, tmp_path: 
         publish_index(tmp_path / "used.index", FOLDER)
     assert [found.name for found in list_files(FOLDER)] == ["used.index"]
     assert "removed 1 indexes that were not used for 90 days" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["scans", "scores", "marks", "held_out", "mask_files"])
+def test_a_folder_in_cache_dir_that_cannot_be_written_to_is_named(
+    tmp_path: Path, write_images, subset, dataset, folder: str
+) -> None:
+    """Another user of the `cache_dir` may have made the folder. Here it is a file, because root may write anywhere."""
+    write_images(tmp_path / "a", {"a.png": (64, 64), "b.png": (64, 64)})
+    options = {"quality_tags": "x > 0.5", "quality_scores": ".score", "validation_split": 0.5}
+    one = subset(tmp_path / "a", conditioning_data_dir=tmp_path / "a", **options)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / folder).touch()
+    with pytest.raises(UserError) as error:
+        build_index([dataset(one)], tmp_path / "cache", "stop")
+    (problem,) = error.value.problems
+    assert problem.file and Path(problem.file).parent == tmp_path / "cache" / folder
+    assert "cannot be written" in problem.message and "cache_dir" in problem.message
+
+
+def test_what_killed_processes_have_left_half_written_is_removed(tmp_path: Path) -> None:
+    left = [".a.index.71-0a1b.tmp", "scans/.b.scan.72-0a1b.tmp", "caption_keys/.c.keys.npy.73-0a1b.tmp"]
+    others = ["own.tmp", "latents/.1.latents.74-0a1b.tmp"]
+    for name in (*left, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    remove_unused(tmp_path)
+    assert files(tmp_path) == {*left, *others}, "another process may be writing them"
+    for name in (*left, *others, STAMP):
+        age(tmp_path / name, UNUSED + 10)
+    remove_unused(tmp_path)
+    assert files(tmp_path) == set(others)

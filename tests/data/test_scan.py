@@ -17,9 +17,12 @@ from sdxl_finetune.config import Subset
 from sdxl_finetune.data import inspection
 from sdxl_finetune.data import scan as scan_module
 from sdxl_finetune.data.images import ImageError, image_size
+from sdxl_finetune.data.index import build_index
+from sdxl_finetune.data.masks import read_mask, without_bad_masks
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.unusable import NUMBERS, Unusable
 from sdxl_finetune.errors import Problem
+from sdxl_finetune.storage import stat
 
 
 @pytest.fixture
@@ -235,13 +238,36 @@ def test_a_digest_is_of_the_values(tmp_path: Path) -> None:
     assert digest_of(table, ["a"]) == digest_of(other, ["a"]) != digest_of(table, ["b"])
 
 
+def test_a_scan_without_a_usable_image_is_not_taken_for_damaged(folder: Path, subset, tmp_path: Path, caplog) -> None:
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"no image")
+    for _ in range(2):
+        table, problems = scan([subset(folder)], tmp_path / "cache")
+        assert not table.num_rows and len(problems) == 6
+    assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("seconds", [-(10**9), 0, 9 * 10**9, 10**10])
+def test_images_and_masks_of_any_modification_time_are_used(
+    folder: Path, subset, dataset, tmp_path: Path, seconds: int
+) -> None:
+    """A clock or a copy can leave times before 1970 and beyond the 64 bits of nanoseconds, in the year 2262."""
+    times = (seconds * 10**9,) * 2
+    os.utime(folder / "2.png", ns=times)
+    rules = subset(folder, conditioning_data_dir=folder)
+    first, again = (build_index([dataset(rules)], tmp_path / "cache", "stop") for _ in range(2))
+    assert len(first) == 6 and first.path == again.path
+    assert without_bad_masks(first, "stop").used.all()
+    assert len(read_mask(first[2])) == first[2].stat[0] and stat(folder / "2.png").version == first[2].stat[1]
+
+
 def test_an_unchanged_folder_with_a_bad_image_is_not_written_again(folder: Path, subset, tmp_path: Path) -> None:
     (folder / "3.jpg").write_bytes(b"")
     first, problems = scan([subset(folder)], tmp_path / "cache")
     (path,) = (tmp_path / "cache" / "scans").glob("*.scan")
-    os.utime(path, ns=(1, 1))
+    written = path.stat().st_ino  # the modification time is that of the last use
     again, problems_again = scan([subset(folder)], tmp_path / "cache")
-    assert path.stat().st_mtime_ns == 1
+    assert path.stat().st_ino == written
     assert len(problems) == len(problems_again) == 1
     assert again.drop_columns("score").equals(first.drop_columns("score"))
 

@@ -5,6 +5,8 @@ import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -21,6 +23,7 @@ from sdxl_finetune.storage import (
     stat,
     write,
 )
+from sdxl_finetune.storage.folders import fetch
 from tests.s3_server import CREDENTIALS, Proxy, S3Server
 
 STRANGE = "a b#%41é+&=?x"
@@ -144,6 +147,34 @@ class TestAccess:
         s3.clear()
         assert sum(1 for _ in list_files(Address("s3://bucket/many"))) == 1001
         assert s3.requests == {"GET": 2}
+
+
+def put(s3: S3Server, place: str, data: bytes = b"") -> None:
+    """Writes an object as another program does, which allows any name. `place` is bucket and key."""
+    headers = {"Host": "localhost", "Content-Type": "application/octet-stream"}
+    with urlopen(Request(f"{s3.url}/{quote(place)}", data, headers, method="PUT")):
+        pass
+
+
+class TestObjectsOfOtherPrograms:
+    def test_a_folder_that_a_console_made_is_downloaded(self, s3: S3Server, tmp_path: Path) -> None:
+        """Consoles make a folder as an empty object, whose name ends in a slash."""
+        for name in ("", "unet/", "unet/sub/", "unet/sub/empty.txt"):
+            put(s3, f"bucket/model/{name}")
+        put(s3, "bucket/model/unet/config.json", b"{}")
+        path = fetch(Address("s3://bucket/model"), tmp_path)
+        files = {one.relative_to(path).as_posix(): one.read_bytes() for one in path.rglob("*") if one.is_file()}
+        assert files == {"unet/config.json": b"{}", "unet/sub/empty.txt": b""}
+
+    @pytest.mark.parametrize(("folder", "name"), [("1", "a//b.png"), ("2", "./c.png"), ("3", "tab\t.png")])
+    def test_a_name_that_cannot_be_used_is_named(self, s3: S3Server, folder: str, name: str) -> None:
+        s3.create("others")  # the bucket of all tests is emptied through these functions
+        key = f"{folder}/{name}"
+        put(s3, f"others/{key}")
+        with pytest.raises(StorageError) as error:
+            list(list_files(Address(f"s3://others/{folder}")))
+        beginning = f"s3://others/{folder}: cannot be listed: an object's name ({key!a}) has"
+        assert str(error.value).startswith(beginning) and str(error.value).endswith("rename the object")
 
 
 class TestFaults:

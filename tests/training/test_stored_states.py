@@ -1,7 +1,9 @@
 """Training states at an address: which one is the newest, and that every machine loads the same one."""
 
+import hashlib
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from sdxl_finetune.errors import UserError
 from sdxl_finetune.storage import Address
 from sdxl_finetune.storage.folders import upload
 from sdxl_finetune.training.resume import Start, content_of, find_start, start_here
-from sdxl_finetune.training.state import TrainingState, load_state, save_state
+from sdxl_finetune.training.state import TrainingState, load_state, save_state, time_of_saving
 from sdxl_finetune.training.stored_saves import find_stored
 from tests.s3_server import S3Server
 
@@ -88,6 +90,37 @@ def test_the_later_of_two_checkpoints_of_the_same_name_is_resumed_from(
     os.utime(here, (9e9, 9e9) if is_later_here else (100.0, 100.0))
     start = find_start(Config(**dict(config(tmp_path)) | {"resume": "auto"}))
     assert start and start.state.seed == (1 if is_later_here else 7) and (start.path == here) == is_later_here
+
+
+def test_a_run_that_was_resumed_by_a_machine_whose_clock_is_behind_is_continued(tmp_path: Path, s3: S3Server) -> None:
+    """The clock of the first machine was two hours ahead. Later states must not look older than its state."""
+    ahead = time.time() + 7200
+    first = save(tmp_path / "first", 10, saved_at=ahead)
+    upload(first, OUT / first.name)
+    begun = load_state(first)
+    assert abs(time_of_saving(10, None) - time.time()) < 60 and time_of_saving(10, begun) == ahead
+    times = [time_of_saving(step, begun) for step in (11, 12, 10_000_000)]
+    assert ahead < times[0] < times[1] < times[2] < ahead + 60
+    second = save(tmp_path / "second", 11, saved_at=times[0])
+    upload(second, OUT / second.name)
+    start = find_start(Config(**dict(config(tmp_path)) | {"resume": "auto"}))
+    assert start and start.state.step == 11
+    assert abs(time_of_saving(20, replace(begun, saved_at=100.0)) - time.time()) < 60
+
+
+@pytest.mark.parametrize("wrong", [{"time": None}, {"step": "x"}, {"resume": []}])
+def test_a_state_whose_description_has_wrong_values_is_skipped(tmp_path: Path, s3: S3Server, wrong: dict) -> None:
+    for step, changes in ((10, {}), (20, wrong)):
+        path = save(tmp_path, step, saved_at=100.0)
+        values = json.loads((path / "state.json").read_text()) | changes
+        (path / "state.json").write_text(json.dumps(values))
+        manifest = json.loads((path / "manifest.json").read_text())
+        data = (path / "state.json").read_bytes()
+        manifest["state.json"] = [len(data), hashlib.sha256(data).hexdigest()]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        upload(path, OUT / path.name)
+    start = find_start(Config(**dict(config(tmp_path)) | {"resume": "auto"}))
+    assert start and start.state.step == 10
 
 
 def test_a_state_without_a_readable_description_has_the_time_of_its_upload(tmp_path: Path, s3: S3Server) -> None:

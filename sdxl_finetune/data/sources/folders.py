@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+from sdxl_finetune.files import modified
 from sdxl_finetune.storage import Address, Found, Location, list_files
 
 
@@ -19,6 +20,6 @@ def list_folder(folder: Location) -> Iterator[Found]:
             for entry in entries:
                 if entry.name[0] != "." and entry.is_file():
                     stat = entry.stat()
-                    yield Found(stat.st_size, stat.st_mtime_ns, entry.name)
+                    yield Found(stat.st_size, modified(stat), entry.name)
     except OSError:
         return
