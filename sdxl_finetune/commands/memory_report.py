@@ -17,7 +17,7 @@ from sdxl_finetune.commands.memory_estimate import (
     estimate_previews,
 )
 from sdxl_finetune.config import Config
-from sdxl_finetune.config.rules import find_problems
+from sdxl_finetune.config.rules import find_conflicts
 from sdxl_finetune.errors import UserError, counted
 from sdxl_finetune.files import size_text
 from sdxl_finetune.model.architecture import Architecture
@@ -122,7 +122,7 @@ def fits(config: Config, estimator: Estimator, found: Sequence[Estimate]) -> Ite
 def _with_remedy(config: Config, remedy: Remedy, estimator: Estimator, images: int) -> int | None:
     """Bytes on a GPU with this remedy; None if it cannot be used together with the config."""
     changed = config.model_copy(update=remedy.changes)
-    if set(find_problems(changed)) - set(find_problems(config)):
+    if set(find_conflicts(changed)) - set(find_conflicts(config)):
         return None
     logger.info("estimating the memory with %s", remedy.text)
     try:

@@ -70,6 +70,13 @@ LR_END = 1e-7
 
 def find_problems(config: Config) -> Findings:
     """Yields everything that prevents training with this config."""
+    yield from find_conflicts(config)
+    yield from _output(config)
+    yield from _files(config)
+
+
+def find_conflicts(config: Config) -> Findings:
+    """Yields options that are missing or cannot be used together. Looks at no file, because folders may be large."""
     # The images' own buckets in a metadata file can replace the resolution. The index checks whether they do.
     replaced = {"train_data_dir", "resolution"} if config.in_json or config.dataset_config else set()
     for option, meaning in REQUIRED.items():
@@ -90,9 +97,7 @@ def find_problems(config: Config) -> Findings:
     yield from _text_outputs(config)
     yield from schedule_problems(config)
     yield from _buckets(config)
-    yield from _output(config)
     yield from hub_problems(config)
-    yield from _files(config)
 
 
 def find_remarks(config: Config) -> Findings:
