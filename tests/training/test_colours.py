@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,8 +119,10 @@ def test_two_processes_share_the_pictures(work) -> None:
     use_toy(work)
     alone = colour_rows(run(*CHECK, "--max_train_steps", "2"))[0]
     words = [*OPTIONS, *CHECK, "--max_train_steps", "2", "--output_dir", "out2", "--logging_dir", "logs2"]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "sdxl_finetune"]
-    done = subprocess.run([sys.executable, *launch, *words], capture_output=True, text=True, check=False)
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "sdxl_finetune"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     (log,) = Path("logs2").glob("*/metrics.jsonl")
     shared = colour_rows([json.loads(line) for line in log.read_text().splitlines()])[0]
