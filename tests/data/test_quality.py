@@ -136,7 +136,7 @@ def test_the_text_of_tags_reads_as_the_same_tags() -> None:
     ],
 )
 def test_conditions_that_cannot_hold_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"tag|must|only|no finite number|not above 0"):
+    with pytest.raises(ValueError, match=r"tag|must|only|no finite number|not above 0|cannot be read"):
         parse_quality_tags(text)
 
 
