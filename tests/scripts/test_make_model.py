@@ -1,5 +1,6 @@
 """scripts/toy/make_model.py makes the same model, however often it is interrupted."""
 
+import json
 import os
 import re
 import signal
@@ -46,15 +47,18 @@ def kill_when(due: Callable[[], bool], folder: Path) -> str:
     return output
 
 
-TIMES = rb'"modelspec.date":"[^"]{19}"|\\"log\\": \\"\d{14}\\"'
-"""Times in the metadata: that of saving, and that of the start, which names the log."""
-
-
-def content(model: Path) -> bytes:
-    """Returns the bytes of a model file without the two times. Their length is always the same."""
-    without_times, count = re.subn(TIMES, b"", model.read_bytes())
-    assert count == 2
-    return without_times
+def content(model: Path) -> tuple[dict, dict, bytes]:
+    """Returns metadata, tensors and bytes of a model file without its times: of saving, start and training."""
+    with model.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = header.pop("__metadata__")
+        del metadata["modelspec.date"]
+        for field, name in (("resume", "log"), ("stages", "seconds")):
+            values = json.loads(metadata[f"sdxl_finetune.{field}"])
+            for one in values if isinstance(values, list) else [values]:
+                del one[name]
+            metadata[f"sdxl_finetune.{field}"] = values
+        return metadata, header, file.read()
 
 
 def test_the_model_is_the_same_after_interruptions(tmp_path) -> None:

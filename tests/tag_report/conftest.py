@@ -15,9 +15,10 @@ from sdxl_finetune.batch import TextOutputs, Tokens
 from sdxl_finetune.config import Config, load_config, load_datasets
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import TrainingDataset
+from sdxl_finetune.data.unchanged import no_noise, no_timesteps
 from sdxl_finetune.diffusion.loss_weights import UNWEIGHTED
 from sdxl_finetune.diffusion.schedule import build_schedule
-from sdxl_finetune.tag_report.measure import Subject, fixed_dataset, no_noise, no_timesteps
+from sdxl_finetune.tag_report.measure import Subject, fixed_dataset
 
 CAPTIONS = {
     "a0": "best, style_a, cat", "a1": "best, style_a, dog", "a2": "(style_a:1.2), bird", "b0": "best, Style B, cat",

@@ -152,9 +152,9 @@ def test_a_file_that_the_config_names_stays_as_it_is(tmp_path, monkeypatch, capl
     path.write_text("mine")
     monkeypatch.chdir(tmp_path)
     report, named = made_report(12), Path("tags/00000500.underfitted.toml")
-    assert write_files(path.parent, report, [None, named]) == [path.with_name("00000500.csv")]
+    assert write_files(path.parent, report, [named]) == [path.with_name("00000500.csv")]
     assert path.read_text() == "mine" and "Copy the file to another folder" in caplog.text
-    assert len(write_files(path.parent, report, [None, Path("other.toml")])) == 2
+    assert len(write_files(path.parent, report, [Path("other.toml")])) == 2
     assert path.read_text() != "mine"
 
 
