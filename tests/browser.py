@@ -14,7 +14,7 @@ from typing import Any
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 """Path of the browser; None if no Chromium is installed."""
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-PATIENCE = 120
+PATIENCE = 240
 """Seconds to wait for an answer."""
 
 
@@ -54,12 +54,12 @@ class Page:
         os.close(self._read)
         self._profile.cleanup()
 
-    def open(self, file: Path, *, dark: bool = False, width: int = 1280, height: int = 900) -> None:
-        """Opens a file in a window of this size, in a dark or a light browser, and waits until it is loaded."""
+    def open(self, place: Path | str, *, dark: bool = False, width: int = 1280, height: int = 900) -> None:
+        """Opens a file or address in a window of this size, dark or light, and waits until it is loaded."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.prefer("dark" if dark else "light")
-        self.call("Page.navigate", url=file.absolute().as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.absolute().as_uri())
         self.wait_for("document.readyState == 'complete'")
 
     def prefer(self, scheme: str) -> None:
