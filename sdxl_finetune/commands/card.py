@@ -24,7 +24,7 @@ from sdxl_finetune.files import atomic_path, auto_v2
 from sdxl_finetune.output.metadata import TEXT_PATHS
 from sdxl_finetune.output.previews import save_image
 from sdxl_finetune.output.prompts import load_prompts
-from sdxl_finetune.tag_report.schema import Report, load_report, report_paths
+from sdxl_finetune.tag_report.schema import FOLDER, Report, load_report, report_paths
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +120,13 @@ def _tag_report(path: Path | None, config: Config, file: ModelFile) -> Report | 
         return load_report(path)
     if not isinstance(config.output_dir, Path):
         return None
-    paths = report_paths(config.output_folder / "tags")
+    paths = report_paths(config.output_folder / FOLDER)
     for report in map(load_report, paths):
         if report.facts.model_hash == file.auto_v2 if report.facts.model_hash else _has_step(report, file):
             return report
     if paths:
         message = "none of the %s in %s is of %s: measure it with sdxl-model tags, or name a report with --tags"
-        logger.warning(message, counted(len(paths), "tag report"), config.output_folder / "tags", file.name)
+        logger.warning(message, counted(len(paths), "tag report"), config.output_folder / FOLDER, file.name)
     return None
 
 

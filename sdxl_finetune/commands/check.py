@@ -46,7 +46,6 @@ from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.output.prompts import Prompt, load_prompts, with_size
 from sdxl_finetune.runtime.processes import trained_dtype
 from sdxl_finetune.storage import Address
-from sdxl_finetune.tag_report.choice import choose
 from sdxl_finetune.training.checks import Outline, index_images, read_inputs
 from sdxl_finetune.training.every import Timeline, first_step, previews_every
 from sdxl_finetune.training.resume import (
@@ -83,8 +82,8 @@ def check(config: Config) -> int:
         index = _describe_data(config, inputs.index, found)
         if index and inputs.tokenizer:
             found.say("captions", *measure_captions(index, inputs.tokenizer).describe())
-        if index and config.tag_report_every_n_epochs and (choice := found.attempt(choose, config, index)):
-            found.say("tag report", choice.describe())
+        if inputs.choice:
+            found.say("tag report", inputs.choice.describe())
         groups = _describe_model(config, inputs.model, found, start) if inputs.model else None
         per_element = found.attempt(state_bytes, config, trained_dtype(config))
         if index:

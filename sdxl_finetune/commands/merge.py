@@ -6,14 +6,14 @@ The module imports only what `--help` needs. The command imports the rest.
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.files import atomic_path
+from sdxl_finetune.files import atomic_path, auto_v2
 
 if TYPE_CHECKING:
     import torch
@@ -81,15 +81,10 @@ class Model:
     """Optimizer steps that the run had made when it saved the checkpoint."""
 
 
-def merge(
-    arguments: argparse.Namespace,
-    save_as: "SaveAs",
-    dtype: "torch.dtype | None",
-    short_hash: Callable[[Path], str],
-) -> None:
+def merge(arguments: argparse.Namespace, save_as: "SaveAs", dtype: "torch.dtype | None") -> None:
     """Writes the merge, and prints the share of each model.
 
-    `dtype` is None to keep that of the first model. `short_hash` hashes a file for the metadata. Raises UserError.
+    `dtype` is None to keep that of the first model. Raises UserError.
     """
     from sdxl_finetune.model.merge import Ingredient, merge_weights
     from sdxl_finetune.model.save import save_weights
@@ -100,7 +95,7 @@ def merge(
         dtype = models[0].opened.dtype
     ingredients = [Ingredient(str(model.path), model.opened.weights) for model in models]
     merged = merge_weights(ingredients, recipe, dtype)
-    metadata = _metadata(models, recipe, arguments, short_hash)
+    metadata = _metadata(models, recipe, arguments)
     steps = models[-1].step if _is_ema(arguments) else 0
     with atomic_path(arguments.output) as temporary:
         save_weights(temporary, merged, save_as=save_as, metadata=metadata, global_step=steps or 0)
@@ -205,12 +200,7 @@ def _ema_recipe(models: Sequence[Model], arguments: argparse.Namespace) -> "Reci
     return Recipe(parts={part: last if part == "vae" else profile.weights for part in PARTS})
 
 
-def _metadata(
-    models: Sequence[Model],
-    recipe: "Recipe",
-    arguments: argparse.Namespace,
-    short_hash: Callable[[Path], str],
-) -> dict[str, str]:
+def _metadata(models: Sequence[Model], recipe: "Recipe", arguments: argparse.Namespace) -> dict[str, str]:
     """The metadata of the merge: that of the first model as far as it is still true, and what was merged."""
     import sdxl_finetune
 
@@ -223,7 +213,7 @@ def _metadata(
     }
     described: list[dict[str, Any]] = []
     for model in models:
-        digest = short_hash(model.path) if model.path.is_file() else None
+        digest = auto_v2(model.path) if model.path.is_file() else None
         described.append({"name": model.path.name, "hash": digest, "step": model.step})
     method = "ema" if is_ema else "average" if arguments.add_difference is None else "add difference"
     length = {name: value for name in ("ema", "ema_half_life") if (value := getattr(arguments, name)) is not None}

@@ -180,7 +180,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     save_as = _choose_format(arguments)
     dtype = getattr(torch, PRECISIONS[arguments.save_precision]) if arguments.save_precision else None
-    merge(arguments, save_as, dtype, auto_v2)
+    merge(arguments, save_as, dtype)
 
 
 def _tags(arguments: argparse.Namespace, options: Sequence[str] = ()) -> int:

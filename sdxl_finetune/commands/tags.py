@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from sdxl_finetune.commands.data import load_data_config
@@ -15,11 +16,12 @@ from sdxl_finetune.config import Config, with_local_models
 from sdxl_finetune.data.batch_plan import build_plan
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset
-from sdxl_finetune.data.tokens import Tokenizer, tokenizer_of
+from sdxl_finetune.data.tokens import tokenizer_of
 from sdxl_finetune.data.unchanged import no_noise, no_timesteps
 from sdxl_finetune.diffusion.loss_weights import UNWEIGHTED
-from sdxl_finetune.diffusion.schedule import build_schedule
+from sdxl_finetune.diffusion.schedule import Schedule, build_schedule
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.files import auto_v2
 from sdxl_finetune.model.load import Loaded, load_checkpoint
 from sdxl_finetune.model.vae import pixels_per_latent
 from sdxl_finetune.output.console import console
@@ -32,12 +34,11 @@ from sdxl_finetune.tag_report.gallery import DrawOptions
 from sdxl_finetune.tag_report.making import Job, make_report, write_page_of
 from sdxl_finetune.tag_report.measure import MeasurementFailed, Subject, fixed_dataset
 from sdxl_finetune.tag_report.scalars import log_scalars
-from sdxl_finetune.tag_report.schema import Facts, Report, load_report
+from sdxl_finetune.tag_report.schema import FOLDER, Facts, Report, load_report
 from sdxl_finetune.tag_report.tables import tag_rows
 from sdxl_finetune.tag_report.terminal import describe
 from sdxl_finetune.training.setup import prepare_latents, shared_index
 from sdxl_finetune.training.state import TrainingState
-from sdxl_finetune.training.tag_reports import FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -146,13 +147,12 @@ def _measure(job: Job, path: Path, loaded: Loaded, base: Report | None, stop: St
     if base is not None and base.facts.options != facts.options:
         logger.warning("the report on %s measured something else, so no change since it is shown", base.facts.model)
         base = None
-    loss, schedule = config.model_copy(update=UNWEIGHTED | {"v_parameterization": predicts_v(config, loaded)}), None
-    schedule = build_schedule(zero_terminal_snr=has_terminal_snr(config, loaded)).to(device)
+    loss = config.model_copy(update=UNWEIGHTED | {"v_parameterization": predicts_v(config, loaded)})
     subject = Subject(
         sdxl=loaded.model.to(device),
         vae=loaded.vae.to(device),
         tokenize=tokenizer_of(config),
-        noise_schedule=schedule,
+        noise_schedule=_schedule(config, loaded, device),
         loss=loss,
         autocast=partial(autocast, config, device),
         device=device,
@@ -174,10 +174,12 @@ def has_terminal_snr(config: Config, loaded: Loaded) -> bool:
     return config.zero_terminal_snr if said is None else said
 
 
+def _schedule(config: Config, loaded: Loaded, device: torch.device) -> Schedule:
+    return build_schedule(zero_terminal_snr=has_terminal_snr(config, loaded)).to(device)
+
+
 def _facts(job: Job, path: Path, loaded: Loaded) -> tuple[Facts, float | None]:
     """The facts of the report, and the epochs that the model was trained for, if it was trained on these images."""
-    from sdxl_finetune.commands.model import auto_v2
-
     metadata = loaded.metadata
     step, epoch = (int(value) if (value := metadata.get(PREFIX + name)) else None for name in ("step", "epoch"))
     model_hash = auto_v2(path).lower() if path.is_file() else None
@@ -201,13 +203,11 @@ def _steps_per_epoch(job: Job) -> int:
 
 
 def _preview_model(config: Config, loaded: Loaded, accelerator: Accelerator) -> PreviewModel:
-    schedule = build_schedule(zero_terminal_snr=has_terminal_snr(config, loaded)).to(accelerator.device)
-    tokenizer: Tokenizer = tokenizer_of(config)
     return PreviewModel(
         sdxl=loaded.model,
         vae=loaded.vae,
-        tokenizer=tokenizer,
-        noise_schedule=schedule,
+        tokenizer=tokenizer_of(config),
+        noise_schedule=_schedule(config, loaded, accelerator.device),
         v_parameterization=predicts_v(config, loaded),
         autocast=partial(autocast, config, accelerator.device),
     )

@@ -159,14 +159,14 @@ def find_mask_files(index: Index) -> tuple[MaskFiles, dict[int, Problem]]:
     rows = rows[np.argsort(index.bucket[rows], kind="stable")]
     stat_hashes, bad = index.stat_hashes[rows], dict[int, Problem]()
     places = np.flatnonzero(index.has_mask_file[rows])
-    for row in rows[places].tolist() if len(places) else ():
-        if index.numbers("mask_bytes")[row] < 0:
+    if len(places):
+        own = rows[places]
+        for row in own[index.numbers("mask_bytes")[own] < 0].tolist():
             try:
                 find_mask(index[row])
-            except ImageError as error:
+            except ImageError as error:  # noqa: PERF203 (rows without a usable mask alone)
                 bad[row] = Problem(error.reason, file=error.path)
-    if len(places):
-        stat_hashes[places] = _stat_hashes(index, rows[places])
+        stat_hashes[places] = _stat_hashes(index, own)
     kept = ~np.isin(rows, list(bad))
     return MaskFiles(rows[kept], stat_hashes[kept], _geometry_hashes(index, rows[kept])), bad
 

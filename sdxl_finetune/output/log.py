@@ -279,10 +279,7 @@ class Log:
         figures = {f"drift/{drift.name}": drift.value for drift in drifts}
         figures |= {f"drawn/{drift.name}": drift.drawn for drift in drifts}
         figures |= {f"images/{drift.name}": drift.expected for drift in drifts}
-        if self._metrics:
-            self._metrics.write(json.dumps({"step": step, "epoch": epoch, "colours": figures}) + "\n")
-        for tracker in self._trackers:
-            tracker.scalars({f"colours/{name}": figure for name, figure in figures.items()}, step)
+        self._measured("colours", figures, step, epoch)
 
     def close(self, reason: str) -> None:
         """Writes all pending scalars and why the run ended. A second call does nothing."""

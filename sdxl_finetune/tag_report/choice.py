@@ -16,6 +16,7 @@ from sdxl_finetune.data.tag_columns import TagPatterns
 from sdxl_finetune.data.tags import comparable
 from sdxl_finetune.data.unchanged import image_id
 from sdxl_finetune.errors import SHOWN, Problem, UserError, counted
+from sdxl_finetune.errors import listed as shown
 from sdxl_finetune.seeding import position_rng
 from sdxl_finetune.tag_report.listing import Listed, list_tags
 from sdxl_finetune.tag_report.wording import Wording, trained_options, wordings
@@ -162,7 +163,7 @@ def _word(options: TagReportOptions, index: Index, listed: Listed, others: int) 
 def _check_all_are_measured(listed: Listed, worded: Sequence[Sequence[Worded]], others: int) -> None:
     """Raises UserError if a tag has no image."""
     if missing := [listed.names[tag] for tag, found in enumerate(worded) if not found]:
-        names = ", ".join(map(repr, missing[:SHOWN])) + (f" and {len(missing) - SHOWN} more" if missing[SHOWN:] else "")
+        names = shown(map(repr, missing), SHOWN)
         message = f"no image to measure {names} on: in each, another line or source is the caption, or its other tags"
         message += f" leave fewer than {others} of the list to compete. Lower it, or remove these tags from the list"
         raise UserError(Problem(message, "tag_report_others", others))

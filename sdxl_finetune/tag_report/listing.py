@@ -14,7 +14,7 @@ from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.tables import map_table, one_chunk
 from sdxl_finetune.data.tag_columns import TagPatterns, find_tags, separators_of
 from sdxl_finetune.data.tags import comparable
-from sdxl_finetune.errors import SHOWN, Problem, UserError
+from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
 from sdxl_finetune.progress import track
 from sdxl_finetune.report.rows import Rows
 from sdxl_finetune.report.tags import TagCounter
@@ -101,9 +101,8 @@ def _matching(options: TagReportOptions, tags: Iterator[str] | dict[str, int]) -
     found = [(tag, matcher.match(tag)) for tag in tags]
     unknown = sorted(set(range(len(patterns))) - {number for _, numbers in found for number in numbers})
     if unknown:
-        listed = ", ".join(repr(patterns[number]) for number in unknown[:SHOWN])
-        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-        message = f"no caption has {listed}{more}: correct the spelling, or remove what no image has"
+        names = listed((repr(patterns[number]) for number in unknown), SHOWN)
+        message = f"no caption has {names}: correct the spelling, or remove what no image has"
         raise UserError(Problem(message, **where))
     return [tag for tag, numbers in found if numbers]
 

@@ -17,11 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
-from jaxtyping import Float32
 
 from sdxl_finetune.batch import Batch, Position, TextOutputs, Tokens
 from sdxl_finetune.config import LossOptions
 from sdxl_finetune.data.batch_plan import MicroBatch
+from sdxl_finetune.data.index import Entry
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.unchanged import image_id, unchanged
 from sdxl_finetune.diffusion.objective import image_losses
@@ -32,7 +32,7 @@ from sdxl_finetune.progress import duration, track
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.seeding import position_normal
 from sdxl_finetune.tag_report.choice import Choice, Unit
-from sdxl_finetune.tag_report.finished import Finished
+from sdxl_finetune.tag_report.finished import Finished, Losses
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ ROUND = 8
 """Images that each process measures before the processes join their results."""
 REMEMBERED = 128
 """Captions whose encoded form is kept, at most 1 MB each in bfloat16 at 225 tokens."""
-
-Losses = Float32[np.ndarray, "timesteps captions"]
 
 
 class MeasurementFailed(Exception):
@@ -181,7 +179,7 @@ def unit_losses(
     return values
 
 
-def _noise_seed(entry: Any) -> tuple[int, str, int]:
+def _noise_seed(entry: Entry) -> tuple[int, str, int]:
     seed, name = image_id(entry)
     return seed, "tag report", name
 

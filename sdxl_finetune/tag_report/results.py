@@ -21,16 +21,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Float64
+from jaxtyping import Float64
 
 from sdxl_finetune.config.tag_options import TagReportOptions
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.tag_report.choice import Choice, image_name
+from sdxl_finetune.tag_report.finished import Losses
 from sdxl_finetune.tag_report.schema import CHANGES, IMAGES, TAGS, Facts, Report, load_report, report_paths
 from sdxl_finetune.tag_report.states import Figures, find_states
-
-Losses = Float32[np.ndarray, "timesteps captions"]
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ image: the image's folder and name, joined by a /. gain: share of this image's l
 many of the other tags have a lower loss than the right one, over all timesteps together. exposures: how often training
 has seen the image.
 """
+FOLDER = "tags"
+"""Folder of the reports in `output_dir`."""
 FACTS = b"tag_report"
 """Key of the schema's metadata that holds the facts, as JSON."""
 TAGS_ENDING, IMAGES_ENDING = ".parquet", ".images.parquet"

@@ -18,6 +18,7 @@ import pyarrow.csv
 
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.tag_report.schema import TAGS
+from sdxl_finetune.tag_report.states import Figures
 
 FORMULA = r"^[=+\-@＝＋－＠\t\r\n]"
 """First characters of a text that some spreadsheet takes for a formula, with their full-width forms."""
@@ -28,18 +29,11 @@ FIRST = ("tag", "state")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TagRow:
+class TagRow(Figures):
     """A row of the tags table. Its fields are the columns of schema.TAGS."""
 
     tag: str
-    images: int
     held_out: int
-    exposures: int | None
-    gain: float
-    gain_error: float | None
-    accuracy: float
-    accuracy_error: float | None
-    chance: float
     gain_since_base: float | None
     gain_since_last: float | None
     accuracy_since_base: float | None

@@ -49,7 +49,7 @@ from sdxl_finetune.optim.update import check_update
 from sdxl_finetune.output.metadata import load_thumbnail
 from sdxl_finetune.output.prompts import Prompt, load_prompts
 from sdxl_finetune.runtime.processes import check_precision
-from sdxl_finetune.tag_report.choice import choose
+from sdxl_finetune.tag_report.choice import Choice, choose
 
 OPTIMIZER = {*OptimizerOptions.model_fields, "mixed_precision", "full_bf16"}
 SOURCES = {"train_data_dir", "reg_data_dir", "in_json", "dataset_config"}
@@ -92,6 +92,8 @@ class Inputs:
     """Data URL of the picture in the metadata."""
     model: Outline | None
     index: Index | None
+    choice: Choice | None
+    """Measurements of tag reports. None also without reports."""
 
 
 def read_inputs(
@@ -128,9 +130,9 @@ def read_inputs(
     if intact(*OPTIMIZER):
         problems.attempt(check_optimizer, config, device, model.groups if model else ())
         problems.attempt(check_update, config, device)
-    index = _read_images(config, problems, share, faulty)
+    index, choice = _read_images(config, problems, share, faulty), None
     if index is not None and config.tag_report_every_n_epochs and intact(*TagReportOptions.model_fields):
-        problems.attempt(choose, config, index)
+        choice = problems.attempt(choose, config, index)
     return Inputs(
         tokenizer=problems.attempt(tokenizer_of, config) if intact("tokenizer_cache_dir") else None,
         prompts=problems.attempt(load_prompts, config.sample_prompts)
@@ -139,6 +141,7 @@ def read_inputs(
         thumbnail=problems.attempt(load_thumbnail, config.metadata_thumbnail) if intact("metadata_thumbnail") else None,
         model=model,
         index=index,
+        choice=choice,
     )
 
 

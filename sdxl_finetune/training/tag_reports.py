@@ -12,16 +12,13 @@ from sdxl_finetune.tag_report.choice import choose
 from sdxl_finetune.tag_report.making import Job, make_report, write_page_of
 from sdxl_finetune.tag_report.measure import Subject, fixed_dataset
 from sdxl_finetune.tag_report.scalars import tag_scalars
-from sdxl_finetune.tag_report.schema import TAGS_ENDING, report_name
+from sdxl_finetune.tag_report.schema import FOLDER, TAGS_ENDING, report_name
 from sdxl_finetune.tag_report.tables import tag_rows
 from sdxl_finetune.training.every import Moment, reports_every
 from sdxl_finetune.training.hooks import published_weights
 from sdxl_finetune.training.setup import Run
 
 logger = logging.getLogger(__name__)
-
-FOLDER = "tags"
-"""Folder of the reports in `output_dir`."""
 
 
 def build_reports(run: Run) -> Job | None:
