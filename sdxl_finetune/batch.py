@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, Num, UInt8
 from torch import Tensor
 
 TIMESTEPS = 1000
-"""Number of timesteps of SDXL's noise schedule. Timesteps are 0 to 999."""
+"""Number of timesteps of SDXL's noise schedule. Timesteps are 0 to 999, and those of a flow 1000 t."""
 LATENT_CHANNELS = 4
 """Channels of SDXL's latents."""
 
@@ -73,7 +73,8 @@ class Batch:
     noise: Float32[Tensor, "k 4 h w"]
     input_noise: Float32[Tensor, "k 4 h w"] | None
     """Noise that is added to `noise` for the model's input only (`ip_noise_gamma`)."""
-    timesteps: Int64[Tensor, " k"]
+    timesteps: Num[Tensor, " k"]
+    """0 to 999 in int64; those of a flow in float32, above 0 and up to 1000."""
     tokens1: Int64[Tensor, "k chunks 77"] | None = None
     """Tokens for text encoder 1. None if there are cached outputs."""
     tokens2: Int64[Tensor, "k chunks 77"] | None = None

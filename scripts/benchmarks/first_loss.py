@@ -21,7 +21,7 @@ from scripts.benchmarks.proof_models import transpose_projection
 from sdxl_finetune.config import load_config
 from sdxl_finetune.data import loader
 from sdxl_finetune.data.views import draw_view
-from sdxl_finetune.diffusion.objective import image_losses
+from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.training.setup import build_run
 
@@ -59,8 +59,7 @@ def losses(model: Path, arguments: list[str], *, letter_box: bool) -> list[float
             batch = batch.to(run.accelerator.device)
             latents = batch_latents(batch, run.learner.vae)
             with run.accelerator.autocast():
-                schedule = run.learner.noise_schedule
-                found += image_losses(run.learner.model, batch, latents, schedule, config).tolist()
+                found += image_losses(run.learner.model, batch, latents, run.learner.objective, config).tolist()
     return found
 
 

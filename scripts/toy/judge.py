@@ -26,7 +26,7 @@ from PIL import Image
 
 from scripts.toy.world import NEW_STYLE, SIZE, Scene, caption, is_framed, read, scenes
 from sdxl_finetune.data.tokens import Tokenizer
-from sdxl_finetune.diffusion.schedule import build_schedule
+from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.model.load import load_checkpoint
 from sdxl_finetune.output.previews import PreviewModel, draw_latents, to_image
 from sdxl_finetune.output.prompts import Prompt
@@ -108,8 +108,7 @@ def draw_texts(model: Path, texts: Sequence[str], *, scale: float = 5.0) -> list
         sdxl=loaded.model.eval(),
         vae=loaded.vae,
         tokenizer=Tokenizer(max_token_length=None),
-        noise_schedule=build_schedule(zero_terminal_snr=False),
-        v_parameterization=False,
+        objective=build_objective("noise"),
     )
     prompts = [Prompt(prompt=text, width=SIZE, height=SIZE, steps=20, scale=scale) for text in texts]
     images = []

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
-from sdxl_finetune.diffusion.schedule import build_schedule
+from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.load import load_checkpoint, open_base_model
@@ -186,14 +186,14 @@ def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}[name]
     loaded = load_checkpoint(path, dtype=dtype, vae_path=arguments.vae)
     declared = loaded.declared
+    predicts_v = arguments.v_parameterization or declared.v_prediction
     zero_terminal_snr = arguments.zero_terminal_snr or bool(declared.zero_terminal_snr)
     loaded.vae.to(device)
     return PreviewModel(
         sdxl=loaded.model.to(device).eval(),
         vae=loaded.vae,
         tokenizer=build_tokenizer(max_token_length=arguments.max_token_length, caption_break=True),
-        noise_schedule=build_schedule(zero_terminal_snr=zero_terminal_snr),
-        v_parameterization=arguments.v_parameterization or bool(declared.v_prediction),
+        objective=build_objective("velocity" if predicts_v else "noise", zero_terminal_snr=zero_terminal_snr),
     )
 
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from sdxl_finetune.commands.data import load_data_config
@@ -19,7 +18,7 @@ from sdxl_finetune.data.loader import TrainingDataset
 from sdxl_finetune.data.tokens import tokenizer_of
 from sdxl_finetune.data.unchanged import no_noise, no_timesteps
 from sdxl_finetune.diffusion.loss_weights import UNWEIGHTED
-from sdxl_finetune.diffusion.schedule import Schedule, build_schedule
+from sdxl_finetune.diffusion.objective import Objective, build_objective
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import auto_v2
 from sdxl_finetune.model.load import Loaded, load_checkpoint
@@ -147,13 +146,12 @@ def _measure(job: Job, path: Path, loaded: Loaded, base: Report | None, stop: St
     if base is not None and base.facts.options != facts.options:
         logger.warning("the report on %s measured something else, so no change since it is shown", base.facts.model)
         base = None
-    loss = config.model_copy(update=UNWEIGHTED | {"v_parameterization": predicts_v(config, loaded)})
     subject = Subject(
         sdxl=loaded.model.to(device),
         vae=loaded.vae.to(device),
         tokenize=tokenizer_of(config),
-        noise_schedule=_schedule(config, loaded, device),
-        loss=loss,
+        objective=_objective(config, loaded).to(device),
+        loss=config.model_copy(update=UNWEIGHTED),
         autocast=partial(autocast, config, device),
         device=device,
     )
@@ -162,20 +160,13 @@ def _measure(job: Job, path: Path, loaded: Loaded, base: Report | None, stop: St
     return report
 
 
-def predicts_v(config: Config, loaded: Loaded) -> bool:
-    """True if the model predicts velocity, as it says itself, or else as the config says."""
-    said = loaded.declared.v_prediction
-    return config.v_parameterization if said is None else said
-
-
-def has_terminal_snr(config: Config, loaded: Loaded) -> bool:
-    """True if the model has zero terminal SNR, as it says itself, or else as the config says."""
-    said = loaded.declared.zero_terminal_snr
-    return config.zero_terminal_snr if said is None else said
-
-
-def _schedule(config: Config, loaded: Loaded, device: torch.device) -> Schedule:
-    return build_schedule(zero_terminal_snr=has_terminal_snr(config, loaded)).to(device)
+def _objective(config: Config, loaded: Loaded) -> Objective:
+    """The objective of the model, as it says itself, or else as the config says."""
+    predicts_v, terminal_snr = loaded.declared.v_prediction, loaded.declared.zero_terminal_snr
+    return build_objective(
+        config.objective if predicts_v is None else "velocity" if predicts_v else "noise",
+        zero_terminal_snr=config.zero_terminal_snr if terminal_snr is None else terminal_snr,
+    )
 
 
 def _facts(job: Job, path: Path, loaded: Loaded) -> tuple[Facts, float | None]:
@@ -207,7 +198,6 @@ def _preview_model(config: Config, loaded: Loaded, accelerator: Accelerator) -> 
         sdxl=loaded.model,
         vae=loaded.vae,
         tokenizer=tokenizer_of(config),
-        noise_schedule=_schedule(config, loaded, accelerator.device),
-        v_parameterization=predicts_v(config, loaded),
+        objective=_objective(config, loaded),
         autocast=partial(autocast, config, accelerator.device),
     )

@@ -39,7 +39,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 """Options that are wrong without others."""
 EXCLUDES = {
-    "v_pred_like_loss": ("v_parameterization",),
+    "v_pred_like_loss": ("v_parameterization", "flow_model"),
+    "flow_model": ("v_parameterization",),
     "color_aug": ("cache_latents",),
     "random_crop": ("cache_latents",),
     "use_8bit_adam": ("use_lion_optimizer", "optimizer_type"),
@@ -123,7 +124,9 @@ def find_remarks(config: Config) -> Findings:
     if config.is_fused and config.max_grad_norm:
         message = "limits each tensor's gradient separately with fused_backward_pass, as in the reference"
         yield "max_grad_norm", f"{message}: 0 turns the limit off"
-    if config.zero_terminal_snr and not config.v_parameterization:
+    if config.zero_terminal_snr and config.flow_model:
+        yield "zero_terminal_snr flow_model", "has no effect with flow_model, which always ends in pure noise"
+    elif config.zero_terminal_snr and not config.v_parameterization:
         message = "ends in pure noise, of which a noise prediction learns nothing"
         yield "zero_terminal_snr", f"{message}: set v_parameterization, or remove zero_terminal_snr"
     yield from _rate_remarks(config)

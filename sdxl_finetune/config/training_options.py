@@ -19,6 +19,8 @@ from sdxl_finetune.config.fields import (
 )
 
 HUBER = OnlyWith("loss_type", ("huber", "smooth_l1"))
+ObjectiveKind = Literal["noise", "velocity", "flow"]
+"""Names of the objectives: the quantity that a model predicts."""
 EMA = OnlyWith("ema_decay ema_half_life")
 
 
@@ -71,6 +73,8 @@ class LossOptions(Options):
     """Multiply the loss by the masks in `conditioning_data_dir`. The average is over all pixels."""
     v_parameterization: bool = False
     """Train the model to predict velocity. Off: to predict noise."""
+    flow_model: bool = False
+    """Train the model as a rectified flow, to predict noise minus latents. Of forks of sd-scripts."""
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = "l2"
     """Distance between prediction and target."""
     huber_schedule: Annotated[Literal["constant", "exponential", "snr"], HUBER] = "snr"
@@ -87,6 +91,11 @@ class LossOptions(Options):
     """Add a noise loss weighted like a velocity loss, times this. Not with `v_parameterization`."""
     debiased_estimation_loss: bool = False
     """Weight the loss by 1 / sqrt(signal-to-noise ratio) (Yu et al., arXiv 2310.08442)."""
+
+    @property
+    def objective(self) -> ObjectiveKind:
+        """The quantity that the model learns to predict."""
+        return "flow" if self.flow_model else "velocity" if self.v_parameterization else "noise"
 
 
 class OptimizerOptions(Options):

@@ -114,7 +114,7 @@ FOREIGN_REFUSED = {
     "additional_parameters": "write each of these options as a key of its own",
     "token_string init_word num_vectors_per_token": "this is a config for textual inversion: remove it",
     "perlin_noise optimizer_schedulefree_wrapper": _FORK,
-    "flow_model flow_use_ot flow_timestep_distribution flow_logit_mean flow_logit_std": _FORK,
+    "flow_use_ot flow_timestep_distribution flow_logit_mean flow_logit_std": _FORK,
     "flow_uniform_shift flow_uniform_static_ratio flow_uniform_base_pixels": _FORK,
     "contrastive_flow_matching cfm_lambda vae_custom_scale vae_custom_shift": _FORK,
     "vae_reflection_padding use_zero_cond freeze_unet_blocks": _FORK,

@@ -2,10 +2,11 @@
 
 Modules:
 
-    schedule      the noise schedule: alpha-bar, signal-to-noise ratio, noisy latents, velocity
+    objective     the three objectives: input, target, and the latents that follow from a prediction
+    schedule      how much signal and noise the input has at a timestep
     noise         draws the noise (offset, multires and input noise)
     timesteps     draws the timesteps
     loss          the loss of each element
     loss_weights  the weight of each image's loss, by its timestep
-    objective     all of these together: the loss of one batch
+    image_loss    all of these together: the loss of each image of a batch
 """

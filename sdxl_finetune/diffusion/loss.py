@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Num
 from torch import Tensor
 from typing_extensions import assert_never
 
@@ -47,7 +47,7 @@ def elementwise_loss(
 
 
 def huber_threshold(
-    options: LossOptions, schedule: Schedule, timesteps: Int64[Tensor, " k"]
+    options: LossOptions, schedule: Schedule, timesteps: Num[Tensor, " k"]
 ) -> Float32[Tensor, " k"] | None:
     """The threshold c of each image by `huber_schedule`, or None for losses without a threshold:
 
@@ -65,8 +65,7 @@ def huber_threshold(
         case "exponential":
             return torch.exp(math.log(options.huber_c) / TIMESTEPS * timesteps) * options.huber_scale
         case "snr":
-            alphas_cumprod = schedule.alphas_cumprod[timesteps]
-            ratio = torch.sqrt((1 - alphas_cumprod) / alphas_cumprod)
-            return options.huber_c + (1 - options.huber_c) / (1 + ratio) ** 2
+            alpha, sigma = schedule.alpha_sigma(timesteps)
+            return options.huber_c + (1 - options.huber_c) / (1 + sigma / alpha) ** 2
         case _:
             assert_never(options.huber_schedule)

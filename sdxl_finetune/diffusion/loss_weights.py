@@ -1,16 +1,18 @@
 """The loss weight of each image, as a function of the signal-to-noise ratio (SNR) at its timestep.
 
-The formulas are the reference's (tests/golden/loss.json) and hold for SNR > 0. An SNR of exactly 0 occurs only at the
-last timestep of a zero-terminal-SNR schedule. There the formulas give infinity, NaN, or 0, which would never train that
-timestep. We use weight 1 there instead, as without any weighting.
+For noise and velocity the formulas are the reference's (tests/golden/loss.json). For a flow they weight the error of
+x_0 or of the noise in the same way, as the papers define them. They hold for SNR > 0. An SNR of exactly 0 occurs only
+where the input is pure noise: at the end of a zero-terminal-SNR schedule or of a flow. There the formulas give
+infinity, NaN, or 0, which would never train that timestep. We use weight 1 there instead, as without any weighting.
 """
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Num
 from torch import Tensor
+from typing_extensions import assert_never
 
 from sdxl_finetune.config import LossOptions
-from sdxl_finetune.diffusion.schedule import Schedule
+from sdxl_finetune.diffusion.objective import Objective
 
 LARGEST_SNR = 1000.0
 """Upper bound of the SNR in all formulas but min-SNR's, as in the reference."""
@@ -24,30 +26,31 @@ UNWEIGHTED = {
 """Loss options of validation and tag reports, whatever the run trains with."""
 
 
-def loss_weight(options: LossOptions, schedule: Schedule, timesteps: Int64[Tensor, " k"]) -> Float32[Tensor, " k"]:
+def loss_weight(options: LossOptions, objective: Objective, timesteps: Num[Tensor, " k"]) -> Float32[Tensor, " k"]:
     """The product of all weightings that are on, finite and positive. A gamma or factor of 0 turns a weighting off.
 
     `v_pred_like_loss` = f adds f times the loss of a noise prediction weighted like v: factor 1 + f (SNR + 1) / SNR.
     """
-    snr = schedule.snr[timesteps]
+    snr = objective.schedule.snr(timesteps)
     weight = torch.ones_like(snr)
     if options.min_snr_gamma:
-        weight = weight * min_snr_weight(snr, options.min_snr_gamma, options.v_parameterization)
+        weight = weight * min_snr_weight(snr, options.min_snr_gamma, objective)
     if options.scale_v_pred_loss_like_noise_pred:
         weight = weight * noise_like_weight(snr)
     if options.v_pred_like_loss:
         weight = weight * (1 + options.v_pred_like_loss / noise_like_weight(snr))
     if options.debiased_estimation_loss:
-        weight = weight * debiased_weight(snr, options.v_parameterization)
+        weight = weight * debiased_weight(snr, objective)
     return torch.where(snr > 0, weight, 1.0)
 
 
-def min_snr_weight(snr: Float32[Tensor, " k"], gamma: float, v_parameterization: bool) -> Float32[Tensor, " k"]:
-    """min(SNR, gamma) / SNR for noise prediction, min(SNR, gamma) / (SNR + 1) for v-prediction.
+def min_snr_weight(snr: Float32[Tensor, " k"], gamma: float, objective: Objective) -> Float32[Tensor, " k"]:
+    """min(SNR, gamma) times the squared error of x_0, as a weight of the squared error of the prediction.
 
+    noise: min(SNR, gamma) / SNR; velocity: min(SNR, gamma) / (SNR + 1); flow: min(SNR, gamma) / (1 + sqrt(SNR))^2.
     Source: Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556, section 3.4.
     """
-    return snr.clamp(max=gamma) / (snr + 1 if v_parameterization else snr)
+    return snr.clamp(max=gamma) / objective.rules.error_ratio(snr)
 
 
 def noise_like_weight(snr: Float32[Tensor, " k"]) -> Float32[Tensor, " k"]:
@@ -59,10 +62,20 @@ def noise_like_weight(snr: Float32[Tensor, " k"]) -> Float32[Tensor, " k"]:
     return snr / (snr + 1)
 
 
-def debiased_weight(snr: Float32[Tensor, " k"], v_parameterization: bool) -> Float32[Tensor, " k"]:
-    """1 / sqrt(SNR) for noise prediction, 1 / (SNR + 1) for v-prediction. The SNR is bounded by LARGEST_SNR.
+def debiased_weight(snr: Float32[Tensor, " k"], objective: Objective) -> Float32[Tensor, " k"]:
+    """1 / sqrt(SNR) for the squared error of the noise. The SNR is bounded by LARGEST_SNR.
 
-    Source: Yu et al., Unmasking Bias in Diffusion Model Training, arXiv 2310.08442. The form for v is the reference's.
+    noise: 1 / sqrt(SNR); velocity: 1 / (SNR + 1), as in the reference; flow: sqrt(SNR) / (1 + sqrt(SNR))^2, because the
+    error of the noise is alpha times the error of the prediction.
+    Source: Yu et al., Unmasking Bias in Diffusion Model Training, arXiv 2310.08442.
     """
     snr = snr.clamp(max=LARGEST_SNR)
-    return 1 / (snr + 1) if v_parameterization else snr.rsqrt()
+    match objective.kind:
+        case "noise":
+            return snr.rsqrt()
+        case "velocity":
+            return 1 / (snr + 1)
+        case "flow":
+            return snr.sqrt() / objective.rules.error_ratio(snr)
+        case _:
+            assert_never(objective.kind)

@@ -1,46 +1,112 @@
-"""The training objective: denoising score matching as SDXL was trained (Podell et al., arXiv 2307.01952).
+"""The objective of training. The table OBJECTIVES has all that differs between the three objectives.
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e          (Ho et al., arXiv 2006.11239, equation 4)
-    loss_i = weight(t_i) mean mask_i (target_i - model(x_t, t_i, caption_i, sizes_i))^2
+    objective   target                   schedule (alpha, sigma)     sources
+    noise       e                        SDXL's own                  Ho et al., arXiv 2006.11239, equation 14
+    velocity    alpha_t e - sigma_t x_0  SDXL's own                  Salimans and Ho, arXiv 2202.00512, section 4
+    flow        e - x_0                  1 - t, t                    Liu et al., arXiv 2209.03003, equation 1; Lipman et
+                                                                     al., arXiv 2210.02747, equation 23; Esser et al.,
+                                                                     arXiv 2403.03206, equation 13
 
-The mean is over all pixels, also over those that the mask hides, as in the reference (golden loss.json: masked_loss).
-
-The choices of target, loss and loss weight are the reference's. All random numbers are in the batch. The objective is
-therefore a plain function of weights and batch.
+The model's input is x_t = alpha_t x_0 + sigma_t e for all of them, and the SNR that loss weights read is that of its
+schedule. x_0 are latents, scaled as the U-Net sees them, and e is unit noise.
 """
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
-from sdxl_finetune.batch import Batch
-from sdxl_finetune.config import LossOptions
-from sdxl_finetune.diffusion.loss import elementwise_loss, huber_threshold
-from sdxl_finetune.diffusion.loss_weights import loss_weight
-from sdxl_finetune.diffusion.schedule import Schedule, add_noise, velocity
+import torch
+from jaxtyping import Float, Float32, Num
+from torch import Tensor
+
+from sdxl_finetune.config.training_options import ObjectiveKind
+from sdxl_finetune.diffusion.schedule import DiscreteSchedule, Schedule, StraightPath, discrete_schedule
 
 
-def image_losses(
-    model: nn.Module, batch: Batch, latents: Float[Tensor, "k 4 h w"], schedule: Schedule, options: LossOptions
-) -> Float[Tensor, " k"]:
-    """The weighted loss of each image, in float32.
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The definition of an objective, apart from its schedule. `alpha` and `sigma` are factors of signal and noise."""
 
-    `model` is SDXL, possibly wrapped by accelerate. `latents` are multiplied by the VAE's scaling factor. With
-    `ip_noise_gamma` the input has more noise than the target (Ning et al., arXiv 2301.11706, algorithm 1).
-    """
-    latents, timesteps = latents.float(), batch.timesteps
-    input_noise = batch.noise if batch.input_noise is None else batch.noise + batch.input_noise
-    noisy = add_noise(schedule, latents, input_noise, timesteps)
-    target = velocity(schedule, latents, batch.noise, timesteps) if options.v_parameterization else batch.noise
-    prediction = model(
-        noisy,
-        timesteps,
-        batch.text,
-        batch.original_size,
-        batch.crop_top_left,
-        batch.target_size,
-    )
-    threshold = huber_threshold(options, schedule, timesteps)
-    losses = elementwise_loss(prediction, target, options.loss_type, threshold)
-    if batch.mask is not None:
-        losses = losses * batch.mask[:, None]
-    return losses.mean(dim=(1, 2, 3)) * loss_weight(options, schedule, timesteps)
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """The target of (latents, noise, alpha, sigma)."""
+    latents: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """The x_0 that follows from (noisy latents, prediction, alpha, sigma)."""
+    error_ratio: Callable[[Tensor], Tensor]
+    """Squared error of the prediction divided by the squared error of the x_0 that follows from it, by the SNR."""
+    prediction_type: str
+    """Name in diffusers' schedulers."""
+    modelspec: str
+    """Value of the metadata field `modelspec.prediction_type`. ModelSpec 1.0.1 names epsilon and v."""
+
+
+OBJECTIVES: Mapping[ObjectiveKind, Rules] = {
+    "noise": Rules(
+        target=lambda latents, noise, alpha, sigma: noise,
+        latents=lambda noisy, prediction, alpha, sigma: (noisy - sigma * prediction) / alpha,
+        error_ratio=lambda snr: snr,
+        prediction_type="epsilon",
+        modelspec="epsilon",
+    ),
+    "velocity": Rules(
+        target=lambda latents, noise, alpha, sigma: alpha * noise - sigma * latents,
+        latents=lambda noisy, prediction, alpha, sigma: alpha * noisy - sigma * prediction,
+        error_ratio=lambda snr: snr + 1,
+        prediction_type="v_prediction",
+        modelspec="v",
+    ),
+    "flow": Rules(
+        target=lambda latents, noise, alpha, sigma: noise - latents,
+        latents=lambda noisy, prediction, alpha, sigma: noisy - sigma * prediction,
+        error_ratio=lambda snr: (1 + snr.sqrt()) ** 2,
+        prediction_type="flow_prediction",
+        modelspec="flow",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """An objective on its schedule, as training, validation, previews and tag reports use it."""
+
+    kind: ObjectiveKind
+    schedule: Schedule
+
+    @property
+    def rules(self) -> Rules:
+        return OBJECTIVES[self.kind]
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """True if the last timestep is pure noise: for a flow, and with zero terminal SNR."""
+        return not isinstance(self.schedule, DiscreteSchedule) or self.schedule.ends_in_noise
+
+    def to(self, device: torch.device) -> "Objective":
+        return replace(self, schedule=self.schedule.to(device))
+
+    def noisy(
+        self, latents: Float[Tensor, "k c h w"], noise: Float[Tensor, "k c h w"], timesteps: Num[Tensor, " k"]
+    ) -> Float32[Tensor, "k c h w"]:
+        """x_t = alpha_t x_0 + sigma_t e, the model's input."""
+        alpha, sigma = self._factors(timesteps)
+        return alpha * latents.float() + sigma * noise.float()
+
+    def target(
+        self, latents: Float[Tensor, "k c h w"], noise: Float[Tensor, "k c h w"], timesteps: Num[Tensor, " k"]
+    ) -> Float32[Tensor, "k c h w"]:
+        """The target of the model's prediction."""
+        return self.rules.target(latents.float(), noise.float(), *self._factors(timesteps))
+
+    def latents(
+        self, noisy: Float[Tensor, "k c h w"], prediction: Float[Tensor, "k c h w"], timesteps: Num[Tensor, " k"]
+    ) -> Float32[Tensor, "k c h w"]:
+        """The x_0 that follows from a prediction. Not finite for a noise prediction of pure noise."""
+        return self.rules.latents(noisy.float(), prediction.float(), *self._factors(timesteps))
+
+    def _factors(self, timesteps: Tensor) -> tuple[Float32[Tensor, "k 1 1 1"], Float32[Tensor, "k 1 1 1"]]:
+        alpha, sigma = self.schedule.alpha_sigma(timesteps)
+        return alpha[:, None, None, None], sigma[:, None, None, None]
+
+
+def build_objective(kind: ObjectiveKind, *, zero_terminal_snr: bool = False) -> Objective:
+    """The objective on the CPU. `zero_terminal_snr` changes SDXL's own schedule; a flow always ends in pure noise."""
+    schedule = StraightPath() if kind == "flow" else discrete_schedule(zero_terminal_snr=zero_terminal_snr)
+    return Objective(kind=kind, schedule=schedule)

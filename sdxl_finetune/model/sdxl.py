@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import UNet2DConditionModel
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Num
 from torch import Tensor, nn
 
 from sdxl_finetune.batch import TextOutputs, Tokens
@@ -92,7 +92,7 @@ class SDXL(nn.Module):
     def forward(
         self,
         noisy_latents: Float[Tensor, "k 4 h w"],
-        timesteps: Int64[Tensor, " k"],
+        timesteps: Num[Tensor, " k"],
         text: Tokens | TextOutputs,
         original_size: Int64[Tensor, "k 2"],
         crop_top_left: Int64[Tensor, "k 2"],
@@ -100,8 +100,8 @@ class SDXL(nn.Module):
     ) -> Float[Tensor, "k 4 h w"]:
         """The U-Net's prediction in float32 for captions, as tokens or encoded. Sizes are (height, width) in pixels.
 
-        Timesteps and sizes stay integers: the U-Net embeds them in float32 and casts the embedding. In bfloat16 1001
-        would become 1000.
+        Timesteps and sizes stay integers or float32: the U-Net embeds them in float32 and casts the embedding. In
+        bfloat16 1001 would become 1000.
         """
         hidden, pooled = self.encode_text(text) if isinstance(text, Tokens) else text
         # The six numbers of the size conditioning (arXiv 2307.01952, section 2.2), in the order of its embedding.
@@ -111,7 +111,7 @@ class SDXL(nn.Module):
     def predict(
         self,
         noisy_latents: Float[Tensor, "k 4 h w"],
-        timesteps: Int64[Tensor, " k"],
+        timesteps: Num[Tensor, " k"],
         hidden: Float[Tensor, "k t c"],
         pooled: Float[Tensor, "k p"],
         sizes: Int64[Tensor, "k 6"],

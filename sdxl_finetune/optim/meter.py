@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Num
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
@@ -33,10 +33,10 @@ class Meter:
         self._measured: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def add_losses(self, losses: Float[Tensor, " k"], timesteps: Int64[Tensor, " k"], weights: Tensor) -> None:
+    def add_losses(self, losses: Float[Tensor, " k"], timesteps: Num[Tensor, " k"], weights: Tensor) -> None:
         """Adds the losses of a micro-batch; images of weight 0 do not count."""
         counted = (weights > 0).float()
-        ranges = (timesteps * RANGES // TIMESTEPS).clamp(max=RANGES - 1)
+        ranges = (timesteps * RANGES // TIMESTEPS).long().clamp(max=RANGES - 1)
         self._losses.index_add_(1, ranges, torch.stack([losses.float() * counted, counted]))
 
     def begin_step(self) -> None:

@@ -22,6 +22,7 @@ from sdxl_finetune.batch import TIMESTEPS
 from sdxl_finetune.config import Config, MetadataOptions
 from sdxl_finetune.config.fields import plain
 from sdxl_finetune.config.options import SECRETS
+from sdxl_finetune.diffusion.objective import OBJECTIVES
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.output.stages import Stage, stages_json
 
@@ -76,7 +77,7 @@ def modelspec(config: Config, *, now: datetime, thumbnail: str | None = None) ->
         "title": config.metadata_title or config.output_name or f"Checkpoint@{now.timestamp()}",
         "date": now.replace(microsecond=0, tzinfo=None).isoformat(),
         "resolution": f"{width}x{height}",
-        "prediction_type": "v" if config.v_parameterization else "epsilon",
+        "prediction_type": OBJECTIVES[config.objective].modelspec,
         "thumbnail": thumbnail,
     }
     if config.min_timestep is not None or config.max_timestep is not None:

@@ -29,7 +29,8 @@ from torch import Tensor
 from sdxl_finetune.batch import TIMESTEPS
 from sdxl_finetune.config import PreviewOptions
 from sdxl_finetune.data.tokens import Tokenizer
-from sdxl_finetune.diffusion.schedule import FIRST_BETA, LAST_BETA, Schedule
+from sdxl_finetune.diffusion.objective import Objective
+from sdxl_finetune.diffusion.schedule import FIRST_BETA, LAST_BETA, DiscreteSchedule
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.sdxl import SDXL, evaluating
 from sdxl_finetune.model.vae import decode
@@ -67,10 +68,8 @@ class PreviewModel:
     vae: AutoencoderKL
     tokenizer: Tokenizer
     """`draw_latents` reads (words:1.3) as weights, even if this tokenizer does not."""
-    noise_schedule: Schedule
-    """Noise schedule that the model was trained with."""
-    v_parameterization: bool
-    """True if the model predicts velocity, False if it predicts noise."""
+    objective: Objective
+    """The objective that the model was trained with."""
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Context of mixed precision for the model. The VAE decodes outside of it."""
 
@@ -91,8 +90,8 @@ class Preview:
     path: Path
 
 
-def build_sampler(name: str, schedule: Schedule, *, v_parameterization: bool) -> Any:
-    """Builds the diffusers sampler for a value of `sample_sampler`, on the given noise schedule."""
+def build_sampler(name: str, objective: Objective) -> Any:
+    """Builds the diffusers sampler for a value of `sample_sampler`, for a model with this objective."""
     name = name.removeprefix("k_")
     sampler_class = getattr(diffusers, SAMPLERS[name][0])
     settings: dict[str, Any] = {
@@ -100,7 +99,7 @@ def build_sampler(name: str, schedule: Schedule, *, v_parameterization: bool) ->
         "beta_start": FIRST_BETA,
         "beta_end": LAST_BETA,
         "beta_schedule": "scaled_linear",
-        "prediction_type": "v_prediction" if v_parameterization else "epsilon",
+        "prediction_type": objective.rules.prediction_type,
         # Clipping to [-1, 1] is meant for pixels. It would cut off a third of all latent values.
         "clip_sample": False,
     }
@@ -110,7 +109,9 @@ def build_sampler(name: str, schedule: Schedule, *, v_parameterization: bool) ->
         settings["final_sigmas_type"] = "sigma_min"  # the only value that works; sd-scripts fails here
     if name == "dpmsingle":
         settings["lower_order_final"] = True  # diffusers would set it too, with a warning each time
-    if schedule.alphas_cumprod[-1] == 0:
+    schedule = objective.schedule
+    assert isinstance(schedule, DiscreteSchedule)
+    if schedule.ends_in_noise:
         alphas_cumprod = schedule.alphas_cumprod.double().cpu().numpy().clip(SMALLEST_ALPHA_BAR)
         settings["trained_betas"] = (1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])).tolist()
         settings["timestep_spacing"] = "trailing"
@@ -172,7 +173,7 @@ def draw_latents(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = 4, shared.height // 8, shared.width // 8
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    sampler = build_sampler(sampler_name, model.noise_schedule, v_parameterization=model.v_parameterization)
+    sampler = build_sampler(sampler_name, model.objective)
     return denoise(predict, sampler, shared.steps, noise.to(device), generators)
 
 

@@ -65,7 +65,7 @@ def make_report(
     Returns None, too, if one of the processes was asked to stop. Raises MeasurementFailed.
     """
     choice, accelerator, began = job.choice, job.accelerator, time.monotonic()
-    computation = f"{job.config.mixed_precision} {subject.loss.v_parameterization} {subject.noise_schedule.snr[-1]}"
+    computation = f"{job.config.mixed_precision} {subject.objective.kind} {subject.objective.ends_in_noise}"
     rank = accelerator.process_index
     finished = open_finished(job.folder, subject.sdxl, choice, job.index, computation, rank)
     losses = measure(subject, choice, job.dataset, accelerator, finished, stop)

@@ -24,8 +24,8 @@ from sdxl_finetune.data.batch_plan import MicroBatch
 from sdxl_finetune.data.index import Entry
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.unchanged import image_id, unchanged
-from sdxl_finetune.diffusion.objective import image_losses
-from sdxl_finetune.diffusion.schedule import Schedule
+from sdxl_finetune.diffusion.image_loss import image_losses
+from sdxl_finetune.diffusion.objective import Objective
 from sdxl_finetune.model.sdxl import SDXL, evaluating
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.progress import duration, track
@@ -53,9 +53,9 @@ class Subject:
     sdxl: SDXL
     vae: AutoencoderKL
     tokenize: Callable[[Sequence[str]], Tokens]
-    noise_schedule: Schedule
+    objective: Objective
     loss: LossOptions
-    """Options without loss weights. `v_parameterization` is that of the model."""
+    """Options without loss weights."""
     autocast: Callable[[], AbstractContextManager[Any]]
     device: torch.device
 
@@ -174,7 +174,7 @@ def unit_losses(
         )
         with subject.autocast():
             repeated = latents.expand(len(part), -1, -1, -1)
-            losses.append(image_losses(subject.sdxl, batch, repeated, subject.noise_schedule, subject.loss))
+            losses.append(image_losses(subject.sdxl, batch, repeated, subject.objective, subject.loss))
     values: Losses = torch.cat(losses).float().cpu().numpy().reshape(len(timesteps), len(unit.captions))
     return values
 

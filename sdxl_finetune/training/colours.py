@@ -107,9 +107,7 @@ class ColourCheck:
         """Latents of pictures for the batch's captions and sizes, scaled as the U-Net sees them."""
         sdxl, device = learner.sdxl, batch.noise.device
         sizes = torch.cat([batch.original_size, batch.crop_top_left, batch.target_size], dim=1)
-        sampler = build_sampler(
-            self.config.sample_sampler, learner.noise_schedule, v_parameterization=self.config.v_parameterization
-        )
+        sampler = build_sampler(self.config.sample_sampler, learner.objective)
         seeds = self.seeds[batch.position.micro_batch]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with learner.autocast():

@@ -87,8 +87,7 @@ def preview_if_due(run: Run, moment: Moment) -> None:
         sdxl=learner.sdxl,
         vae=learner.vae,
         tokenizer=run.tokenizer,
-        noise_schedule=learner.noise_schedule,
-        v_parameterization=run.config.v_parameterization,
+        objective=learner.objective,
         autocast=learner.autocast,
     )
     files = PreviewFiles(

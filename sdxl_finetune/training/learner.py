@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from sdxl_finetune.config import Config
-from sdxl_finetune.diffusion.schedule import Schedule, build_schedule
+from sdxl_finetune.diffusion.objective import Objective, build_objective
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.optim.ema import Ema, build_ema
 from sdxl_finetune.optim.lr import Rate
@@ -33,7 +33,7 @@ class Learner:
     """`sdxl` in the precision of `mixed_precision`, as accelerate prepared it."""
     vae: AutoencoderKL
     """Encodes batches of images that have no cached latents."""
-    noise_schedule: Schedule
+    objective: Objective
     parameters: TrainedParameters
     update: Update
     """The optimizer, and how its steps reach the parameters."""
@@ -60,14 +60,14 @@ def build_learner(
     parameters = trained_parameters(config, sdxl.parameters_by_part(), sdxl.masters)
     in_precision = Autocast(sdxl, partial(autocast, config, accelerator.device))
     model, update = build_update(config, parameters, in_precision, accelerator, real_tensors)
-    noise_schedule = build_schedule(zero_terminal_snr=config.zero_terminal_snr).to(accelerator.device)
+    objective = build_objective(config.objective, zero_terminal_snr=config.zero_terminal_snr)
     return Learner(
         config=config,
         accelerator=accelerator,
         sdxl=sdxl,
         model=model,
         vae=vae,
-        noise_schedule=noise_schedule,
+        objective=objective.to(accelerator.device),
         parameters=parameters,
         update=update,
         ema=build_ema(parameters, config),

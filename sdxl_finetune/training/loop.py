@@ -15,7 +15,7 @@ import torch
 
 from sdxl_finetune.batch import Batch
 from sdxl_finetune.config import Config
-from sdxl_finetune.diffusion.objective import image_losses
+from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.errors import say_errors
 from sdxl_finetune.model.compilation import compiler_failures
 from sdxl_finetune.model.vae import batch_latents
@@ -95,7 +95,7 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
             batch = batch.to(accelerator.device)
             with update.accumulate(last=position.is_last_micro_batch, only=position.micro_batches_in_step == 1):
                 latents = batch_latents(batch, learner.vae)
-                losses = image_losses(learner.model, batch, latents, learner.noise_schedule, config)
+                losses = image_losses(learner.model, batch, latents, learner.objective, config)
                 micro_loss = (losses * batch.weights).sum()
                 accelerator.backward(update.loss_scale.scaled(micro_loss) if update.loss_scale else micro_loss)
             meter.add_losses(losses.detach(), batch.timesteps, batch.weights)

@@ -64,7 +64,7 @@ def report_tags(run: Run, job: Job, moment: Moment, stop: StopRequest) -> None:
         sdxl=learner.sdxl,
         vae=learner.vae,
         tokenize=run.tokenizer,
-        noise_schedule=learner.noise_schedule,
+        objective=learner.objective,
         loss=run.config.model_copy(update=UNWEIGHTED),
         autocast=learner.autocast,
         device=run.accelerator.device,

@@ -22,8 +22,8 @@ from sdxl_finetune.data.batch_plan import MicroBatch
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.unchanged import image_id, unchanged
+from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.diffusion.loss_weights import UNWEIGHTED
-from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.model.sdxl import evaluating
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.seeding import position_normal
@@ -79,7 +79,7 @@ class Validation:
                 batch = batch.to(device)
                 latents = batch_latents(batch, learner.vae, drawn=False)
                 with learner.autocast():
-                    losses = image_losses(learner.sdxl, batch, latents, learner.noise_schedule, self.config)
+                    losses = image_losses(learner.sdxl, batch, latents, learner.objective, self.config)
                 readable = (batch.weights > 0).float()
                 part = torch.stack([(losses * readable).sum(), readable.sum()])
                 key = number, self.timesteps[batch.position.step]

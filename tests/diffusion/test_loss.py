@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from sdxl_finetune.batch import Batch, Position
 from sdxl_finetune.config import LossOptions
 from sdxl_finetune.data.masks import latent_mask
+from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.diffusion.loss import elementwise_loss, huber_threshold
 from sdxl_finetune.diffusion.loss_weights import loss_weight
-from sdxl_finetune.diffusion.objective import image_losses
-from sdxl_finetune.diffusion.schedule import build_schedule
+from sdxl_finetune.diffusion.objective import build_objective
 
 LOSS_TYPES = ("l2", "l1", "huber", "smooth_l1")
 HUBER = {"loss_type": "l2", "huber_schedule": "snr", "huber_c": 0.1, "huber_scale": 1.0}
@@ -38,10 +38,11 @@ def test_huber_thresholds_are_the_reference_s(golden) -> None:
             assert entry["huber_schedule"] == "bogus"
             with pytest.raises(AssertionError):
                 huber_threshold(
-                    loss_options(entry), build_schedule(zero_terminal_snr=False), torch.tensor(entry["timesteps"])
+                    loss_options(entry), build_objective("noise").schedule, torch.tensor(entry["timesteps"])
                 )
             continue
-        schedule = build_schedule(zero_terminal_snr=entry["scheduler"] == "zero_terminal_snr")
+        terminal_snr = entry["scheduler"] == "zero_terminal_snr"
+        schedule = build_objective("noise", zero_terminal_snr=terminal_snr).schedule
         actual = huber_threshold(loss_options(entry), schedule, torch.tensor(entry["timesteps"]))
         if entry["out"] is None:
             assert actual is None
@@ -52,7 +53,7 @@ def test_huber_thresholds_are_the_reference_s(golden) -> None:
 def test_elementwise_losses_are_the_reference_s(golden, inputs) -> None:
     entries = golden("loss.json")["conditional_loss"]
     assert len(entries) == 11
-    schedule = build_schedule(zero_terminal_snr=False)
+    schedule = build_objective("noise").schedule
     for entry in entries:
         if "raised" in entry:
             with pytest.raises((AssertionError, TypeError)):
@@ -80,15 +81,15 @@ def test_weighted_losses_are_the_reference_s(golden, inputs) -> None:
     cases = golden("loss.json")["chain"]
     entries = [entry for entry in cases if entry["args"] or not entry["alpha_masks_in_batch"]]
     assert (len(entries), len(cases), sum(entry["alpha_masks_in_batch"] for entry in entries)) == (15, 16, 3)
-    schedule = build_schedule(zero_terminal_snr=False)
     for entry in entries:
         options = LossOptions.model_construct(**{**HUBER, **entry["args"]})
         timesteps = torch.tensor(entry["timesteps"])
-        threshold = huber_threshold(options, schedule, timesteps)
+        objective = build_objective(options.objective)
+        threshold = huber_threshold(options, objective.schedule, timesteps)
         loss = elementwise_loss(inputs["pred"], inputs["target"], options.loss_type, threshold)
         if entry["alpha_masks_in_batch"]:
             loss = loss * masks_of_latents(inputs)[:, None]
-        per_image = loss.mean(dim=(1, 2, 3)) * loss_weight(options, schedule, timesteps)
+        per_image = loss.mean(dim=(1, 2, 3)) * loss_weight(options, objective, timesteps)
         assert per_image.mean().item() == pytest.approx(entry["loss"], rel=1e-5), entry["args"]
         if entry["per_sample"] is not None:
             torch.testing.assert_close(per_image, torch.tensor(entry["per_sample"]), rtol=1e-5, atol=1e-7)
@@ -126,8 +127,8 @@ def test_masked_losses_are_averaged_over_all_pixels_as_the_reference_s(golden, i
         mask=masks_of_latents(inputs) if number == 0 else None,
         weights=torch.ones(4),
     )
-    schedule = build_schedule(zero_terminal_snr=False)
-    losses = image_losses(Answer(inputs["pred"]), batch, torch.zeros_like(noise), schedule, LossOptions())
+    answer = Answer(inputs["pred"])
+    losses = image_losses(answer, batch, torch.zeros_like(noise), build_objective("noise"), LossOptions())
     torch.testing.assert_close(losses, torch.tensor(expected["per_sample_mean"]), rtol=1e-5, atol=0)
     assert (losses.sum() * 4 * 6 * 5).item() == pytest.approx(expected["sum"], rel=1e-5)
 

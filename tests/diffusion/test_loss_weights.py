@@ -8,7 +8,7 @@ import torch
 from sdxl_finetune.batch import TIMESTEPS
 from sdxl_finetune.config import LossOptions
 from sdxl_finetune.diffusion.loss_weights import loss_weight
-from sdxl_finetune.diffusion.schedule import build_schedule
+from sdxl_finetune.diffusion.objective import build_objective
 
 PLAIN, BEFORE_FIX, AFTER_FIX = range(3)
 WEIGHTINGS = {
@@ -43,9 +43,10 @@ def weightings(entry: dict) -> dict[str, list]:
 
 def test_loss_weights_are_the_reference_s(golden) -> None:
     entry = golden("loss.json")["weights"][PLAIN]
-    schedule, timesteps = build_schedule(zero_terminal_snr=False), torch.tensor(entry["timesteps"])
+    timesteps = torch.tensor(entry["timesteps"])
     for name, expected in weightings(entry).items():
-        actual = loss_weight(loss_options(name), schedule, timesteps)
+        options = loss_options(name)
+        actual = loss_weight(options, build_objective(options.objective), timesteps)
         torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-5, atol=0, msg=name)
 
 
@@ -56,26 +57,27 @@ def test_weights_follow_the_zero_terminal_snr_fix(golden) -> None:
     third entry, except at timestep 999, where it has 0, infinity and NaN.
     """
     entry = golden("loss.json")["weights"][AFTER_FIX]
-    schedule, timesteps = build_schedule(zero_terminal_snr=True), torch.tensor(entry["timesteps"])
+    timesteps = torch.tensor(entry["timesteps"])
     terminal = timesteps == TIMESTEPS - 1
     reference = golden("loss.json")["weights"][BEFORE_FIX]
     assert terminal.sum() == 1
     for name, expected in weightings(entry).items():
         assert reference[name] == golden("loss.json")["weights"][PLAIN][name]
-        actual = loss_weight(loss_options(name), schedule, timesteps)
+        options = loss_options(name)
+        actual = loss_weight(options, build_objective(options.objective, zero_terminal_snr=True), timesteps)
         wanted = torch.tensor([value if isinstance(value, float) else torch.nan for value in expected])
         torch.testing.assert_close(actual[~terminal], wanted[~terminal], rtol=2e-4, atol=0, msg=name)
         assert actual[terminal] == 1, name
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-@pytest.mark.parametrize("v_parameterization", [False, True])
+@pytest.mark.parametrize("kind", ["noise", "velocity", "flow"])
 @pytest.mark.parametrize("weighting", [*WEIGHTINGS, "all"])
-def test_every_weight_is_finite_and_positive(zero_terminal_snr, v_parameterization, weighting) -> None:
+def test_every_weight_is_finite_and_positive(zero_terminal_snr, kind, weighting) -> None:
     options = WEIGHTINGS if weighting == "all" else {weighting: WEIGHTINGS[weighting]}
-    schedule = build_schedule(zero_terminal_snr=zero_terminal_snr)
-    chosen = LossOptions.model_construct(v_parameterization=v_parameterization, **options)
-    weight = loss_weight(chosen, schedule, EVERY_TIMESTEP)
+    objective = build_objective(kind, zero_terminal_snr=zero_terminal_snr)
+    timesteps = EVERY_TIMESTEP + 1.0 if kind == "flow" else EVERY_TIMESTEP
+    weight = loss_weight(LossOptions.model_construct(**options), objective, timesteps)
     assert weight.isfinite().all()
     assert (weight > 0).all()
     assert weight.dtype == torch.float32
@@ -83,17 +85,37 @@ def test_every_weight_is_finite_and_positive(zero_terminal_snr, v_parameterizati
 
 def test_terminal_timestep_has_weight_one_with_v_prediction() -> None:
     """docs/differences.md: the terminal weight is 1. The formulas of min-SNR and of the scaling of v give 0."""
-    schedule = build_schedule(zero_terminal_snr=True)
+    objective = build_objective("velocity", zero_terminal_snr=True)
     options = LossOptions.model_construct(
         v_parameterization=True, min_snr_gamma=5.0, scale_v_pred_loss_like_noise_pred=True
     )
-    weight = loss_weight(options, schedule, EVERY_TIMESTEP)
+    weight = loss_weight(options, objective, EVERY_TIMESTEP)
     assert weight[-1] == 1
     assert weight[-2] < 1e-6
 
 
 def test_without_weightings_every_weight_is_one() -> None:
-    weight = loss_weight(
-        LossOptions.model_construct(min_snr_gamma=0.0), build_schedule(zero_terminal_snr=False), EVERY_TIMESTEP
-    )
+    weight = loss_weight(LossOptions.model_construct(min_snr_gamma=0.0), build_objective("noise"), EVERY_TIMESTEP)
     assert torch.equal(weight, torch.ones(TIMESTEPS))
+
+
+@pytest.mark.parametrize("kind", ["noise", "velocity", "flow"])
+def test_min_snr_and_debiasing_weight_the_error_of_latents_and_noise(kind) -> None:
+    """min-SNR is min(SNR, gamma) times the squared error of x_0; debiasing is the error of the noise / sqrt(SNR).
+
+    The errors follow from a wrong prediction. The reference's debiasing of velocity is another formula.
+    """
+    objective, generator = build_objective(kind), torch.Generator().manual_seed(0)
+    timesteps = torch.tensor([40, 300, 700, 990])
+    latents, noise = torch.randn(2, 4, 4, 2, 2, generator=generator, dtype=torch.float64)
+    target, noisy = objective.target(latents, noise, timesteps), objective.noisy(latents, noise, timesteps)
+    restored = objective.latents(noisy, target + 0.1, timesteps)
+    error = ((restored - latents) ** 2).mean(dim=(1, 2, 3))
+    snr = objective.schedule.snr(timesteps)
+    weight = loss_weight(LossOptions.model_construct(min_snr_gamma=5.0), objective, timesteps)
+    torch.testing.assert_close(0.01 * weight, snr.clamp(max=5) * error.float(), rtol=2e-3, atol=0)
+    if kind != "velocity":
+        alpha, sigma = objective.schedule.alpha_sigma(timesteps)
+        noise_error = (alpha / sigma) ** 2 * error
+        debiased = loss_weight(LossOptions.model_construct(debiased_estimation_loss=True), objective, timesteps)
+        torch.testing.assert_close(0.01 * debiased, (noise_error * snr.rsqrt()).float(), rtol=2e-3, atol=0)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdxl_finetune.diffusion.noise import adaptive_offset, multires_noise, multires_sizes, offset_noise
-from sdxl_finetune.diffusion.schedule import add_noise, build_schedule
+from sdxl_finetune.diffusion.objective import build_objective
 
 CASES, PARTS = 108, 40
 IMPOSSIBLE = range(80, 84)
@@ -59,7 +59,7 @@ def replayed(case: Mapping, arguments: Mapping, latents: torch.Tensor) -> Simple
         input_noise = noise + gamma * torch.randn_like(latents).float()
     noisy = None
     if high < 1000 or low < high:
-        noisy = add_noise(build_schedule(zero_terminal_snr=False), latents, input_noise, timesteps)
+        noisy = build_objective("noise").noisy(latents, input_noise, timesteps)
     generator = random.Random(case["python_seed"])
     for _ in range(python_draws):
         generator.random()

@@ -11,10 +11,10 @@ from sdxl_finetune.diffusion.timesteps import draw_timesteps
 
 
 def drawn(
-    images: int, *, step: int = 0, micro_batch: int = 0, seed: int = 7, epoch: int = 0, **options
+    images: int, *, step: int = 0, micro_batch: int = 0, seed: int = 7, epoch: int = 0, objective="noise", **options
 ) -> torch.Tensor:
     position = Position(epoch=epoch, step=step, micro_batch=micro_batch, micro_batches_in_step=micro_batch + 1)
-    return draw_timesteps(NoiseOptions(**options), seed, position, images)
+    return draw_timesteps(NoiseOptions(**options), objective, seed, position, images)
 
 
 def test_timesteps_are_uniform_over_all() -> None:
@@ -64,9 +64,9 @@ def test_timestep_range_is_the_reference_s(golden) -> None:
         position = Position(epoch=0, step=0, micro_batch=0, micro_batches_in_step=1)
         if "raised" in case:
             with pytest.raises(AssertionError, match="no timestep"):
-                draw_timesteps(options, 7, position, 3)
+                draw_timesteps(options, "noise", 7, position, 3)
             continue
-        timesteps = draw_timesteps(options, 7, position, 50).tolist()
+        timesteps = draw_timesteps(options, "noise", 7, position, 50).tolist()
         first, end = low or 0, 1000 if high is None else high
         if first < end:
             assert first <= min(timesteps)
@@ -74,3 +74,11 @@ def test_timestep_range_is_the_reference_s(golden) -> None:
             assert len(set(timesteps)) > 1 or end - first == 1
         else:
             assert set(timesteps) == set(case["timesteps"]) == {end}
+
+
+def test_timesteps_of_a_flow_lie_between_whole_numbers_up_to_the_last() -> None:
+    timesteps = torch.cat([drawn(64, step=step, objective="flow", min_timestep=200) for step in range(50)])
+    assert timesteps.dtype == torch.float32
+    assert 200 < timesteps.min() < 205
+    assert 995 < timesteps.max() <= 1000
+    assert (timesteps != timesteps.round()).float().mean() > 0.99

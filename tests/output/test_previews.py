@@ -17,7 +17,7 @@ from PIL import Image
 from sdxl_finetune.config import PreviewOptions
 from sdxl_finetune.config.output_options import Sampler
 from sdxl_finetune.data.tokens import build_tokenizer
-from sdxl_finetune.diffusion.schedule import build_schedule
+from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.output.previews import (
     PreviewModel,
@@ -38,7 +38,7 @@ KINDS = [name for name in NAMES if not name.startswith("k_")]
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 SMALL = {"width": 64, "height": 96, "steps": 2}
 TOKENIZER = build_tokenizer(max_token_length=None)
-SCHEDULE = build_schedule(zero_terminal_snr=False)
+NOISE = build_objective("noise")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,7 @@ def tiny() -> PreviewModel:
         sdxl=model,
         vae=vae,
         tokenizer=TOKENIZER,
-        noise_schedule=SCHEDULE,
-        v_parameterization=False,
+        objective=NOISE,
         autocast=nullcontext,
     )
 
@@ -66,7 +65,7 @@ def test_samplers_are_golden(golden) -> None:
     cases = {(case["sampler"], case["v_parameterization"]): case for case in golden("sample_prompts.json")["samplers"]}
     for name in NAMES:
         for v_parameterization in (False, True):
-            sampler = build_sampler(name, SCHEDULE, v_parameterization=v_parameterization)
+            sampler = build_sampler(name, build_objective("velocity" if v_parameterization else "noise"))
             wanted = dict(cases[name, v_parameterization])
             if name == "dpmsolver":
                 assert "raised" in wanted and sampler.config.final_sigmas_type == "sigma_min"
@@ -82,9 +81,9 @@ def test_samplers_are_golden(golden) -> None:
 def test_samplers_use_the_noise_schedule_of_the_training(name: str) -> None:
     """differences.md: Previews are sampled on the noise schedule of the training."""
     for zero_terminal_snr in (False, True):
-        schedule = build_schedule(zero_terminal_snr=zero_terminal_snr)
-        sampler = build_sampler(name, schedule, v_parameterization=True)
-        assert sampler.alphas_cumprod[:-1] == pytest.approx(schedule.alphas_cumprod[:-1], rel=1e-3, abs=1e-6)
+        objective = build_objective("velocity", zero_terminal_snr=zero_terminal_snr)
+        sampler = build_sampler(name, objective)
+        assert sampler.alphas_cumprod[:-1] == pytest.approx(objective.schedule.alphas_cumprod[:-1], rel=1e-3, abs=1e-6)
         sampler.set_timesteps(10)
         assert not zero_terminal_snr or sampler.timesteps[0] == 999
 
@@ -95,17 +94,17 @@ def test_each_sampler_draws_the_only_image_that_a_model_knows(
     name: str, v_parameterization: bool, zero_terminal_snr: bool
 ) -> None:
     """The model predicts the noise (or velocity) that leads to one flat image."""
-    schedule = build_schedule(zero_terminal_snr=zero_terminal_snr)
+    objective = build_objective("velocity" if v_parameterization else "noise", zero_terminal_snr=zero_terminal_snr)
     known = torch.tensor([0.7, -0.3, 0.1, -0.8]).reshape(1, 4, 1, 1)
 
     def predict(latents, timestep):
         assert timestep.dtype == torch.int64
-        signal = schedule.alphas_cumprod[timestep]
+        signal = objective.schedule.alphas_cumprod[timestep]
         noise = (latents - signal.sqrt() * known) / (1 - signal).sqrt()
         return signal.sqrt() * noise - (1 - signal).sqrt() * known if v_parameterization else noise
 
     generator = torch.Generator().manual_seed(0)
-    sampler = build_sampler(name, schedule, v_parameterization=v_parameterization)
+    sampler = build_sampler(name, objective)
     drawn = denoise(predict, sampler, 20, torch.randn(1, 4, 8, 8, generator=generator), [generator])
     assert (drawn - known).abs().max() < 0.2
     assert (drawn - known).abs().mean() < 0.03
@@ -125,7 +124,7 @@ def test_previews_equal_the_images_of_diffusers_pipeline(tiny: PreviewModel, nam
         tokenizer=None,
         tokenizer_2=None,
         unet=model.unet,
-        scheduler=build_sampler(name, SCHEDULE, v_parameterization=False),
+        scheduler=build_sampler(name, NOISE),
     )
     pipeline.set_progress_bar_config(disable=True)
     tokens = TOKENIZER(["a dog", "a cat"])
@@ -235,7 +234,7 @@ def test_previews_use_the_mixed_precision_of_the_training(tiny, tmp_path: Path) 
 
 
 def test_a_preview_drawn_by_epoch_has_the_epoch_in_its_name(tiny, tmp_path: Path) -> None:
-    model = replace(tiny, noise_schedule=build_schedule(zero_terminal_snr=True), v_parameterization=True)
+    model = replace(tiny, objective=build_objective("velocity", zero_terminal_snr=True))
     options = PreviewOptions(sample_sampler="dpmsolver++")
     (preview,) = draw(model, tmp_path, [Prompt(prompt="a", **SMALL)], options=options, output_name=None, epoch=3)
     assert preview.path.name == "e000003_00_20260102030405.png"

@@ -22,7 +22,7 @@ from scripts.toy.world import QUALITIES, STYLES, Scene, caption, draw, is_framed
 from sdxl_finetune.batch import to_images
 from sdxl_finetune.config import load_config
 from sdxl_finetune.data.tokens import Tokenizer
-from sdxl_finetune.diffusion.schedule import add_noise, build_schedule
+from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.model.load import load_checkpoint
 from sdxl_finetune.model.vae import encode
 from sdxl_finetune.training.loop import train
@@ -71,11 +71,11 @@ def losses(model: Path, count: int) -> torch.Tensor:
     pixels = [np.asarray(draw(scene, random.Random(number)).convert("RGB")) for number, scene in enumerate(seen)]
     latents = encode(loaded.vae, to_images(torch.from_numpy(np.stack(pixels)))) * loaded.vae.config.scaling_factor
     tokens = Tokenizer(max_token_length=None)([caption(scene) for scene in seen])
-    schedule, generator = build_schedule(zero_terminal_snr=False), torch.Generator().manual_seed(0)
+    objective, generator = build_objective("noise"), torch.Generator().manual_seed(0)
     size, total = torch.full((count, 2), pixels[0].shape[0]), torch.zeros(count)
     for timestep in (300, 500, 700, 900):
         noise, timesteps = torch.randn(latents.shape, generator=generator), torch.full((count,), timestep)
-        noisy = add_noise(schedule, latents, noise, timesteps)
+        noisy = objective.noisy(latents, noise, timesteps)
         prediction = loaded.model(noisy, timesteps, tokens, size, torch.zeros_like(size), size)
         total += (prediction - noise).square().mean(dim=(1, 2, 3))
     return total / 4

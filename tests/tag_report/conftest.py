@@ -17,7 +17,7 @@ from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import TrainingDataset
 from sdxl_finetune.data.unchanged import no_noise, no_timesteps
 from sdxl_finetune.diffusion.loss_weights import UNWEIGHTED
-from sdxl_finetune.diffusion.schedule import build_schedule
+from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.tag_report.measure import Subject, fixed_dataset
 
 CAPTIONS = {
@@ -68,7 +68,7 @@ class KnownDenoiser(nn.Module):
         super().__init__()
         self.unet, self.te1, self.te2 = nn.Linear(1, 1), Encoder(), Encoder()
         self.numbers, self.predicts_v = numbers, predicts_v
-        self.schedule = build_schedule(zero_terminal_snr=predicts_v)
+        self.objective = build_objective("velocity" if predicts_v else "noise", zero_terminal_snr=predicts_v)
         self.encoded: list[str] = []
         self.passes = 0
 
@@ -85,20 +85,19 @@ class KnownDenoiser(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, text: TextOutputs, *_sizes: Tensor) -> Tensor:
         self.passes += len(noisy)
-        alpha = self.schedule.alphas_cumprod[timesteps][:, None, None, None]
+        alpha = self.objective.schedule.alphas_cumprod[timesteps][:, None, None, None]
         noise = (noisy - alpha.sqrt()) / (1 - alpha).sqrt()
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() if self.predicts_v else noise
         return (1 - text.pooled[:, :, None, None]) * target
 
 
 def subject_of(model: KnownDenoiser, config: Config) -> Subject:
-    update = UNWEIGHTED | {"v_parameterization": model.predicts_v}
     return Subject(
         sdxl=model,
         vae=AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, scaling_factor=1.0),
         tokenize=model.tokenize,
-        noise_schedule=model.schedule,
-        loss=config.model_copy(update=update),
+        objective=model.objective,
+        loss=config.model_copy(update=UNWEIGHTED),
         autocast=nullcontext,
         device=torch.device("cpu"),
     )

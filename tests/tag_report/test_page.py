@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sdxl_finetune.data.tokens import build_tokenizer
-from sdxl_finetune.diffusion.schedule import build_schedule
+from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.output.previews import PreviewModel, draw_latents, to_image
 from sdxl_finetune.output.prompts import Prompt
@@ -213,8 +213,8 @@ def test_tags_that_are_not_learned_are_shown_first_beside_learned_ones() -> None
 @pytest.fixture(scope="module")
 def tiny() -> PreviewModel:
     model, vae = build_random_model(TINY, seed=0)
-    tokenizer, schedule = build_tokenizer(max_token_length=None), build_schedule(zero_terminal_snr=False)
-    return PreviewModel(sdxl=model, vae=vae, tokenizer=tokenizer, noise_schedule=schedule, v_parameterization=False)
+    tokenizer = build_tokenizer(max_token_length=None)
+    return PreviewModel(sdxl=model, vae=vae, tokenizer=tokenizer, objective=build_objective("noise"))
 
 
 def decoded(url: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from sdxl_finetune.commands import data
 from sdxl_finetune.commands.check import check
 from sdxl_finetune.data.batch_plan import MicroBatch
-from sdxl_finetune.diffusion.objective import image_losses
+from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.training.loop import train
 from sdxl_finetune.training.setup import build_run
@@ -91,7 +91,7 @@ def test_equal_loss_weights_multiply_the_loss_and_others_the_loss_of_their_image
 def test_the_gradient_of_a_weighted_batch_is_that_of_its_parts_on_several_ranks(work) -> None:
     Path("rules.toml").write_text('[tags]\n"*" = { loss_weight = 0.5 }\n[paths]\n"*a*" = { loss_weight = 3 }\n')
     with build_run(config("--image_weights", "rules.toml", "--train_batch_size", "4")) as built:
-        model, schedule = built.learner.model, built.learner.noise_schedule
+        model, objective = built.learner.model, built.learner.objective
         micro_batch = max(built.timeline.plan.micro_batches(0, 3), key=lambda one: len(one.rows))
         assert len(micro_batch.rows) >= 2
         weights = built.dataset.index.loss_weights(micro_batch.rows.tolist())
@@ -103,7 +103,7 @@ def test_the_gradient_of_a_weighted_batch_is_that_of_its_parts_on_several_ranks(
                 batch = replace(built.dataset, rank=rank, ranks=ranks)[micro_batch].batch
                 assert batch is not None
                 batch_losses = image_losses(
-                    model, batch, batch_latents(batch, built.learner.vae), schedule, built.config
+                    model, batch, batch_latents(batch, built.learner.vae), objective, built.config
                 )
                 (found,) = torch.autograd.grad((batch_losses * batch.weights).sum(), parameter)
                 total += found / ranks

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sdxl_finetune.commands.cache import cache
 from sdxl_finetune.config import load_config
+from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.diffusion.noise import draw_noise
-from sdxl_finetune.diffusion.objective import image_losses
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.training.hooks import preview_if_due
 from sdxl_finetune.training.loop import train
@@ -61,7 +61,7 @@ def evaluate(path: str | Path) -> float:
         losses = []
         for batch, _ in zip(built.batches(), range(12), strict=False):
             latents = batch_latents(batch, built.learner.vae)
-            losses.append(image_losses(built.learner.model, batch, latents, built.learner.noise_schedule, config))
+            losses.append(image_losses(built.learner.model, batch, latents, built.learner.objective, config))
     return float(torch.cat(losses).mean())
 
 
