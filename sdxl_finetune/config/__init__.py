@@ -42,7 +42,7 @@ __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "ColourOptions", "Config", "DataOptions", "Dataset",
     "EmaOptions", "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions",
     "LatentOptions", "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions",
-    "ModelOptions", "NoiseOptions", "OptimizerOptions", "PairingOptions", "PreviewOptions", "QualityOptions", "ResumeOptions",
-    "SavingOptions", "Subset", "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models",
-    "with_options",
+    "ModelOptions", "NoiseOptions", "OptimizerOptions", "PairingOptions", "PreviewOptions", "QualityOptions",
+    "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions", "load_config", "load_datasets", "to_toml",
+    "with_local_models", "with_options",
 ]  # fmt: skip
