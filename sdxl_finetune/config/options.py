@@ -14,7 +14,7 @@ from typing import Any
 import toml
 from pydantic import model_validator
 
-from sdxl_finetune.config import data_options, output_options, quality_options, tag_options, training_options
+from sdxl_finetune.config import data_options, flow_options, output_options, quality_options, tag_options, training_options
 from sdxl_finetune.config.fields import Options, plain
 from sdxl_finetune.storage import Address, LocalCopies, Location
 
@@ -37,6 +37,7 @@ class Config(
     training_options.LrOptions,
     training_options.EmaOptions,
     training_options.NoiseOptions,
+    flow_options.FlowOptions,
     training_options.LossOptions,
     training_options.ValidationOptions,
     tag_options.TagReportOptions,
@@ -62,6 +63,11 @@ class Config(
             values["cache_latents"] = True
         if values.get("cache_text_encoder_outputs_to_disk") is True:
             values["cache_text_encoder_outputs"] = True
+        if values.get("flow_timestep_distribution") in (None, ""):
+            if {"laplace_timestep_sampling_mu", "laplace_timestep_sampling_b"} <= set(values):
+                values["flow_timestep_distribution"] = "laplace"
+            elif values.get("flow_model") is True:
+                values["flow_timestep_distribution"] = "logit_normal"
         if values.get("logging_dir") and not values.get("log_with"):
             values["log_with"] = "tensorboard"
         return values
