@@ -31,6 +31,7 @@ from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.colours import Drift
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
+from sdxl_finetune.output.histograms import EDGES, TimestepCounts
 from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
@@ -70,6 +71,8 @@ class Step:
     """Number of images trained on, over all ranks."""
     data_wait_seconds: float
     """Seconds that this rank waited for its batches."""
+    timesteps: Sequence[float] = ()
+    """Timesteps of the step's images, over all ranks."""
 
     @property
     def number(self) -> int:
@@ -131,6 +134,7 @@ class Log:
         self._loss_sum = 0.0
         self._last_step = self._done = done
         self._steps = self._steps_per_epoch = 1
+        self._timesteps = TimestepCounts()
         self._first_epoch_at, self._epochs = 0, 1
         self._next_save: Callable[[int], int] | None = None
         self.stop_seen = False
@@ -336,8 +340,11 @@ class Log:
             row = {"step": number, "epoch": epoch, **scalars, "lr": dict(lr), **speed}
             self._metrics.write(json.dumps(_without_infinities(row)) + "\n")
         rates = {f"lr/{name}": rate for name, rate in lr.items()}
+        counts = self._timesteps.add(record.step.timesteps, number, last=number == self._steps)
         for tracker in self._trackers:
             tracker.scalars({**scalars, **rates, **speed}, number)
+            if counts is not None:
+                tracker.histogram("timesteps", counts, EDGES, number)
             if (number - self._first_epoch_at) % self._steps_per_epoch == 0 or number == self._steps:
                 # Summed anew, because a run that was resumed within the epoch has a running sum of other rounding.
                 tracker.epoch_loss(math.fsum(self._losses) / len(self._losses), epoch, number)

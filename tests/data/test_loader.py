@@ -35,7 +35,7 @@ def draw_noise(position: Position, shape: tuple[int, ...], latents: Tensor | Non
     return noise, 0 * noise if latents is None else latents
 
 
-def draw_timesteps(position: Position, images: int) -> Tensor:
+def draw_timesteps(position: Position, images: int, _pixels: int) -> Tensor:
     rngs = [position_rng(1, "timestep", position.step, position.micro_batch, slot) for slot in range(images)]
     return torch.tensor([int(rng.integers(1000)) for rng in rngs])
 

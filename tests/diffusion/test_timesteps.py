@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_finetune.batch import Position
-from sdxl_finetune.config import NoiseOptions
+from sdxl_finetune.config import Config
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
 
 
