@@ -13,6 +13,7 @@ from sdxl_finetune.config.data_options import (
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.config.datasets import load_datasets
 from sdxl_finetune.config.downloads import with_local_models
+from sdxl_finetune.config.flow_options import FlowOptions
 from sdxl_finetune.config.load import FaultyConfig, load_config
 from sdxl_finetune.config.options import Config, to_toml
 from sdxl_finetune.config.output_options import (
@@ -40,7 +41,8 @@ from sdxl_finetune.config.training_options import (
 
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "ColourOptions", "Config", "DataOptions", "Dataset",
-    "EmaOptions", "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions",
+    "EmaOptions", "FaultyConfig", "FlowOptions", "HardwareOptions", "HoldOutOptions", "HubOptions",
+    "ImageWeightOptions",
     "LatentOptions", "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions",
     "ModelOptions", "NoiseOptions", "OptimizerOptions", "PairingOptions", "PreviewOptions", "QualityOptions",
     "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions", "load_config", "load_datasets", "to_toml",

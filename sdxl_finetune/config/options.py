@@ -16,6 +16,7 @@ from pydantic import model_validator
 
 from sdxl_finetune.config import (
     data_options,
+    flow_options,
     output_options,
     pairing_options,
     quality_options,
@@ -44,6 +45,7 @@ class Config(
     training_options.LrOptions,
     training_options.EmaOptions,
     training_options.NoiseOptions,
+    flow_options.FlowOptions,
     pairing_options.PairingOptions,
     training_options.LossOptions,
     training_options.ValidationOptions,
@@ -70,6 +72,12 @@ class Config(
             values["cache_latents"] = True
         if values.get("cache_text_encoder_outputs_to_disk") is True:
             values["cache_text_encoder_outputs"] = True
+        if values.get("flow_timestep_distribution") in (None, ""):
+            laplace = (values.get("laplace_timestep_sampling_mu"), values.get("laplace_timestep_sampling_b"))
+            if all(type(number) in (int, float) for number in laplace):
+                values["flow_timestep_distribution"] = "laplace"
+            elif values.get("flow_model") is True:
+                values["flow_timestep_distribution"] = "logit_normal"
         if values.get("logging_dir") and not values.get("log_with"):
             values["log_with"] = "tensorboard"
         return values

@@ -186,7 +186,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         read_masks=masks.read if masks else None,
         read_text=text.read if text else None,
         draw_noise=partial(draw_paired_noise, config, config, seed),
-        draw_timesteps=partial(draw_timesteps, config, config.objective, seed),
+        draw_timesteps=partial(draw_timesteps, config, seed),
         seed=seed,
         max_steps=timeline.steps,
         noise_latent_scale=loaded.vae.config.scaling_factor if config.noise_needs_latents else None,
