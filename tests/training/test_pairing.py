@@ -61,16 +61,16 @@ def test_validation_is_that_of_an_unpaired_run(work) -> None:
 def test_pairing_turns_on_the_cache_and_says_so(work, caplog) -> None:
     loaded = load_config([*WITHOUT_CACHE, *PAIRED], program="sdxl-train")
     assert loaded is not None and loaded.cache_latents
-    assert "flow_use_ot: turns on cache_latents" in " ".join(record.getMessage() for record in caplog.records)
+    assert "flow_use_ot = True: keeps the latents of all images in memory (cache_latents)" in " ".join(record.getMessage() for record in caplog.records)
     with build_run(config(*PAIRED)) as built:
         batch = next(iter(built.batches()))
     assert batch.latents is not None and batch.negative_latents is not None
 
 
 def test_what_cannot_be_paired_is_refused_with_the_reason(work) -> None:
-    with pytest.raises(UserError, match=r"random_crop = true: cannot be used with flow_use_ot: keep one"):
+    with pytest.raises(UserError, match=r"random_crop = True: cannot be used with flow_use_ot: keep one"):
         load_config([*WITHOUT_CACHE, *PAIRED, "--random_crop"], program="sdxl-train")
-    with pytest.raises(UserError, match=r"contrastive_flow_matching = true: needs v_parameterization or flow_model"):
+    with pytest.raises(UserError, match=r"contrastive_flow_matching = True: needs v_parameterization or flow_model"):
         config("--contrastive_flow_matching")
-    with pytest.raises(UserError, match=r"immiscible_diffusion = true: it mixes noise by the alphas of single steps"):
+    with pytest.raises(UserError, match=r"immiscible_diffusion = True: it mixes noise by the alphas of single steps"):
         config("--immiscible_diffusion", "--immiscible_noise", "4")
