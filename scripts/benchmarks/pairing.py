@@ -30,7 +30,9 @@ def main() -> None:
             for step in range(repeats):
                 place = Position(epoch=0, step=step, micro_batch=0, micro_batches_in_step=1)
                 started = time.process_time()
-                noise, _ = draw_paired_noise(NoiseOptions(), PairingOptions(**pairing), 1, place, latents.shape, latents)
+                noise, _ = draw_paired_noise(
+                    NoiseOptions(), PairingOptions(**pairing), 1, place, latents.shape, latents
+                )
                 seconds.append(time.process_time() - started)
                 distances.append(float((noise - latents).square().mean()))
             distance = statistics.mean(distances)
