@@ -14,7 +14,14 @@ from typing import Any
 import toml
 from pydantic import model_validator
 
-from sdxl_finetune.config import data_options, output_options, quality_options, tag_options, training_options
+from sdxl_finetune.config import (
+    data_options,
+    output_options,
+    quality_options,
+    tag_options,
+    training_options,
+    weight_options,
+)
 from sdxl_finetune.config.fields import Options, plain
 from sdxl_finetune.storage import Address, LocalCopies, Location
 
@@ -38,6 +45,7 @@ class Config(
     training_options.EmaOptions,
     training_options.NoiseOptions,
     training_options.LossOptions,
+    weight_options.LearnedWeightOptions,
     training_options.ValidationOptions,
     tag_options.TagReportOptions,
     training_options.HardwareOptions,
