@@ -13,6 +13,7 @@ from sdxl_finetune.config.data_options import (
 from sdxl_finetune.config.dataset import Dataset, Subset
 from sdxl_finetune.config.datasets import load_datasets
 from sdxl_finetune.config.downloads import with_local_models
+from sdxl_finetune.config.flow_options import FlowOptions
 from sdxl_finetune.config.load import FaultyConfig, load_config
 from sdxl_finetune.config.options import Config, to_toml
 from sdxl_finetune.config.output_options import (
@@ -24,6 +25,7 @@ from sdxl_finetune.config.output_options import (
     ResumeOptions,
     SavingOptions,
 )
+from sdxl_finetune.config.pairing_options import PairingOptions
 from sdxl_finetune.config.quality_options import ImageWeightOptions, QualityOptions
 from sdxl_finetune.config.training_options import (
     EmaOptions,
@@ -40,9 +42,9 @@ from sdxl_finetune.config.weight_options import LearnedWeightOptions
 
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "ColourOptions", "Config", "DataOptions", "Dataset",
-    "EmaOptions", "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions",
-    "LatentOptions", "LearnedWeightOptions", "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions",
-    "MaskOptions", "MetadataOptions", "ModelOptions", "NoiseOptions", "OptimizerOptions", "PreviewOptions",
-    "QualityOptions", "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions", "load_config", "load_datasets",
-    "to_toml", "with_local_models", "with_options",
+    "EmaOptions", "FaultyConfig", "FlowOptions", "HardwareOptions", "HoldOutOptions", "HubOptions",
+    "ImageWeightOptions", "LatentOptions", "LearnedWeightOptions", "LengthOptions", "LoggingOptions", "LossOptions",
+    "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions", "NoiseOptions", "OptimizerOptions", "PairingOptions",
+    "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions", "load_config",
+    "load_datasets", "to_toml", "with_local_models", "with_options",
 ]  # fmt: skip

@@ -21,7 +21,9 @@ from sdxl_finetune.config.dataset import (
 )
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
 from sdxl_finetune.config.hub import AUTO, hub_problems, hub_remarks
+from sdxl_finetune.config.noise_rules import noise_problems, noise_remarks
 from sdxl_finetune.config.options import Config
+from sdxl_finetune.config.timestep_rules import timestep_problems, timestep_remarks
 from sdxl_finetune.config.training_options import LrOptions
 
 Findings = Iterator[tuple[str, str]]
@@ -42,8 +44,6 @@ EXCLUDES = {
     "v_pred_like_loss": ("v_parameterization", "flow_model"),
     "flow_model": ("v_parameterization",),
     "min_snr_gamma": ("soft_min_snr_gamma",),
-    "color_aug": ("cache_latents",),
-    "random_crop": ("cache_latents",),
     "use_8bit_adam": ("use_lion_optimizer", "optimizer_type"),
     "use_lion_optimizer": ("optimizer_type",),
     "full_fp16": ("full_bf16",),
@@ -93,13 +93,11 @@ def find_conflicts(config: Config) -> Findings:
         for other in others:
             if getattr(config, option) and not getattr(config, other):
                 yield f"{option} {other}", f"needs {other}: set {other}, or remove {option}"
-    if config.adaptive_noise_scale and not config.cache_latents:
-        message = "needs cache_latents: the noise of a step is drawn before its images are encoded"
-        yield "adaptive_noise_scale cache_latents", f"{message}. Set cache_latents, or remove adaptive_noise_scale"
     for option, others in EXCLUDES.items():
         for other in others:
             if getattr(config, option) and getattr(config, other):
                 yield f"{option} {other}", f"cannot be used with {other}: keep one of them"
+    yield from noise_problems(config)
     yield from _training(config)
     yield from _text_outputs(config)
     yield from schedule_problems(config)
@@ -130,11 +128,13 @@ def find_remarks(config: Config) -> Findings:
     if config.is_fused and config.max_grad_norm:
         message = "limits each tensor's gradient separately with fused_backward_pass, as in the reference"
         yield "max_grad_norm", f"{message}: 0 turns the limit off"
+    yield from timestep_remarks(config)
     if config.zero_terminal_snr and config.flow_model:
-        yield "zero_terminal_snr flow_model", "has no effect with flow_model, which always ends in pure noise"
+        yield "zero_terminal_snr", "has no effect with flow_model, which always ends in pure noise"
     elif config.zero_terminal_snr and not config.v_parameterization:
         message = "ends in pure noise, of which a noise prediction learns nothing"
         yield "zero_terminal_snr", f"{message}: set v_parameterization, or remove zero_terminal_snr"
+    yield from noise_remarks(config)
     for option in FIXED_WEIGHTS if config.edm2_loss_weighting else ():
         if getattr(config, option):
             message = "has hardly any effect with edm2_loss_weighting, whose learned weights cancel it"
@@ -232,11 +232,7 @@ def _training(config: Config) -> Findings:
         if getattr(config, option) and config.mixed_precision == "fp16":
             message = "cannot be used with fp16, which checks all gradients before a step: use bf16"
             yield f"{option} mixed_precision", message
-    first = 0 if config.min_timestep is None else config.min_timestep
-    end = 1000 if config.max_timestep is None else config.max_timestep
-    if first >= end:
-        options = "max_timestep min_timestep" if config.min_timestep is None else "min_timestep max_timestep"
-        yield options, f"no timestep is left: min_timestep, now {first}, must be below max_timestep, now {end}"
+    yield from timestep_problems(config)
 
 
 def _text_outputs(config: Config) -> Findings:

@@ -75,6 +75,10 @@ class LossOptions(Options):
     """Train the model to predict velocity. Off: to predict noise."""
     flow_model: bool = False
     """Train the model as a rectified flow, to predict noise minus latents. Of forks of sd-scripts."""
+    contrastive_flow_matching: bool = False
+    """Push predictions off the targets of other images. Turns on `cache_latents`. Of forks of sd-scripts."""
+    cfm_lambda: Annotated[float, OnlyWith("contrastive_flow_matching")] = Field(0.05, ge=0, lt=1)
+    """Share of the loss against another image's target that is subtracted. Of forks of sd-scripts."""
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = "l2"
     """Distance between prediction and target."""
     huber_schedule: Annotated[Literal["constant", "exponential", "snr"], HUBER] = "snr"
@@ -86,7 +90,7 @@ class LossOptions(Options):
     min_snr_gamma: float | None = Field(None, ge=0)
     """Limit of the signal-to-noise ratio in the loss weight (Hang et al., arXiv 2303.09556). Usual: 5. 0: off."""
     soft_min_snr_gamma: float | None = Field(None, ge=0)
-    """The same with a smooth limit (Crowson et al., arXiv 2401.11605). Usual: 5. 0: off. Of forks of sd-scripts."""
+    """Smooth form of `min_snr_gamma` (Crowson et al., arXiv 2401.11605). Usual: 5. 0: off. Of forks of sd-scripts."""
     loss_multiplier: float | None = Field(None, ge=0)
     """Factor of every loss. 0: off. Of forks of sd-scripts."""
     scale_v_pred_loss_like_noise_pred: bool = False

@@ -118,27 +118,29 @@ HONOURED = {
     "loss_multipler": "loss_multiplier",
     "adaptive_loss_weighting": "edm2_loss_weighting",
 }
+_IMMISCIBLE = (
+    "it mixes noise by the alphas of single steps, which gives inputs nearly without noise at every timestep."
+    " immiscible_noise pairs noise and keeps the noise schedule: remove immiscible_diffusion"
+)
 FOREIGN_REFUSED = {
+    "immiscible_diffusion": _IMMISCIBLE,
     "network_module": "this is a LoRA config, but this program trains the whole model: use a config without it",
     "additional_parameters": "write each of these options as a key of its own",
     "token_string init_word num_vectors_per_token": "this is a config for textual inversion: remove it",
     "perlin_noise optimizer_schedulefree_wrapper": _FORK,
-    "flow_use_ot flow_timestep_distribution flow_logit_mean flow_logit_std": _FORK,
-    "flow_uniform_shift flow_uniform_static_ratio flow_uniform_base_pixels": _FORK,
-    "contrastive_flow_matching cfm_lambda vae_custom_scale vae_custom_shift": _FORK,
+    "vae_custom_scale vae_custom_shift": _FORK,
     "vae_reflection_padding use_zero_cond freeze_unet_blocks": _FORK,
-    "immiscible_noise immiscible_diffusion": _FORK,
     "edm2_loss_weighting_initial_weights adaptive_loss_model_path": _LEARNED,
     "edm2_loss_weighting_laplace": _FORK,
     "edm2_loss_weighting_importance_weighting edm2_loss_weighting_importance_weighting_max": _FORK,
     "edm2_loss_weighting_importance_min_snr_gamma edm2_loss_weighting_importance_weighting_safety_override": _FORK,
     "use_soft_min_snr": "it is a switch of SimpleTuner: use soft_min_snr_gamma, which needs a number, as 5",
-    "laplace_timestep_sampling_mu laplace_timestep_sampling_b min_snr_gamma_mix_debiased": _FORK,
+    "min_snr_gamma_mix_debiased": _FORK,
     "loss_scale multires_noise_scaling stochastic_accumulation": _FORK,
     "ip_noise_gamma_scaling sangoi_loss_modifier fourier_loss use_log_norm_timesteps": _FORK,
     "vae_type latent_channels disable_cross_attn_mask use_zero_cond_dropout": _FORK,
     "use_kahan_summation skip_image_resolution": _FORK,
-    "knn_noise_k cwmi_lambda masked_min reg_min_timestep reg_max_timestep": _FORK,
+    "cwmi_lambda masked_min reg_min_timestep reg_max_timestep": _FORK,
 }
 OFF: dict[str, tuple[object, ...]] = {"clip_skip": (1, 2), "zero_stage": (2,)}
 """Values that switch an option off, besides false, 0 and the empty text."""

@@ -25,14 +25,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdxl_finetune.batch import Position
-from sdxl_finetune.config import Config, LoggingOptions, to_toml
+from sdxl_finetune.config import Config, to_toml
 from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.colours import Drift
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.curve import draw_curve
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
-from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
+from sdxl_finetune.output.histograms import EDGES, PERIOD, TimestepCounts
+from sdxl_finetune.output.log_history import METRICS, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
 from sdxl_finetune.runtime import host
@@ -71,6 +72,8 @@ class Step:
     """Number of images trained on, over all ranks."""
     data_wait_seconds: float
     """Seconds that this rank waited for its batches."""
+    timesteps: Sequence[float] = ()
+    """Timesteps of the step's images, over all ranks."""
 
     @property
     def number(self) -> int:
@@ -99,22 +102,6 @@ class _Record:
         }
 
 
-def run_directory(config: LoggingOptions, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
-    """The directory of a run's log: `logging_dir/{log_prefix}{timestamp}`; None without `logging_dir`.
-
-    `resumed` is the name of an old log folder, and the step from which the run resumes. If this folder has a record of
-    the save, the run continues in it, and the log is cut back to that step. Only one rank calls this function.
-    """
-    if config.logging_dir is None:
-        return None
-    if resumed:
-        name, step = resumed
-        if go_back(config.logging_dir / name, step):
-            return config.logging_dir / name
-        logger.warning("%s has no log of the run up to step %d; a new log is started", config.logging_dir / name, step)
-    return config.logging_dir / f"{config.log_prefix or ''}{now:%Y%m%d%H%M%S}"
-
-
 class Log:
     """The log of one rank of one run, from start to end. Only the first rank writes scalars and pictures.
 
@@ -132,6 +119,7 @@ class Log:
         self._loss_sum = 0.0
         self._last_step = self._done = done
         self._steps = self._steps_per_epoch = 1
+        self._timesteps = TimestepCounts()
         self._first_epoch_at, self._epochs = 0, 1
         self._next_save: Callable[[int], int] | None = None
         self.stop_seen = False
@@ -234,6 +222,7 @@ class Log:
         A run that resumes from it cuts the log back to this point. Raises NonFiniteLoss.
         """
         self.flush()
+        self._write_histogram(step)
         for tracker in self._trackers:
             tracker.flush()
         if self._metrics and self._directory:
@@ -352,6 +341,9 @@ class Log:
             if (number - self._first_epoch_at) % self._steps_per_epoch == 0 or number == self._steps:
                 # Summed anew, because a run that was resumed within the epoch has a running sum of other rounding.
                 tracker.epoch_loss(math.fsum(self._losses) / len(self._losses), epoch, number)
+        self._timesteps.add(record.step.timesteps)
+        if number % PERIOD == 0 or number == self._steps:
+            self._write_histogram(number)
         if self._progress is not None:
             parts = [f"epoch {epoch}/{self._epochs}", f"avr_loss={mean_loss:.4g}"]
             parts += [f"images/s={record.images_per_second:.3g}"]
@@ -359,6 +351,15 @@ class Log:
                 parts += [f"next save in {counted(self._next_save(number) - number, 'step')}"]
             self._progress.set_postfix_str(", ".join(parts), refresh=False)
             self._progress.update(number - self._progress.n)
+
+    def _write_histogram(self, step: int) -> None:
+        """Writes the timesteps drawn since the last histogram, in a window that also ends at each save.
+
+        A run that resumes from a save then writes the histograms of an uninterrupted run.
+        """
+        if (counts := self._timesteps.take()) is not None:
+            for tracker in self._trackers:
+                tracker.histogram("timesteps", counts, EDGES, step)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -26,7 +26,7 @@ from sdxl_finetune.data.kept_files import publish_index, remove_unused
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.mount_points import with_folders_of_this_machine
 from sdxl_finetune.data.tokens import Tokenizer
-from sdxl_finetune.diffusion.noise import draw_noise
+from sdxl_finetune.diffusion.pairing import draw_paired_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
 from sdxl_finetune.errors import Problems, counted
 from sdxl_finetune.files import size_text
@@ -46,7 +46,8 @@ from sdxl_finetune.optim.optimizer import state_bytes
 from sdxl_finetune.output.checkpoints import final_name, format_to_save, remove
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_access
-from sdxl_finetune.output.log import Log, run_directory
+from sdxl_finetune.output.log import Log
+from sdxl_finetune.output.log_history import run_directory
 from sdxl_finetune.output.prompts import Prompt, with_size
 from sdxl_finetune.output.stages import StageRecord
 from sdxl_finetune.output.uploads import Uploads, open_uploads
@@ -177,22 +178,19 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         plan = replace(plan, origin=resume.resumed_origin(start, order, config))
     steps = total_steps(config, plan)
     timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
-    _prepare_model(config, loaded.model, accelerator)
-    learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, timeline.steps))
-    loss_weights = build_learned_weights(config, learner.objective, accelerator.device, timeline.steps)
-    learner = replace(learner, loss_weights=loss_weights)
-    restore(start, learner)
+    learner = _build_learner(config, loaded, accelerator, start, steps)
     dataset = TrainingDataset(
         index=index,
         read_latents=latents.read if latents else None,
         tokenize=tokenizer,
         read_masks=masks.read if masks else None,
         read_text=text.read if text else None,
-        draw_noise=partial(draw_noise, config, seed),
-        draw_timesteps=partial(draw_timesteps, config, config.objective, seed),
+        draw_noise=partial(draw_paired_noise, config, config, seed),
+        draw_timesteps=partial(draw_timesteps, config, seed),
         seed=seed,
         max_steps=timeline.steps,
-        noise_latent_scale=None if config.adaptive_noise_scale is None else loaded.vae.config.scaling_factor,
+        noise_latent_scale=loaded.vae.config.scaling_factor if config.noise_needs_latents else None,
+        contrastive=config.contrastive_flow_matching,
         pixels_per_latent=pixels_per_latent(loaded.vae),
         rank=accelerator.process_index,
         ranks=ranks,
@@ -325,6 +323,18 @@ def _prepare_text(
     text = prepare_text(index, TextEncoders(sdxl, tokenizer, accelerator.device), config, accelerator, stop)
     sdxl.detach_text_encoders()
     return text
+
+
+def _build_learner(
+    config: Config, loaded: Loaded, accelerator: Accelerator, start: Start | None, steps: int
+) -> Learner:
+    """The learner of a run of `steps` optimizer steps, with the state of the run that it continues."""
+    _prepare_model(config, loaded.model, accelerator)
+    learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, steps))
+    loss_weights = build_learned_weights(config, learner.objective, accelerator.device, steps)
+    learner = replace(learner, loss_weights=loss_weights)
+    restore(start, learner)
+    return learner
 
 
 def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator) -> None:

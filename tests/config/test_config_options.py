@@ -7,9 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sdxl_finetune.config import ColourOptions, Config, ImageWeightOptions, LearnedWeightOptions, QualityOptions
+from sdxl_finetune.config import (
+    ColourOptions,
+    Config,
+    FlowOptions,
+    ImageWeightOptions,
+    LearnedWeightOptions,
+    PairingOptions,
+    QualityOptions,
+)
 from sdxl_finetune.config.fields import LR_SCHEDULES, ScheduleName, Shown, expected, kinds
-from sdxl_finetune.config.options import GROUPS
+from sdxl_finetune.config.options import GROUPS, to_toml
+from sdxl_finetune.config.reading import tomllib
 from sdxl_finetune.config.tag_options import TagReportOptions
 from sdxl_finetune.config.unsupported import FOREIGN, OFF, REFERENCE, is_off
 
@@ -20,7 +29,8 @@ TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
 OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters"}
 OURS |= {"no_memory", "metadata_columns", *QualityOptions.model_fields, *ImageWeightOptions.model_fields}
 OURS |= {"caption_sources", "caption_break", "caption_tag_dropout_groups", "protected_tags_file"}
-FORKS = {"flow_model", "soft_min_snr_gamma", "loss_multiplier", *LearnedWeightOptions.model_fields}
+FORKS = {"flow_model", *FlowOptions.model_fields, *PairingOptions.model_fields, *LearnedWeightOptions.model_fields}
+FORKS |= {"contrastive_flow_matching", "cfm_lambda", "soft_min_snr_gamma", "loss_multiplier"}
 """Options of forks of the reference."""
 OURS |= FORKS | {"cache_dir_local", "cache_dir_local_gb", *ColourOptions.model_fields, *TagReportOptions.model_fields}
 
@@ -162,6 +172,10 @@ def test_zero_and_empty_text_switch_an_option_off():
 
 def test_options_set_the_options_that_they_imply():
     assert Config(cache_latents_to_disk=True).cache_latents
+    for on in ({"flow_use_ot": True}, {"immiscible_noise": 4}, {"knn_noise_k": 2}, {"contrastive_flow_matching": True}):
+        assert Config(**on).cache_latents and Config(**on, cache_latents=False).with_latents == list(on)
+    for off in ({"flow_use_ot": False}, {"immiscible_noise": 0}, {"knn_noise_k": 1}, {"immiscible_noise": ""}):
+        assert not Config(**off).cache_latents and not Config(**off).noise_needs_latents
     assert Config(logging_dir="logs").log_with == "tensorboard"
     assert Config(logging_dir="logs", log_with="wandb").log_with == "wandb"
     assert Config(caption_extention=".tags", caption_extension=".txt").caption_extension == ".tags"
@@ -217,3 +231,22 @@ def test_lr_schedulers_are_those_that_work_in_the_reference(golden):
     for name in works:
         assert Config(lr_scheduler=name).lr_scheduler == name
     assert set(LR_SCHEDULES) == set(get_args(ScheduleName))
+
+
+@pytest.mark.parametrize(
+    ("values", "distribution"),
+    [
+        ({}, None),
+        ({"flow_model": True}, "logit_normal"),
+        ({"flow_model": True, "flow_timestep_distribution": ""}, "logit_normal"),
+        ({"flow_model": True, "flow_timestep_distribution": "uniform"}, "uniform"),
+        ({"laplace_timestep_sampling_mu": 0, "laplace_timestep_sampling_b": 3.0}, "laplace"),
+        ({"laplace_timestep_sampling_mu": 0.5, "laplace_timestep_sampling_b": ""}, None),
+    ],
+)
+def test_default_distribution_follows_the_objective_and_is_saved(values, distribution):
+    config = Config(**values)
+    assert config.flow_timestep_distribution == distribution
+    for changed_only in (False, True):
+        tables = tomllib.loads(to_toml(config, changed_only=changed_only))
+        assert Config(**{name: value for table in tables.values() for name, value in table.items()}) == config
