@@ -15,7 +15,7 @@ from torch import Tensor
 TIMESTEPS = 1000
 """Number of timesteps of SDXL's noise schedule. Timesteps are 0 to 999, and those of a flow 1000 t."""
 LATENT_CHANNELS = 4
-"""Channels of SDXL's latents."""
+"""Channels of the latents of SDXL's own VAE."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Batch:
     """k images of one bucket, for one rank. Image sizes are (height, width) in pixels; h and w are latent sizes."""
 
     position: Position
-    latents: Float32[Tensor, "k 4 h w"] | None
-    """Latents as the VAE gives them, not multiplied by its scaling factor. None if the training device encodes."""
+    latents: Float32[Tensor, "k c h w"] | None
+    """Latents as the VAE gives them, not scaled for the U-Net. None if the training device encodes."""
     images: Float32[Tensor, "k 3 H W"] | None
     """Pixels in [-1, 1], for the training device to encode. None if there are latents."""
-    encoding_noise: Float32[Tensor, "k 4 h w"] | None
+    encoding_noise: Float32[Tensor, "k c h w"] | None
     """Standard normal noise for the VAE's sample of `images`."""
-    noise: Float32[Tensor, "k 4 h w"]
-    input_noise: Float32[Tensor, "k 4 h w"] | None
+    noise: Float32[Tensor, "k c h w"]
+    input_noise: Float32[Tensor, "k c h w"] | None
     """Noise that is added to `noise` for the model's input only (`ip_noise_gamma`)."""
     timesteps: Num[Tensor, " k"]
     """0 to 999 in int64; those of a flow in float32, above 0 and up to 1000."""

@@ -41,7 +41,7 @@ up with any GPU."""
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)}
 
 DrawNoise = Callable[[Position, tuple[int, int, int, int], Tensor | None], tuple[Tensor, Tensor | None]]
-"""Draws noise and input noise of k images from position, shape (k, 4, h, w) and, on request, their latents."""
+"""Draws noise and input noise of k images from position, shape (k, c, h, w) and, on request, their latents."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TrainingDataset(TorchDataset):
 
     index: Index
     read_latents: Callable[[Sequence[int], Sequence[bool]], np.ndarray] | None
-    """Reads unscaled latents (k, 4, h, w) of k rows of one bucket, mirrored or not. None: batches hold images."""
+    """Reads unscaled latents (k, c, h, w) of k rows of one bucket, mirrored or not. None: batches hold images."""
     tokenize: Callable[[Sequence[str]], Tokens]
     read_text: Callable[[Sequence[int | None], Sequence[float]], tuple[np.ndarray, np.ndarray]] | None = None
     """Reads cached hidden states and pooled outputs of captions by row, None for the empty caption, and by a random
@@ -75,9 +75,10 @@ class TrainingDataset(TorchDataset):
     seed: int
     max_steps: int
     """Optimizer steps of the whole run, of which `token_warmup_step` may be a share."""
-    noise_latent_scale: float | None = None
-    """Factor by which `draw_noise` wants the cached latents of all ranks multiplied. None: it needs no latents."""
+    scale_latents: Callable[[Tensor], Tensor] | None = None
+    """Scales the cached latents of all ranks, which `draw_noise` needs, for the U-Net. None: it needs no latents."""
     pixels_per_latent: int = 8
+    latent_channels: int = LATENT_CHANNELS
     rank: int = 0
     ranks: int = 1
 
@@ -90,11 +91,11 @@ class TrainingDataset(TorchDataset):
         # A rank without an image takes the first one at weight 0, because all ranks have to compute on one shape.
         slots = slots or [0]
         weights *= torch.from_numpy(self.index.loss_weights([rows[slot] for slot in slots]))
-        needed = slots if self.noise_latent_scale is None else range(len(rows))
+        needed = slots if self.scale_latents is None else range(len(rows))
         views = {slot: draw_view(self.index[rows[slot]], self.seed, position, slot) for slot in needed}
         own_views = [views[slot] for slot in slots]
         scale, bucket = self.pixels_per_latent, own_views[0].entry.bucket
-        shape = (len(rows), LATENT_CHANNELS, bucket.height // scale, bucket.width // scale)
+        shape = (len(rows), self.latent_channels, bucket.height // scale, bucket.width // scale)
         latents = images = mask = encoding_noise = None
         problems: tuple[Problem, ...] = ()
         try:
@@ -115,8 +116,8 @@ class TrainingDataset(TorchDataset):
             normal = [position_normal(shape[1:], self.seed, "encoding", *place, slot) for slot in slots]
             encoding_noise = torch.from_numpy(np.stack(normal))
         scaled = None
-        if latents is not None and self.noise_latent_scale is not None:
-            scaled, latents = latents * self.noise_latent_scale, latents[slots]
+        if latents is not None and self.scale_latents is not None:
+            scaled, latents = self.scale_latents(latents), latents[slots]
         noise, input_noise = self.draw_noise(position, shape, scaled)
         batch = Batch(
             position=position,

@@ -1,7 +1,7 @@
 """Encoding and decoding by the VAE, always in float32, because SDXL's VAE overflows in float16.
 
-Latents in this module are unscaled, as the encoder's distribution gives them. The U-Net works on latents times
-`vae.config.scaling_factor` (0.13025). The sides of images are multiples of `pixels_per_latent(vae)`.
+Latents in this module are unscaled, as the encoder's distribution gives them. The U-Net works on those that
+`latent_scale(vae)` scales. The sides of images are multiples of `pixels_per_latent(vae)`.
 """
 
 import hashlib
@@ -12,11 +12,22 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from sdxl_finetune.batch import Batch
+from sdxl_finetune.model.latent_scale import LatentScale, scale_of_config
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:
     """Pixels of an image for one latent, along one side: 8 for SDXL's four levels."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def latent_channels(vae: AutoencoderKL) -> int:
+    """Channels of the VAE's latents: 4 for SDXL's."""
+    return int(vae.config.latent_channels)
+
+
+def latent_scale(vae: AutoencoderKL) -> LatentScale:
+    """The shift and the scale from the VAE's latents to the U-Net's."""
+    return scale_of_config(vae.config)
 
 
 def vae_identity(vae: AutoencoderKL) -> str:
@@ -30,8 +41,8 @@ def vae_identity(vae: AutoencoderKL) -> str:
 
 @torch.no_grad()
 def encode(
-    vae: AutoencoderKL, images: Float[Tensor, "k 3 H W"], noise: Float32[Tensor, "k 4 h w"] | None = None
-) -> Float32[Tensor, "k 4 h w"]:
+    vae: AutoencoderKL, images: Float[Tensor, "k 3 H W"], noise: Float32[Tensor, "k c h w"] | None = None
+) -> Float32[Tensor, "k c h w"]:
     """Latents of images in [-1, 1]: mean + standard deviation x `noise` of the encoder's distribution.
 
     Without `noise` the latents are the mean.
@@ -43,15 +54,15 @@ def encode(
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Float[Tensor, "k 4 h w"]) -> Float32[Tensor, "k 3 H W"]:
+def decode(vae: AutoencoderKL, latents: Float[Tensor, "k c h w"]) -> Float32[Tensor, "k 3 H W"]:
     """Images of unscaled latents, about in [-1, 1] and not clipped."""
     assert vae.dtype == torch.float32
     with torch.autocast(latents.device.type, enabled=False):
         return vae.decode(latents.float()).sample
 
 
-def batch_latents(batch: Batch, vae: AutoencoderKL, *, drawn: bool = True) -> Float[Tensor, "k 4 h w"]:
-    """The batch's latents, multiplied by the VAE's scaling factor. Images without cached latents are encoded.
+def batch_latents(batch: Batch, vae: AutoencoderKL, *, drawn: bool = True) -> Float[Tensor, "k c h w"]:
+    """The batch's latents, scaled for the U-Net. Images without cached latents are encoded.
 
     A latent is a sample of the encoder's distribution by the batch's encoding noise. If not `drawn`, it is the mean.
     """
@@ -59,4 +70,4 @@ def batch_latents(batch: Batch, vae: AutoencoderKL, *, drawn: bool = True) -> Fl
     if latents is None:
         assert batch.images is not None
         latents = encode(vae, batch.images, batch.encoding_noise if drawn else None)
-    return latents * vae.config.scaling_factor
+    return latent_scale(vae).scaled(latents)

@@ -40,7 +40,7 @@ from sdxl_finetune.model.declared import marker_tensors
 from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
 from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
-from sdxl_finetune.model.vae import pixels_per_latent
+from sdxl_finetune.model.vae import latent_channels, latent_scale, pixels_per_latent
 from sdxl_finetune.optim.lr import build_lr
 from sdxl_finetune.optim.optimizer import state_bytes
 from sdxl_finetune.output.checkpoints import final_name, format_to_save, remove
@@ -189,8 +189,9 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         draw_timesteps=partial(draw_timesteps, config, config.objective, seed),
         seed=seed,
         max_steps=timeline.steps,
-        noise_latent_scale=None if config.adaptive_noise_scale is None else loaded.vae.config.scaling_factor,
+        scale_latents=None if config.adaptive_noise_scale is None else latent_scale(loaded.vae).scaled,
         pixels_per_latent=pixels_per_latent(loaded.vae),
+        latent_channels=latent_channels(loaded.vae),
         rank=accelerator.process_index,
         ranks=ranks,
     )

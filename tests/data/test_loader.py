@@ -22,6 +22,7 @@ from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import LoadedBatch, TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.errors import UserError
+from sdxl_finetune.model.latent_scale import LatentScale
 from sdxl_finetune.seeding import position_normal, position_rng
 
 SIZES = {"a.png": (64, 64), "b.jpg": (200, 180), "c.png": (70, 64), "d.webp": (64, 90), "e.png": (90, 70)}
@@ -162,7 +163,7 @@ def encode(pixels: Tensor, noise: Tensor):
 
 @pytest.fixture
 def cached(index: Index, cache_latents) -> TrainingDataset:
-    return build(index, read_latents=cache_latents(index, encode)[0].read, noise_latent_scale=0.5)
+    return build(index, read_latents=cache_latents(index, encode)[0].read, scale_latents=LatentScale(scale=(0.5,)).scaled)
 
 
 def test_batches_hold_cached_latents_mirrored_or_not(index: Index, cached: TrainingDataset) -> None:
