@@ -36,12 +36,13 @@ from sdxl_finetune.config.training_options import (
     OptimizerOptions,
     ValidationOptions,
 )
+from sdxl_finetune.config.vae_options import VaeOptions
 
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "ColourOptions", "Config", "DataOptions", "Dataset",
     "EmaOptions", "FaultyConfig", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions",
     "LatentOptions", "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions",
     "ModelOptions", "NoiseOptions", "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions",
-    "SavingOptions", "Subset", "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models",
-    "with_options",
+    "SavingOptions", "Subset", "VaeOptions", "ValidationOptions", "load_config", "load_datasets", "to_toml",
+    "with_local_models", "with_options",
 ]  # fmt: skip

@@ -14,7 +14,14 @@ from typing import Any
 import toml
 from pydantic import model_validator
 
-from sdxl_finetune.config import data_options, output_options, quality_options, tag_options, training_options
+from sdxl_finetune.config import (
+    data_options,
+    output_options,
+    quality_options,
+    tag_options,
+    training_options,
+    vae_options,
+)
 from sdxl_finetune.config.fields import Options, plain
 from sdxl_finetune.storage import Address, LocalCopies, Location
 
@@ -24,6 +31,7 @@ SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
 
 class Config(
     training_options.ModelOptions,
+    vae_options.VaeOptions,
     data_options.DataOptions,
     data_options.CaptionOptions,
     quality_options.QualityOptions,

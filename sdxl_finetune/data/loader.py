@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from sdxl_finetune.batch import LATENT_CHANNELS, Batch, Position, TextOutputs, Tokens, to_images
+from sdxl_finetune.batch import SDXL_LATENTS, Batch, LatentSize, Position, TextOutputs, Tokens, to_images
 from sdxl_finetune.data.batch_plan import MicroBatch
 from sdxl_finetune.data.caption_sources import choose_text
 from sdxl_finetune.data.captions import caption, is_dropped
@@ -77,8 +77,7 @@ class TrainingDataset(TorchDataset):
     """Optimizer steps of the whole run, of which `token_warmup_step` may be a share."""
     scale_latents: Callable[[Tensor], Tensor] | None = None
     """Scales the cached latents of all ranks, which `draw_noise` needs, for the U-Net. None: it needs no latents."""
-    pixels_per_latent: int = 8
-    latent_channels: int = LATENT_CHANNELS
+    latent_size: LatentSize = SDXL_LATENTS
     rank: int = 0
     ranks: int = 1
 
@@ -94,8 +93,8 @@ class TrainingDataset(TorchDataset):
         needed = slots if self.scale_latents is None else range(len(rows))
         views = {slot: draw_view(self.index[rows[slot]], self.seed, position, slot) for slot in needed}
         own_views = [views[slot] for slot in slots]
-        scale, bucket = self.pixels_per_latent, own_views[0].entry.bucket
-        shape = (len(rows), self.latent_channels, bucket.height // scale, bucket.width // scale)
+        bucket = own_views[0].entry.bucket
+        shape = (len(rows), *self.latent_size.of(bucket))
         latents = images = mask = encoding_noise = None
         problems: tuple[Problem, ...] = ()
         try:
@@ -170,7 +169,7 @@ class TrainingDataset(TorchDataset):
 
         An image is unreadable, and grey, if its mask is.
         """
-        bucket, scale = views[0].entry.bucket, self.pixels_per_latent
+        bucket, scale = views[0].entry.bucket, self.latent_size.pixels
         images, problems = np.full((len(views), bucket.height, bucket.width, 3), 128, np.uint8), []
         masks = np.ones((len(views), bucket.height // scale, bucket.width // scale), np.float32)
         readable = torch.ones(len(views))

@@ -72,7 +72,9 @@ def scale_of_config(config: Mapping[str, Any]) -> LatentScale:
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean is None or deviation is None:
         return LatentScale(shift=(float(config.get("shift_factor") or 0.0),), scale=(factor,))
-    return LatentScale(shift=_joined([float(each) for each in mean]), scale=_joined([factor / each for each in deviation]))
+    return LatentScale(
+        shift=_joined([float(each) for each in mean]), scale=_joined([factor / each for each in deviation])
+    )
 
 
 def _joined(values: list[float]) -> tuple[float, ...]:

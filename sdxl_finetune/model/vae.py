@@ -1,7 +1,7 @@
 """Encoding and decoding by the VAE, always in float32, because SDXL's VAE overflows in float16.
 
 Latents in this module are unscaled, as the encoder's distribution gives them. The U-Net works on those that
-`latent_scale(vae)` scales. The sides of images are multiples of `pixels_per_latent(vae)`.
+`latent_scale(vae)` scales. The sides of images are multiples of `latent_size(vae).pixels`.
 """
 
 import hashlib
@@ -9,20 +9,34 @@ import hashlib
 import torch
 from diffusers import AutoencoderKL
 from jaxtyping import Float, Float32
-from torch import Tensor
+from torch import Tensor, nn
 
-from sdxl_finetune.batch import Batch
+from sdxl_finetune.batch import Batch, LatentSize
+from sdxl_finetune.model.architecture import VaeArchitecture, vae_config
 from sdxl_finetune.model.latent_scale import LatentScale, scale_of_config
 
-
-def pixels_per_latent(vae: AutoencoderKL) -> int:
-    """Pixels of an image for one latent, along one side: 8 for SDXL's four levels."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+PADDING = "padding_mode"
+"""Entry of a VAE's config with the padding of its convolutions, "reflect" or "zeros"."""
 
 
-def latent_channels(vae: AutoencoderKL) -> int:
-    """Channels of the VAE's latents: 4 for SDXL's."""
-    return int(vae.config.latent_channels)
+def build_vae(architecture: VaeArchitecture) -> AutoencoderKL:
+    """A VAE in evaluation mode, without gradients, with the random weights of diffusers.
+
+    With reflection padding, all convolutions that pad do it by reflection. Those that shrink the image are given an
+    image that diffusers has already padded with zeros, and keep this, as in the fork.
+    """
+    vae = AutoencoderKL(**vae_config(architecture))
+    if architecture.vae_reflection_padding:
+        for module in vae.modules():
+            if isinstance(module, nn.Conv2d) and any(module.padding):
+                module.padding_mode = "reflect"
+        vae.register_to_config(**{PADDING: "reflect"})
+    return vae.eval().requires_grad_(False)
+
+
+def latent_size(vae: AutoencoderKL) -> LatentSize:
+    """Channels of the VAE's latents, and how much smaller they are than images: 4 and 8 for SDXL's four levels."""
+    return LatentSize(2 ** (len(vae.config.block_out_channels) - 1), vae.config.latent_channels)
 
 
 def latent_scale(vae: AutoencoderKL) -> LatentScale:
@@ -31,8 +45,13 @@ def latent_scale(vae: AutoencoderKL) -> LatentScale:
 
 
 def vae_identity(vae: AutoencoderKL) -> str:
-    """A hash of the VAE's weights as float32 values, in 32 hex digits. It does not depend on the file."""
+    """A hash of all that latents depend on, in 32 hex digits: the VAE's weights as float32 values, and its padding.
+
+    It depends neither on the file nor on the scale of the latents, because cached latents are unscaled.
+    """
     digest = hashlib.blake2b(digest_size=16)
+    if vae.config.get(PADDING) == "reflect":
+        digest.update(b"reflection padding ")
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)} ".encode())
         digest.update(tensor.float().cpu().contiguous().numpy().data)

@@ -147,7 +147,7 @@ def read_inputs(
 
 def outline_model(config: Config, path: Path) -> Outline:
     """Returns the model of a file or folder. Raises UserError if it is no SDXL base model, or nothing is trained."""
-    inspected = inspect_checkpoint(path)
+    inspected = inspect_checkpoint(path, config.vae_path, config)
     if inspected.architecture is None:
         raise UserError(Problem(f"this is {inspected.kind}, not an SDXL base model: choose another", file=str(path)))
     with torch.device("meta"):

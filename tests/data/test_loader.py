@@ -163,7 +163,8 @@ def encode(pixels: Tensor, noise: Tensor):
 
 @pytest.fixture
 def cached(index: Index, cache_latents) -> TrainingDataset:
-    return build(index, read_latents=cache_latents(index, encode)[0].read, scale_latents=LatentScale(scale=(0.5,)).scaled)
+    scale = LatentScale(scale=(0.5,))
+    return build(index, read_latents=cache_latents(index, encode)[0].read, scale_latents=scale.scaled)
 
 
 def test_batches_hold_cached_latents_mirrored_or_not(index: Index, cached: TrainingDataset) -> None:
