@@ -149,6 +149,14 @@ class OpenedVae:
     named: NamedTensors
     architecture: VaeArchitecture
 
+    def sources(self) -> dict[str, Source]:
+        """The tensors by name. Raises UserError if there are others than the architecture has."""
+        with _problems_in(self.path):
+            with torch.device("meta"):
+                vae = build_vae(self.architecture)
+            _check_tensors({"vae": vae}, self.named, ())
+        return _sources(self.named, [module_name("vae", name) for name, _ in vae.named_parameters()])
+
 
 def open_vae_alone(path: Path, options: VaeOptions = NO_OPTIONS) -> OpenedVae:
     """Opens the VAE of a file or folder. Raises UserError if it cannot be used."""
@@ -196,6 +204,16 @@ class Opened:
     file: TensorFile
 
 
+def _sources(named: NamedTensors, names: Iterable[str]) -> dict[str, Source]:
+    return {
+        name: Source(
+            shape=named.shape(name), dtype=named.tensors[named.key(name)].dtype, read=partial(named.read, name)
+        )
+        for name in names
+        if name in named
+    }
+
+
 def open_weights(path: Path) -> Opened:
     """Opens a model to read its tensors one by one. Raises UserError as `load_checkpoint` does."""
     with _problems_in(path):
@@ -210,15 +228,7 @@ def open_weights(path: Path) -> Opened:
         _check_tensors({**parts, "vae": vae}, named, model.unused_names())
         _warn_of_unknown_tensors(named, {**parts, "vae": vae}, model.unused_names())
         names = [module_name(p, name) for p, m in {**parts, "vae": vae}.items() for name, _ in m.named_parameters()]
-        tensors = {
-            name: Source(
-                shape=named.shape(name),
-                dtype=named.tensors[named.key(name)].dtype,
-                read=partial(named.read, name),
-            )
-            for name in [*names, *model.unused_names()]
-            if name in named
-        }
+        tensors = _sources(named, [*names, *model.unused_names()])
         return Opened(
             weights=Weights(architecture=architecture, tensors=tensors, markers=read_markers(file)),
             dtype=_exact_dtype(parts, named, model.unused_names()),

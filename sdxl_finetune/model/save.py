@@ -80,6 +80,12 @@ def save_weights(
             assert_never(save_as)
 
 
+def converted(weights: Weights, dtype: torch.dtype) -> Weights:
+    """The same weights in `dtype`, converted when they are read."""
+    tensors = {name: _joined([(Place(name), source)], dtype) for name, source in weights.tensors.items()}
+    return replace(weights, tensors=tensors)
+
+
 def single_file_tensors(
     model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None, *, exact: bool = False
 ) -> dict[str, Source]:

@@ -88,9 +88,7 @@ def check_channels(named: NamedTensors, vae: VaeArchitecture, vae_path: Path | N
     if channels != vae.latent_channels:
         whose = f"the VAE {vae_path}" if vae_path else "the VAE in this model"
         message = f"the U-Net works on latents of {channels} channels, but {whose} has {vae.latent_channels}"
-        remedy = (
-            "choose the U-Net's own VAE, or write a U-Net for this one: sdxl-model adapt-latents MODEL NEW --vae VAE"
-        )
+        remedy = "choose its own VAE, or write a U-Net for this one: sdxl-model adapt-latents MODEL NEW --vae VAE"
         raise UserError(f"{message}: {remedy}")
 
 

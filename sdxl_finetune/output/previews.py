@@ -33,7 +33,7 @@ from sdxl_finetune.diffusion.objective import Objective
 from sdxl_finetune.diffusion.schedule import FIRST_BETA, LAST_BETA, DiscreteSchedule
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.sdxl import SDXL, evaluating
-from sdxl_finetune.model.vae import decode, latent_scale
+from sdxl_finetune.model.vae import decode, latent_scale, latent_size
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt
 from sdxl_finetune.seeding import position_sequence
 
@@ -171,7 +171,8 @@ def draw_latents(
 
     # The noise is drawn on the CPU, so that a seed gives the same image on every device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = 4, shared.height // 8, shared.width // 8
+    latent = latent_size(model.vae)
+    shape = latent.channels, shared.height // latent.pixels, shared.width // latent.pixels
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     sampler = build_sampler(sampler_name, model.objective)
     return denoise(predict, sampler, shared.steps, noise.to(device), generators)
