@@ -4,7 +4,7 @@ The module imports only what `--help` needs.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     import torch
 
     from sdxl_finetune.config import VaeOptions
+    from sdxl_finetune.model.architecture import Architecture
     from sdxl_finetune.model.save import SaveAs
 
+REFORGE_CHANNELS, REFORGE_SCALE, REFORGE_OFFSET = 32, 0.6043, 0.076
+"""reForge gives a U-Net of so many channels the VAE's latents times the scale plus the offset."""
 IMAGES = 1000
 """Default of `--images`: the error of a mean is then about a thirtieth of its spread over images."""
 
@@ -87,6 +90,28 @@ def adapt(arguments: argparse.Namespace, save_as: "SaveAs", dtype: "torch.dtype 
     for path, each in ((arguments.output, weights.architecture), (arguments.model, old)):
         print(f"{path}: latents of {each.latent_channels} channels, {each.latent_scale}")
     print("the model knows nothing of its new latents yet: train it before you draw with it")
+
+
+def latent_lines(architecture: "Architecture") -> Iterator[str]:
+    """Yields what interfaces make of latents other than those of SDXL's own VAE; nothing for these.
+
+    The rules were read in the sources of reForge, ldm_patched/modules: the class SDXL_flux2 in supported_models.py, and
+    the class VAE in sd.py. The latent format of SDXL is the same in ComfyUI, Forge and reForge.
+    """
+    from sdxl_finetune.model.vae_file import describe_latents
+
+    if not describe_latents(architecture):
+        return
+    channels, scale = architecture.latent_channels, architecture.latent_scale or "nothing says their scale"
+    yield f"latents: {channels} channels, {scale}" + _padding(architecture)
+    yield "ComfyUI, AUTOMATIC1111 and Forge decode latents of SDXL as 4 channels of scale 0.13025, without a shift"
+    if channels == REFORGE_CHANNELS:
+        shift = -REFORGE_OFFSET / REFORGE_SCALE
+        yield f"reForge decodes SDXL's latents of 32 channels as shift {shift:.6g}, scale {REFORGE_SCALE}"
+
+
+def _padding(architecture: "Architecture") -> str:
+    return ", padding by reflection, which no interface does" if architecture.vae_reflection_padding else ""
 
 
 def add_stats_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:

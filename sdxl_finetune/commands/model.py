@@ -16,6 +16,7 @@ from sdxl_finetune.commands.latents import (
     add_adapt_parser,
     add_stats_parser,
     add_vae_options,
+    latent_lines,
     stats,
     vae_options,
 )
@@ -362,6 +363,8 @@ def _info(arguments: argparse.Namespace) -> None:
             print(f"  {field.name} = {getattr(checkpoint.architecture, field.name)}")
     if checkpoint.kind is None:
         for line in describe_interfaces(path, checkpoint.file):
+            print(line)
+        for line in latent_lines(checkpoint.architecture) if checkpoint.architecture else ():
             print(line)
     for key, value in sorted(checkpoint.file.metadata.items()):
         print(f"metadata {key}: {value}")

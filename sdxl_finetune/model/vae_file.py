@@ -48,7 +48,7 @@ def read_vae(named: NamedTensors, config: Mapping[str, Any], options: VaeOptions
     kind = config.get("_class_name", "AutoencoderKL")
     weight = named.shape("vae.decoder.conv_in.weight")
     if kind not in _CLASSES or len(weight) != 4:
-        message = f"this VAE is a {kind}" if kind not in _CLASSES else "this VAE is not one of images"
+        message = f"this VAE is of the class {kind}" if kind not in _CLASSES else "this VAE is not one of images"
         raise UserError(f"{message}, and only AutoencoderKL can be used: choose another VAE")
     channels = weight[1]
     if options.given_channels not in (None, channels):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sdxl_finetune.config import ColourOptions, Config, ImageWeightOptions, QualityOptions
+from sdxl_finetune.config import ColourOptions, Config, ImageWeightOptions, QualityOptions, VaeOptions
 from sdxl_finetune.config.fields import LR_SCHEDULES, ScheduleName, Shown, expected, kinds
 from sdxl_finetune.config.options import GROUPS
 from sdxl_finetune.config.tag_options import TagReportOptions
@@ -20,7 +20,7 @@ TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
 OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters"}
 OURS |= {"no_memory", "metadata_columns", *QualityOptions.model_fields, *ImageWeightOptions.model_fields}
 OURS |= {"caption_sources", "caption_break", "caption_tag_dropout_groups", "protected_tags_file"}
-FORKS = {"flow_model"}
+FORKS = {"flow_model", *VaeOptions.model_fields}
 """Options of forks of the reference."""
 OURS |= FORKS | {"cache_dir_local", "cache_dir_local_gb", *ColourOptions.model_fields, *TagReportOptions.model_fields}
 

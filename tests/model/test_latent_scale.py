@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2Pipeline
+from diffusers import AutoencoderKLFlux2, Flux2Pipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -151,7 +151,7 @@ def test_options_that_do_not_fit_the_vae_are_refused(tmp_path: Path) -> None:
     assert "the VAE has 4 latent channels, not 32" in message(vae_type="flux2")
     config = tmp_path / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "AutoencoderDC"}))
-    assert "this VAE is a AutoencoderDC" in message()
+    assert "this VAE is of the class AutoencoderDC" in message()
 
 
 def test_forks_names_set_what_the_fork_sets() -> None:
@@ -211,7 +211,11 @@ def test_moments_and_their_errors_agree_with_repeated_draws() -> None:
         assert np.allclose(found.mean(0), true, atol=0.02)
         assert np.allclose(said / found.std(0), 1, atol=0.15)
     lines = list(describe(repeats[0], 200))
-    shift, scale = (next(line for line in lines if line.startswith(f"vae_custom_{name}")) for name in ("shift", "scale"))
-    given = VaeOptions(vae_custom_shift=shift.split("= ")[1].strip("[]"), vae_custom_scale=scale.split("= ")[1].strip("[]"))
+    shift, scale = (
+        next(line for line in lines if line.startswith(f"vae_custom_{name}")) for name in ("shift", "scale")
+    )
+    given = VaeOptions(
+        vae_custom_shift=shift.split("= ")[1].strip("[]"), vae_custom_scale=scale.split("= ")[1].strip("[]")
+    )
     assert np.allclose(given.vae_custom_shift or (), repeats[0].mean, rtol=1e-4)
     assert np.allclose(given.vae_custom_scale or (), 1 / repeats[0].deviation, rtol=1e-4)

@@ -12,11 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdxl_finetune.commands.latent_stats import moments_of
 from sdxl_finetune.commands.model import main as model_tool
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.latents.catalogue import local_shelf
-from sdxl_finetune.model.latent_scale import LatentScale
 from sdxl_finetune.model.load import load_checkpoint
 from sdxl_finetune.training.loop import train
 from tests.training.toy_runs import config, losses
@@ -69,7 +66,9 @@ def test_a_run_in_another_latent_space_resumes_draws_and_converts(work: Path, ch
     model = adapted(work, channels)
     scale = load_checkpoint(model, dtype=None).model.architecture.latent_scale
     assert scale is not None
-    assert scale.scale == ((0.5,) if channels == 16 else pytest.approx([0.5 / s for s in np.linspace(0.5, 2, channels)]))
+    assert scale.scale == (
+        (0.5,) if channels == 16 else pytest.approx([0.5 / s for s in np.linspace(0.5, 2, channels)])
+    )
     (work / "prompts.txt").write_text("a photo --w 64 --h 64 --s 2 --d 1\n")
     options = ["--cache_latents_to_disk", "--vae_reflection_padding", "--max_train_steps", "2"]
     drawing = ["--sample_prompts", "prompts.txt", "--sample_every_n_steps", "2"]
@@ -114,12 +113,16 @@ def test_a_run_in_another_latent_space_resumes_draws_and_converts(work: Path, ch
     small = ["--width", "64", "--height", "64", "--steps", "2", "--seed", "3", "--prompt", "a cat"]
     for path in (last, work / "folder"):
         assert model_tool(["generate", str(path), "--output", f"{path}.images", *small]) == 0
-    first, second = (np.asarray(Image.open(next(Path(f"{path}.images").glob("*.png")))) for path in (last, work / "folder"))
+    first, second = (
+        np.asarray(Image.open(next(Path(f"{path}.images").glob("*.png")))) for path in (last, work / "folder")
+    )
     assert np.abs(first.astype(int) - second).max() <= 1
 
 
 def test_a_vae_of_other_channels_is_refused_with_the_command_that_helps(work: Path) -> None:
     vae = new_vae(work, 16)
-    with pytest.raises(UserError, match=r"latents of 4 channels, but the VAE .*vae16 has 16: .*sdxl-model adapt-latents"):
+    with pytest.raises(
+        UserError, match=r"latents of 4 channels, but the VAE .*vae16 has 16: .*sdxl-model adapt-latents"
+    ):
         load_checkpoint(work / "base.safetensors", dtype=None, vae_path=vae)
     assert train(config("--vae", str(vae))) != 0 or pytest.fail("the run has started")
