@@ -81,7 +81,7 @@ def save_weights(
 
 
 def converted(weights: Weights, dtype: torch.dtype) -> Weights:
-    """The same weights in `dtype`, converted when they are read."""
+    """Converts weights to `dtype` when they are read."""
     tensors = {name: _joined([(Place(name), source)], dtype) for name, source in weights.tensors.items()}
     return replace(weights, tensors=tensors)
 
