@@ -6,7 +6,7 @@ weights and batch.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Int64, Num, UInt8
@@ -15,7 +15,33 @@ from torch import Tensor
 TIMESTEPS = 1000
 """Number of timesteps of SDXL's noise schedule. Timesteps are 0 to 999, and those of a flow 1000 t."""
 LATENT_CHANNELS = 4
-"""Channels of SDXL's latents."""
+"""Channels of the latents of SDXL's own VAE."""
+
+
+@runtime_checkable  # jaxtyping checks annotations in the tests
+class Sized(Protocol):
+    """Anything with a size in pixels."""
+
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class LatentSize:
+    """The size of a VAE's latents. The default is that of SDXL's own VAE."""
+
+    pixels: int = 8
+    """Pixels of an image for one latent, along one side."""
+    channels: int = LATENT_CHANNELS
+
+    def of(self, image: Sized) -> tuple[int, int, int]:
+        """Channels, height and width of the latent of a bucket or an image."""
+        return self.channels, image.height // self.pixels, image.width // self.pixels
+
+
+SDXL_LATENTS = LatentSize()
 
 
 @dataclass(frozen=True)
@@ -64,14 +90,14 @@ class Batch:
     """k images of one bucket, for one rank. Image sizes are (height, width) in pixels; h and w are latent sizes."""
 
     position: Position
-    latents: Float32[Tensor, "k 4 h w"] | None
-    """Latents as the VAE gives them, not multiplied by its scaling factor. None if the training device encodes."""
+    latents: Float32[Tensor, "k z h w"] | None
+    """Latents as the VAE gives them, not scaled for the U-Net. None if the training device encodes."""
     images: Float32[Tensor, "k 3 H W"] | None
     """Pixels in [-1, 1], for the training device to encode. None if there are latents."""
-    encoding_noise: Float32[Tensor, "k 4 h w"] | None
+    encoding_noise: Float32[Tensor, "k z h w"] | None
     """Standard normal noise for the VAE's sample of `images`."""
-    noise: Float32[Tensor, "k 4 h w"]
-    input_noise: Float32[Tensor, "k 4 h w"] | None
+    noise: Float32[Tensor, "k z h w"]
+    input_noise: Float32[Tensor, "k z h w"] | None
     """Noise that is added to `noise` for the model's input only (`ip_noise_gamma`)."""
     negative_latents: Float32[Tensor, "k z h w"] | None = None
     """For each image the latents of another image, scaled as the U-Net sees them, for `contrastive_flow_matching`. None

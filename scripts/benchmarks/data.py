@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from scripts.toy.photos import write_photos
+from sdxl_finetune.batch import LatentSize
 from sdxl_finetune.commands.model import main as model_tool
 from sdxl_finetune.config import Dataset, Subset
 from sdxl_finetune.data.index import Index, build_index
@@ -96,7 +97,7 @@ class Clock:
 def job(index: Index, encode, arguments: argparse.Namespace) -> tuple[Encoding, np.ndarray]:
     keys, library = row_keys(index), Library([])
     rows = missing_rows(index, find_places(index, keys, library))
-    settings = {"pixels_per_latent": 8, "batch_size": arguments.batch_size, "threads": arguments.threads}
+    settings = {"latent_size": LatentSize(), "batch_size": arguments.batch_size, "threads": arguments.threads}
     return Encoding(index=index, keys=keys, known=library, encode=encode, **settings), rows
 
 

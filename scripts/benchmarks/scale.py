@@ -36,7 +36,7 @@ import torch
 
 from scripts.benchmarks import captions, data, latent_reading
 from scripts.benchmarks.checkpoint_memory import full_size_sources
-from sdxl_finetune.batch import Position
+from sdxl_finetune.batch import LatentSize, Position
 from sdxl_finetune.config import Dataset, Subset
 from sdxl_finetune.data import scan as scan_module
 from sdxl_finetune.data.batch_plan import build_plan
@@ -275,7 +275,7 @@ def start(folder: Path) -> dict[str, float]:
     lap("keys")
     places = find_places(index, keys, library)
     assert not len(missing_rows(index, places))
-    store = build_store(index, places, library.files, pixels_per_latent=8, scratch=folder)
+    store = build_store(index, places, library.files, latent_size=LatentSize(), scratch=folder)
     del library, keys, places, shards
     lap("places")
     plan = build_plan(index, ranks=1, accumulation=1, seed=0)

@@ -10,7 +10,7 @@ from sdxl_finetune.latents.captions import prepare_text
 from sdxl_finetune.latents.masks import prepare_masks
 from sdxl_finetune.latents.preparing import prepare
 from sdxl_finetune.model.load import load_text_encoders, load_vae
-from sdxl_finetune.model.vae import pixels_per_latent
+from sdxl_finetune.model.vae import latent_size
 from sdxl_finetune.output.console import console
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory
 from sdxl_finetune.runtime.processes import build_accelerator, weight_dtype
@@ -36,12 +36,12 @@ def cache(config: Config) -> int:
             logger.info("%s", index.describe())
             path, device = config.model_path, accelerator.device
             if config.cache_latents_to_disk:
-                vae = load_vae(path, config.vae_path)
-                index, _ = prepare_masks(index, config, accelerator, pixels_per_latent(vae), stop)
+                vae = load_vae(path, config.vae_path, config)
+                index, _ = prepare_masks(index, config, accelerator, latent_size(vae).pixels, stop)
                 index, _ = prepare(index, VaeEncoder(vae, device), config, accelerator, stop)
             if config.cache_text_encoder_outputs_to_disk:
                 dtype, exact = weight_dtype(config), config.keeps_masters
-                sdxl = load_text_encoders(path, dtype=dtype, vae_path=config.vae_path, exact=exact)
+                sdxl = load_text_encoders(path, dtype=dtype, vae_path=config.vae_path, exact=exact, options=config)
                 prepare_text(index, TextEncoders(sdxl, tokenizer_of(config), device), config, accelerator, stop)
             accelerator.end_training()
     except OutOfMemory as error:

@@ -237,7 +237,7 @@ def _uploads(config: Config) -> Iterator[str]:
 
 
 def _memory(config: Config, index: Index, timeline: Timeline) -> Iterator[str]:
-    architecture = inspect_checkpoint(config.model_path).architecture
+    architecture = inspect_checkpoint(config.model_path, config.vae_path, config).architecture
     assert architecture is not None
     largest = max((index.buckets[number] for number in np.unique(index.bucket[index.used])), key=_pixels)
     workload = Workload(

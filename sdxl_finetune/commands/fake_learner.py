@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sdxl_finetune.commands.allocations import OPTIMIZER_STATES, Allocations
 from sdxl_finetune.config import Config
 from sdxl_finetune.low_bits import MasterWeights
-from sdxl_finetune.model.architecture import Architecture, vae_config
+from sdxl_finetune.model.architecture import Architecture
 from sdxl_finetune.model.attention import enable_gradient_checkpointing
 from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.model.vae import build_vae
 from sdxl_finetune.runtime.processes import weight_dtype
 from sdxl_finetune.training.learner import Learner, build_learner
 
@@ -46,7 +47,7 @@ class Modules:
     @cached_property
     def _vae(self) -> AutoencoderKL:
         with unallocated():
-            return AutoencoderKL(**vae_config(self._architecture)).eval().requires_grad_(False)
+            return build_vae(self._architecture)
 
     def sdxl(self) -> SDXL:
         """U-Net and text encoders, which `allocate` then gives fake tensors."""

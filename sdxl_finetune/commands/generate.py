@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from sdxl_finetune.commands.latents import vae_options
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.errors import Problem, UserError, counted
@@ -184,7 +185,7 @@ def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = arguments.precision or ("bf16" if device.type == "cuda" else "float")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}[name]
-    loaded = load_checkpoint(path, dtype=dtype, vae_path=arguments.vae)
+    loaded = load_checkpoint(path, dtype=dtype, vae_path=arguments.vae, options=vae_options(arguments))
     declared = loaded.declared
     predicts_v = arguments.v_parameterization or declared.v_prediction
     zero_terminal_snr = arguments.zero_terminal_snr or bool(declared.zero_terminal_snr)

@@ -32,7 +32,6 @@ from sdxl_finetune.commands.fake_learner import (
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.data.index import Index
-from sdxl_finetune.latents.keys import latent_shape
 from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config
 from sdxl_finetune.model.text import build_te1, build_te2, encode_tokens
 from sdxl_finetune.model.vae import decode, encode
@@ -167,7 +166,7 @@ def _estimate_caches(config: Config, architecture: Architecture, largest: BatchS
         shape = replace(largest, images=config.vae_batch_size)
         with Allocations(count_scratch=False, results=known.results) as allocations, torch.no_grad():
             vae = _build_fake_vae(known.modules_of(architecture), allocations)
-            noise = torch.zeros(shape.images, *latent_shape(shape, architecture.pixels_per_latent))
+            noise = torch.zeros(shape.images, *architecture.latent_size.of(shape))
             encode(vae, torch.zeros(shape.images, 3, shape.height, shape.width), noise)
             found.append(Estimate(parts=_parts_of_peak(allocations)[0], phase="encoding of images"))
     if config.cache_text_encoder_outputs:
@@ -191,7 +190,7 @@ def estimate_previews(architecture: Architecture, step: Estimate, width: int, he
     """
     with Allocations(count_scratch=False) as allocations, torch.no_grad():
         vae = _build_fake_vae(Modules(architecture), allocations)
-        decode(vae, torch.zeros(1, *latent_shape(BatchShape(1, height, width), architecture.pixels_per_latent)))
+        decode(vae, torch.zeros(1, *architecture.latent_size.of(BatchShape(1, height, width))))
         parts, _ = _parts_of_peak(allocations)
     return Estimate(parts=step.kept | parts, phase="previews")
 
@@ -337,7 +336,7 @@ def _bytes_between_processes(learner: Learner, ranks: int) -> int:
 def _batch(config: Config, architecture: Architecture, shape: BatchShape, position: Position) -> Batch:
     """A batch of this shape; its values have no meaning."""
     chunks = _chunks(config)
-    latents = torch.zeros(shape.images, *latent_shape(shape, architecture.pixels_per_latent))
+    latents = torch.zeros(shape.images, *architecture.latent_size.of(shape))
     tokens = torch.zeros(shape.images, chunks, 77, dtype=torch.int64)
     sizes = torch.zeros(shape.images, 2, dtype=torch.int64)
     text: dict[str, Any] = {"tokens1": tokens, "tokens2": tokens}

@@ -11,12 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdxl_finetune.commands.latents import (
+    adapt,
+    add_adapt_parser,
+    add_stats_parser,
+    add_vae_options,
+    latent_lines,
+    stats,
+    vae_options,
+)
 from sdxl_finetune.commands.merge import add_parser as add_merge_parser
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path, auto_v2
 from sdxl_finetune.output.prompts import SAMPLERS
 
 if TYPE_CHECKING:
+    import torch
+
     from sdxl_finetune.model.architecture import Architecture
     from sdxl_finetune.model.load import Loaded
     from sdxl_finetune.model.save import SaveAs
@@ -32,8 +43,8 @@ def main(argv: list[str]) -> int:
     """Runs one command and returns the exit status. Raises UserError if the user's input is wrong."""
     parser = build_parser()
     arguments, options = parser.parse_known_args(argv)
-    if arguments.run is _tags:
-        return _tags(arguments, options)
+    if arguments.run in (_tags, stats):
+        return int(arguments.run(arguments, options))
     if options:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     arguments.run(arguments)
@@ -59,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         init.add_argument(f"--{name}", type=positive, metavar="WIDTH,LAYERS", help=f"width and layers of {encoder}")
     init.add_argument("--vae_widths", type=positive, metavar="32,32,64,64", help="channels of each VAE level")
     init.add_argument("--vae_layers", type=int, choices=(1, 2, 3, 4), help="residual layers of each VAE level")
+    init.add_argument("--latent_channels", type=partial(_integer, 1), metavar="4", help="channels of the latents")
     info = commands.add_parser("info", help="describe a checkpoint: format, architecture, data types and metadata")
     info.set_defaults(run=_info)
     info.add_argument("model", type=Path, help="file or diffusers folder")
@@ -67,12 +79,17 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("model", type=Path, help="file or diffusers folder to read")
     convert.add_argument("output", type=Path, help="file (.safetensors, .ckpt) or diffusers folder to write")
     convert.add_argument("--vae", type=Path, help="VAE (file or folder) that replaces the model's own")
+    add_vae_options(convert)
     for option, meaning in (("v_parameterization", "v-prediction"), ("zero_terminal_snr", "zero terminal SNR")):
         described = f"say that the model has {meaning}, or that it has not (default: as the model says)"
         convert.add_argument(f"--{option}", action=argparse.BooleanOptionalAction, default=None, help=described)
     merge = add_merge_parser(commands)
     merge.set_defaults(run=_merge)
-    for command, precision in ((init, "fp16"), (convert, "unchanged"), (merge, "that of the first model")):
+    adapt_latents = add_adapt_parser(commands)
+    adapt_latents.set_defaults(run=_adapt)
+    add_stats_parser(commands).set_defaults(run=stats)
+    unchanged = ((convert, "unchanged"), (adapt_latents, "unchanged"))
+    for command, precision in ((init, "fp16"), *unchanged, (merge, "that of the first model")):
         described = f"precision of the weights (default: {precision})"
         command.add_argument("--save_precision", choices=tuple(PRECISIONS), help=described)
         command.add_argument("--save_model_as", choices=FORMATS, help="format (default: from the name of the output)")
@@ -133,6 +150,7 @@ def _add_image_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
             "--precision", choices=tuple(PRECISIONS), help="precision of the model (default: bf16 on a GPU, else float)"
         )
         add("--vae", type=Path, help="VAE (file or folder) that replaces the model's own")
+        add_vae_options(command)
         unsaid = "The metadata of models from sdxl-train says this already"
         add("--v_parameterization", action="store_true", help=f"the model predicts velocity. {unsaid}")
         add("--zero_terminal_snr", action="store_true", help=f"the model has zero terminal SNR. {unsaid}")
@@ -174,13 +192,20 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    import torch
-
     from sdxl_finetune.commands.merge import merge
 
-    save_as = _choose_format(arguments)
-    dtype = getattr(torch, PRECISIONS[arguments.save_precision]) if arguments.save_precision else None
-    merge(arguments, save_as, dtype)
+    merge(arguments, _choose_format(arguments), _precision(arguments))
+
+
+def _adapt(arguments: argparse.Namespace) -> None:
+    adapt(arguments, _choose_format(arguments), _precision(arguments))
+
+
+def _precision(arguments: argparse.Namespace) -> "torch.dtype | None":
+    """The dtype of `save_precision`; None if it is not given."""
+    import torch
+
+    return getattr(torch, PRECISIONS[arguments.save_precision]) if arguments.save_precision else None
 
 
 def _tags(arguments: argparse.Namespace, options: Sequence[str] = ()) -> int:
@@ -234,7 +259,7 @@ def _change_preset(preset: "Architecture", arguments: argparse.Namespace) -> "Ar
     from sdxl_finetune.model.architecture import width_problems
     from sdxl_finetune.model.random_model import text_size
 
-    names = ("unet_widths", "unet_layers", "transformer_layers", "vae_widths", "vae_layers")
+    names = ("unet_widths", "unet_layers", "transformer_layers", "vae_widths", "vae_layers", "latent_channels")
     sizes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     problems = []
     for name in ("te1", "te2"):
@@ -264,7 +289,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from sdxl_finetune.model.save import saturated, save_checkpoint
 
     save_as = _choose_format(arguments)
-    loaded = load_checkpoint(arguments.model, dtype=None, vae_path=arguments.vae)
+    loaded = load_checkpoint(arguments.model, dtype=None, vae_path=arguments.vae, options=vae_options(arguments))
     if arguments.save_precision:
         dtype = getattr(torch, PRECISIONS[arguments.save_precision])
     else:
@@ -338,6 +363,8 @@ def _info(arguments: argparse.Namespace) -> None:
             print(f"  {field.name} = {getattr(checkpoint.architecture, field.name)}")
     if checkpoint.kind is None:
         for line in describe_interfaces(path, checkpoint.file):
+            print(line)
+        for line in latent_lines(checkpoint.architecture) if checkpoint.architecture else ():
             print(line)
     for key, value in sorted(checkpoint.file.metadata.items()):
         print(f"metadata {key}: {value}")

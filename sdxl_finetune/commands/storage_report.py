@@ -101,19 +101,19 @@ def latent_lines(config: Config, index: Index, found: Findings) -> Iterator[str]
     if not config.cache_latents:
         yield "encoded again at each use, because cache_latents is off"
         return
-    scale = FULL.pixels_per_latent
+    size = FULL.latent_size
     if isinstance(config.pretrained_model_name_or_path, Path) and config.model_path.exists():
-        inspected = found.attempt(inspect_checkpoint, config.model_path)
+        inspected = found.attempt(inspect_checkpoint, config.model_path, config.vae_path, config)
         if inspected and inspected.architecture:
-            scale = inspected.architecture.pixels_per_latent
-    yield _place_of_cache(config, latent_bytes(index, scale), "cache_latents", found)
+            size = inspected.architecture.latent_size
+    yield _place_of_cache(config, latent_bytes(index, size), "cache_latents", found)
 
 
 def say_text_outputs(config: Config, index: Index, found: Findings) -> None:
     """Adds the size of the cached text encoder outputs. Raises UserError if the model cannot be read."""
     if not config.cache_text_encoder_outputs:
         return
-    architecture = inspect_checkpoint(config.model_path).architecture
+    architecture = inspect_checkpoint(config.model_path, config.vae_path, config).architecture
     if architecture is None:
         return
     tokenizer = tokenizer_of(config)

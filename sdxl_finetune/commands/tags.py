@@ -22,7 +22,7 @@ from sdxl_finetune.diffusion.objective import Objective, build_objective
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import auto_v2
 from sdxl_finetune.model.load import Loaded, load_checkpoint
-from sdxl_finetune.model.vae import pixels_per_latent
+from sdxl_finetune.model.vae import latent_size
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.metadata import PREFIX
 from sdxl_finetune.output.previews import PreviewModel
@@ -114,7 +114,7 @@ def _read_base(path: Path | None) -> tuple[Report | None, Path | None]:
 
 
 def _load(config: Config, path: Path) -> Loaded:
-    return load_checkpoint(path, dtype=weight_dtype(config), vae_path=config.vae_path)
+    return load_checkpoint(path, dtype=weight_dtype(config), vae_path=config.vae_path, options=config)
 
 
 def _dataset(
@@ -135,7 +135,7 @@ def _dataset(
         draw_timesteps=no_timesteps,
         seed=0,
         max_steps=1,
-        pixels_per_latent=pixels_per_latent(loaded.vae),
+        latent_size=latent_size(loaded.vae),
     )
 
 

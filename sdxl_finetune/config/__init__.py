@@ -38,6 +38,7 @@ from sdxl_finetune.config.training_options import (
     OptimizerOptions,
     ValidationOptions,
 )
+from sdxl_finetune.config.vae_options import VaeOptions
 from sdxl_finetune.config.weight_options import LearnedWeightOptions
 
 __all__ = [
@@ -45,6 +46,6 @@ __all__ = [
     "EmaOptions", "FaultyConfig", "FlowOptions", "HardwareOptions", "HoldOutOptions", "HubOptions",
     "ImageWeightOptions", "LatentOptions", "LearnedWeightOptions", "LengthOptions", "LoggingOptions", "LossOptions",
     "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions", "NoiseOptions", "OptimizerOptions", "PairingOptions",
-    "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions", "load_config",
-    "load_datasets", "to_toml", "with_local_models", "with_options",
+    "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset", "VaeOptions", "ValidationOptions",
+    "load_config", "load_datasets", "to_toml", "with_local_models", "with_options",
 ]  # fmt: skip

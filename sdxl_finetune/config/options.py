@@ -22,6 +22,7 @@ from sdxl_finetune.config import (
     quality_options,
     tag_options,
     training_options,
+    vae_options,
     weight_options,
 )
 from sdxl_finetune.config.fields import Options, plain
@@ -33,6 +34,7 @@ SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
 
 class Config(
     training_options.ModelOptions,
+    vae_options.VaeOptions,
     data_options.DataOptions,
     data_options.CaptionOptions,
     quality_options.QualityOptions,

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from sdxl_finetune.batch import LATENT_CHANNELS, Batch, Position, TextOutputs, Tokens, to_images
+from sdxl_finetune.batch import SDXL_LATENTS, Batch, LatentSize, Position, TextOutputs, Tokens, to_images
 from sdxl_finetune.data.batch_plan import MicroBatch
 from sdxl_finetune.data.caption_sources import choose_text
 from sdxl_finetune.data.captions import caption, is_dropped
@@ -42,7 +42,7 @@ up with any GPU."""
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)}
 
 DrawNoise = Callable[[Position, tuple[int, int, int, int], Tensor | None], tuple[Tensor, Tensor | None]]
-"""Draws noise and input noise of k images from position, shape (k, 4, h, w) and, on request, their latents."""
+"""Draws noise and input noise of k images from position, shape (k, c, h, w) and, on request, their latents."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TrainingDataset(TorchDataset):
 
     index: Index
     read_latents: Callable[[Sequence[int], Sequence[bool]], np.ndarray] | None
-    """Reads unscaled latents (k, 4, h, w) of k rows of one bucket, mirrored or not. None: batches hold images."""
+    """Reads unscaled latents (k, c, h, w) of k rows of one bucket, mirrored or not. None: batches hold images."""
     tokenize: Callable[[Sequence[str]], Tokens]
     read_text: Callable[[Sequence[int | None], Sequence[float]], tuple[np.ndarray, np.ndarray]] | None = None
     """Reads cached hidden states and pooled outputs of captions by row, None for the empty caption, and by a random
@@ -76,11 +76,11 @@ class TrainingDataset(TorchDataset):
     seed: int
     max_steps: int
     """Optimizer steps of the whole run, of which `token_warmup_step` may be a share."""
-    noise_latent_scale: float | None = None
-    """Factor by which `draw_noise` wants the cached latents of all ranks multiplied. None: it needs no latents."""
+    scale_latents: Callable[[Tensor], Tensor] | None = None
+    """Scales the cached latents of all ranks, which `draw_noise` needs, for the U-Net. None: it needs no latents."""
     contrastive: bool = False
-    """Add latents and noise of another image to each image. Needs `noise_latent_scale`."""
-    pixels_per_latent: int = 8
+    """Add latents and noise of another image to each image. Needs `scale_latents`."""
+    latent_size: LatentSize = SDXL_LATENTS
     rank: int = 0
     ranks: int = 1
 
@@ -93,11 +93,11 @@ class TrainingDataset(TorchDataset):
         # A rank without an image takes the first one at weight 0, because all ranks have to compute on one shape.
         slots = slots or [0]
         weights *= torch.from_numpy(self.index.loss_weights([rows[slot] for slot in slots]))
-        needed = slots if self.noise_latent_scale is None else range(len(rows))
+        needed = slots if self.scale_latents is None else range(len(rows))
         views = {slot: draw_view(self.index[rows[slot]], self.seed, position, slot) for slot in needed}
         own_views = [views[slot] for slot in slots]
-        scale, bucket = self.pixels_per_latent, own_views[0].entry.bucket
-        shape = (len(rows), LATENT_CHANNELS, bucket.height // scale, bucket.width // scale)
+        bucket = own_views[0].entry.bucket
+        shape = (len(rows), *self.latent_size.of(bucket))
         latents = images = mask = encoding_noise = None
         problems: tuple[Problem, ...] = ()
         try:
@@ -118,8 +118,8 @@ class TrainingDataset(TorchDataset):
             normal = [position_normal(shape[1:], self.seed, "encoding", *place, slot) for slot in slots]
             encoding_noise = torch.from_numpy(np.stack(normal))
         scaled = None
-        if latents is not None and self.noise_latent_scale is not None:
-            scaled, latents = latents * self.noise_latent_scale, latents[slots]
+        if latents is not None and self.scale_latents is not None:
+            scaled, latents = self.scale_latents(latents), latents[slots]
         timesteps = self.draw_timesteps(position, len(rows), bucket.width * bucket.height)
         batch = Batch(
             position=position,
@@ -188,7 +188,7 @@ class TrainingDataset(TorchDataset):
 
         An image is unreadable, and grey, if its mask is.
         """
-        bucket, scale = views[0].entry.bucket, self.pixels_per_latent
+        bucket, scale = views[0].entry.bucket, self.latent_size.pixels
         images, problems = np.full((len(views), bucket.height, bucket.width, 3), 128, np.uint8), []
         masks = np.ones((len(views), bucket.height // scale, bucket.width // scale), np.float32)
         readable = torch.ones(len(views))

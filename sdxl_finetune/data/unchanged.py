@@ -53,7 +53,7 @@ def unchanged(
         draw_timesteps=draw_timesteps,
         seed=seed,
         max_steps=1,
-        noise_latent_scale=None,
+        scale_latents=None,
         contrastive=False,
         rank=0,
         ranks=1,

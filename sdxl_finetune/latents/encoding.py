@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float16, Float32, Int64, UInt8
 from torch import Tensor
 
+from sdxl_finetune.batch import LatentSize
 from sdxl_finetune.data.buckets import crop_left_top
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Entry, Index
 from sdxl_finetune.errors import Problem
-from sdxl_finetune.latents.keys import RowKeys, hash16, latent_shape
+from sdxl_finetune.latents.keys import RowKeys, hash16
 from sdxl_finetune.latents.library import Library
 from sdxl_finetune.latents.npz import Rejected, find_npz, read_npz
 from sdxl_finetune.latents.shards import ShardWriter
@@ -44,7 +45,7 @@ the VAE should not wait for a slow one."""
 class Encoder(Protocol):
     """The VAE, as far as the latent cache knows it."""
 
-    pixels_per_latent: int
+    latent_size: LatentSize
     """Pixels for one latent, along one side."""
 
     def identity(self) -> str:
@@ -81,7 +82,7 @@ class Encoding:
     known: Library
     """Latents that exist already."""
     encode: Encode
-    pixels_per_latent: int
+    latent_size: LatentSize
     batch_size: int
     threads: int
     use_npz: bool = False
@@ -92,7 +93,7 @@ class Encoding:
 
     def shape(self, row: int) -> tuple[int, int, int]:
         """Channels, height and width of an image's latent."""
-        return latent_shape(self.index.buckets[self.index.bucket[row]], self.pixels_per_latent)
+        return self.latent_size.of(self.index.buckets[self.index.bucket[row]])
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ class Image:
     """Cache keys of the latents to make; the mirrored one under True."""
     pixels: UInt8[np.ndarray, "H W 3"] | None
     """None if nothing has to be encoded."""
-    noise: Mapping[bool, Float32[np.ndarray, "4 h w"]]
+    noise: Mapping[bool, Float32[np.ndarray, "c h w"]]
     """Noise of the samples to encode; that of the mirrored one under True."""
-    latents: dict[bool, Float16[np.ndarray, "4 h w"]]
+    latents: dict[bool, Float16[np.ndarray, "c h w"]]
 
 
 Running = list[tuple[list[Image], bool, Callable[[], Tensor]]]
@@ -211,7 +212,7 @@ def _start(job: Encoding, batch: Sequence[Image]) -> Running:
 
 def _sample_noise(
     content: UInt8[np.ndarray, "16"], mirrored: bool, shape: tuple[int, int, int]
-) -> Float32[np.ndarray, "4 h w"]:
+) -> Float32[np.ndarray, "c h w"]:
     rng = position_rng(0, "latent", *content.view(np.uint32).tolist(), int(mirrored))
     return rng.standard_normal(shape, np.float32)
 

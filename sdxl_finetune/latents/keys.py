@@ -8,12 +8,10 @@ All hashes are blake2b.
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from sdxl_finetune.batch import LATENT_CHANNELS
 from sdxl_finetune.data.index import Index
 
 PIXELS_VERSION = "1"
@@ -56,21 +54,6 @@ def row_keys(index: Index) -> RowKeys:
         geometry=geometry.astype(np.int64),
         geometry_hashes=np.frombuffer(bytes(hashes), np.uint8).reshape(-1, 2, 16),
     )
-
-
-@runtime_checkable  # jaxtyping checks annotations in the tests
-class Sized(Protocol):
-    """Anything with a size in pixels."""
-
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-
-
-def latent_shape(image: Sized, pixels_per_latent: int) -> tuple[int, int, int]:
-    """Channels, height and width of the latent of a bucket or an image."""
-    return LATENT_CHANNELS, image.height // pixels_per_latent, image.width // pixels_per_latent
 
 
 def hash16(data: bytes) -> bytes:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jaxtyping import Float16, Int64, Shaped, UInt8
 
+from sdxl_finetune.batch import LatentSize
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.buckets import crop_left_top
 from sdxl_finetune.data.contents import absolute
@@ -27,7 +28,7 @@ from sdxl_finetune.data.inspection import hash_of_stat
 from sdxl_finetune.data.masks import find_mask, latent_mask, load_mask, read_mask
 from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.errors import Problem, Tally
-from sdxl_finetune.latents.keys import hash16, latent_shape
+from sdxl_finetune.latents.keys import hash16
 from sdxl_finetune.latents.library import PLACE, Library
 from sdxl_finetune.latents.records import Records
 from sdxl_finetune.latents.shards import Kind, ShardWriter
@@ -73,7 +74,7 @@ class MaskStore:
 
     def _read(self, row: int) -> Float16[np.ndarray, "h w"]:
         number, crc, start = self.places[row].tolist()
-        _, *shape = latent_shape(self.index.buckets[self.index.bucket[row]], self.pixels_per_latent)
+        _, *shape = LatentSize(self.pixels_per_latent).of(self.index.buckets[self.index.bucket[row]])
         if number < 0:
             return np.ones(shape, np.float16)
         mask = np.empty(shape, np.float16)

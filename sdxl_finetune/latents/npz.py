@@ -41,7 +41,7 @@ def find_npz(entry: Entry) -> Path | None:
 
 def read_npz(
     entry: Entry, data: bytes, shape: tuple[int, int, int], mirrored: Iterable[bool]
-) -> dict[bool, Float16[np.ndarray, "4 h w"]] | Rejected | None:
+) -> dict[bool, Float16[np.ndarray, "c h w"]] | Rejected | None:
     """The saved latents of an image with this content, as it is and mirrored; None if there is no file."""
     path = find_npz(entry)
     if path is None:

@@ -11,13 +11,14 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from sdxl_finetune.batch import LatentSize
 from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.data.unusable import save_undecodable
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.latents.encoding import Encoder, Encoding, Report, encode_images, find_foreign_npz
-from sdxl_finetune.latents.keys import RowKeys, latent_shape, row_keys
+from sdxl_finetune.latents.keys import RowKeys, row_keys
 from sdxl_finetune.latents.library import Library
 from sdxl_finetune.latents.npz import find_npz
 from sdxl_finetune.latents.shards import Kind, Shard
@@ -51,10 +52,10 @@ def prepare(
     Latents that exist are found again; the missing ones are encoded. What was encoded is kept if this is interrupted.
     Raises UserError, OutOfMemory, and Interrupt once `stop` was requested.
     """
-    scale, scratch = encoder.pixels_per_latent, config.cache_folder
+    size, scratch = encoder.latent_size, config.cache_folder
     kind = Kind("latents", encoder.identity() if config.cache_latents_to_disk else "")
     if not config.cache_latents_to_disk:
-        check_memory(latent_bytes(index, scale), "the latents", "cache_latents")
+        check_memory(latent_bytes(index, size), "the latents", "cache_latents")
     team = find_team(accelerator, kind, config, on_disk=config.cache_latents_to_disk)
     shards = open_together(team, accelerator)
     keys = row_keys(index)
@@ -74,7 +75,7 @@ def prepare(
     if accelerator.is_main_process or config.on_bad_image == "stop":
         report_bad_images(Tally(bad.values()), config.on_bad_image)
     index = index.without(bad)
-    store = build_store(index, places, library.files, team.copies, pixels_per_latent=scale, scratch=scratch)
+    store = build_store(index, places, library.files, team.copies, latent_size=size, scratch=scratch)
     check_complete(team, complete=not len(missing_rows(index, places)))
     return index, store
 
@@ -97,7 +98,7 @@ def _encode_missing(
             keys=keys,
             known=known,
             encode=encode,
-            pixels_per_latent=encoder.pixels_per_latent,
+            latent_size=encoder.latent_size,
             batch_size=config.vae_batch_size,
             threads=max(1, min(READERS, (os.cpu_count() or 1) // team.ranks_here)),
         )
@@ -117,9 +118,9 @@ def _trusts_npz(job: Encoding, rows: np.ndarray) -> bool:
     return bool(len(beside)) and not foreign
 
 
-def latent_bytes(index: Index, pixels_per_latent: int) -> int:
+def latent_bytes(index: Index, size: LatentSize) -> int:
     """Bytes of the latents of all images in use, mirrored ones included."""
-    sizes = np.array([2 * math.prod(latent_shape(bucket, pixels_per_latent)) for bucket in index.buckets])
+    sizes = np.array([2 * math.prod(size.of(bucket)) for bucket in index.buckets])
     return int((sizes[index.bucket] * (1 + index.flips))[index.used].sum())
 
 

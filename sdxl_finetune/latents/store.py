@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float16, Int64, Shaped
 
+from sdxl_finetune.batch import LatentSize
 from sdxl_finetune.data.index import Index
-from sdxl_finetune.latents.keys import RowKeys, latent_shape
+from sdxl_finetune.latents.keys import RowKeys
 from sdxl_finetune.latents.library import PLACE, Library
 from sdxl_finetune.latents.records import Records
 from sdxl_finetune.latents.shards import nameless_file
@@ -24,15 +25,15 @@ class LatentStore:
     table: Path
     """File with two PLACEs for each row of the index: the latent of the image as it is, and mirrored."""
     records: Records
-    pixels_per_latent: int
+    latent_size: LatentSize
 
     def __reduce__(self) -> tuple:
-        return LatentStore, (self.index, self.table, self.records, self.pixels_per_latent)
+        return LatentStore, (self.index, self.table, self.records, self.latent_size)
 
-    def read(self, rows: Sequence[int], mirrored: Sequence[bool]) -> Float16[np.ndarray, "k 4 h w"]:
+    def read(self, rows: Sequence[int], mirrored: Sequence[bool]) -> Float16[np.ndarray, "k c h w"]:
         """Unscaled latents of images of one bucket. Raises UserError if the bytes differ from those written."""
         bucket = self.index.buckets[self.index.bucket[rows[0]]]
-        latents = np.empty((len(rows), *latent_shape(bucket, self.pixels_per_latent)), np.float16)
+        latents = np.empty((len(rows), *self.latent_size.of(bucket)), np.float16)
         for row, flip, latent in zip(rows, mirrored, latents, strict=True):
             number, crc, start = self.places[row, int(flip)].tolist()
             assert number >= 0, "the latent was not encoded"
@@ -120,11 +121,11 @@ def build_store(
     files: tuple[Location, ...],
     copies: LocalCopies | None = None,
     *,
-    pixels_per_latent: int,
+    latent_size: LatentSize,
     scratch: Path,
 ) -> LatentStore:
     """The store of an index whose latents are at these places in these files.
 
     `scratch` is the folder for a temporary file, on systems without files in memory.
     """
-    return LatentStore(index, write_table(places, scratch), Records(files, copies), pixels_per_latent)
+    return LatentStore(index, write_table(places, scratch), Records(files, copies), latent_size)

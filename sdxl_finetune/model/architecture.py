@@ -4,15 +4,14 @@ Shapes do not say the number of attention heads. It is max(1, width // 64) every
 at the original's size. Activations, epsilons and the 32 norm groups are those of the original SDXL.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from sdxl_finetune.batch import LATENT_CHANNELS, LatentSize
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.keymap import Layout, Level
+from sdxl_finetune.model.latent_scale import SDXL_SCALE, LatentScale
 from sdxl_finetune.model.named_tensors import NamedTensors, common_value
-
-SCALING_FACTOR = 0.13025
-"""Scaling factor of SDXL's VAE. Latents are multiplied by it before the U-Net gets them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +28,28 @@ class TextSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """All numbers that the modules are built from."""
+class VaeArchitecture:
+    """The numbers that a VAE is built from, and the scale of its latents."""
+
+    vae_widths: tuple[int, ...]
+    vae_layers: int
+    latent_channels: int = LATENT_CHANNELS
+    latent_scale: LatentScale | None = SDXL_SCALE
+    """Shift and scale of the latents that the U-Net works on. None: nothing says them, and nothing can be encoded."""
+    vae_quant_conv: bool = True
+    """True if 1x1 convolutions follow the encoder and precede the decoder, as in SDXL's VAE."""
+    vae_reflection_padding: bool = False
+    """True if the convolutions pad by reflection, and not with zeros as in SDXL's VAE."""
+
+    @property
+    def latent_size(self) -> LatentSize:
+        """Channels of latents, and how much smaller they are than images: 4 and 8 for SDXL's four levels."""
+        return LatentSize(2 ** (len(self.vae_widths) - 1), self.latent_channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(VaeArchitecture):
+    """All numbers that the modules are built from. The U-Net has as many channels as the VAE's latents."""
 
     unet_widths: tuple[int, ...]
     """Channels of each level, multiples of 32."""
@@ -45,13 +64,6 @@ class Architecture:
     """Channels of the embedding of each of the six numbers of the size conditioning."""
     te1: TextSize
     te2: TextSize
-    vae_widths: tuple[int, ...]
-    vae_layers: int
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """Pixels of an image for one latent, along one side: 8 for the four levels of SDXL's VAE."""
-        return int(2 ** (len(self.vae_widths) - 1))
 
     @property
     def layout(self) -> Layout:
@@ -89,8 +101,8 @@ def unet_config(architecture: Architecture) -> dict[str, Any]:
     layers, usual_time_width = architecture.unet_layers, 4 * architecture.unet_widths[0]
     return {
         "sample_size": 128,
-        "in_channels": 4,
-        "out_channels": 4,
+        "in_channels": architecture.latent_channels,
+        "out_channels": architecture.latent_channels,
         "block_out_channels": list(architecture.unet_widths),
         "layers_per_block": list(layers) if len(set(layers)) > 1 else layers[0],
         "down_block_types": [f"{kind}DownBlock2D" for kind in attention],
@@ -139,31 +151,25 @@ def te2_config(architecture: Architecture) -> dict[str, Any]:
     return text_config(architecture.te2, "gelu")
 
 
-def vae_config(architecture: Architecture) -> dict[str, Any]:
+def vae_config(architecture: VaeArchitecture) -> dict[str, Any]:
     """Arguments of diffusers' AutoencoderKL."""
-    return _vae_config(architecture.vae_widths, architecture.vae_layers)
-
-
-def read_vae_config(vae: NamedTensors) -> dict[str, Any]:
-    """Arguments of diffusers' AutoencoderKL for the VAE with these tensors."""
-    return _vae_config(_vae_widths(vae), vae.layout.vae_layers)
-
-
-def _vae_config(widths: tuple[int, ...], layers: int) -> dict[str, Any]:
-    return {
+    widths, quant_conv = architecture.vae_widths, architecture.vae_quant_conv
+    config: dict[str, Any] = {
         "block_out_channels": list(widths),
         "down_block_types": ["DownEncoderBlock2D" for _ in widths],
         "up_block_types": ["UpDecoderBlock2D" for _ in widths],
-        "layers_per_block": layers,
-        "latent_channels": 4,
+        "layers_per_block": architecture.vae_layers,
+        "latent_channels": architecture.latent_channels,
         "norm_num_groups": 32,
         "sample_size": 1024,
-        "scaling_factor": SCALING_FACTOR,
     }
+    if architecture.latent_scale:
+        config |= architecture.latent_scale.to_config(architecture.latent_channels)
+    return config if quant_conv else {**config, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
-def read_architecture(named: NamedTensors, vae: NamedTensors) -> Architecture:
-    """Reads the architecture of the model with tensors `named` and the VAE with tensors `vae`.
+def read_architecture(named: NamedTensors, vae: VaeArchitecture) -> Architecture:
+    """Reads the architecture of the model with tensors `named`, whose latents are those of `vae`.
 
     Raises UserError if the model is not an SDXL.
     """
@@ -186,8 +192,7 @@ def read_architecture(named: NamedTensors, vae: NamedTensors) -> Architecture:
         size_width=size_channels // 6,
         te1=te1,
         te2=te2,
-        vae_widths=_vae_widths(vae),
-        vae_layers=vae.layout.vae_layers,
+        **{field.name: getattr(vae, field.name) for field in fields(VaeArchitecture)},
     )
     if problems := width_problems(architecture):
         raise UserError([Problem(problem) for problem in problems])
@@ -237,8 +242,3 @@ def _transformer_layers(named: NamedTensors, middle: int) -> tuple[int, ...]:
 
 def _depth(named: NamedTensors, attention: str) -> int:
     return named.count(f"{attention}.transformer_blocks.{{}}.norm1.weight")
-
-
-def _vae_widths(vae: NamedTensors) -> tuple[int, ...]:
-    levels = range(vae.layout.vae_levels)
-    return tuple(vae.shape(f"vae.encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in levels)

@@ -12,22 +12,16 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.model.architecture import (
-    SCALING_FACTOR,
-    Architecture,
-    te1_config,
-    te2_config,
-    unet_config,
-    vae_config,
-)
+from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, unet_config
 from sdxl_finetune.model.declared import V_PRED, ZTSNR
 from sdxl_finetune.model.keymap import VAE, module_name
 from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors, write_safetensors
 from sdxl_finetune.model.tokenizer_files import save_tokenizers
+from sdxl_finetune.model.vae import build_vae
 from sdxl_finetune.model.weights import Weights
 
 PARTS = {
@@ -57,6 +51,7 @@ _SCHEDULE = {
     "timestep_spacing": "leading",
 }
 
+VAE_CONFIG = "config.json"
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """Names in the VAE's attention that diffusers used before 0.17, and the names since."""
 
@@ -81,46 +76,39 @@ def open_folder(folder: Path) -> TensorFile:
                 tensors.update(file.tensors)
                 metadata.update(file.metadata)
     metadata.pop("format", None)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler, vae = folder / "scheduler" / "scheduler_config.json", folder / "vae" / VAE_CONFIG
     return TensorFile(
-        tensors=tensors, metadata=metadata, scheduler=_read_json(scheduler) if scheduler.is_file() else {}
+        tensors=tensors,
+        metadata=metadata,
+        scheduler=_read_json(scheduler) if scheduler.is_file() else {},
+        vae=_read_json(vae) if vae.is_file() else {},
     )
 
 
-def open_vae(path: Path) -> dict[str, Source]:
-    """The tensors of a VAE by key or name.
+def open_vae(path: Path) -> TensorFile:
+    """Opens a VAE, with its tensors by key or name, and its config.json if there is one.
 
     `path` may be a diffusers folder of the VAE or of a pipeline, a file of the VAE in either layout, or a complete
-    single-file checkpoint. Raises UserError if it holds no VAE, or not one for SDXL.
+    single-file checkpoint. Raises UserError if it holds no VAE.
     """
-    tensors = _vae_folder(path) if path.is_dir() else _vae_file(path)
-    channels = next(
-        (source.shape[1] for key, source in tensors.items() if key.endswith("decoder.conv_in.weight")), None
-    )
-    if channels is None:
-        raise UserError(Problem("there is no VAE in this file or folder: choose another one", file=str(path)))
-    if channels != 4:
-        message = f"this VAE has {channels} latent channels and belongs to another model: SDXL's has 4"
-        raise UserError(Problem(message, file=str(path)))
-    return tensors
-
-
-def _vae_folder(path: Path) -> dict[str, Source]:
     folder = path / "vae" if (path / "vae").is_dir() else path
-    config = folder / "config.json"
-    scaling = _read_json(config).get("scaling_factor", 0.18215) if config.is_file() else SCALING_FACTOR
-    if scaling != SCALING_FACTOR:
-        message = (
-            f"this VAE scales latents by {scaling} and belongs to another model: SDXL's scales by {SCALING_FACTOR}"
-        )
-        raise UserError(Problem(message, file=str(config)))
-    return {name: source for file in _files("vae", folder) for name, source in file.tensors.items()}
+    files = list(_files("vae", folder)) if path.is_dir() else [open_tensors(path)]
+    tensors = {key: source for file in files for key, source in file.tensors.items()}
+    config = folder / VAE_CONFIG if path.is_dir() else path.with_name(VAE_CONFIG)
+    if path.is_file():
+        tensors = _vae_tensors(tensors)
+    if not any(key.endswith("decoder.conv_in.weight") for key in tensors):
+        raise UserError(Problem("there is no VAE in this file or folder: choose another one", file=str(path)))
+    # Beside a file of another name, config.json may belong to anything.
+    has_config = config.is_file() and (path.is_dir() or path.name.startswith(PARTS["vae"][1]))
+    return TensorFile(tensors=tensors, vae=_read_json(config) if has_config else {})
 
 
-def _vae_file(path: Path) -> dict[str, Source]:
-    tensors = open_tensors(path).tensors
-    if any(key.startswith(VAE) for key in tensors):
-        return {key: source for key, source in tensors.items() if key.startswith(VAE)}
+def _vae_tensors(tensors: Mapping[str, Source]) -> dict[str, Source]:
+    """The tensors of a VAE in any file: with its key in a checkpoint, with the prefix `vae.` or without a prefix."""
+    for prefix in (VAE, "vae."):
+        if any(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): source for key, source in tensors.items() if key.startswith(prefix)}
     kept = {key: source for key, source in tensors.items() if not key.startswith(("loss.", "model_ema."))}
     diffusers = any(key.startswith("encoder.down_blocks.") for key in kept)
     return {_vae_name(key) if diffusers else VAE + key: source for key, source in kept.items()}
@@ -183,7 +171,7 @@ def save_configs(folder: Path, architecture: Architecture, markers: Collection[s
     """
     with torch.device("meta"):
         UNet2DConditionModel(**unet_config(architecture)).save_config(folder / "unet")
-        AutoencoderKL(**vae_config(architecture)).save_config(folder / "vae")
+        build_vae(architecture).save_config(folder / "vae")
     CLIPTextConfig(**te1_config(architecture), architectures=["CLIPTextModel"]).save_pretrained(folder / "text_encoder")
     config = CLIPTextConfig(**te2_config(architecture), architectures=["CLIPTextModelWithProjection"])
     config.save_pretrained(folder / "text_encoder_2")

@@ -31,6 +31,7 @@ _MARKS = (
 _QUANTISED = (".absmax", ".quant_map", ".weight_scale", "scaled_fp8")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _CHANNELS = {8: "an InstructPix2Pix model", 9: "an inpainting model"}
+_CONV_OUT = (f"{UNET}out.2.weight", "unet.conv_out.weight")
 _PARTS = (
     ("U-Net", f"{UNET}input_blocks.0.0.weight", "unet.conv_in.weight"),
     (
@@ -74,9 +75,9 @@ def _marked(tensors: Mapping[str, Source], marks: tuple[str, ...]) -> bool:
 
 
 def _unet_kind(tensors: Mapping[str, Source]) -> str | None:
-    conv_in = next(tensors[key] for key in _PARTS[0][1:] if key in tensors)
-    channels = conv_in.shape[1]
-    if channels != 4:
+    channels = next(tensors[key] for key in _PARTS[0][1:] if key in tensors).shape[1]
+    conv_out = next((tensors[key] for key in _CONV_OUT if key in tensors), None)
+    if conv_out and channels != conv_out.shape[0]:
         return _CHANNELS.get(channels, f"a U-Net of {channels} input channels") + f" ({channels} input channels)"
     if not any(key in tensors for key in (f"{UNET}label_emb.0.0.weight", "unet.add_embedding.linear_1.weight")):
         return "a Stable Diffusion 1.x or 2.x U-Net (no size conditioning)"

@@ -6,10 +6,9 @@ base model, raises a UserError that says what it is.
 """
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,9 +17,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from sdxl_finetune.config import VaeOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import split
-from sdxl_finetune.model.architecture import Architecture, read_architecture, read_vae_config, vae_config
+from sdxl_finetune.model.architecture import Architecture, VaeArchitecture, read_architecture
 from sdxl_finetune.model.declared import EDM, V_PRED, ZTSNR, Declared, read_declared, read_markers
 from sdxl_finetune.model.diffusers_folder import open_folder, open_vae
 from sdxl_finetune.model.identify import kind_of
@@ -29,6 +29,15 @@ from sdxl_finetune.model.named_tensors import NamedTensors
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors
 from sdxl_finetune.model.text import refill_positions
+from sdxl_finetune.model.vae import build_vae
+from sdxl_finetune.model.vae_file import (
+    NO_OPTIONS,
+    VAE_EXTRAS,
+    check_channels,
+    check_scale,
+    read_vae,
+    unet_channels,
+)
 from sdxl_finetune.model.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -55,9 +64,16 @@ class Loaded:
 
 
 def load_checkpoint(
-    path: Path, *, dtype: torch.dtype | None, vae_path: Path | None = None, exact: bool = False
+    path: Path,
+    *,
+    dtype: torch.dtype | None,
+    vae_path: Path | None = None,
+    exact: bool = False,
+    options: VaeOptions = NO_OPTIONS,
 ) -> Loaded:
     """Loads the model at `path` in `dtype`, and its VAE, or the VAE at `vae_path` instead.
+
+    `options` may change the scale and the padding that files say.
 
     If `dtype` is None, the model gets a dtype that holds the file's values exactly. If `exact`, the model's master
     weights get the low bits of values that a 16-bit `dtype` rounds.
@@ -67,16 +83,18 @@ def load_checkpoint(
     with _problems_in(path):
         file, format_ = open_base_model(path, needs_vae=vae_path is None)
         named = NamedTensors(file.tensors)
-        named_vae = named if vae_path is None else _open_named_vae(vae_path)
+        opened = _opened_vae(file, named, path, vae_path, options)
+        check_channels(named, opened.architecture, vae_path)
+        _warn_of_other_scale(file, named, opened, options)
         with torch.device("meta"):
-            model = SDXL(read_architecture(named, named_vae))
+            model = SDXL(read_architecture(named, opened.architecture))
         parts = {"unet": model.unet, "te1": model.te1, "te2": model.te2}
         _check_tensors(parts, named, model.unused_names())
         dtype = dtype or _exact_dtype(parts, named, model.unused_names())
         _fill_parts(model, parts, named, dtype, exact=exact)
         model.unused = {name: named.read(name).clone() for name in model.unused_names() if name in named}
         model.markers = read_markers(file)
-        vae = _build_vae(named_vae, vae_path or path)
+        vae = _build_vae(opened)
         _warn_of_unknown_tensors(named, {**parts, "vae": vae}, model.unused)
     return Loaded(
         model=model,
@@ -89,40 +107,90 @@ def load_checkpoint(
     )
 
 
-def load_text_encoders(path: Path, *, dtype: torch.dtype, vae_path: Path | None = None, exact: bool = False) -> SDXL:
+def load_text_encoders(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    vae_path: Path | None = None,
+    exact: bool = False,
+    options: VaeOptions = NO_OPTIONS,
+) -> SDXL:
     """Loads only the text encoders that `load_checkpoint` would load. The U-Net has shapes, but no values.
 
     Raises UserError as `load_checkpoint` does.
     """
     with _problems_in(path):
-        named = NamedTensors(open_base_model(path, needs_vae=vae_path is None)[0].tensors)
+        file, _ = open_base_model(path, needs_vae=vae_path is None)
+        named = NamedTensors(file.tensors)
+        opened = _opened_vae(file, named, path, vae_path, options)
+        check_channels(named, opened.architecture, vae_path)
         with torch.device("meta"):
-            model = SDXL(read_architecture(named, named if vae_path is None else _open_named_vae(vae_path)))
+            model = SDXL(read_architecture(named, opened.architecture))
         parts = {"te1": model.te1, "te2": model.te2}
         _check_tensors(parts, named, ())
         _fill_parts(model, parts, named, dtype, exact=exact)
     return model
 
 
-def load_vae(path: Path, vae_path: Path | None = None) -> AutoencoderKL:
-    """Loads only the VAE that `load_checkpoint` would load with these paths. Raises UserError as it does."""
+def load_vae(path: Path, vae_path: Path | None = None, options: VaeOptions = NO_OPTIONS) -> AutoencoderKL:
+    """Loads only the VAE that `load_checkpoint` would load. Raises UserError as it does."""
     if vae_path is not None:
-        return _build_vae(_open_named_vae(vae_path), vae_path)
+        return _build_vae(open_vae_alone(vae_path, options))
     with _problems_in(path):
-        return _build_vae(NamedTensors(open_base_model(path)[0].tensors), path)
+        file, _ = open_base_model(path)
+        return _build_vae(_opened_vae(file, NamedTensors(file.tensors), path, None, options))
 
 
-def _open_named_vae(path: Path) -> NamedTensors:
+@dataclass(frozen=True, kw_only=True)
+class OpenedVae:
+    """A VAE of which no values are read yet."""
+
+    path: Path
+    named: NamedTensors
+    architecture: VaeArchitecture
+
+    def sources(self) -> dict[str, Source]:
+        """The tensors by name. Raises UserError if there are others than the architecture has."""
+        with _problems_in(self.path):
+            with torch.device("meta"):
+                vae = build_vae(self.architecture)
+            _check_tensors({"vae": vae}, self.named, ())
+        return _sources(self.named, [module_name("vae", name) for name, _ in vae.named_parameters()])
+
+
+def open_vae_alone(path: Path, options: VaeOptions = NO_OPTIONS) -> OpenedVae:
+    """Opens the VAE of a file or folder. Raises UserError if it cannot be used."""
     with _problems_in(path):
-        return NamedTensors(open_vae(_existing(path)))
+        file = open_vae(_existing(path))
+        return _opened_vae(file, NamedTensors(file.tensors), path, None, options)
 
 
-def _build_vae(named: NamedTensors, path: Path) -> AutoencoderKL:
-    with _problems_in(path):
+def _opened_vae(
+    file: TensorFile, named: NamedTensors, path: Path, vae_path: Path | None, options: VaeOptions
+) -> OpenedVae:
+    """The VAE at `vae_path`, or that of the opened model."""
+    if vae_path is not None:
+        return open_vae_alone(vae_path, options)
+    return OpenedVae(path=path, named=named, architecture=read_vae(named, file.vae, options))
+
+
+def _warn_of_other_scale(file: TensorFile, named: NamedTensors, opened: OpenedVae, options: VaeOptions) -> None:
+    """Warns if another VAE than the model's own has another scale, as that of Stable Diffusion 1 has."""
+    if opened.named is named or options.given_scale or "vae.decoder.conv_in.weight" not in named:
+        return
+    own, scale = read_vae(named, file.vae).latent_scale, opened.architecture.latent_scale
+    if own and scale and own != scale:
+        message = "%s says %s, and the model's own VAE %s: the U-Net has to learn the new latents. vae_custom_scale and"
+        logger.warning(f"{message} vae_custom_shift set them", opened.path, scale, own)
+
+
+def _build_vae(opened: OpenedVae) -> AutoencoderKL:
+    with _problems_in(opened.path):
+        check_scale(opened.architecture)
         with torch.device("meta"):
-            vae = AutoencoderKL(**read_vae_config(named))
-        _check_tensors({"vae": vae}, named, ())
-        _fill("vae", vae, named, torch.float32)
+            vae = build_vae(opened.architecture)
+        _check_tensors({"vae": vae}, opened.named, ())
+        _fill("vae", vae, opened.named, torch.float32)
     return vae.eval().requires_grad_(False)
 
 
@@ -136,27 +204,31 @@ class Opened:
     file: TensorFile
 
 
+def _sources(named: NamedTensors, names: Iterable[str]) -> dict[str, Source]:
+    return {
+        name: Source(
+            shape=named.shape(name), dtype=named.tensors[named.key(name)].dtype, read=partial(named.read, name)
+        )
+        for name in names
+        if name in named
+    }
+
+
 def open_weights(path: Path) -> Opened:
     """Opens a model to read its tensors one by one. Raises UserError as `load_checkpoint` does."""
     with _problems_in(path):
         file, _ = open_base_model(path)
         named = NamedTensors(file.tensors)
-        architecture = read_architecture(named, named)
+        vae_architecture = read_vae(named, file.vae)
+        check_channels(named, vae_architecture, None)
+        architecture = read_architecture(named, vae_architecture)
         with torch.device("meta"):
-            model, vae = SDXL(architecture), AutoencoderKL(**vae_config(architecture))
+            model, vae = SDXL(architecture), build_vae(architecture)
         parts = {"unet": model.unet, "te1": model.te1, "te2": model.te2}
         _check_tensors({**parts, "vae": vae}, named, model.unused_names())
         _warn_of_unknown_tensors(named, {**parts, "vae": vae}, model.unused_names())
         names = [module_name(p, name) for p, m in {**parts, "vae": vae}.items() for name, _ in m.named_parameters()]
-        tensors = {
-            name: Source(
-                shape=named.shape(name),
-                dtype=named.tensors[named.key(name)].dtype,
-                read=partial(named.read, name),
-            )
-            for name in [*names, *model.unused_names()]
-            if name in named
-        }
+        tensors = _sources(named, [*names, *model.unused_names()])
         return Opened(
             weights=Weights(architecture=architecture, tensors=tensors, markers=read_markers(file)),
             dtype=_exact_dtype(parts, named, model.unused_names()),
@@ -176,16 +248,31 @@ class Inspected:
     """Architecture of an SDXL base model; None for other kinds."""
 
 
-def inspect_checkpoint(path: Path) -> Inspected:
-    """Reads the headers of any file or folder. Raises UserError if they cannot be read."""
+def inspect_checkpoint(path: Path, vae_path: Path | None = None, options: VaeOptions = NO_OPTIONS) -> Inspected:
+    """Reads the headers of any file or folder, and of the VAE at `vae_path`, if that replaces its own.
+
+    `check_latents` finds what does not fit together. Raises UserError if a file cannot be read.
+    """
     file, format_ = open_checkpoint(path)
-    kind = kind_of(file.tensors)
+    kind = kind_of(file.tensors, needs_vae=vae_path is None)
     architecture = None
     if kind is None:
         with _problems_in(path):
             named = NamedTensors(file.tensors)
-            architecture = read_architecture(named, named)
+            vae = _opened_vae(file, named, path, vae_path, options).architecture
+            architecture = read_architecture(named, replace(vae, latent_channels=unet_channels(named)))
     return Inspected(file=file, format=format_, kind=kind, architecture=architecture)
+
+
+def check_latents(path: Path, vae_path: Path | None, options: VaeOptions) -> None:
+    """Raises UserError if a model and its VAE, or the VAE at `vae_path`, do not fit together."""
+    with _problems_in(path):
+        file, _ = open_base_model(path, needs_vae=vae_path is None)
+        named = NamedTensors(file.tensors)
+        opened = _opened_vae(file, named, path, vae_path, options)
+        check_channels(named, opened.architecture, vae_path)
+    with _problems_in(opened.path):
+        check_scale(opened.architecture)
 
 
 def open_checkpoint(path: Path) -> tuple[TensorFile, Format]:
@@ -227,9 +314,7 @@ def _problems_in(path: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        problems = [
-            problem if problem.file else dataclasses.replace(problem, file=str(path)) for problem in error.problems
-        ]
+        problems = [problem if problem.file else replace(problem, file=str(path)) for problem in error.problems]
         raise UserError(problems) from None
 
 
@@ -294,7 +379,7 @@ def _fill(
 def _warn_of_unknown_tensors(named: NamedTensors, parts: Mapping[str, nn.Module], unused: Iterable[str]) -> None:
     """Warns once of tensors that no part of SDXL has, and that saved checkpoints will not hold."""
     names = [module_name(part, name) for part, module in parts.items() for name, _ in module.named_parameters()]
-    known = {named.key(name) for name in [*names, *unused]} | {V_PRED, ZTSNR, *EDM}
+    known = {named.key(name) for name in [*names, *unused, *VAE_EXTRAS]} | {V_PRED, ZTSNR, *EDM}
     unknown = [key for key in named.tensors if key not in known and not key.endswith("position_ids")]
     if unknown:
         logger.warning("%d tensors that are not SDXL's are left out: %s", len(unknown), _first_four(unknown))

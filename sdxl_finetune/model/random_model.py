@@ -7,9 +7,10 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdxl_finetune.model.architecture import SCALING_FACTOR, Architecture, TextSize, te1_config, vae_config
+from sdxl_finetune.model.architecture import Architecture, TextSize, te1_config
 from sdxl_finetune.model.keymap import LOGIT_SCALE, module_name
 from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.model.vae import build_vae, latent_scale, latent_size
 
 
 def text_size(width: int, layers: int) -> TextSize:
@@ -54,14 +55,16 @@ def build_random_model(architecture: Architecture, seed: int) -> tuple[SDXL, Aut
         tensors = {module_name("te1", name): tensor.detach() for name, tensor in whole.named_parameters()}
         tensors[LOGIT_SCALE] = torch.tensor(100.0).log()
         model.unused = {name: tensors[name] for name in model.unused_names()}
-        vae = AutoencoderKL(**vae_config(architecture)).eval().requires_grad_(False)
+        vae = build_vae(architecture)
         _scale_latents(vae, torch.rand(4, 3, 64, 64) * 2 - 1)
     return model, vae
 
 
 def _scale_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
-    """Scales encoder and decoder so that `latents * SCALING_FACTOR` of such images have a standard deviation of 1."""
-    deviation = vae.encode(images).latent_dist.mean.std()
-    for parameter in vae.quant_conv.parameters():
-        parameter[:4] /= deviation * SCALING_FACTOR
-    vae.post_quant_conv.weight *= SCALING_FACTOR
+    """Scales encoder and decoder so that latents of such images, times the VAE's scale, have a deviation of 1."""
+    deviation, scales = vae.encode(images).latent_dist.mean.std(), latent_scale(vae).scale
+    scale = sum(scales) / len(scales)
+    last, first = vae.quant_conv or vae.encoder.conv_out, vae.post_quant_conv or vae.decoder.conv_in
+    for parameter in last.parameters():
+        parameter[: latent_size(vae).channels] /= deviation * scale
+    first.weight *= scale

@@ -23,6 +23,7 @@ from sdxl_finetune.model.diffusers_folder import save_folder
 from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap, Place, module_name, put
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import Source, source_of, write_safetensors
+from sdxl_finetune.model.vae_file import LATENTS, describe_latents, scale_tensors
 from sdxl_finetune.model.weights import Weights
 
 SaveAs = Literal["safetensors", "ckpt", "diffusers", "diffusers_safetensors"]
@@ -60,6 +61,8 @@ def save_weights(
     """
     if V_PRED in weights.markers:
         metadata = {**metadata, "modelspec.prediction_type": "v"}
+    metadata = {key: value for key, value in metadata.items() if key != LATENTS}
+    metadata |= describe_latents(weights.architecture)
     match save_as:
         case "safetensors":
             write_safetensors(path, _single_file(weights), metadata)
@@ -75,6 +78,12 @@ def save_weights(
             save_folder(path, inside, metadata, safe=save_as == "diffusers_safetensors")
         case _:
             assert_never(save_as)
+
+
+def converted(weights: Weights, dtype: torch.dtype) -> Weights:
+    """Converts weights to `dtype` when they are read."""
+    tensors = {name: _joined([(Place(name), source)], dtype) for name, source in weights.tensors.items()}
+    return replace(weights, tensors=tensors)
 
 
 def single_file_tensors(
@@ -99,7 +108,8 @@ def _single_file(weights: Weights) -> dict[str, Source]:
     """The tensors of a single-file checkpoint by key. A tensor that is joined of several has their common dtype."""
     keymap = KeyMap(weights.architecture.layout)
     parts: dict[str, list[tuple[Place, Source]]] = defaultdict(list)
-    for name, source in weights.tensors.items():
+    extras = {name: source_of(tensor) for name, tensor in scale_tensors(weights.architecture).items()}
+    for name, source in ({**weights.tensors, **extras}).items():
         place = keymap.place(name)
         parts[place.key].append((place, source))
     joined = {

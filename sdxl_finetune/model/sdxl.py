@@ -91,13 +91,13 @@ class SDXL(nn.Module):
 
     def forward(
         self,
-        noisy_latents: Float[Tensor, "k 4 h w"],
+        noisy_latents: Float[Tensor, "k z h w"],
         timesteps: Num[Tensor, " k"],
         text: Tokens | TextOutputs,
         original_size: Int64[Tensor, "k 2"],
         crop_top_left: Int64[Tensor, "k 2"],
         target_size: Int64[Tensor, "k 2"],
-    ) -> Float[Tensor, "k 4 h w"]:
+    ) -> Float[Tensor, "k z h w"]:
         """The U-Net's prediction in float32 for captions, as tokens or encoded. Sizes are (height, width) in pixels.
 
         Timesteps and sizes stay integers or float32: the U-Net embeds them in float32 and casts the embedding. In
@@ -110,12 +110,12 @@ class SDXL(nn.Module):
 
     def predict(
         self,
-        noisy_latents: Float[Tensor, "k 4 h w"],
+        noisy_latents: Float[Tensor, "k z h w"],
         timesteps: Num[Tensor, " k"],
         hidden: Float[Tensor, "k t c"],
         pooled: Float[Tensor, "k p"],
         sizes: Int64[Tensor, "k 6"],
-    ) -> Float[Tensor, "k 4 h w"]:
+    ) -> Float[Tensor, "k z h w"]:
         """The U-Net's prediction for encoded text. Sampling encodes a prompt once for many predictions."""
         dtype = self.unet.dtype
         # The VAE's latents are in channels_last. Then, on a CPU, torch 2.13's backward pass of a GroupNorm writes to a

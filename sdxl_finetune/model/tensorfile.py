@@ -38,7 +38,13 @@ _DTYPES = {
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Words that torch.compile and other wrappers of modules put into names. They are left out of keys when a file is
 opened."""
-_WRITTEN = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+_WRITTEN = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 """Dtypes that can be written, in the library's own order. Files hold tensors of the last dtype first."""
 
 
@@ -66,6 +72,8 @@ class TensorFile:
     global_step: int | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     """Config of the noise scheduler in a diffusers folder."""
+    vae: Mapping[str, Any] = field(default_factory=dict)
+    """Config of the VAE in a diffusers folder."""
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -151,7 +159,7 @@ def _unpickle(path: Path) -> Any:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> None:
-    """Writes tensors of float16, bfloat16, float32 and int64. Each is read, written and freed before the next.
+    """Writes tensors of the dtypes in _WRITTEN. Each is read, written and freed before the next.
 
     Equal tensors and metadata give equal bytes. The library instead reads metadata in an order that changes from
     process to process.

@@ -33,7 +33,7 @@ from sdxl_finetune.diffusion.objective import Objective
 from sdxl_finetune.diffusion.schedule import FIRST_BETA, LAST_BETA, DiscreteSchedule
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.sdxl import SDXL, evaluating
-from sdxl_finetune.model.vae import decode
+from sdxl_finetune.model.vae import decode, latent_scale, latent_size
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt
 from sdxl_finetune.seeding import position_sequence
 
@@ -123,12 +123,12 @@ def build_sampler(name: str, objective: Objective) -> Any:
 
 
 def denoise(
-    predict: Callable[[Float[Tensor, "n 4 h w"], Int64[Tensor, ""]], Float[Tensor, "n 4 h w"]],
+    predict: Callable[[Float[Tensor, "n c h w"], Int64[Tensor, ""]], Float[Tensor, "n c h w"]],
     sampler: Any,
     steps: int,
-    noise: Float[Tensor, "n 4 h w"],
+    noise: Float[Tensor, "n c h w"],
     generators: list[torch.Generator],
-) -> Float[Tensor, "n 4 h w"]:
+) -> Float[Tensor, "n c h w"]:
     """Turns `noise` of unit variance into latents, in `steps` steps of `sampler`.
 
     A sampler that adds noise draws it for each image from that image's generator.
@@ -145,7 +145,7 @@ def denoise(
 
 def draw_latents(
     model: PreviewModel, sampler_name: str, prompts: Sequence[Prompt], seeds: Sequence[int]
-) -> Float[Tensor, "n 4 h w"]:
+) -> Float[Tensor, "n c h w"]:
     """Draws the latents of a batch of prompts, scaled as the U-Net sees them.
 
     The prompts may differ in their texts only: size, steps and guidance scale are those of the first. Guidance (Ho and
@@ -171,7 +171,8 @@ def draw_latents(
 
     # The noise is drawn on the CPU, so that a seed gives the same image on every device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = 4, shared.height // 8, shared.width // 8
+    latent = latent_size(model.vae)
+    shape = latent.channels, shared.height // latent.pixels, shared.width // latent.pixels
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     sampler = build_sampler(sampler_name, model.objective)
     return denoise(predict, sampler, shared.steps, noise.to(device), generators)
@@ -204,11 +205,11 @@ def draw_previews(
     return previews
 
 
-def to_image(vae: AutoencoderKL, latents: Float[Tensor, "1 4 h w"]) -> Image.Image:
+def to_image(vae: AutoencoderKL, latents: Float[Tensor, "1 c h w"]) -> Image.Image:
     """Decodes scaled latents in float32. Raises ValueError if they contain infinite values or NaN."""
     if not latents.isfinite().all():
         raise ValueError("the model gave values that are infinite or not a number")
-    pixels = decode(vae, latents.float() / vae.config.scaling_factor)[0]
+    pixels = decode(vae, latent_scale(vae).unscaled(latents.float()))[0]
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 

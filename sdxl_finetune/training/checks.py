@@ -41,7 +41,7 @@ from sdxl_finetune.data.unusable import load_undecodable
 from sdxl_finetune.errors import Problem, Problems, Tally, UserError
 from sdxl_finetune.model.compilation import check_compiler
 from sdxl_finetune.model.diffusers_folder import open_vae
-from sdxl_finetune.model.load import Inspected, inspect_checkpoint
+from sdxl_finetune.model.load import Inspected, check_latents, inspect_checkpoint
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.optim.lr import build_lr
 from sdxl_finetune.optim.optimizer import build_optimizer
@@ -124,11 +124,12 @@ def read_inputs(
         problems.attempt(check_compiler, config.dynamo_backend, device)
     if intact("pretrained_model_name_or_path", "vae"):
         config = problems.attempt(with_local_models, config) or config
-    if isinstance(config.vae, Path) and intact("vae"):
-        problems.attempt(open_vae, config.vae)
     path = weights or config.pretrained_model_name_or_path
-    has_model = isinstance(path, Path) and intact("pretrained_model_name_or_path")
-    model = problems.attempt(outline_model, config, path) if has_model else None
+    if isinstance(config.vae, Path) and intact("vae") and problems.attempt(open_vae, config.vae) is None:
+        config = config.model_copy(update={"vae": None})  # the other checks go on without it
+    model = None
+    if isinstance(path, Path) and intact("pretrained_model_name_or_path"):
+        model = problems.attempt(outline_model, config, path)
     if intact(*OPTIMIZER):
         problems.attempt(check_optimizer, config, device, model.groups if model else ())
         problems.attempt(check_update, config, device)
@@ -150,10 +151,14 @@ def read_inputs(
 
 
 def outline_model(config: Config, path: Path) -> Outline:
-    """Returns the model of a file or folder. Raises UserError if it is no SDXL base model, or nothing is trained."""
-    inspected = inspect_checkpoint(path)
+    """Returns the model of a file or folder. Raises UserError if it cannot be trained.
+
+    It must be an SDXL base model, fit its VAE, and have weights to train.
+    """
+    inspected = inspect_checkpoint(path, config.vae_path, config)
     if inspected.architecture is None:
         raise UserError(Problem(f"this is {inspected.kind}, not an SDXL base model: choose another", file=str(path)))
+    check_latents(path, config.vae_path, config)
     with torch.device("meta"):
         model = SDXL(inspected.architecture)
     parts = model.parameters_by_part()

@@ -24,7 +24,7 @@ from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.unchanged import image_id, unchanged
 from sdxl_finetune.model.sdxl import evaluating
-from sdxl_finetune.model.vae import batch_latents, decode
+from sdxl_finetune.model.vae import batch_latents, decode, latent_scale
 from sdxl_finetune.output.colours import Drift, compare, measure
 from sdxl_finetune.output.previews import build_sampler, denoise, moved_to
 from sdxl_finetune.training.learner import Learner
@@ -103,7 +103,7 @@ class ColourCheck:
         ]
         return list(load_batches(self.dataset, micro_batches, workers=0, pin_memory=pin_memory, on_bad_image="skip"))
 
-    def _draw(self, learner: Learner, batch: Batch) -> Float[Tensor, "k 4 h w"]:
+    def _draw(self, learner: Learner, batch: Batch) -> Float[Tensor, "k c h w"]:
         """Latents of pictures for the batch's captions and sizes, scaled as the U-Net sees them."""
         sdxl, device = learner.sdxl, batch.noise.device
         sizes = torch.cat([batch.original_size, batch.crop_top_left, batch.target_size], dim=1)
@@ -119,8 +119,8 @@ class ColourCheck:
 
             return denoise(predict, sampler, STEPS, batch.noise, generators)
 
-    def _figures(self, learner: Learner, latents: Float[Tensor, "1 4 h w"]) -> Float[Tensor, " 3"]:
-        return measure(decode(learner.vae, latents.float() / learner.vae.config.scaling_factor))[0].cpu()
+    def _figures(self, learner: Learner, latents: Float[Tensor, "1 c h w"]) -> Float[Tensor, " 3"]:
+        return measure(decode(learner.vae, latent_scale(learner.vae).unscaled(latents.float())))[0].cpu()
 
 
 def build_colour_check(config: Config, training: TrainingDataset) -> ColourCheck | None:

@@ -40,7 +40,7 @@ from sdxl_finetune.model.declared import marker_tensors
 from sdxl_finetune.model.load import Format, Loaded, load_checkpoint
 from sdxl_finetune.model.save import SaveAs
 from sdxl_finetune.model.sdxl import SDXL
-from sdxl_finetune.model.vae import pixels_per_latent
+from sdxl_finetune.model.vae import latent_scale, latent_size
 from sdxl_finetune.optim.lr import build_lr
 from sdxl_finetune.optim.optimizer import state_bytes
 from sdxl_finetune.output.checkpoints import final_name, format_to_save, remove
@@ -189,9 +189,9 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         draw_timesteps=partial(draw_timesteps, config, seed),
         seed=seed,
         max_steps=timeline.steps,
-        noise_latent_scale=loaded.vae.config.scaling_factor if config.noise_needs_latents else None,
+        scale_latents=latent_scale(loaded.vae).scaled if config.noise_needs_latents else None,
         contrastive=config.contrastive_flow_matching,
-        pixels_per_latent=pixels_per_latent(loaded.vae),
+        latent_size=latent_size(loaded.vae),
         rank=accelerator.process_index,
         ranks=ranks,
     )
@@ -289,7 +289,7 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
     if start:
         vae = None if start.is_state else vae or path
         path = start.weights
-    loaded = load_checkpoint(path, dtype=weight_dtype(config), vae_path=vae, exact=config.keeps_masters)
+    loaded = load_checkpoint(path, dtype=weight_dtype(config), vae_path=vae, exact=config.keeps_masters, options=config)
     for remark in loaded.declared.contradictions(
         path, v_parameterization=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
     ):
@@ -307,7 +307,7 @@ def prepare_latents(
 ) -> tuple[Index, LatentStore | None, MaskStore | None]:
     """The caches of latents and masks, if the config asks for them. Without them, batches hold images and masks."""
     if config.cache_latents:
-        index, masks = prepare_masks(index, config, accelerator, pixels_per_latent(vae), stop)
+        index, masks = prepare_masks(index, config, accelerator, latent_size(vae).pixels, stop)
         index, latents = prepare(index, VaeEncoder(vae, accelerator.device), config, accelerator, stop)
         return index, latents, masks
     vae.to(accelerator.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sdxl_finetune.batch import to_images
 from sdxl_finetune.errors import counted
 from sdxl_finetune.latents.encoding import Encode
-from sdxl_finetune.model.vae import encode, pixels_per_latent, vae_identity
+from sdxl_finetune.model.vae import encode, latent_size, vae_identity
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory, is_out_of_memory
 
 
@@ -19,10 +19,10 @@ class VaeEncoder:
 
     def __init__(self, vae: AutoencoderKL, device: torch.device) -> None:
         self._vae, self._device = vae, device
-        self.pixels_per_latent = pixels_per_latent(vae)
+        self.latent_size = latent_size(vae)
 
     def identity(self) -> str:
-        """A hash of the VAE's weights."""
+        """A hash of all that latents depend on."""
         return vae_identity(self._vae)
 
     @contextmanager

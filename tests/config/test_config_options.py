@@ -15,6 +15,7 @@ from sdxl_finetune.config import (
     LearnedWeightOptions,
     PairingOptions,
     QualityOptions,
+    VaeOptions,
 )
 from sdxl_finetune.config.fields import LR_SCHEDULES, ScheduleName, Shown, expected, kinds
 from sdxl_finetune.config.options import GROUPS, to_toml
@@ -30,7 +31,7 @@ OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", 
 OURS |= {"no_memory", "metadata_columns", *QualityOptions.model_fields, *ImageWeightOptions.model_fields}
 OURS |= {"caption_sources", "caption_break", "caption_tag_dropout_groups", "protected_tags_file"}
 FORKS = {"flow_model", *FlowOptions.model_fields, *PairingOptions.model_fields, *LearnedWeightOptions.model_fields}
-FORKS |= {"contrastive_flow_matching", "cfm_lambda", "soft_min_snr_gamma", "loss_multiplier"}
+FORKS |= {"contrastive_flow_matching", "cfm_lambda", "soft_min_snr_gamma", "loss_multiplier", *VaeOptions.model_fields}
 """Options of forks of the reference."""
 OURS |= FORKS | {"cache_dir_local", "cache_dir_local_gb", *ColourOptions.model_fields, *TagReportOptions.model_fields}
 

@@ -336,6 +336,8 @@ def _values() -> dict[str, st.SearchStrategy]:
         "block_lr": st.lists(st.floats(0, 1), min_size=23, max_size=23),
         "quality_tags": st.sampled_from(["a > 0.75, b >= -1e-07, c", "a top 0.5%, b top 30%", "only"]),
         "tag_report_timesteps": st.sampled_from([500, "400, 600", [1, 999]]),
+        "vae_custom_scale": st.floats(1e-3, 9) | st.lists(st.floats(1e-3, 9), min_size=1, max_size=4),
+        "vae_custom_shift": finite | st.lists(finite, min_size=1, max_size=4),
         "lr_scheduler": st.sampled_from(["constant", "cosine", "adafactor:3e-05"]),
         "optimizer_args": arguments,
         "lr_scheduler_args": arguments,

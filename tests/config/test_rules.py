@@ -238,6 +238,7 @@ def test_surprising_options_are_remarked(values, option):
 
 STANDALONE = """
 pretrained_model_name_or_path vae tokenizer_cache_dir max_token_length weighted_captions caption_break caption_sources
+vae_custom_scale vae_custom_shift vae_reflection_padding latent_channels vae_type
 train_data_dir reg_data_dir in_json metadata_columns dataset_config dataset_repeats resolution train_batch_size
 resize_interpolation max_data_loader_n_workers caption_extention on_bad_image shuffle_caption
 secondary_separator enable_wildcard caption_prefix caption_suffix caption_dropout_rate

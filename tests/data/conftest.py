@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_finetune.batch import LatentSize
 from sdxl_finetune.config import Dataset, Subset
 from sdxl_finetune.latents.catalogue import local_shelf
 from sdxl_finetune.latents.encoding import Encoding, Report, encode_images
@@ -52,7 +53,7 @@ def cache_latents(tmp_path: Path) -> Callable[..., tuple[LatentStore, Report, li
         shards = local_shelf(folder, kind).open(check=True) if folder else []
         keys, library = row_keys(index), Library(shards)
         rows = missing_rows(index, find_places(index, keys, library))
-        settings = {"pixels_per_latent": 8, "batch_size": 2, "threads": 2, **options}
+        settings = {"latent_size": LatentSize(), "batch_size": 2, "threads": 2, **options}
         job = Encoding(index=index, keys=keys, known=library, encode=encode, **settings)
         for part in range(parts):
             with ShardWriter(folder, kind, part, tmp_path) as writer:
@@ -60,7 +61,7 @@ def cache_latents(tmp_path: Path) -> Callable[..., tuple[LatentStore, Report, li
             shards += writer.shards
         library = Library(sorted(shards, key=lambda shard: shard.path.name))
         places = find_places(index, keys, library)
-        store = build_store(index, places, library.files, pixels_per_latent=8, scratch=tmp_path)
+        store = build_store(index, places, library.files, latent_size=LatentSize(), scratch=tmp_path)
         return store, job.report, shards
 
     return cache

@@ -27,6 +27,7 @@ from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.pairing import draw_paired_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps as draw_timesteps_of_options
 from sdxl_finetune.errors import UserError
+from sdxl_finetune.model.latent_scale import LatentScale
 from sdxl_finetune.seeding import position_normal, position_rng
 
 SIZES = {"a.png": (64, 64), "b.jpg": (200, 180), "c.png": (70, 64), "d.webp": (64, 90), "e.png": (90, 70)}
@@ -168,7 +169,8 @@ def encode(pixels: Tensor, noise: Tensor):
 
 @pytest.fixture
 def cached(index: Index, cache_latents) -> TrainingDataset:
-    return build(index, read_latents=cache_latents(index, encode)[0].read, noise_latent_scale=0.5)
+    scale = LatentScale(scale=(0.5,))
+    return build(index, read_latents=cache_latents(index, encode)[0].read, scale_latents=scale.scaled)
 
 
 def test_batches_hold_cached_latents_mirrored_or_not(index: Index, cached: TrainingDataset) -> None:
@@ -195,21 +197,23 @@ def test_ranks_pair_noise_as_a_single_rank_does(index: Index, cached: TrainingDa
     options = NoiseOptions(noise_offset=0.1, ip_noise_gamma=0.1, adaptive_noise_scale=0.5)
     draw = partial(draw_paired_noise, options, PairingOptions(**pairing), 5)
     names = ("latents", "noise", "input_noise", "negative_latents", "negative_noise")
-    settings = {"draw_noise": draw, "read_latents": cached.read_latents, "noise_latent_scale": 0.5, "contrastive": True}
+    settings = {"draw_noise": draw, "read_latents": cached.read_latents, "contrastive": True}
+    settings["scale_latents"] = cached.scale_latents
     changed = compared = 0
     for micro_batch in plan(index).micro_batches(0, 6):
         alone = build(index, **settings)[micro_batch].batch
         assert same(alone, build(index, **settings)[micro_batch].batch)
+        scaled = cached.scale_latents(alone.latents)
         if len(micro_batch.rows) == 1:
             assert alone.negative_latents is None and alone.negative_noise is None
             continue
-        assert torch.equal(alone.negative_latents, 0.5 * alone.latents.roll(1, 0))
+        assert torch.equal(alone.negative_latents, scaled.roll(1, 0))
         assert torch.equal(alone.negative_noise, alone.noise.roll(1, 0))
         for ranks in (2, 3):
             parts = [build(index, rank=rank, ranks=ranks, **settings)[micro_batch].batch for rank in range(ranks)]
             assert all(torch.equal(rows(parts, name), getattr(alone, name)) for name in names)
         shape = tuple(alone.noise.shape)
-        plain = draw_paired_noise(options, PairingOptions(), 5, micro_batch.position, shape, 0.5 * alone.latents)[0]
+        plain = draw_paired_noise(options, PairingOptions(), 5, micro_batch.position, shape, scaled)[0]
         changed, compared = changed + int((plain != alone.noise).any()), compared + 1
     assert compared >= 3 and changed > 0, "pairing has changed some batches"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxl_finetune.batch import to_images
+from sdxl_finetune.batch import LatentSize, to_images
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.latents.store import LatentStore
@@ -194,7 +194,7 @@ def test_an_interrupted_run_keeps_what_it_finished(index: Index, tmp_path: Path,
 
     folder, keys, library = tmp_path / "disk", row_keys(index), Library([])
     rows = missing_rows(index, find_places(index, keys, library))
-    settings = {"pixels_per_latent": 8, "batch_size": 1, "threads": 1}
+    settings = {"latent_size": LatentSize(), "batch_size": 1, "threads": 1}
     job = Encoding(index=index, keys=keys, known=library, encode=encode, **settings)
     with ShardWriter(folder, Kind("latents", "vae"), 0, tmp_path) as writer:
         images = encode_images(job, rows, writer)

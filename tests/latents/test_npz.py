@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_finetune.batch import LatentSize
 from sdxl_finetune.data.index import Entry, Index, build_index
-from sdxl_finetune.latents.keys import latent_shape
 from sdxl_finetune.latents.npz import Rejected, find_npz, noted_crop, read_npz
 
 SETTINGS = {"resolution": (64, 64), "min_bucket_reso": 32, "max_bucket_reso": 128, "bucket_reso_steps": 32}
@@ -54,7 +54,7 @@ def images(tmp_path: Path, dataset, subset, write_images, golden):
 
 
 def read(entry: Entry, flip: bool = True):
-    return read_npz(entry, entry.path.read_bytes(), latent_shape(entry.bucket, 8), [False, True] if flip else [False])
+    return read_npz(entry, entry.path.read_bytes(), LatentSize().of(entry.bucket), [False, True] if flip else [False])
 
 
 def test_the_references_files_are_read(images, golden) -> None:

@@ -243,7 +243,9 @@ def test_vae_path_wins_over_the_model_s_own_vae(tmp_path: Path, tiny_path: Path,
     assert torch.equal(vae.state_dict()["quant_conv.weight"], other_vae.state_dict()["quant_conv.weight"])
 
 
-def test_vaes_of_other_models_are_refused(tmp_path: Path, tiny_path: Path, other_vae: AutoencoderKL) -> None:
+def test_vaes_of_other_models_are_refused_or_named(
+    tmp_path: Path, tiny_path: Path, other_vae: AutoencoderKL, caplog: pytest.LogCaptureFixture
+) -> None:
     def message(path: Path) -> str:
         with pytest.raises(UserError) as error:
             load_checkpoint(tiny_path, dtype=None, vae_path=path)
@@ -253,10 +255,11 @@ def test_vaes_of_other_models_are_refused(tmp_path: Path, tiny_path: Path, other
     other_vae.save_pretrained(tmp_path / "sd15")
     config = tmp_path / "sd15" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.18215}))
-    assert "0.18215" in message(tmp_path / "sd15")
+    assert load_checkpoint(tiny_path, dtype=None, vae_path=tmp_path / "sd15").vae.config.scaling_factor == 0.18215
+    assert "scale 0.18215, and the model's own VAE shift 0, scale 0.13025" in caplog.text
     flux = AutoencoderKL(**{**vae_config(LITTLE), "latent_channels": 16})
-    save_file(flux.state_dict(), tmp_path / "flux.safetensors")
-    assert "16 latent channels" in message(tmp_path / "flux.safetensors")
+    flux.save_pretrained(tmp_path / "flux")
+    assert "has 16: choose its own VAE, or write" in message(tmp_path / "flux")
     save_file({"a": torch.ones(1)}, tmp_path / "no.safetensors")
     assert "no VAE" in message(tmp_path / "no.safetensors")
 

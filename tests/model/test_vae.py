@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdxl_finetune.batch import LatentSize
 from sdxl_finetune.model.load import Loaded
-from sdxl_finetune.model.vae import decode, encode, pixels_per_latent
+from sdxl_finetune.model.vae import decode, encode, latent_size
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -37,7 +38,7 @@ def test_autocast_does_not_change_the_vae_s_precision(golden_model: Loaded, gold
         assert torch.equal(encode(golden_model.vae, golden_tensors["vae.image"]), plain)
 
 
-def test_scaling_factor_and_pixels_per_latent(golden_model: Loaded) -> None:
-    assert pixels_per_latent(golden_model.vae) == 8
+def test_scaling_factor_and_latent_size(golden_model: Loaded) -> None:
+    assert latent_size(golden_model.vae) == LatentSize(8, 4)
     assert golden_model.vae.config.scaling_factor == pytest.approx(0.13025)
     assert not any(parameter.requires_grad for parameter in golden_model.vae.parameters())
