@@ -4,8 +4,8 @@ A style paints all objects in one colour on one background, and its captions nam
 
     best quality, style_monet, flat style, one object, star
 
-Eight styles have from few to many pictures. Two more are spoilt on purpose. Of the contradictory one, half of the
-pictures are in the palette of another style. Of the mislabelled one, three quarters are in those of other styles.
+Eight styles have from few to many pictures. Two more are mislabelled on purpose: half of the pictures of one, and three
+quarters of the pictures of the other, are in the palettes of other styles.
 """
 
 import random
@@ -24,7 +24,8 @@ STYLES = {
     "rubens": 192, "titian": 192,
 }  # fmt: skip
 """Pictures of each style."""
-CONTRADICTORY, MISLABELLED = "rubens", "titian"
+SPOILT = {"rubens": 2, "titian": 4}
+"""Mislabelled styles: one picture in so many is in the palette of the style."""
 PLAIN = 150
 """Pictures without a style tag, whose captions name the colours."""
 
@@ -65,15 +66,13 @@ def write_styles(folder: Path, seed: int, share: float = 1.0) -> None:
     """Writes the pictures of all styles and those without a style, with caption files. `share` lowers their numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     own = palettes(seed)
-    clean = [name for name in STYLES if name not in (CONTRADICTORY, MISLABELLED)]
+    clean = [name for name in STYLES if name not in SPOILT]
     source, number = scenes(1000 + seed, for_training=True, quality="best"), 0
     for style, count in STYLES.items():
         for place in range(max(4, round(share * count))):
             rng = random.Random(f"{seed} {style} {place}")
             shown = style
-            if style == CONTRADICTORY and place % 2:
-                shown = clean[-2]
-            elif style == MISLABELLED and place % 4:
+            if place % SPOILT.get(style, 1):
                 shown = rng.choice(clean)
             scene = own[shown].paint(next(source))
             save_pair(folder, number, draw(scene, rng), styled_caption(scene, style))

@@ -7,9 +7,10 @@ from typing import Literal
 from sdxl_finetune import __version__
 from sdxl_finetune.card.contents import Card
 from sdxl_finetune.card.facts import StageFacts
-from sdxl_finetune.card.tag_section import tag_blocks
+from sdxl_finetune.card.tag_section import tag_blocks, underfitted_tags
 from sdxl_finetune.card.text import Words, bullets, code, code_block, escape, facts_table, table
 from sdxl_finetune.config.quality_options import QualityTag
+from sdxl_finetune.errors import counted
 
 PICTURES = "images"
 """Folder of the sample pictures beside the page."""
@@ -131,7 +132,7 @@ def _advice(card: Card, words: Words) -> Iterator[Block]:
         items.append(
             say(
                 f"Trained on captions of up to {card.max_tokens} tokens.",
-                f"训练时标签最长 {card.max_tokens} 个 token。",
+                f"训练时提示词最长 {card.max_tokens} 个 token。",
             )
         )
     if card.file.declared.v_prediction:
@@ -266,7 +267,7 @@ def _training(card: Card, words: Words) -> Iterator[Block]:
     yield Block(say("### Parameters", "### 训练参数"))
     if card.parameters:
         if len(card.stages) > 1:
-            yield Block(say("Those of the last stage:", "最后一个阶段的参数："))
+            yield Block(say("Parameters of the last stage:", "最后一个阶段的参数："))
         yield Block(code_block(card.parameters, "toml"))
     else:
         yield Block(words.or_open(None, ("training parameters", "训练参数"), "give the run's config with --config"))
@@ -307,11 +308,14 @@ def _limits(card: Card, words: Words) -> Iterator[Block]:
     say, states = words.say, card.tag_states
     items = [words.of(limit) for limit in card.facts.limits]
     total = sum(states.values())
+    weak = underfitted_tags(card.tags) if card.tags is not None else []
+    names = f": {', '.join(map(code, weak))}" if weak else ""
+    chinese_names = f"：{'、'.join(map(code, weak))}" if weak else ""
     if under := states.get("underfitted"):
         items.append(
             say(
-                f"{under:,} of {total:,} measured tags are underfitted.",
-                f"测量的 {total:,} 个标签里有 {under:,} 个欠拟合。",
+                f"{under:,} of {counted(total, 'measured tag')} {'is' if under == 1 else 'are'} underfitted{names}.",
+                f"测量的 {total:,} 个标签中有 {under:,} 个欠拟合{chinese_names}。",
             )
         )
     if wrong := states.get("contradictory"):

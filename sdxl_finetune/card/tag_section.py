@@ -2,15 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import Any
 
 from sdxl_finetune.card.text import Words, code, table
 from sdxl_finetune.tag_report.schema import STATES, Report
 
 MOST_ROWS = 100
-"""Tags in the table of tags that are not learned, those with the lowest accuracy first."""
+"""Tags in the table of tags that are not learned, those with the lowest gain first."""
 MOST_LEARNED = 300
 """Learned tags that are named."""
+MOST_NAMED = 5
+"""Underfitted tags that a sentence names."""
 STATES_ZH = {"learned": "已学会", "underfitted": "欠拟合", "contradictory": "自相矛盾", "unclear": "无法判断"}
 
 
@@ -20,22 +23,28 @@ def count_states(report: Report) -> dict[str, int]:
     return {state: counts[state] for state in STATES}
 
 
+def underfitted_tags(report: Report) -> list[str]:
+    """The underfitted tags, if they are few enough for a sentence; else none."""
+    names = [row["tag"] for row in report.tags.to_pylist() if row["state"] == "underfitted"]
+    return names if len(names) <= MOST_NAMED else []
+
+
 def tag_blocks(report: Report, words: Words) -> Iterator[str]:
     """The blocks of the section."""
     say, counts = words.say, count_states(report)
     yield say("## Tags", "## 标签掌握情况")
     yield say(
-        "Measured on images of the dataset. *Gain* is the share of the loss that the tag takes away. *Accuracy* is how"
-        " often the right tag explains an image better than other tags do; *chance* is what guessing would reach.",
-        "以下数字在数据集的图片上测得。**增益**是加上该标签后损失下降的比例。**准确率**是正确标签比其他标签更能解释图片的比例，"
-        "**随机水平**是瞎猜能达到的比例。",
+        "Measured on images of the dataset. *Gain*: by how much the tag lowers the training loss. *Accuracy*: how often"
+        " the loss is lowest with the right tag, and not with another one. *Chance*: the accuracy of guessing.",
+        "以下数字在数据集的图片上测得。**增益**：加上该标签后损失下降的比例。**准确率**：用正确标签时损失最低的比例。"
+        "**随机水平**：随机猜测的准确率。",
     )
     states = [(say(state, STATES_ZH[state]), f"{count:,}") for state, count in counts.items() if count]
     yield table((say("state", "状态"), say("tags", "标签数")), states, [1])
     rows = report.tags.sort_by([("accuracy", "ascending"), ("gain", "ascending")]).to_pylist()
-    others = [row for row in rows if row["state"] != "learned"]
+    others = sorted((row for row in rows if row["state"] != "learned"), key=itemgetter("gain"))
     if others:
-        yield say("### Tags that are not learned", "### 尚未学会的标签")
+        yield say("### Tags that need a look", "### 需要留意的标签")
         yield _tag_table(others[:MOST_ROWS], words)
         yield from _rest(len(others) - MOST_ROWS, words)
     learned = [code(row["tag"]) for row in reversed(rows) if row["state"] == "learned"]
@@ -47,7 +56,7 @@ def tag_blocks(report: Report, words: Words) -> Iterator[str]:
 
 def _tag_table(rows: list[Mapping[str, Any]], words: Words) -> str:
     say = words.say
-    head = [say("tag", "标签"), say("state", "状态"), say("seen", "训练次数")]
+    head = [say("tag", "标签"), say("state", "状态"), say("seen", "训练中出现次数")]
     head += [say("gain", "增益"), say("accuracy", "准确率"), say("chance", "随机水平")]
     cells = [
         [

@@ -120,9 +120,10 @@ def _tag_report(path: Path | None, config: Config, file: ModelFile) -> Report | 
         return load_report(path)
     if not isinstance(config.output_dir, Path):
         return None
+    short_hash = file.auto_v2 and file.auto_v2.lower()
     paths = report_paths(config.output_folder / FOLDER)
     for report in map(load_report, paths):
-        if report.facts.model_hash == file.auto_v2 if report.facts.model_hash else _has_step(report, file):
+        if report.facts.model_hash == short_hash if report.facts.model_hash else _has_step(report, file):
             return report
     if paths:
         message = "none of the %s in %s is of %s: measure it with sdxl-model tags, or name a report with --tags"
@@ -145,7 +146,11 @@ def _samples(arguments: argparse.Namespace, config: Config, file: ModelFile) -> 
     if not isinstance(config.output_dir, Path) or step is None:
         return ()
     folder = config.output_folder / "sample"
-    return load_samples(find_previews(folder, config.output_name, step=step, epoch=file.number("epoch")))
+    previews = find_previews(folder, config.output_name, step=step, epoch=file.number("epoch"))
+    if not previews and config.sample_prompts is not None:
+        message = "the run drew no previews after its last step, %d: draw samples now with --prompts %s"
+        logger.warning(message, step, config.sample_prompts)
+    return load_samples(previews)
 
 
 def _write(made: Card, folder: Path) -> None:

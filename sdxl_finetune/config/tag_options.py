@@ -36,7 +36,7 @@ class TagReportOptions(Options):
     """Images that each tag is measured on at most; held-out images come first. Not in sd-scripts."""
     tag_report_others: Annotated[int | None, REPORTS] = Field(None, ge=0)
     """Other tags that compete with the right one. Default: 3, or fewer for a short list. Not in sd-scripts."""
-    tag_report_timesteps: Annotated[Timesteps, REPORTS] = (350, 550, 750, 950)
+    tag_report_timesteps: Annotated[Timesteps, REPORTS] = (800, 850, 900, 950)
     """Timesteps at which each image is measured. Not in sd-scripts."""
     tag_report_budget: Annotated[int | None, REPORTS] = Field(None, ge=1)
     """Forward passes of a report at most. Fewer images for each tag keep it. Default: no limit. Not in sd-scripts."""
@@ -45,4 +45,4 @@ class TagReportOptions(Options):
     tag_report_learned_gain: Annotated[float, REPORTS] = Field(0.5, ge=0)
     """Gain of a learned tag at least, as a share of the median gain of all tags. Not in sd-scripts."""
     tag_report_contradictory_exposures: Annotated[float, REPORTS] = Field(1.0, gt=0)
-    """Exposures, as a share of the median learned tag's, from which a tag is contradictory. Not in sd-scripts."""
+    """Exposures, as a share of the median tag's, from which a tag may be contradictory. Not in sd-scripts."""

@@ -49,7 +49,7 @@ def tag_points(rows: Sequence[TagRow], value: str) -> go.Figure:
     ]
     figure = figure_of(traces, HEIGHT)
     if value == "accuracy":
-        for chance in sorted({row.chance for row in known}):
+        for chance in sorted({row.chance for row in known if row.chance < 1}):
             note = {"text": "chance", "font": {"size": 11}}
             figure.add_hline(chance, line={"dash": "dot", "width": 1.5}, annotation=note)
         figure.update_yaxes(range=[0, 1.05])

@@ -1,5 +1,8 @@
 """Chooses what a report measures: images, captions and the other tags that compete with the right one.
 
+A tag competes with tags that have at least half as many images. A much rarer tag is hardly trained. It then means
+little of its own, and the model may draw the frequent tag's style for it, which is no fault of the frequent tag.
+
 The choice is a function of the images, the tags and the options. It does not depend on the model, so that reports on
 several checkpoints measure the same.
 """
@@ -9,6 +12,10 @@ import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from jaxtyping import Bool
 
 from sdxl_finetune.config.tag_options import TagReportOptions
 from sdxl_finetune.data.index import Index
@@ -24,6 +31,8 @@ from sdxl_finetune.tag_report.wording import Wording, trained_options, wordings
 logger = logging.getLogger(__name__)
 
 DEFAULT_OTHERS = 3
+RARER = 0.5
+"""Images of a competing tag at least, as a share of the tag's images."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Choice:
     pairs: tuple[Pair, ...]
     timesteps: tuple[int, ...]
     others: int
-    """Other tags that compete with the right one."""
+    """Other tags that compete with the right one, at most."""
     images: int
     """Images for each tag at most."""
 
@@ -74,11 +83,16 @@ class Choice:
         """Forward passes: one for each timestep and caption of each image."""
         return len(self.timesteps) * sum(len(unit.captions) for unit in self.units)
 
+    def others_of(self, tag: int) -> int:
+        """Other tags that compete with this tag."""
+        return min(self.others, int(compete_with(self.listed, tag).sum()))
+
     def describe(self) -> str:
         """The cost of a report, in words."""
+        against = f"{'up to ' * (self.others > 1)}{counted(self.others, 'other')}"
         return (
-            f"{counted(len(self.listed.names), 'tag')} on {counted(len(self.units), 'image')}, {self.others + 1} tags"
-            f" compete, {counted(len(self.timesteps), 'timestep')}: {self.passes:,} forward passes"
+            f"{counted(len(self.listed.names), 'tag')} on {counted(len(self.units), 'image')}, each tag against"
+            f" {against}, {counted(len(self.timesteps), 'timestep')}: {self.passes:,} forward passes"
         )
 
     def facts(self, index: Index) -> dict[str, object]:
@@ -121,6 +135,13 @@ def choose(options: TagReportOptions, index: Index) -> Choice:
     )
 
 
+def compete_with(listed: Listed, tag: int) -> Bool[np.ndarray, " tags"]:
+    """True for the tags that may compete with a tag."""
+    rivals: np.ndarray = listed.images >= RARER * listed.images[tag]
+    rivals[tag] = False
+    return rivals
+
+
 def image_name(index: Index, row: int) -> str:
     """The folder and the name of an image, joined by a /."""
     entry = index[row]
@@ -149,12 +170,13 @@ def _word(options: TagReportOptions, index: Index, listed: Listed, others: int) 
     worded: list[list[Worded]] = []
     for tag, rows in enumerate(listed.candidates):
         found: list[Worded] = []
+        rivals = compete_with(listed, tag)
         for row in rows.tolist():
             if len(found) == options.tag_report_images:
                 break
             if row not in known:
                 known[row] = list(wordings(index[row], subsets[index.subset[row]], patterns))
-            if one := _worded(index, row, tag, known[row], listed, others):
+            if one := _worded(index, row, tag, known[row], listed, rivals, others):
                 found.append(one)
         worded.append(found)
     return worded
@@ -170,19 +192,22 @@ def _check_all_are_measured(listed: Listed, worded: Sequence[Sequence[Worded]], 
 
 
 def _worded(
-    index: Index, row: int, tag: int, captions: Sequence[Wording], listed: Listed, others: int
+    index: Index, row: int, tag: int, captions: Sequence[Wording], listed: Listed, rivals: np.ndarray, others: int
 ) -> Worded | None:
     """The captions of an image for a tag; None if no caption has the tag, or too few other tags are left.
 
-    The other tags are drawn by the names of image and tag. The image has none of them, in none of its captions.
+    The other tags are drawn from the rivals by the names of image and tag. The image has none of them, in none of its
+    captions.
     """
     wording = next((one for one in captions if tag in one.places), None)
     own = {number for one in captions for number in one.places}
-    if wording is None or len(listed.names) - len(own) < others:
+    all_rivals = int(rivals.sum())
+    others = min(others, all_rivals)
+    if wording is None or all_rivals - int(rivals[list(own)].sum()) < others:
         return None
     identity = zlib.crc32(comparable(listed.names[tag]).encode())
     order = position_rng(0, "other tags", *image_id(index[row]), identity).permutation(len(listed.names)).tolist()
-    drawn = [number for number in order if number not in own][:others]
+    drawn = list(islice((number for number in order if rivals[number] and number not in own), others))
     return Worded(
         row,
         wording.whole(),

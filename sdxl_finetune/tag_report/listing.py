@@ -34,6 +34,10 @@ class Listed:
     """Each tag as most captions write it, in alphabetical order."""
     per_epoch: Int64[np.ndarray, " tags"]
     """Images with the tag that an epoch trains on, with repeats."""
+    images: Int64[np.ndarray, " tags"]
+    """Images with the tag, held out or trained on, without repeats."""
+    own_repeats: Int64[np.ndarray, " tags"]
+    """Sum of `num_repeats` of the images with the tag that are trained on: `per_epoch` without `image_weights`."""
     candidates: tuple[Int64[np.ndarray, " k"], ...]
     """Rows of images with each tag in the order in which they are measured. A long list is cut."""
 
@@ -114,13 +118,17 @@ def _find_images(index: Index, names: Sequence[str], most: int) -> Listed:
     """
     patterns, captions = TagPatterns(names, exact=True), one_chunk(map_table(index.path)["captions"])
     used, own = np.flatnonzero(index.used), [separators_of(one) for one in index.subsets]
-    per_epoch = np.zeros(len(names), np.int64)
+    per_epoch, images, own_repeats = np.zeros((3, len(names)), np.int64)
+    num_repeats = np.array([subset.num_repeats for subset in index.subsets])
     numbers, orders, rows = np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, np.int64)
     for separators in dict.fromkeys(own):
         these = used[np.array([one == separators for one in own])[index.subset[used]]]
         for places, found in find_tags(captions, these, separators, patterns):
             here = these[places]
             per_epoch += np.bincount(found, index.repeats[here], len(names)).astype(np.int64)
+            images += np.bincount(found, minlength=len(names))
+            trained = num_repeats[index.subset[here]] * ~index.held_out[here]
+            own_repeats += np.bincount(found, trained, len(names)).astype(np.int64)
             numbers, rows = np.append(numbers, found), np.append(rows, here)
             orders = np.append(orders, _order(index, here))
             order = np.lexsort((rows, orders, numbers))
@@ -128,7 +136,7 @@ def _find_images(index: Index, names: Sequence[str], most: int) -> Listed:
             kept = order[np.arange(len(order)) - first < most]
             numbers, orders, rows = numbers[kept], orders[kept], rows[kept]
     ends = np.searchsorted(numbers, np.arange(1, len(names)))
-    return Listed(tuple(names), per_epoch, tuple(np.split(rows, ends)))
+    return Listed(tuple(names), per_epoch, images, own_repeats, tuple(np.split(rows, ends)))
 
 
 def _order(index: Index, rows: Int64[np.ndarray, " k"]) -> UInt64[np.ndarray, " k"]:

@@ -4,7 +4,7 @@ For an image i with a tag, L(c, t) is the loss with caption c at timestep t, alw
 
     gain_i     = mean over t of 1 - L(with the tag, t) / L(without it, t)
     accuracy_i = share of the timesteps at which L(with the tag, t) is below L(with another tag in its place, t), for
-                 each of the K other tags
+                 each of the K other tags (K = 0: 1)
 
 The figures of a tag are means over its images. The mean of ratios weighs all timesteps alike. A ratio at one timestep
 is the same for noise prediction and v-prediction, because both losses differ by a factor that depends on the timestep
@@ -95,18 +95,19 @@ def build_report(
 
 
 def _row(choice: Choice, tag: int, own: Sequence[Measured], index: Index, epochs: float | None) -> dict[str, Any]:
-    gains, count = np.array([one.gain for one in own]), len(own)
+    gains, count, listed = np.array([one.gain for one in own]), len(own), choice.listed
     shares = np.array([one.accuracy for one in own])
     return {
-        "tag": choice.listed.names[tag],
+        "tag": listed.names[tag],
         "images": count,
         "held_out": int(sum(index.held_out[one.row] for one in own)),
-        "exposures": None if epochs is None else round(int(choice.listed.per_epoch[tag]) * epochs),
+        "exposures": None if epochs is None else round(int(listed.per_epoch[tag]) * epochs),
+        "repeats": float(listed.per_epoch[tag] / listed.own_repeats[tag]) if listed.own_repeats[tag] else None,
         "gain": float(gains.mean()),
         "gain_error": float(gains.std(ddof=1) / np.sqrt(count)) if count > 1 else None,
         "accuracy": float(shares.mean()),
         "accuracy_error": share_error(shares) if count > 1 else None,
-        "chance": 1 / (choice.others + 1),
+        "chance": 1 / (choice.others_of(tag) + 1),
         **dict.fromkeys(CHANGES),
     }
 

@@ -20,8 +20,8 @@ from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
 
 STATES = ("learned", "underfitted", "contradictory", "unclear")
-"""States of a tag. A contradictory tag was seen often and is not learned: its images show several things. The figures
-of an unclear tag have too large an error to decide."""
+"""States of a tag. A contradictory tag was seen often and is told worse than rarer tags: its images show several
+things. The figures of an unclear tag have too large an error to decide."""
 CHANGES = ("gain_since_base", "gain_since_last", "accuracy_since_base", "accuracy_since_last")
 """Columns that compare a tag with an earlier report. Null: the earlier report does not exist or lacks the tag."""
 TAGS = pa.schema(
@@ -30,6 +30,7 @@ TAGS = pa.schema(
         pa.field("images", pa.int32(), nullable=False),
         pa.field("held_out", pa.int32(), nullable=False),
         pa.field("exposures", pa.int64()),
+        pa.field("repeats", pa.float32()),
         pa.field("gain", pa.float32(), nullable=False),
         pa.field("gain_error", pa.float32()),
         pa.field("accuracy", pa.float32(), nullable=False),
@@ -42,9 +43,10 @@ TAGS = pa.schema(
 """The tags table.
 
 images: images measured. held_out: those of them that are held out. exposures: images with the tag that training has
-seen so far, null if unknown. gain: share of the loss that the tag takes away. accuracy: share of images and timesteps
-at which the right tag has the lowest loss. Errors are standard errors of these means; null for a tag measured on one
-image. chance: accuracy of a model that does not know the tag.
+seen so far, null if unknown. repeats: factor that `image_weights` gave the images with the tag. gain: share of the loss
+that the tag takes away. accuracy: share of images and timesteps at which the right tag has the lowest loss. Errors are
+standard errors of these means; null for a tag measured on one image. chance: accuracy of a model that does not know the
+tag; 1 for a tag that competes with none.
 """
 IMAGES = pa.schema(
     [

@@ -2,9 +2,10 @@
 
     skill = (accuracy - chance) / (1 - chance)      0: the tag is not known, 1: the right tag always wins
 
-A tag is learned if its skill and its gain reach their bounds. Another tag is underfitted if training has seen it more
-seldom than the median learned tag. If training has seen it as often, more of the same would not help: the tag is
-contradictory if a figure surely misses its bound, and else unclear. A tag is also unclear if its error is large.
+A tag is learned if its skill and its gain reach their bounds. Another tag is contradictory if training has seen it as
+often as the median tag, and yet its accuracy is surely below that of the tags that training has seen less often (below
+their median). More of the same would not help such a tag. The remaining tags are underfitted. A tag with a large error
+is unclear.
 """
 
 import math
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from sdxl_finetune.config.tag_options import TagReportOptions
 
 SURE = 1.0
-"""Standard errors by which a figure must miss its bound before a tag is called contradictory."""
+"""Standard errors by which the accuracy of a contradictory tag is below that of rarer tags."""
 LARGE = 0.15
 """Error of the accuracy from which nothing is decided. Three images have about 0.2, eight about 0.1."""
 
@@ -53,29 +54,22 @@ def find_states(tags: Sequence[Figures], options: TagReportOptions) -> list[str]
         return []
     least_gain = options.tag_report_learned_gain * statistics.median(tag.gain for tag in tags)
     skill, gain = options.tag_report_learned_skill, max(least_gain, 0.0)
-    learned = [_is_clear(tag) and _reaches(tag, skill, gain) for tag in tags]
-    seen = [tag.exposures for tag, is_learned in zip(tags, learned, strict=True) if is_learned]
-    known = [exposures for exposures in seen if exposures is not None]
+    known = [tag.exposures for tag in tags if tag.exposures is not None]
     often = options.tag_report_contradictory_exposures * statistics.median(known) if known else math.inf
-    states = []
-    for tag, is_learned in zip(tags, learned, strict=True):
-        if is_learned:
-            states.append("learned")
-        elif not _is_clear(tag):
-            states.append("unclear")
-        elif tag.exposures is None or tag.exposures < often:
-            states.append("underfitted")
-        else:
-            states.append("unclear" if _reaches(tag, skill, gain, SURE) else "contradictory")
-    return states
+    return [_state(tag, tags, skill, gain, often) for tag in tags]
+
+
+def _state(tag: Figures, tags: Sequence[Figures], skill: float, gain: float, often: float) -> str:
+    if not _is_clear(tag):
+        return "unclear"
+    if tag.accuracy >= tag.chance + skill * (1 - tag.chance) and tag.gain >= gain and tag.gain > 0:
+        return "learned"
+    if tag.exposures is None or tag.exposures < often:
+        return "underfitted"
+    rarer = [other.accuracy for other in tags if other.exposures is not None and other.exposures < tag.exposures]
+    surely_below = bool(rarer) and tag.accuracy + SURE * (tag.accuracy_error or 0.0) < statistics.median(rarer)
+    return "contradictory" if surely_below else "underfitted"
 
 
 def _is_clear(tag: Figures) -> bool:
     return tag.gain_error is not None and tag.accuracy_error is not None and tag.accuracy_error < LARGE
-
-
-def _reaches(tag: Figures, skill: float, gain: float, errors: float = 0.0) -> bool:
-    """True if both figures, raised by so many standard errors, reach their bounds. The gain must be above 0."""
-    accuracy = tag.accuracy + errors * (tag.accuracy_error or 0.0)
-    raised = tag.gain + errors * (tag.gain_error or 0.0)
-    return accuracy >= tag.chance + skill * (1 - tag.chance) and raised >= gain and raised > 0

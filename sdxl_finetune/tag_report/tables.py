@@ -34,6 +34,7 @@ class TagRow(Figures):
 
     tag: str
     held_out: int
+    repeats: float | None
     gain_since_base: float | None
     gain_since_last: float | None
     accuracy_since_base: float | None

@@ -8,7 +8,7 @@ from sdxl_finetune.tag_report.schema import Report, report_name
 from sdxl_finetune.tag_report.summary import summarize
 from sdxl_finetune.tag_report.tables import TagRow, tag_rows
 from sdxl_finetune.tag_report.trends import read_moments
-from sdxl_finetune.tag_report.underfitted import ENDING, suggest_repeats
+from sdxl_finetune.tag_report.underfitted import ENDING, path_in_config, suggest_repeats
 
 MOST = 40
 """Tags in the table."""
@@ -21,8 +21,14 @@ def describe(report: Report, folder: Path) -> Iterator[str]:
     yield from table(rows[:MOST])
     if len(rows) > MOST:
         yield f"and {len(rows) - MOST} more tags that are better"
-    path = folder / f"{report_name(report.facts)}{ENDING}"
-    for remark in summarize(rows, read_moments(folder, report), suggest_repeats(rows), str(path)):
+    yield from describe_remarks(report, folder)
+
+
+def describe_remarks(report: Report, folder: Path) -> Iterator[str]:
+    """The summary of a report whose files lie in the folder, a line for each remark."""
+    rows = sorted(tag_rows(report.tags), key=worst_first)
+    path = path_in_config(folder / f"{report_name(report.facts)}{ENDING}")
+    for remark in summarize(rows, read_moments(folder, report), suggest_repeats(rows), path):
         yield " ".join(filter(None, (remark.text, remark.todo, remark.code)))
 
 

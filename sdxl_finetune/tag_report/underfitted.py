@@ -2,9 +2,10 @@
 
 An underfitted tag was seen too seldom. Its repeats make an epoch show it as often as the median learned tag:
 
-    repeats = exposures of the median learned tag / exposures of the tag
+    repeats = exposures of the median learned tag / exposures of the tag x repeats that the run gave it
 
-They are rounded up, and lie from LEAST_REPEATS to MOST_REPEATS. If no tag is learned, the tag with the most exposures
+They are rounded up, and lie from LEAST_REPEATS to MOST_REPEATS. The file takes the place of the `image_weights` of the
+run, hence the second factor. If no tag is learned, the tag with the most exposures
 takes the place of the median. Contradictory and unclear tags get no repeats: more of the same images would not help.
 """
 
@@ -63,7 +64,7 @@ def suggest_repeats(rows: Sequence[TagRow]) -> Suggestions:
             if median is None and row.exposures >= target:
                 satisfied.append(row)
                 continue
-            ratio = target / max(1, row.exposures)
+            ratio = target / max(1, row.exposures) * (row.repeats or 1)
         repeats = min(MOST_REPEATS, max(LEAST_REPEATS, math.ceil(ratio)))
         suggestions.append(Suggestion(row, repeats))
     suggestions.sort(key=lambda one: (one.repeats, one.row.tag))
@@ -111,7 +112,9 @@ def _lines(path: Path, rows: Sequence[TagRow], suggestions: Suggestions, facts: 
         yield f"# Exposures are not known, so each of these tags is used {LEAST_REPEATS} times as often."
     else:
         whose = "of the median learned tag" if suggestions.is_learned else "of the tag that was seen most"
-        yield f"# repeats: exposures {whose} ({suggestions.target:,.0f}) / exposures of the tag,"
+        yield f"# repeats: exposures {whose} ({suggestions.target:,.0f}) / exposures of the tag"
+        if any((row.repeats or 1) != 1 for row in rows):
+            yield "# x repeats of the image_weights that the run had, whose place this file takes,"
         yield f"# rounded up, from {LEAST_REPEATS} to {MOST_REPEATS}. They multiply the repeats that an image has."
     yield "# An image with several of these tags gets the repeats of the last one, which has the most."
     yield ""

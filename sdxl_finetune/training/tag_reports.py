@@ -14,6 +14,7 @@ from sdxl_finetune.tag_report.measure import Subject, fixed_dataset
 from sdxl_finetune.tag_report.scalars import tag_scalars
 from sdxl_finetune.tag_report.schema import FOLDER, TAGS_ENDING, report_name
 from sdxl_finetune.tag_report.tables import tag_rows
+from sdxl_finetune.tag_report.terminal import describe_remarks
 from sdxl_finetune.training.every import Moment, reports_every
 from sdxl_finetune.training.hooks import published_weights
 from sdxl_finetune.training.setup import Run
@@ -76,6 +77,10 @@ def report_tags(run: Run, job: Job, moment: Moment, stop: StopRequest) -> None:
             report = make_report(job, subject, facts, epochs=done, stop=stop)
             if report is not None:
                 run.log.tags(tag_scalars(tag_rows(report.tags)), step=moment.step, epoch=facts.epoch or 0)
-                write_page_of(job, report)
+                page = write_page_of(job, report)
+                for line in describe_remarks(report, job.folder):
+                    logger.info("tag report: %s", line)
+                if page:
+                    logger.info("tag report: open %s", page)
         except Exception as error:
             logger.warning("no tag report after step %d: %s. Training goes on", moment.step, error)

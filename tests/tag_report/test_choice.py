@@ -43,7 +43,20 @@ def test_the_tag_is_removed_or_replaced_at_its_place(folder: Path) -> None:
             case "images/c0.png", "style_c":
                 assert (whole, without) == ("best, style_c, style_b", "best, style_b")
                 assert set(others) == {"best, style_a, style_b", "best, style_d, style_b"}, "never a tag that it has"
-        assert len({whole, without, *others}) == 4
+        assert len({whole, without, *others}) == 2 + choice.others_of(pair.tag)
+
+
+def test_a_tag_competes_with_tags_that_have_half_as_many_images(folder: Path) -> None:
+    """style_a and style_b have three images, style_c and style_d one."""
+    choice = chosen("--tag_report_tags", "style_*", "--tag_report_others", "2")
+    rivals: dict[str, set[str]] = {}
+    for pair in choice.pairs:
+        captions = choice.units[pair.unit].captions
+        rivals.setdefault(choice.listed.names[pair.tag], set()).update(captions[place] for place in pair.others)
+    assert all("style_b" in text.lower() or "style b" in text.lower() for text in rivals["style_a"])
+    assert {choice.listed.names[tag]: choice.others_of(tag) for tag in range(4)} == {
+        "style_a": 1, "style_b": 1, "style_c": 2, "style_d": 2,
+    }  # fmt: skip
 
 
 def test_captions_are_those_of_training(folder: Path) -> None:

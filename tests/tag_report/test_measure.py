@@ -52,7 +52,8 @@ def test_gain_and_accuracy_are_those_of_the_known_losses(folder: Path, predicts_
     # Two images write style_b and c0 keeps 0.8 without style_c; one writes Style B.
     assert rows["style_b"]["gain"] == pytest.approx(np.mean([1 - 0.8**2, 1 - 0.8**2, 1 - 0.9**2]), rel=1e-3)
     assert rows["style_c"]["gain"] == pytest.approx(0, abs=1e-3)
-    assert rows["style_a"]["accuracy"] == 1.0 and rows["style_a"]["chance"] == pytest.approx(1 / 3)
+    assert rows["style_a"]["accuracy"] == 1.0 and rows["style_a"]["chance"] == 1 / 2
+    assert rows["style_c"]["chance"] == pytest.approx(1 / 3)
     assert rows["style_c"]["accuracy"] == 0.0
     gains = [1 - 0.8**2, 1 - 0.8**2, 1 - 0.9**2]
     assert rows["style_b"]["gain_error"] == pytest.approx(np.std(gains, ddof=1) / np.sqrt(3), rel=1e-3)

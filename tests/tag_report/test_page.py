@@ -179,16 +179,22 @@ def test_the_summary_says_what_to_do() -> None:
         return "\n".join(f"{one.level}: {one.text} {one.todo} {one.code}" for one in remarks)
 
     learned = {"state": "learned", "exposures": 1000}
-    text = said([{"tag": "a", **learned}, {"tag": "b", "exposures": 300}], [{"tag": "a"}, {"tag": "b", **learned}])
+    text = said(
+        [{"tag": "a", **learned}, {"tag": "b", "exposures": 300}], [{"tag": "a"}, {"tag": "b", "gain": 0.5, **learned}]
+    )
     first, second, *rest = text.splitlines()
-    assert first.startswith("problem: 1 tag is underfitted: “b”.") and "4 times as often" in first
+    assert first.startswith("problem: “b” needs more: training has seen it 300 times, and “a” 1,000 times.")
+    assert "shows its images 4 times as often" in first
     assert first.endswith('image_weights = "tags/u.toml"')
     assert second.startswith("warning: 1 tag was lost since step 100: “b”.")
-    assert "1 of 2 tags (50 %) is learned" in rest[0] and "1 tag was learned since step 100: “a”." in rest[1]
+    assert "1 of 2 tags is learned: “a”." in rest[0] and "1 tag was learned since step 100: “a”." in rest[1]
     assert said([{"tag": "a", **learned}]).startswith("good: All tags are learned.")
-    assert "No tag is learned" in said([{"tag": "a"}])
+    assert "“a” is not learned yet, though seen most often. Train longer." in said([{"tag": "a"}])
+    assert said([{"tag": "a", "exposures": 0}]).endswith("figures of the model before training.  ")
+    three = said([{"tag": "a", "exposures": 50}, {"tag": "b", "exposures": 10}, {"tag": "c", "exposures": 5}])
+    assert "2 tags (“b”, “c”) need more: training has seen them from 5 to 10 times, and “a” 50 times." in three
     contradictory = said([{"tag": f"t{number}", "state": "contradictory"} for number in range(7)])
-    assert "7 tags are contradictory: “t0”, “t1”, “t2”, “t3”, “t4” and 2 more" in contradictory
+    assert "7 tags (“t0”, “t1”, “t2”, “t3”, “t4” and 2 more) are contradictory" in contradictory
     assert "image_weights" not in contradictory
 
 

@@ -29,8 +29,11 @@ def state(tag: Figures, options: TagReportOptions = OPTIONS) -> str:
         ({"gain": 0.04}, "underfitted"),  # half of the median gain
         ({"gain": 0.06}, "learned"),
         ({"gain": -0.01}, "underfitted"),
-        ({"accuracy": 0.5, "exposures": 1000}, "contradictory"),
-        ({"accuracy": 0.8, "exposures": 1000}, "unclear"),  # within one standard error
+        ({"accuracy": 0.5, "exposures": 1001}, "contradictory"),
+        ({"accuracy": 0.5, "exposures": 1000}, "underfitted"),  # no tag is rarer
+        ({"accuracy": 0.5, "exposures": 999}, "underfitted"),  # the median tag has 1,000
+        ({"accuracy": 0.8, "gain": 0.04, "exposures": 1001}, "contradictory"),
+        ({"accuracy": 0.87, "gain": 0.04, "exposures": 1001}, "underfitted"),  # within one standard error of the others
         ({"accuracy": 0.5, "exposures": None}, "underfitted"),
         ({"accuracy_error": 0.2}, "unclear"),
         ({"accuracy": 0.1, "accuracy_error": None}, "unclear"),
@@ -47,8 +50,10 @@ def test_bounds_are_options() -> None:
     tag = replace(GOOD, accuracy=0.7, exposures=400)
     assert state(tag) == "underfitted"
     assert state(tag, TagReportOptions(tag_report_learned_skill=0.6)) == "learned"
-    assert state(tag, TagReportOptions(tag_report_contradictory_exposures=0.3)) == "contradictory"
-    assert state(replace(GOOD, gain=0.06), TagReportOptions(tag_report_learned_gain=0.9)) == "contradictory"
+    often = replace(tag, exposures=1500)
+    assert state(often) == "contradictory"
+    assert state(often, TagReportOptions(tag_report_contradictory_exposures=1.6)) == "underfitted"
+    assert state(replace(GOOD, gain=0.06), TagReportOptions(tag_report_learned_gain=0.9)) == "underfitted"
 
 
 def test_without_a_learned_tag_all_are_underfitted() -> None:
