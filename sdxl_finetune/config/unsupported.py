@@ -108,6 +108,7 @@ HONOURED = {
     "skip_latents_validity_check": "skip_cache_check",
     "validation_every_n_step": "validate_every_n_steps",
     "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
+    "use_zero_cond_dropout": "use_zero_cond",
 }
 FOREIGN_REFUSED = {
     "network_module": "this is a LoRA config, but this program trains the whole model: use a config without it",
@@ -117,12 +118,12 @@ FOREIGN_REFUSED = {
     "flow_use_ot flow_timestep_distribution flow_logit_mean flow_logit_std": _FORK,
     "flow_uniform_shift flow_uniform_static_ratio flow_uniform_base_pixels": _FORK,
     "contrastive_flow_matching cfm_lambda vae_custom_scale vae_custom_shift": _FORK,
-    "vae_reflection_padding use_zero_cond freeze_unet_blocks": _FORK,
+    "vae_reflection_padding": _FORK,
     "edm2_loss_weighting immiscible_noise immiscible_diffusion soft_min_snr_gamma": _FORK,
     "laplace_timestep_sampling_mu laplace_timestep_sampling_b min_snr_gamma_mix_debiased": _FORK,
     "loss_multiplier loss_multipler loss_scale multires_noise_scaling stochastic_accumulation": _FORK,
     "ip_noise_gamma_scaling sangoi_loss_modifier fourier_loss use_log_norm_timesteps": _FORK,
-    "vae_type latent_channels disable_cross_attn_mask use_zero_cond_dropout": _FORK,
+    "vae_type latent_channels disable_cross_attn_mask": _FORK,
     "adaptive_loss_weighting adaptive_loss_model_path use_kahan_summation skip_image_resolution": _FORK,
     "knn_noise_k cwmi_lambda masked_min reg_min_timestep reg_max_timestep": _FORK,
 }
