@@ -22,7 +22,7 @@ def selection_lines(config: Config, model: Outline) -> Iterator[str]:
         sizes = {part: _size(named.values()) for part, named in each.parts.items()}
         counts = {part: counted(len(named), "tensor") for part, named in each.parts.items()}
         shares = [
-            f"{size / 1e6:.1f} million in {counts[part]}, {size / totals[part]:.1%} of {part}"
+            f"{size:,} parameters in {counts[part]}, {size / totals[part]:.1%} of {part}"
             for part, size in sizes.items()
         ]
         yield f"{each.option} {each.text}: {', '.join(shares)}"

@@ -1,4 +1,4 @@
-"""What users set in each user interface, so that an empty prompt means what it meant in training.
+"""Says what users set in each user interface, so that an empty prompt means what it meant in training.
 
 A model learns its unconditional prediction on empty captions. Their embeddings are either the encoded empty text or
 zeros (`use_zero_cond`). No interface reads a marker for this choice. What the interfaces do was read in their sources:

@@ -19,8 +19,15 @@ STARTS = {"initial_step", "initial_epoch", "lr_scheduler_cycle_decay"}
 TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
 OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters"}
 OURS |= {"no_memory", "metadata_columns", *QualityOptions.model_fields, *ImageWeightOptions.model_fields}
-OURS |= {"caption_sources", "caption_break", "caption_tag_dropout_groups", "protected_tags_file"}
-FORKS = {"flow_model"}
+OURS |= {
+    "freeze_parameters",
+    "train_parameters",
+    "caption_sources",
+    "caption_break",
+    "caption_tag_dropout_groups",
+    "protected_tags_file",
+}
+FORKS = {"flow_model", "use_zero_cond", "freeze_unet_blocks"}
 """Options of forks of the reference."""
 OURS |= FORKS | {"cache_dir_local", "cache_dir_local_gb", *ColourOptions.model_fields, *TagReportOptions.model_fields}
 

@@ -50,7 +50,7 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> se
         ["--train_text_encoder", "--gradient_checkpointing"],
         ["--train_text_encoder", *BF16],
         ["--train_text_encoder", *BF16, "--fused_backward_pass", "--learning_rate_te2", "0"],
-        ["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False", "--max_grad_norm", "0"],
+        ["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False"],
         ["--optimizer_type", "Prodigy", "--learning_rate", "1", *BF16],
     ],
     ids=["float32", "exact masters", "fused exact masters", "Adafactor", "Prodigy with exact masters"],
@@ -135,7 +135,7 @@ def test_a_resumed_run_ends_the_same_and_may_freeze_others(work, caplog, more) -
     assert "frozen now, so their saved optimizer state is left out: 2 parameters, for example unet." in caplog.text
     assert re.search(r"without saved optimizer state, which starts anew: \d+ parameters", caplog.text)
     assert "freeze_unet_blocks 0,3 -> 1" in caplog.text and "freeze_parameters" in caplog.text
-    start = load_file("out/at-step00000002-state/model.safetensors")
+    start = load_file("out/at-step00000002-state/weights.safetensors")
     changed = moved(start, load_file("out/last.safetensors"))
     assert f"{UNET}out.2.weight" in changed and f"{UNET}input_blocks.0.0.weight" not in changed
 
@@ -150,7 +150,7 @@ def test_check_names_each_choice_with_its_share_and_what_it_saves(work, capsys) 
 
     def share(*starts: str, word: str = "") -> str:
         named = [size for key, size in unet.items() if key.removeprefix(UNET).startswith(starts) and word in key]
-        return f"{sum(named) / 1e6:.1f} million in {len(named)} tensors, {sum(named) / total:.1%} of unet"
+        return f"{sum(named):,} parameters in {len(named)} tensors, {sum(named) / total:.1%} of unet"
 
     for line in (
         f"freeze_unet_blocks 0: {share('time_embed', 'label_emb')}",
