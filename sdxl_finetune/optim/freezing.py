@@ -52,9 +52,9 @@ class Selections:
     """Everything that the options name."""
 
     frozen: Sequence[Selection]
-    """What `freeze_unet_blocks` and `freeze_parameters` name."""
+    """Selections by `freeze_unet_blocks` and `freeze_parameters`."""
     trained: Sequence[Selection]
-    """What `train_parameters` names. If this is not empty, all other parameters are frozen."""
+    """Selections by `train_parameters`. If there are any, all other parameters are frozen."""
 
     def freeze(self, part: str, name: str) -> bool:
         """True if a parameter is frozen by its name, whatever its learning rate."""

@@ -115,19 +115,17 @@ def test_cached_outputs_give_the_losses_of_encoding_each_batch(work, where: str)
     assert losses(plain) != pytest.approx(other, rel=1e-3), "the encoded empty text gives other losses"
 
 
-def test_the_option_adds_one_record_to_the_cache_and_finds_all_others_again(work, caplog) -> None:
+def test_the_option_adds_records_for_empty_captions_to_the_cache_and_finds_all_others_again(work, caplog) -> None:
     caplog.set_level("INFO")
+    Path("images/astronaut.txt").write_text("()")  # brackets of a weight, without a token between them
+    options = ["--no-cache_latents", "--cache_text_encoder_outputs_to_disk", "--weighted_captions"]
     said = []
     for more in ([], ZERO, ZERO, []):
-        assert (
-            cache(config("--no-cache_latents", "--cache_text_encoder_outputs_to_disk", *more, program="sdxl-cache"))
-            == 0
-        )
+        assert cache(config(*options, *more, program="sdxl-cache")) == 0
         AcceleratorState._reset_state(reset_partial_state=True)
         lines = [record.getMessage() for record in caplog.records if "text encoder outputs in" in record.getMessage()]
         said.append(int(lines[-1].rpartition(": ")[2].split()[0]))
-    blank = 1  # the caption file of white space is an empty caption, and its text another one
-    assert said[0] > 2 and said[1:] == [1 + blank, 0, 0]
+    assert said[0] > 4 and said[1:] == [2, 0, 0], "the empty text, and the brackets"
 
 
 def test_two_processes_train_as_one_also_if_all_captions_of_a_rank_are_dropped(work) -> None:
