@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 from sdxl_finetune.batch import TextOutputs
@@ -155,13 +156,10 @@ def test_checkpoints_say_it_and_generate_and_info_read_it(work, capsys, caplog) 
     def drawn(path: str, *more: str) -> bytes:
         model_tool(["generate", path, "--output", "drawn", *draw, *more])
         (picture,) = Path("drawn").iterdir()
-        content = picture.read_bytes()
+        with Image.open(picture) as image:
+            pixels = image.tobytes()
         picture.unlink()
-        import io
-
-        from PIL import Image
-
-        return Image.open(io.BytesIO(content)).tobytes()
+        return pixels
 
     said = drawn("out/last.safetensors")
     model_tool(["convert", "out/last.safetensors", "mute.ckpt"])
