@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float32, Int64, Num, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, Num, UInt8
 from torch import Tensor
+
+from sdxl_finetune.clip_vocabulary import END, FILL_2
 
 TIMESTEPS = 1000
 """Number of timesteps of SDXL's noise schedule. Timesteps are 0 to 999, and those of a flow 1000 t."""
@@ -67,6 +69,12 @@ class Tokens(NamedTuple):
     ids1: Int64[Tensor, "k chunks 77"]
     ids2: Int64[Tensor, "k chunks 77"]
     weights: Float32[Tensor, "k chunks 77"] | None = None
+
+    @property
+    def empty(self) -> Bool[Tensor, " k"]:
+        """True for captions without a token: dropped captions, empty caption files, prompts without text."""
+        inner = self.ids2[:, :, 1:]
+        return ((inner[..., 0] == END) & (inner[..., 1:] == FILL_2).all(-1)).all(-1)
 
     def to(self, device: torch.device) -> "Tokens":
         """Copies the tokens to `device`. A copy from the CPU to a GPU starts from pinned memory."""

@@ -17,6 +17,8 @@ from pathlib import Path
 
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 """The two special tokens."""
+START, END, FILL_2 = 49406, 49407, 0
+"""Ids of the start token, of the end token, and of what fills up a chunk for encoder 2."""
 WORD_END = "</w>"
 """Suffix of a token that ends a word."""
 

@@ -42,6 +42,7 @@ def cache(config: Config) -> int:
             if config.cache_text_encoder_outputs_to_disk:
                 dtype, exact = weight_dtype(config), config.keeps_masters
                 sdxl = load_text_encoders(path, dtype=dtype, vae_path=config.vae_path, exact=exact, options=config)
+                sdxl.zero_cond = config.use_zero_cond
                 prepare_text(index, TextEncoders(sdxl, tokenizer_of(config), device), config, accelerator, stop)
             accelerator.end_training()
     except OutOfMemory as error:

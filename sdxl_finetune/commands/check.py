@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from sdxl_finetune.commands.freezing_report import saving_lines, selection_lines
 from sdxl_finetune.commands.memory_estimate import BatchShape, largest_batch
 from sdxl_finetune.commands.memory_report import Workload, describe
 from sdxl_finetune.commands.storage_report import (
@@ -97,7 +98,8 @@ def check(config: Config) -> int:
             lr = found.attempt(build_lr, config, timeline.steps)
             if lr and groups:
                 found.say("learning rate", *_rates(lr, groups, timeline))
-            if groups and per_element is not None:
+            if inputs.model and groups and per_element is not None:
+                found.say("freezing", *saving_lines(config, inputs.model, per_element))
                 found.say("optimizer", *optimizer_lines(config, groups, per_element))
                 if not config.no_memory:
                     found.say("memory", *_memory(config, index, timeline))
@@ -152,12 +154,14 @@ def _describe_data(config: Config, index: Index | None, found: Findings) -> Inde
 
 
 def _describe_model(config: Config, model: Outline, found: Findings, start: Start | None) -> Sequence[Group]:
-    contradictions = read_declared(model.inspected.file).contradictions(
+    declared = read_declared(model.inspected.file)
+    contradictions = declared.contradictions(
         config.model_path,
         v_parameterization=config.v_parameterization,
         zero_terminal_snr=config.zero_terminal_snr,
     )
-    remarks = [str(remark) for remark in contradictions]
+    zero_cond = declared.zero_cond_remarks(config.model_path, use_zero_cond=config.use_zero_cond)
+    remarks = [str(remark) for remark in [*contradictions, *zero_cond]]
     if not start and (replaced := overwritten(config, format_to_save(config, model.inspected.format))):
         remarks.append(replaced)
     found.say("remarks", *remarks)
@@ -168,7 +172,7 @@ def _describe_model(config: Config, model: Outline, found: Findings, start: Star
         if (size := sum(p.numel() for p in named.values() if not p.requires_grad))
     ]
     found.say("trained", ", ".join(trained))
-    found.say("frozen", ", ".join([*frozen, "VAE"]))
+    found.say("frozen", ", ".join([*frozen, "VAE"]), *selection_lines(config, model))
     return model.groups
 
 

@@ -190,6 +190,7 @@ def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
     predicts_v = arguments.v_parameterization or declared.v_prediction
     zero_terminal_snr = arguments.zero_terminal_snr or bool(declared.zero_terminal_snr)
     loaded.vae.to(device)
+    loaded.model.zero_cond = arguments.use_zero_cond or bool(declared.zero_cond)
     return PreviewModel(
         sdxl=loaded.model.to(device).eval(),
         vae=loaded.vae,

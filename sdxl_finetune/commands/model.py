@@ -154,6 +154,7 @@ def _add_image_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
         unsaid = "The metadata of models from sdxl-train says this already"
         add("--v_parameterization", action="store_true", help=f"the model predicts velocity. {unsaid}")
         add("--zero_terminal_snr", action="store_true", help=f"the model has zero terminal SNR. {unsaid}")
+        add("--use_zero_cond", action="store_true", help=f"an empty prompt means zeros to the model. {unsaid}")
 
 
 def _add_card(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
@@ -346,8 +347,10 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
+    from sdxl_finetune.model.declared import read_declared
     from sdxl_finetune.model.interfaces import describe_interfaces
     from sdxl_finetune.model.load import inspect_checkpoint
+    from sdxl_finetune.model.unconditional import describe_unconditional
 
     path = arguments.model
     checkpoint = inspect_checkpoint(path)
@@ -365,6 +368,8 @@ def _info(arguments: argparse.Namespace) -> None:
         for line in describe_interfaces(path, checkpoint.file):
             print(line)
         for line in latent_lines(checkpoint.architecture) if checkpoint.architecture else ():
+            print(line)
+        for line in describe_unconditional(read_declared(checkpoint.file).zero_cond):
             print(line)
     for key, value in sorted(checkpoint.file.metadata.items()):
         print(f"metadata {key}: {value}")

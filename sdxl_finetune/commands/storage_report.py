@@ -117,7 +117,8 @@ def say_text_outputs(config: Config, index: Index, found: Findings) -> None:
     if architecture is None:
         return
     tokenizer = tokenizer_of(config)
-    captions = Captions(index, config.text_encoder_outputs_variants, tokenizer.identity())
+    zeroed = tokenizer.is_empty if config.use_zero_cond else None
+    captions = Captions(index, config.text_encoder_outputs_variants, tokenizer.identity(), zeroed)
     keys = find_keys(captions, config.cache_folder / KEYS_FOLDER, writes=True)
     count = count_keys(keys, captions.used)
     channels = tokenizer.positions * (architecture.te1.width + architecture.te2.width) + architecture.te2.projection

@@ -114,7 +114,10 @@ def _read_base(path: Path | None) -> tuple[Report | None, Path | None]:
 
 
 def _load(config: Config, path: Path) -> Loaded:
-    return load_checkpoint(path, dtype=weight_dtype(config), vae_path=config.vae_path, options=config)
+    loaded = load_checkpoint(path, dtype=weight_dtype(config), vae_path=config.vae_path, options=config)
+    said = loaded.declared.zero_cond
+    loaded.model.zero_cond = config.use_zero_cond if said is None else said
+    return loaded
 
 
 def _dataset(

@@ -202,6 +202,26 @@ def _block_rates(value: object) -> object:
     return numbers
 
 
+def _block_numbers(value: object) -> object:
+    """Returns numbers from 0 in ascending order. How many blocks the U-Net has is known only when it is loaded."""
+    texts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    numbers = sorted({int(str(text)) for text in texts if str(text).strip()})
+    if not numbers or numbers[0] < 0:
+        raise ValueError
+    return tuple(numbers)
+
+
+def _patterns(value: object) -> object:
+    """Returns patterns of names, of a text of several or of a list."""
+    texts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError
+    patterns = tuple(text.strip() for text in texts if text.strip())
+    if not patterns:
+        raise ValueError
+    return patterns
+
+
 METADATA = ("path", "caption", "tags", "score", "image_size", "width", "height", "train_resolution")
 """Values that columns of a metadata file hold."""
 
@@ -292,6 +312,8 @@ Arguments = Annotated[dict[str, Any], parsed(_arguments), Shown('a list as ["bet
 BlockRates = Annotated[
     tuple[float, ...], parsed(_block_rates), Shown('a learning rate for each block, as "1e-5,1e-5,..."')
 ]
+BlockNumbers = Annotated[tuple[int, ...], parsed(_block_numbers), Shown('numbers of blocks, as "0,1,22"')]
+Patterns = Annotated[tuple[str, ...], parsed(_patterns), Shown('names with wildcards, as "*.attn2.*,label_emb.*"')]
 TagGroups = Annotated[
     Path | InstanceOf[Address] | str,
     parsed(_tag_groups),

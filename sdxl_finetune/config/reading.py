@@ -30,6 +30,8 @@ else:
 logger = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
+SWITCHES = {"true": "--", "false": "--no-"}
+"""Start of the switch that stands for each value of an option that is true or false."""
 COMMANDS = ("config_file", "print_config", "output_config")
 """Words of the command line that are no options of a run: the name of the config file, and what to do with it."""
 
@@ -148,7 +150,7 @@ def read_command_line(arguments: Sequence[str], program: str) -> tuple[dict[str,
     `--help` and `--version` print and exit. Raises UserError if the command line cannot be read.
     """
     try:
-        parsed, rest = build_parser(program).parse_known_args(arguments)
+        parsed, rest = build_parser(program).parse_known_args(_as_switches(arguments))
     except argparse.ArgumentError as error:
         raise UserError(Problem(str(error), file=COMMAND_LINE)) from None
     values = {name: value for name, value in vars(parsed).items() if name not in COMMANDS}
@@ -161,6 +163,28 @@ def read_command_line(arguments: Sequence[str], program: str) -> tuple[dict[str,
             values[name or word] = word if name else None
             name = ""
     return {name: Given(_typed(name, value), COMMAND_LINE) for name, value in values.items()}, parsed
+
+
+def _as_switches(arguments: Sequence[str]) -> list[str]:
+    """Returns the command line with `--name true` and `--name=false` as `--name` and `--no-name`.
+
+    Only options that are true or false are changed. Forks of the reference have options that take such a value.
+    """
+    words: list[str] = []
+    for word in arguments:
+        name, _, value = word.partition("=")
+        if not value and words and _is_switch(words[-1]) and word.lower() in SWITCHES:
+            words[-1] = SWITCHES[word.lower()] + words[-1].removeprefix("--")
+        elif _is_switch(name) and value.lower() in SWITCHES:
+            words.append(SWITCHES[value.lower()] + name.removeprefix("--"))
+        else:
+            words.append(word)
+    return words
+
+
+def _is_switch(word: str) -> bool:
+    field = Config.model_fields.get(word.removeprefix("--")) if word.startswith("--") else None
+    return field is not None and kinds(field) == [bool]
 
 
 def build_parser(program: str) -> argparse.ArgumentParser:
@@ -198,6 +222,8 @@ def _typed(name: str, value: Any) -> Any:
     Text may hold a number or a boolean. A number may stand for text, a whole float for an int, 0 or 1 for a boolean.
     """
     kind: Any = int
+    if name in FOREIGN and FOREIGN[name].outcome == "honoured":
+        name = FOREIGN[name].remark
     if name in Config.model_fields:
         (kind,) = kinds(Config.model_fields[name])
         kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind

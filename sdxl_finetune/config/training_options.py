@@ -8,12 +8,14 @@ from sdxl_finetune.config.data_options import HELD_OUT, HoldOutOptions
 from sdxl_finetune.config.fields import (
     Arguments,
     Backend,
+    BlockNumbers,
     BlockRates,
     ChunkTokens,
     FileLocation,
     FilePath,
     OnlyWith,
     Options,
+    Patterns,
     Scheduler,
     StepsOrShare,
 )
@@ -39,6 +41,8 @@ class ModelOptions(Options):
     """Read `(tag:1.3)` and `[tag]` in captions as weights. Off: as plain text."""
     caption_break: bool = False
     """Start a new chunk of 75 tokens at the word BREAK in captions and preview prompts. Not in sd-scripts."""
+    use_zero_cond: bool = False
+    """Give the U-Net zeros for empty captions, in place of the encoded empty text. Of forks of sd-scripts."""
 
 
 class NoiseOptions(Options):
@@ -127,6 +131,12 @@ class OptimizerOptions(Options):
     """Learning rate of text encoder 2 (OpenCLIP ViT-bigG). Default: `learning_rate`. 0: do not train it."""
     block_lr: BlockRates | None = None
     """Learning rates of the U-Net's blocks: embeddings, 9 input, 3 middle, 9 output blocks, last layer: 23 for SDXL."""
+    freeze_unet_blocks: BlockNumbers | None = None
+    """Numbers of blocks of the U-Net that are not trained, counted from 0 as in `block_lr`. Of forks of sd-scripts."""
+    freeze_parameters: Patterns | None = None
+    """Names of parameters that are not trained, with wildcards. Not in sd-scripts."""
+    train_parameters: Patterns | None = None
+    """Names of the only parameters that are trained, with wildcards. Default: all. Not in sd-scripts."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Largest norm of the gradients; larger gradients are scaled down to it. 0: off."""
 

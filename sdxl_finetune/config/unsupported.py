@@ -117,6 +117,7 @@ HONOURED = {
     "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
     "loss_multipler": "loss_multiplier",
     "adaptive_loss_weighting": "edm2_loss_weighting",
+    "use_zero_cond_dropout": "use_zero_cond",
 }
 _IMMISCIBLE = (
     "it mixes noise by the alphas of single steps, which gives inputs nearly without noise at every timestep."
@@ -128,7 +129,6 @@ FOREIGN_REFUSED = {
     "additional_parameters": "write each of these options as a key of its own",
     "token_string init_word num_vectors_per_token": "this is a config for textual inversion: remove it",
     "perlin_noise optimizer_schedulefree_wrapper": _FORK,
-    "use_zero_cond freeze_unet_blocks": _FORK,
     "edm2_loss_weighting_initial_weights adaptive_loss_model_path": _LEARNED,
     "edm2_loss_weighting_laplace": _FORK,
     "edm2_loss_weighting_importance_weighting edm2_loss_weighting_importance_weighting_max": _FORK,
@@ -137,7 +137,7 @@ FOREIGN_REFUSED = {
     "min_snr_gamma_mix_debiased": _FORK,
     "loss_scale multires_noise_scaling stochastic_accumulation": _FORK,
     "ip_noise_gamma_scaling sangoi_loss_modifier fourier_loss use_log_norm_timesteps": _FORK,
-    "disable_cross_attn_mask use_zero_cond_dropout": _FORK,
+    "disable_cross_attn_mask": _FORK,
     "use_kahan_summation skip_image_resolution": _FORK,
     "cwmi_lambda masked_min reg_min_timestep reg_max_timestep": _FORK,
 }

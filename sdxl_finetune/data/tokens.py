@@ -22,14 +22,21 @@ import torch
 from torch import Tensor
 
 from sdxl_finetune.batch import Tokens
-from sdxl_finetune.clip_vocabulary import END_TOKEN, START_TOKEN, WORD_END, load_merges, load_vocabulary
+from sdxl_finetune.clip_vocabulary import (
+    END,
+    END_TOKEN,
+    FILL_2,
+    START,
+    START_TOKEN,
+    WORD_END,
+    load_merges,
+    load_vocabulary,
+)
 from sdxl_finetune.config import ModelOptions
 from sdxl_finetune.errors import Problem, UserError
 
 CHUNK = 75
 """Caption tokens in a chunk. CLIP reads 77 positions; the start and the end token take two."""
-START, END, FILL_2 = 49406, 49407, 0
-"""Ids of the start token, of the end token, and of what fills up a chunk for encoder 2."""
 SPECIAL_IDS = {START_TOKEN: START, END_TOKEN: END}
 SPECIAL_NAME = re.compile(f"({'|'.join(map(re.escape, SPECIAL_IDS))})")
 SAVED_NAMES = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k")
@@ -48,6 +55,8 @@ BRACKET_WEIGHT = {"(": 1.1, "[": 1 / 1.1}
 """Factor on the weight of text between brackets without a number."""
 
 BREAK = re.compile(r"\bBREAK\b")
+PLAIN_WORD = re.compile(r"(?:^|[\s,])[a-z]{2,}(?=[\s,]|$)")
+"""A word that is a token in every reading of a caption: as a tag, and with weights."""
 ASCII_WORD = re.compile(r"[A-Za-z]+|[0-9]|'(?:[stmd]|re|ve|ll)|[^\sA-Za-z0-9]+", re.ASCII)
 """WORD for text of ASCII characters."""
 MOST_WORDS = 1 << 16
@@ -115,6 +124,13 @@ class Tokenizer:
         parts = split_chunks(sections)
         tokens = sum(map(len, sections))
         return Count(tokens, tokens - sum(map(len, parts[: self.chunks])), len(parts))
+
+    def is_empty(self, caption: str) -> bool:
+        """True if no token of the caption is read, as of a dropped caption. `Tokens.empty` says the same of tokens."""
+        if PLAIN_WORD.search(caption) and not (self.breaks and "BREAK" in caption):
+            return False  # most captions need not be encoded to know it
+        count = self.count(caption)
+        return count.tokens == count.lost
 
     def _sections(self, caption: str) -> list[list[tuple[str, float]]]:
         """The sections of a caption between BREAKs, each as pieces of text with their weights."""

@@ -91,6 +91,8 @@ class TextEncoder(Protocol):
     """Channels of the pooled output."""
     tokenizer_identity: str
     """A text that is equal for tokenizers that give the same tokens."""
+    zeroed: Callable[[str], bool] | None
+    """True for captions whose outputs are zero. None: there are no such captions."""
 
     def identity(self) -> str:
         """A name that depends on the weights of both encoders alone."""
@@ -109,6 +111,8 @@ class Captions:
     variants: int
     tokenizer: str
     """Identity of the tokenizer."""
+    zeroed: Callable[[str], bool] | None = None
+    """As in TextEncoder. Zeros have keys of their own, so that all other outputs are found again."""
 
     @property
     def used(self) -> Bool[np.ndarray, " rows"]:
@@ -165,7 +169,8 @@ class Captions:
         return (drawn or sum(text is not None for text in texts) > 1) and not self.index.held_out[row]
 
     def _key(self, text: str) -> bytes:
-        return hash16(f"{OUTPUTS_VERSION} {self.tokenizer}\n{text}".encode())
+        zeros = "zeros " if self.zeroed and self.zeroed(text) else ""
+        return hash16(f"{zeros}{OUTPUTS_VERSION} {self.tokenizer}\n{text}".encode())
 
     @cached_property
     def _subset(self) -> Int32[np.ndarray, " n"]:
@@ -268,7 +273,8 @@ def _question(captions: Captions) -> str:
     """A hash of everything that captions depend on. The name of the index is a hash of its content."""
     index = captions.index
     about = (index.path.name, index.excluded, captions.variants, captions.tokenizer, index.subsets)
-    digest = hashlib.blake2b(repr(about).encode("utf-8", "surrogateescape"), digest_size=12)
+    text = repr(about) + " zeros" * (captions.zeroed is not None)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12)
     for subset in index.subsets:
         for file in _rule_files(subset):
             digest.update(b"\0" + read(file))
@@ -292,7 +298,7 @@ def prepare_text(
     scratch, on_disk = config.cache_folder, config.cache_text_encoder_outputs_to_disk
     kind = Kind("text_outputs", encoder.identity() if on_disk else "")
     team = find_team(accelerator, kind, config, on_disk=on_disk)
-    captions = Captions(index, config.text_encoder_outputs_variants, encoder.tokenizer_identity)
+    captions = Captions(index, config.text_encoder_outputs_variants, encoder.tokenizer_identity, encoder.zeroed)
     keys = find_keys_together(captions, scratch / KEYS_FOLDER, team, accelerator)
     used = captions.used
     if not on_disk:

@@ -9,7 +9,7 @@ Modules:
     tensorfile, named_tensors, diffusers_folder, tokenizer_files    the parts of loading and saving
     weights       all tensors of a model, as writers are given them
     declared      says which objective a checkpoint was trained with, and has its marker tensors
-    interfaces    says what user interfaces take a checkpoint for
+    interfaces, unconditional    say what user interfaces take a checkpoint for, and what an empty prompt means in them
     merge, averaging    weighted sums of models, and the weights that approximate an EMA
     identify      says which model a file holds, if it is not SDXL
     attention, compilation    gradient checkpointing, xformers, torch.compile

@@ -40,6 +40,8 @@ class Declared:
 
     v_prediction: bool | None
     zero_terminal_snr: bool | None
+    zero_cond: bool | None = None
+    """True if empty captions were trained as zeros, False if as the encoded empty text."""
     edm: bool = False
     """True for a model on EDM's noise levels, of which SDXL's noise schedule knows nothing."""
 
@@ -69,6 +71,15 @@ class Declared:
                 message = f"{path} says that it {kinds[said]}, and training would slowly change that"
                 yield Problem(f"{message}: set {name} = {str(said).lower()}", key=name, value=asked)
 
+    def zero_cond_remarks(self, path: Path, *, use_zero_cond: bool) -> Iterator[Problem]:
+        """Yields a remark if the checkpoint at `path` was trained with zeros for empty captions, and the run is not.
+
+        The contrary is no contradiction: a run that drops no caption says `use_zero_cond = false` as well.
+        """
+        if self.zero_cond and not use_zero_cond:
+            message = f"{path} says that empty captions were trained as zeros, and training would slowly change that"
+            yield Problem(f"{message}: set use_zero_cond = true", key="use_zero_cond", value=False)
+
 
 def read_declared(file: TensorFile) -> Declared:
     """Reads what a checkpoint says. Tensors win over metadata, and metadata over the scheduler's config."""
@@ -80,6 +91,7 @@ def read_declared(file: TensorFile) -> Declared:
     return Declared(
         v_prediction=True if V_PRED in file.tensors else _first(v_said),
         zero_terminal_snr=True if ZTSNR in file.tensors else _first(terminal_said),
+        zero_cond=options.get("use_zero_cond"),
         edm=any(key in file.tensors for key in EDM),
     )
 

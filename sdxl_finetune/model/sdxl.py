@@ -35,6 +35,8 @@ class SDXL(nn.Module):
         self.markers: dict[str, Tensor] = {}
         """Marker tensors by their key in a single-file checkpoint, by which user interfaces recognise the objective
         (see declared.py). They are saved with every checkpoint."""
+        self.zero_cond = False
+        """True if the outputs for empty captions are zero (`use_zero_cond`), false if the empty text is encoded."""
         self.masters = MasterWeights()
         """Exact values of the parameters in bf16, frozen ones included. Files are saved from them."""
 
@@ -87,7 +89,7 @@ class SDXL(nn.Module):
 
     def encode_text(self, tokens: Tokens) -> TextOutputs:
         """Encodes captions (text.encode_tokens) on the device of the text encoders."""
-        return encode_tokens(self.te1, self.te2, tokens.to(self.te1.device))
+        return encode_tokens(self.te1, self.te2, tokens.to(self.te1.device), zero_cond=self.zero_cond)
 
     def forward(
         self,

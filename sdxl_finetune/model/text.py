@@ -42,10 +42,13 @@ def refill_positions(encoder: nn.Module) -> None:
     embeddings.position_ids = torch.arange(length).expand(1, -1)
 
 
-def encode_tokens(te1: nn.Module, te2: nn.Module, tokens: Tokens) -> TextOutputs:
+def encode_tokens(te1: nn.Module, te2: nn.Module, tokens: Tokens, *, zero_cond: bool = False) -> TextOutputs:
     """The penultimate hidden states of both encoders, side by side, and the pooled output of the first chunk.
 
     Weights of tokens multiply the hidden states, as in the reference's weighted captions, and not the pooled output.
+    With `zero_cond` hidden states and pooled output of empty captions are zero. The code of SDXL's authors drops
+    captions in this way (`ucg_rate` in generative-models). The encoders still run on empty captions, with gradients of
+    zero. Each rank therefore uses all parameters, even if all its captions are empty.
     """
     size = tokens.ids1.shape[:2]
     output1 = te1(tokens.ids1.flatten(0, 1))
@@ -54,7 +57,11 @@ def encode_tokens(te1: nn.Module, te2: nn.Module, tokens: Tokens) -> TextOutputs
     hidden = join_chunks(states.unflatten(0, size))
     if tokens.weights is not None:
         hidden = hidden * join_chunks(tokens.weights).unsqueeze(-1).to(hidden.dtype)
-    return TextOutputs(hidden, output2.text_embeds.unflatten(0, size)[:, 0])
+    pooled = output2.text_embeds.unflatten(0, size)[:, 0]
+    if zero_cond:
+        kept = ~tokens.empty.unsqueeze(-1)
+        hidden, pooled = torch.where(kept.unsqueeze(-1), hidden, 0), torch.where(kept, pooled, 0)
+    return TextOutputs(hidden, pooled)
 
 
 def join_chunks(chunks: Float[Tensor, "k chunks 77 *w"]) -> Float[Tensor, "k t *w"]:

@@ -3,6 +3,7 @@
 Modules:
 
     parameters  the trained parameters: learning-rate groups, names, exact values
+    freezing    parameters that options freeze or train by name
     optimizer   the optimizer that a config names
     update      sums gradients, clips them and steps, also on exact master weights and in the backward pass
     loss_scale  the factor on the loss in float16 training

@@ -1,13 +1,12 @@
 """The trained parameters: their learning rates, their names in checkpoints and training states, their exact values.
 
 The parts are the reference's: U-Net, text encoder 1 and text encoder 2. With `block_lr` the U-Net is divided into its
-blocks, in the reference's order: embeddings, input blocks, middle blocks, output blocks, output convolution. SDXL has
-23 of them. A learning rate of 0 freezes a part and keeps it out of the optimizer.
+blocks. A learning rate of 0 freezes a part and keeps it out of the optimizer. Single parameters are frozen by their
+names (freezing.py).
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed
@@ -17,10 +16,7 @@ from torch.nn import Parameter
 from sdxl_finetune.config import OptimizerOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import MasterWeights
-
-UNET_PREFIX = "model.diffusion_model."
-BLOCKS = {"time_embed": 0, "label_emb": 0, "input_blocks": 1, "middle_block": 2, "output_blocks": 3, "out": 4}
-"""Order of the U-Net's blocks by the first word of their names. Embeddings are one block."""
+from sdxl_finetune.optim.freezing import Selections, find_selections, unet_blocks
 
 
 @dataclass(frozen=True)
@@ -99,34 +95,68 @@ def trained_parameters(
     """Sets requires_grad of all parameters and returns those that are trained.
 
     `parts` maps unet, text_encoder1 and text_encoder2 to their parameters by checkpoint name. Raises UserError if
-    every learning rate is 0, or if block_lr does not fit the U-Net.
+    nothing is left to train, if block_lr or freeze_unet_blocks do not fit the U-Net, or if a pattern names nothing
+    that is trained.
     """
-    rates = part_rates(options)
-    groups = []
+    selections = find_selections(options, parts)
+    groups = _trained_groups(all_groups(options, parts), selections)
+    trained = {id(parameter) for group in groups for parameter in group.parameters.values()}
+    for parameters in parts.values():
+        for parameter in parameters.values():
+            parameter.requires_grad_(id(parameter) in trained)
+    _check_trained(groups, selections)
+    return TrainedParameters(groups, masters)
+
+
+def all_groups(options: OptimizerOptions, parts: Mapping[str, Mapping[str, Parameter]]) -> list[Group]:
+    """Returns the groups of all parameters, with a rate of 0 for parts and blocks that are not trained."""
+    rates, groups = part_rates(options), []
     for part, parameters in parts.items():
         if part == "unet" and options.block_lr is not None:
             groups += _block_groups(options.block_lr, parameters)
         else:
             groups.append(Group(part, dict(parameters), rates[part]))
+    return groups
+
+
+def _trained_groups(groups: Sequence[Group], selections: Selections) -> list[Group]:
+    """Leaves out frozen parameters, and groups without a trained one."""
+    trained = []
     for group in groups:
-        for parameter in group.parameters.values():
-            parameter.requires_grad_(group.lr != 0)
-    trained = [group for group in groups if group.lr != 0]
-    if not trained:
+        kept = {name: one for name, one in group.parameters.items() if not selections.freeze(group.part, name)}
+        if kept and group.lr != 0:
+            trained.append(replace(group, parameters=kept))
+    return trained
+
+
+def _check_trained(groups: Sequence[Group], selections: Selections) -> None:
+    """Raises UserError if nothing is trained, or if nothing is trained of what a pattern of train_parameters names."""
+    if not groups and not selections:
         problem = "every learning rate is 0, so nothing would be trained: set one above 0"
         raise UserError(Problem(problem, key="learning_rate"))
-    return TrainedParameters(trained, masters)
+    trained = {(group.part, name) for group in groups for name in group.parameters}
+    problems = [
+        Problem(
+            "all parameters that it names are frozen, by a learning rate of 0 or by an option that freezes them:"
+            " set train_text_encoder and a rate above 0, or remove it",
+            key=each.option,
+            value=each.text,
+        )
+        for each in selections.trained
+        if not any((part, name) in trained for part, named in each.parts.items() for name in named)
+    ]
+    if not groups and not problems:
+        options = ", ".join(dict.fromkeys(each.option for each in selections.frozen))
+        problem = f"nothing would be trained, because {options} freezes all that has a learning rate above 0"
+        problems = [Problem(f"{problem}: remove a part of it", key=selections.frozen[0].option)]
+    if problems:
+        raise UserError(problems)
 
 
 def _block_groups(rates: Sequence[float], parameters: Mapping[str, Parameter]) -> list[Group]:
-    """Returns one group for each block of the U-Net, in the order of BLOCKS."""
-    blocks: dict[tuple[int, int], dict[str, Parameter]] = defaultdict(dict)
-    for name, parameter in parameters.items():
-        kind, number, *_ = name.removeprefix(UNET_PREFIX).split(".")
-        place = BLOCKS[kind], int(number) if "block" in kind else 0
-        blocks[place][name] = parameter
+    """Returns one group for each block of the U-Net."""
+    blocks = unet_blocks(parameters)
     if len(rates) != len(blocks):
         problem = f"needs one learning rate for each of this U-Net's {len(blocks)} blocks, got {len(rates)}"
         raise UserError(Problem(f"{problem}: give {len(blocks)} numbers, 0 for a frozen block", key="block_lr"))
-    pairs = zip(sorted(blocks), rates, strict=True)
-    return [Group(f"block{index}", blocks[place], rate) for index, (place, rate) in enumerate(pairs)]
+    return [Group(f"block{index}", block, rate) for index, (block, rate) in enumerate(zip(blocks, rates, strict=True))]

@@ -149,8 +149,9 @@ def draw_latents(
     """Draws the latents of a batch of prompts, scaled as the U-Net sees them.
 
     The prompts may differ in their texts only: size, steps and guidance scale are those of the first. Guidance (Ho and
-    Salimans, arXiv 2207.12598) moves away from the negative prompt, or from the empty text if there is none. A scale
-    of 1 or less turns guidance off. As in the previews of sd-scripts, (words:1.3) are weighted.
+    Salimans, arXiv 2207.12598) moves away from the negative prompt, or from the empty text if there is none. For a
+    model with `zero_cond` the empty text means zeros, as in training. A scale of 1 or less turns guidance off. As in
+    the previews of sd-scripts, (words:1.3) are weighted.
     """
     device, shared = model.device, prompts[0]
     assert shared.width and shared.height, "the caller gives each prompt a size"

@@ -66,6 +66,7 @@ def make_report(
     """
     choice, accelerator, began = job.choice, job.accelerator, time.monotonic()
     computation = f"{job.config.mixed_precision} {subject.objective.kind} {subject.objective.ends_in_noise}"
+    computation += " zero_cond" * subject.sdxl.zero_cond
     rank = accelerator.process_index
     finished = open_finished(job.folder, subject.sdxl, choice, job.index, computation, rank)
     losses = measure(subject, choice, job.dataset, accelerator, finished, stop)

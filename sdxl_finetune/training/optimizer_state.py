@@ -10,6 +10,7 @@ The file holds a dictionary:
 - `random`, `random_cuda`: torch's random states, from which some optimizers draw.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdxl_finetune.errors import counted
 from sdxl_finetune.optim.parameters import Group, named_parameters, part_of
+
+logger = logging.getLogger(__name__)
 
 COUNTERS_ON_CPU = ("step", "mu_product")
 """State values that torch's optimizers keep on the CPU, where reading them costs no synchronisation."""
@@ -58,10 +62,15 @@ def restore_optimizer_state(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Gives the optimizer the state in `file` bit for bit, and torch its random state.
 
-    Returns the loss scale's state, and the names of trained parameters that the file does not know.
+    Returns the loss scale's state, and the names of trained parameters that the file does not know. States of
+    parameters that are frozen now are left out, and the log says so.
     """
     saved = _load(file)
     unknown = restore_values(saved, optimizer, groups, changed=changed)
+    trained = {name for name, _ in named_parameters(groups)}
+    if left_out := [name for name in saved["state"] if name not in trained]:
+        count = counted(len(left_out), "parameter")
+        logger.info("frozen now, so their saved optimizer state is left out: %s, for example %s", count, left_out[0])
     torch.set_rng_state(saved["random"].clone())
     if saved["random_cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(saved["random_cuda"].clone())

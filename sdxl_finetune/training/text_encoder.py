@@ -24,6 +24,7 @@ class TextEncoders:
         self.hidden_shape = tokenizer.positions, size1.width + size2.width
         self.pooled_size = size2.projection
         self.tokenizer_identity = tokenizer.identity()
+        self.zeroed: Callable[[str], bool] | None = tokenizer.is_empty if sdxl.zero_cond else None
 
     def identity(self) -> str:
         """A hash of the exact weights of both encoders, in 32 hex digits. It does not depend on the file."""
@@ -43,8 +44,9 @@ class TextEncoders:
     @torch.no_grad()
     def _start(self, encoders: tuple[nn.Module, nn.Module], captions: Sequence[str]) -> Callable[[], Tensor]:
         try:
+            tokens = self._tokenizer(captions).to(self._device)
             with torch.autocast(self._device.type, enabled=False):
-                hidden, pooled = encode_tokens(*encoders, self._tokenizer(captions).to(self._device))
+                hidden, pooled = encode_tokens(*encoders, tokens, zero_cond=self._sdxl.zero_cond)
             return start_copy(torch.cat([hidden.flatten(1), pooled], dim=1).half())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

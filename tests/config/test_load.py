@@ -172,7 +172,7 @@ def test_files_that_cannot_be_read_are_refused(folder, text, message):
 
 def test_unknown_words_of_the_command_line_are_refused_with_a_suggestion(folder):
     assert problems("style.toml") == ["command line: style.toml: unknown option; did you mean --config style.toml?"]
-    assert problems("--xformers", "true") == ["command line: true: unknown option; --help lists all options"]
+    assert problems("--xformers", "yes") == ["command line: yes: unknown option; --help lists all options"]
     assert problems("--max-train-steps=3") == [
         "command line: max-train-steps = 3: unknown option; did you mean max_train_steps?"
     ]
@@ -334,6 +334,9 @@ def _values() -> dict[str, st.SearchStrategy]:
         "lr_warmup_steps": st.integers(0, 10**6) | st.floats(0, 1),
         "lr_decay_steps": st.integers(0, 10**6) | st.floats(0, 1),
         "block_lr": st.lists(st.floats(0, 1), min_size=23, max_size=23),
+        "freeze_unet_blocks": st.lists(st.integers(0, 99), min_size=1, max_size=4),
+        "freeze_parameters": st.sampled_from(["*.attn2.*", " a.[01].?, b", ["x.*", "y"]]),
+        "train_parameters": st.sampled_from(["out.*", ["x.*", "y"]]),
         "quality_tags": st.sampled_from(["a > 0.75, b >= -1e-07, c", "a top 0.5%, b top 30%", "only"]),
         "tag_report_timesteps": st.sampled_from([500, "400, 600", [1, 999]]),
         "vae_custom_scale": st.floats(1e-3, 9) | st.lists(st.floats(1e-3, 9), min_size=1, max_size=4),

@@ -294,3 +294,43 @@ def test_remembered_words_of_ascii_text_have_the_ids_of_the_whole_text(text: str
     encode = load_encoding(None)
     # A letter that is not ASCII sends the whole text through the library.
     assert encode(f"{text} é")[: len(encode(text))] == encode(text)
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "BREAK",
+                " ",
+                "\n",
+                ",",
+                "(",
+                ")",
+                "[",
+                "]",
+                ":1.3)",
+                "&nbsp;",
+                "\ufeff",
+                "ab",
+                "a",
+                "7",
+                "<|endoftext|>",
+                "é",
+            ]
+        ),
+        max_size=6,
+    ).map("".join),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([75, 150]),
+)
+@example("BREAK ab", True, True, 75)
+@example("a" * 200 + " BREAK " + "ab cd", False, True, 75)
+def test_a_text_is_empty_if_its_tokens_are(text: str, weighted: bool, breaks: bool, length: int) -> None:
+    """With a chunk alone, all text may stand behind a BREAK, where it is not read."""
+    tokenizer = Tokenizer(max_token_length=length, weighted=weighted, breaks=breaks)
+    tokens = tokenizer([text, "", "a cat"])
+    assert tokens.empty.tolist() == [tokenizer.is_empty(text), True, False]
+    kept = [id for chunk in tokens.ids1[0].tolist() for id in chunk[1:-1] if id != END]
+    if "endoftext" not in text:
+        assert tokenizer.is_empty(text) == (not kept)

@@ -102,7 +102,7 @@ def test_another_tokenizer_gives_other_keys(index, tmp_path: Path) -> None:
 class Fake:
     """Encodes a caption as its length, or as infinity."""
 
-    hidden_shape, pooled_size, tokenizer_identity = (3, 2), 4, "tokenizer"
+    hidden_shape, pooled_size, tokenizer_identity, zeroed = (3, 2), 4, "tokenizer", None
 
     def __init__(self, bad: str = "none") -> None:
         self.bad = bad

@@ -150,6 +150,42 @@ def test_previews_equal_the_images_of_diffusers_pipeline(tiny: PreviewModel, nam
     assert np.abs(np.asarray(image) / 255 - pixels[0]).max() < 0.51 / 255
 
 
+@torch.no_grad()
+def test_previews_without_a_negative_prompt_are_guided_away_from_the_zeros_of_diffusers_pipeline(
+    tiny, monkeypatch
+) -> None:
+    """diffusers sets both embeddings to zero if it is given no negative ones."""
+    model = tiny.sdxl.eval()
+    prompt = Prompt(prompt="a cat", width=64, height=96, steps=3, scale=5.0, sampler="ddim")
+    encoded = draw_latents(tiny, "ddim", [prompt], seeds=[5])
+    monkeypatch.setattr(model, "zero_cond", True)
+    ours = draw_latents(tiny, "ddim", [prompt], seeds=[5])
+    pipeline = StableDiffusionXLPipeline(
+        vae=tiny.vae,
+        text_encoder=None,
+        text_encoder_2=model.te2,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=model.unet,
+        scheduler=build_sampler("ddim", NOISE),
+    )
+    assert pipeline.config.force_zeros_for_empty_prompt
+    pipeline.set_progress_bar_config(disable=True)
+    hidden, pooled = model.encode_text(TOKENIZER(["a cat"]))
+    theirs = pipeline(
+        prompt_embeds=hidden,
+        pooled_prompt_embeds=pooled,
+        height=96,
+        width=64,
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        latents=torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(5)),
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - encoded).abs().max() > 1e-2, "the encoded empty text gives another picture"
+
+
 def test_images_are_saved_under_the_names_of_sd_scripts(tiny, tmp_path: Path) -> None:
     prompts = [
         Prompt(prompt="a (cat:1.2)", negative_prompt="blurry, 日本", seed=42, scale=5.0, **SMALL),

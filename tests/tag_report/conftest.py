@@ -70,6 +70,7 @@ class KnownDenoiser(nn.Module):
         self.numbers, self.predicts_v = numbers, predicts_v
         self.objective = build_objective("velocity" if predicts_v else "noise", zero_terminal_snr=predicts_v)
         self.encoded: list[str] = []
+        self.zero_cond = False
         self.passes = 0
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
