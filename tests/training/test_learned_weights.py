@@ -217,8 +217,16 @@ def test_an_optimizer_that_does_not_fit_is_refused_by_its_own_option(options: di
     check_learned_weights(Config(**options), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("text", ["{'weight_decay': 0, 'betas': (0.9,0.99)}", "weight_decay=0 betas=0.9,0.99"])
-def test_arguments_are_read_as_forks_write_them(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{'weight_decay': 0, 'betas': (0.9,0.99)}",
+        ["{'weight_decay': 0, 'betas': (0.9,0.99)}"],
+        "weight_decay=0 betas=0.9,0.99",
+    ],
+    ids=["dictionary", "command line", "arguments"],
+)
+def test_arguments_are_read_as_forks_write_them(text: str | list[str]) -> None:
     weights = learned_weights(edm2_loss_weighting_optimizer_args=text)
     assert weights.optimizer.defaults["betas"] == (0.9, 0.99) and weights.optimizer.defaults["weight_decay"] == 0
 
