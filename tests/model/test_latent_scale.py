@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomllib
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline
 from hypothesis import given
