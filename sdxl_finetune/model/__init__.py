@@ -4,6 +4,8 @@ Modules:
 
     sdxl          U-Net and both text encoders as one module; text and vae are the other parts
     architecture  widths and depths, read from the shapes of a checkpoint
+    latent_scale, vae_file    shift and scale of latents, and where files say them
+    adapt         a model for the latents of another VAE
     keymap        one table between module names and checkpoint keys, used in both directions
     load, save    checkpoints as .safetensors, .ckpt or diffusers folder
     tensorfile, named_tensors, diffusers_folder, tokenizer_files    the parts of loading and saving

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomllib
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdxl_finetune.commands.model import main as model_tool
+from sdxl_finetune.config import VaeOptions
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.load import load_checkpoint
 from sdxl_finetune.training.loop import train
@@ -126,3 +128,20 @@ def test_a_vae_of_other_channels_is_refused_with_the_command_that_helps(work: Pa
         load_checkpoint(work / "base.safetensors", dtype=None, vae_path=vae)
     with pytest.raises(UserError, match=message):
         train(config("--vae", str(vae)))
+
+
+def test_latent_stats_prints_options_that_normalise_the_latents(work: Path, capsys: pytest.CaptureFixture) -> None:
+    vae = new_vae(work, 32)
+    data = ["--config", "data.toml", "--vae", str(vae), "--images", "6"]
+    Path("data.toml").write_text(
+        'pretrained_model_name_or_path = "base.safetensors"\ntrain_data_dir = "images"\nresolution = "64"\n'
+        'output_dir = "out"\ncaption_extension = ".txt"\nseed = 5\n'
+    )
+    assert model_tool(["latent-stats", *data]) == 0
+    printed = tomllib.loads(capsys.readouterr().out)
+    options = VaeOptions(**printed)
+    assert options.vae_custom_scale is not None and len(options.vae_custom_scale) == 32
+    assert options.vae_custom_shift is not None and len(options.vae_custom_shift) == 32
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert model_tool(["latent-stats", *data, "--vae_custom_scale", "7"]) == 0  # a scale changes nothing
+    assert tomllib.loads(capsys.readouterr().out) == printed
