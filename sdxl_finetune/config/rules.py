@@ -127,7 +127,7 @@ def find_remarks(config: Config) -> Findings:
         yield "max_grad_norm", f"{message}: 0 turns the limit off"
     yield from timestep_remarks(config)
     if config.zero_terminal_snr and config.flow_model:
-        yield "zero_terminal_snr flow_model", "has no effect with flow_model, which always ends in pure noise"
+        yield "zero_terminal_snr", "has no effect with flow_model, which always ends in pure noise"
     elif config.zero_terminal_snr and not config.v_parameterization:
         message = "ends in pure noise, of which a noise prediction learns nothing"
         yield "zero_terminal_snr", f"{message}: set v_parameterization, or remove zero_terminal_snr"

@@ -20,12 +20,9 @@ def timestep_problems(config: Config) -> Iterator[tuple[str, str]]:
 
 def timestep_remarks(config: Config) -> Iterator[tuple[str, str]]:
     """Yields options of forks' flows that change the timesteps of a noise or velocity model, as forks do not."""
-    if config.flow_model:
-        return
+    used = [name for name in ("flow_uniform_static_ratio", "flow_uniform_shift") if getattr(config, name)]
     if config.flow_timestep_distribution in ("logit_normal", "beta", "cosmap"):
-        message = "is used without flow_model too, other than in forks: for timesteps as in sd-scripts set uniform"
-        yield "flow_timestep_distribution flow_model", message
-    for option in ("flow_uniform_static_ratio", "flow_uniform_shift"):
-        if getattr(config, option):
-            message = "shifts timesteps without flow_model too, other than in forks: for timesteps as in sd-scripts"
-            yield f"{option} flow_model", f"{message} remove it"
+        used.insert(0, "flow_timestep_distribution")
+    if used and not config.flow_model:
+        message = f"is off, and {' and '.join(used)} changes the timesteps even so, other than in forks"
+        yield "flow_model", f"{message}: remove it for the timesteps of sd-scripts"

@@ -127,7 +127,7 @@ class TrainingDataset(TorchDataset):
             noise=noise[slots],
             input_noise=None if input_noise is None else input_noise[slots],
             timesteps=timesteps[slots],
-            timesteps_of_ranks=tuple(timesteps.tolist()),
+            timesteps_of_ranks=tuple(timesteps.float().tolist()),
             tokens1=text.ids1 if isinstance(text, Tokens) else None,
             tokens2=text.ids2 if isinstance(text, Tokens) else None,
             token_weights=text.weights if isinstance(text, Tokens) else None,

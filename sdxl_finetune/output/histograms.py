@@ -10,22 +10,19 @@ from sdxl_finetune.batch import TIMESTEPS
 EDGES = np.linspace(0, TIMESTEPS, 51)
 """Edges of the bars: 50 ranges of 20 timesteps. TensorBoard draws about 30 bars."""
 PERIOD = 100
-"""Steps of one histogram. A single step has too few images for a shape."""
+"""Optimizer steps of one histogram. A single step has too few images for a shape."""
 
 
 class TimestepCounts:
-    """Counts timesteps by range until a histogram is due."""
+    """Counts timesteps by range."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(len(EDGES) - 1, np.int64)
 
-    def add(self, timesteps: Sequence[float], step: int, *, last: bool) -> Int64[np.ndarray, " n"] | None:
-        """Adds the timesteps of a step. Returns the counts after every PERIOD-th step and after the last, else None.
-
-        Each returned histogram counts the steps after the one before.
-        """
+    def add(self, timesteps: Sequence[float]) -> None:
         self._counts += np.histogram(timesteps, EDGES)[0]
-        if step % PERIOD and not last:
-            return None
+
+    def take(self) -> Int64[np.ndarray, " n"] | None:
+        """Returns the counts since the last call, or None if there are none."""
         counts, self._counts = self._counts, np.zeros_like(self._counts)
         return counts if counts.any() else None

@@ -31,7 +31,7 @@ from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.colours import Drift
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
-from sdxl_finetune.output.histograms import EDGES, TimestepCounts
+from sdxl_finetune.output.histograms import EDGES, PERIOD, TimestepCounts
 from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
@@ -237,6 +237,7 @@ class Log:
         A run that resumes from it cuts the log back to this point. Raises NonFiniteLoss.
         """
         self.flush()
+        self._write_histogram(step)
         for tracker in self._trackers:
             tracker.flush()
         if self._metrics and self._directory:
@@ -340,14 +341,14 @@ class Log:
             row = {"step": number, "epoch": epoch, **scalars, "lr": dict(lr), **speed}
             self._metrics.write(json.dumps(_without_infinities(row)) + "\n")
         rates = {f"lr/{name}": rate for name, rate in lr.items()}
-        counts = self._timesteps.add(record.step.timesteps, number, last=number == self._steps)
         for tracker in self._trackers:
             tracker.scalars({**scalars, **rates, **speed}, number)
-            if counts is not None:
-                tracker.histogram("timesteps", counts, EDGES, number)
             if (number - self._first_epoch_at) % self._steps_per_epoch == 0 or number == self._steps:
                 # Summed anew, because a run that was resumed within the epoch has a running sum of other rounding.
                 tracker.epoch_loss(math.fsum(self._losses) / len(self._losses), epoch, number)
+        self._timesteps.add(record.step.timesteps)
+        if number % PERIOD == 0 or number == self._steps:
+            self._write_histogram(number)
         if self._progress is not None:
             parts = [f"epoch {epoch}/{self._epochs}", f"avr_loss={mean_loss:.4g}"]
             parts += [f"images/s={record.images_per_second:.3g}"]
@@ -355,6 +356,15 @@ class Log:
                 parts += [f"next save in {counted(self._next_save(number) - number, 'step')}"]
             self._progress.set_postfix_str(", ".join(parts), refresh=False)
             self._progress.update(number - self._progress.n)
+
+    def _write_histogram(self, step: int) -> None:
+        """Writes the timesteps drawn since the last histogram, in a window that also ends at each save.
+
+        A run that resumes from a save then writes the histograms of an uninterrupted run.
+        """
+        if (counts := self._timesteps.take()) is not None:
+            for tracker in self._trackers:
+                tracker.histogram("timesteps", counts, EDGES, step)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
