@@ -108,8 +108,8 @@ def _flow_advice(flow: FlowOptions, words: Words) -> str:
     zh_shift = f"{by_size} 的平方根" if fixed is None else f"{fixed:g}"
     return words.say(
         f"**This is a flow model.** In ComfyUI put the node ModelSamplingSD3 between checkpoint and sampler, with shift"
-        f" {shift}. In reForge turn on Advanced Model Sampling, mode SD3, with shift {shift}. Use Euler or Heun with the"
-        " schedule Simple. Without this setting pictures are noise.",
+        f" {shift}. In reForge turn on Advanced Model Sampling, mode SD3, with shift {shift}. Use Euler or Heun with"
+        " the schedule Simple. Without this setting pictures are noise.",
         f"**这是 flow 模型。** ComfyUI：在 checkpoint 与 sampler 之间加入节点 ModelSamplingSD3，shift 设为 {zh_shift}。"
         f"reForge：打开 Advanced Model Sampling，选择 SD3，shift 设为 {zh_shift}。"
         "采样器用 Euler 或 Heun，schedule 选 Simple。不做这个设置，画出来的只有噪声。",
