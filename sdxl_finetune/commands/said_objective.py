@@ -37,7 +37,7 @@ def add_drawn_objective(parser: argparse.ArgumentParser) -> None:
     """Adds the options of generate, compare and card."""
     unsaid = "The metadata of models from sdxl-train says this already"
     for option, (yes, _) in MEANINGS.items():
-        parser.add_argument(f"--{option}", action="store_true", help=f"the model {yes}. {unsaid}")
+        parser.add_argument(f"--{option}", action="store_true", default=None, help=f"the model {yes}. {unsaid}")
     described = f"shift with which the flow was trained. 1: none. {unsaid}"
     parser.add_argument("--flow_shift", type=_ratio, metavar="R", help=described)
 
