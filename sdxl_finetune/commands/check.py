@@ -157,7 +157,7 @@ def _describe_model(config: Config, model: Outline, found: Findings, start: Star
     declared = read_declared(model.inspected.file)
     contradictions = declared.contradictions(
         config.model_path,
-        v_parameterization=config.v_parameterization,
+        objective=config.objective,
         zero_terminal_snr=config.zero_terminal_snr,
     )
     zero_cond = declared.zero_cond_remarks(config.model_path, use_zero_cond=config.use_zero_cond)

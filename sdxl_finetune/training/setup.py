@@ -49,6 +49,7 @@ from sdxl_finetune.output.hub import check_access
 from sdxl_finetune.output.log import Log
 from sdxl_finetune.output.log_history import run_directory
 from sdxl_finetune.output.prompts import Prompt, with_size
+from sdxl_finetune.output.samplers import sampler_remarks
 from sdxl_finetune.output.stages import StageRecord
 from sdxl_finetune.output.uploads import Uploads, open_uploads
 from sdxl_finetune.runtime.processes import (
@@ -291,14 +292,12 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
         path = start.weights
     loaded = load_checkpoint(path, dtype=weight_dtype(config), vae_path=vae, exact=config.keeps_masters, options=config)
     remarks = loaded.declared.contradictions(
-        path, v_parameterization=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
+        path, objective=config.objective, zero_terminal_snr=config.zero_terminal_snr
     )
     for remark in [*remarks, *loaded.declared.zero_cond_remarks(path, use_zero_cond=config.use_zero_cond)]:
         logger.warning("%s", remark)
     loaded.model.zero_cond = config.use_zero_cond
-    loaded.model.markers = marker_tensors(
-        v_prediction=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
-    )
+    loaded.model.markers = marker_tensors(config.objective, zero_terminal_snr=config.zero_terminal_snr, flow=config)
     if start and start.state.checkpoint_format:
         return replace(loaded, format=start.state.checkpoint_format)
     return loaded
@@ -374,6 +373,10 @@ def _log_beginning(
         size = "x".join(map(str, index.resolution))
         prompts_text = counted(unsized, "preview prompt")
         logger.info("%s without a size: drawn at the training resolution, %s", prompts_text, size)
+    samplers = [prompt.sampler or config.sample_sampler for prompt in prompts]
+    samplers += [config.sample_sampler] * bool(config.colour_check_every_n_epochs or config.colour_check_every_n_steps)
+    for remark in sampler_remarks(samplers, learner.objective):
+        logger.info("%s", remark)
     for group in learner.parameters.groups:
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
     with suppress(Exception):  # a user's own optimizer may not step on a small tensor
