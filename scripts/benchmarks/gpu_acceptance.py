@@ -46,7 +46,7 @@ from scripts.benchmarks.gpu_checks import (
     reason,
     run_python,
 )
-from scripts.benchmarks.proof import TOY
+from scripts.benchmarks.proof_runs import TOY
 from scripts.benchmarks.proof_models import as_bf16
 from scripts.toy.style import write_pictures
 from sdxl_finetune.commands.memory_estimate import BatchShape, estimate
