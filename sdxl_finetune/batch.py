@@ -94,6 +94,8 @@ class Batch:
     the shares add up to the number of ranks, because data-parallel training averages gradients over ranks."""
     images_in_step: int = 0
     """Images of this micro-batch over all ranks."""
+    timesteps_of_ranks: tuple[float, ...] = ()
+    """Timesteps of this micro-batch over all ranks, for the log. They stay on the host."""
 
     @property
     def text(self) -> Tokens | TextOutputs:

@@ -328,7 +328,7 @@ def plain_noise(
     return torch.zeros(shape), None
 
 
-def no_timesteps(_position: Position, count: int) -> torch.Tensor:
+def no_timesteps(_position: Position, count: int, _pixels: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int64)
 
 

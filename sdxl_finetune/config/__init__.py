@@ -40,7 +40,8 @@ from sdxl_finetune.config.training_options import (
 
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "ColourOptions", "Config", "DataOptions", "Dataset",
-    "EmaOptions", "FaultyConfig", "FlowOptions", "HardwareOptions", "HoldOutOptions", "HubOptions", "ImageWeightOptions",
+    "EmaOptions", "FaultyConfig", "FlowOptions", "HardwareOptions", "HoldOutOptions", "HubOptions",
+    "ImageWeightOptions",
     "LatentOptions", "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions",
     "ModelOptions", "NoiseOptions", "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions",
     "SavingOptions", "Subset", "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models",

@@ -22,10 +22,10 @@ class FlowOptions(Options):
     """First parameter of the beta distribution. Higher: more noise. Not in sd-scripts."""
     flow_beta_beta: Annotated[float, OnlyWith(DISTRIBUTION, ("beta",))] = Field(1.0, gt=0)
     """Second parameter of the beta distribution. Higher: less noise. Not in sd-scripts."""
-    laplace_timestep_sampling_mu: Annotated[float, OnlyWith(DISTRIBUTION, ("laplace",))] = 0.0
-    """Logarithm of the signal-to-noise ratio that is trained most. Of forks of sd-scripts."""
-    laplace_timestep_sampling_b: Annotated[float, OnlyWith(DISTRIBUTION, ("laplace",))] = Field(1.0, gt=0)
-    """Width of the Laplace distribution around `laplace_timestep_sampling_mu`. Of forks of sd-scripts."""
+    laplace_timestep_sampling_mu: Annotated[float | None, OnlyWith(DISTRIBUTION, ("laplace",))] = None
+    """Logarithm of the signal-to-noise ratio that is drawn most often. Of forks of sd-scripts."""
+    laplace_timestep_sampling_b: Annotated[float | None, OnlyWith(DISTRIBUTION, ("laplace",))] = Field(None, gt=0)
+    """Width of the Laplace distribution around that logarithm. Of forks of sd-scripts."""
     flow_uniform_static_ratio: float | None = Field(None, gt=0)
     """Shift of any distribution: t becomes r t / (1 + (r - 1) t). Above 1: more noise. Of forks of sd-scripts."""
     flow_uniform_shift: Annotated[bool, OnlyWith("flow_uniform_static_ratio", unless=True)] = False

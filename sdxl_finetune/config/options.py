@@ -14,7 +14,14 @@ from typing import Any
 import toml
 from pydantic import model_validator
 
-from sdxl_finetune.config import data_options, flow_options, output_options, quality_options, tag_options, training_options
+from sdxl_finetune.config import (
+    data_options,
+    flow_options,
+    output_options,
+    quality_options,
+    tag_options,
+    training_options,
+)
 from sdxl_finetune.config.fields import Options, plain
 from sdxl_finetune.storage import Address, LocalCopies, Location
 
@@ -64,7 +71,8 @@ class Config(
         if values.get("cache_text_encoder_outputs_to_disk") is True:
             values["cache_text_encoder_outputs"] = True
         if values.get("flow_timestep_distribution") in (None, ""):
-            if {"laplace_timestep_sampling_mu", "laplace_timestep_sampling_b"} <= set(values):
+            laplace = (values.get("laplace_timestep_sampling_mu"), values.get("laplace_timestep_sampling_b"))
+            if all(type(number) in (int, float) for number in laplace):
                 values["flow_timestep_distribution"] = "laplace"
             elif values.get("flow_model") is True:
                 values["flow_timestep_distribution"] = "logit_normal"

@@ -22,6 +22,7 @@ from sdxl_finetune.config.dataset import (
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
 from sdxl_finetune.config.hub import AUTO, hub_problems, hub_remarks
 from sdxl_finetune.config.options import Config
+from sdxl_finetune.config.timestep_rules import timestep_problems, timestep_remarks
 from sdxl_finetune.config.training_options import LrOptions
 
 Findings = Iterator[tuple[str, str]]
@@ -124,8 +125,9 @@ def find_remarks(config: Config) -> Findings:
     if config.is_fused and config.max_grad_norm:
         message = "limits each tensor's gradient separately with fused_backward_pass, as in the reference"
         yield "max_grad_norm", f"{message}: 0 turns the limit off"
+    yield from timestep_remarks(config)
     if config.zero_terminal_snr and config.flow_model:
-        yield "zero_terminal_snr flow_model", "has no effect with flow_model, which always ends in pure noise"
+        yield "zero_terminal_snr", "has no effect with flow_model, which always ends in pure noise"
     elif config.zero_terminal_snr and not config.v_parameterization:
         message = "ends in pure noise, of which a noise prediction learns nothing"
         yield "zero_terminal_snr", f"{message}: set v_parameterization, or remove zero_terminal_snr"
@@ -222,11 +224,7 @@ def _training(config: Config) -> Findings:
         if getattr(config, option) and config.mixed_precision == "fp16":
             message = "cannot be used with fp16, which checks all gradients before a step: use bf16"
             yield f"{option} mixed_precision", message
-    first = 0 if config.min_timestep is None else config.min_timestep
-    end = 1000 if config.max_timestep is None else config.max_timestep
-    if first >= end:
-        options = "max_timestep min_timestep" if config.min_timestep is None else "min_timestep max_timestep"
-        yield options, f"no timestep is left: min_timestep, now {first}, must be below max_timestep, now {end}"
+    yield from timestep_problems(config)
 
 
 def _text_outputs(config: Config) -> Findings:

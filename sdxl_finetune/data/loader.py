@@ -70,8 +70,8 @@ class TrainingDataset(TorchDataset):
     read_masks: Callable[[Sequence[int], Sequence[bool]], np.ndarray] | None = None
     """Reads masks (k, h, w) of k rows of one bucket, mirrored or not. None: batches of images read their own masks."""
     draw_noise: DrawNoise
-    draw_timesteps: Callable[[Position, int], Tensor]
-    """Draws the timesteps of k images from position and k."""
+    draw_timesteps: Callable[[Position, int, int], Tensor]
+    """Draws the timesteps of k images from position, k and the pixels of each image."""
     seed: int
     max_steps: int
     """Optimizer steps of the whole run, of which `token_warmup_step` may be a share."""
@@ -118,6 +118,7 @@ class TrainingDataset(TorchDataset):
         if latents is not None and self.noise_latent_scale is not None:
             scaled, latents = latents * self.noise_latent_scale, latents[slots]
         noise, input_noise = self.draw_noise(position, shape, scaled)
+        timesteps = self.draw_timesteps(position, len(rows), bucket.width * bucket.height)
         batch = Batch(
             position=position,
             latents=latents,
@@ -125,7 +126,8 @@ class TrainingDataset(TorchDataset):
             encoding_noise=encoding_noise,
             noise=noise[slots],
             input_noise=None if input_noise is None else input_noise[slots],
-            timesteps=self.draw_timesteps(position, len(rows))[slots],
+            timesteps=timesteps[slots],
+            timesteps_of_ranks=tuple(timesteps.float().tolist()),
             tokens1=text.ids1 if isinstance(text, Tokens) else None,
             tokens2=text.ids2 if isinstance(text, Tokens) else None,
             token_weights=text.weights if isinstance(text, Tokens) else None,

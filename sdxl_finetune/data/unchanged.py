@@ -28,7 +28,7 @@ def no_noise(_position: Position, shape: tuple[int, int, int, int], _latents: Te
     return torch.zeros(shape), None
 
 
-def no_timesteps(_position: Position, count: int) -> Tensor:
+def no_timesteps(_position: Position, count: int, _pixels: int) -> Tensor:
     """Stands in for timesteps that nothing uses."""
     return torch.zeros(count, dtype=torch.int64)
 
@@ -42,7 +42,7 @@ def unchanged(
     training: TrainingDataset,
     *,
     draw_noise: DrawNoise = no_noise,
-    draw_timesteps: Callable[[Position, int], Tensor] = no_timesteps,
+    draw_timesteps: Callable[[Position, int, int], Tensor] = no_timesteps,
     seed: int = 0,
 ) -> TrainingDataset:
     """The images of the training dataset with captions and views that are not changed at random, for one rank alone."""

@@ -4,6 +4,7 @@ Modules:
 
     checkpoints, metadata   names, formats and metadata of saved weights
     log, trackers           metrics.jsonl, TensorBoard, wandb; log_history cuts a log back for a resumed run
+    histograms              counts of drawn timesteps
     previews, prompts       preview images
     colours                 mean, contrast and saturation of pictures
     contact_sheet           many images on one picture

@@ -31,6 +31,7 @@ from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.colours import Drift
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
+from sdxl_finetune.output.histograms import EDGES, PERIOD, TimestepCounts
 from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
@@ -70,6 +71,8 @@ class Step:
     """Number of images trained on, over all ranks."""
     data_wait_seconds: float
     """Seconds that this rank waited for its batches."""
+    timesteps: Sequence[float] = ()
+    """Timesteps of the step's images, over all ranks."""
 
     @property
     def number(self) -> int:
@@ -131,6 +134,7 @@ class Log:
         self._loss_sum = 0.0
         self._last_step = self._done = done
         self._steps = self._steps_per_epoch = 1
+        self._timesteps = TimestepCounts()
         self._first_epoch_at, self._epochs = 0, 1
         self._next_save: Callable[[int], int] | None = None
         self.stop_seen = False
@@ -233,6 +237,7 @@ class Log:
         A run that resumes from it cuts the log back to this point. Raises NonFiniteLoss.
         """
         self.flush()
+        self._write_histogram(step)
         for tracker in self._trackers:
             tracker.flush()
         if self._metrics and self._directory:
@@ -341,6 +346,9 @@ class Log:
             if (number - self._first_epoch_at) % self._steps_per_epoch == 0 or number == self._steps:
                 # Summed anew, because a run that was resumed within the epoch has a running sum of other rounding.
                 tracker.epoch_loss(math.fsum(self._losses) / len(self._losses), epoch, number)
+        self._timesteps.add(record.step.timesteps)
+        if number % PERIOD == 0 or number == self._steps:
+            self._write_histogram(number)
         if self._progress is not None:
             parts = [f"epoch {epoch}/{self._epochs}", f"avr_loss={mean_loss:.4g}"]
             parts += [f"images/s={record.images_per_second:.3g}"]
@@ -348,6 +356,15 @@ class Log:
                 parts += [f"next save in {counted(self._next_save(number) - number, 'step')}"]
             self._progress.set_postfix_str(", ".join(parts), refresh=False)
             self._progress.update(number - self._progress.n)
+
+    def _write_histogram(self, step: int) -> None:
+        """Writes the timesteps drawn since the last histogram, in a window that also ends at each save.
+
+        A run that resumes from a save then writes the histograms of an uninterrupted run.
+        """
+        if (counts := self._timesteps.take()) is not None:
+            for tracker in self._trackers:
+                tracker.histogram("timesteps", counts, EDGES, step)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -6,16 +6,21 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import toml
+from jaxtyping import Float64, Int64
 from PIL.Image import Image
 
 from sdxl_finetune.config import LoggingOptions
 from sdxl_finetune.errors import Problem, UserError
 
 DEFAULT_NAME = "finetuning"
+Counts: TypeAlias = Int64[np.ndarray, " n"]
+"""Number of values in each bar of a histogram."""
+Edges: TypeAlias = Float64[np.ndarray, " n+1"]
+"""Edges of the bars."""
 
 
 class Tracker(Protocol):
@@ -24,6 +29,8 @@ class Tracker(Protocol):
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
 
     def epoch_loss(self, loss: float, epoch: int, step: int) -> None: ...
+
+    def histogram(self, tag: str, counts: Counts, edges: Edges, step: int) -> None: ...
 
     def image(self, tag: str, image: Image, prompt: str, step: int) -> None: ...
 
@@ -86,6 +93,20 @@ class TensorBoard:
     def epoch_loss(self, loss: float, epoch: int, step: int) -> None:
         self._writer.add_scalar("loss/epoch", loss, epoch)
 
+    def histogram(self, tag: str, counts: Counts, edges: Edges, step: int) -> None:
+        middles = (edges[:-1] + edges[1:]) / 2
+        self._writer.add_histogram_raw(
+            tag,
+            min=edges[0],
+            max=edges[-1],
+            num=counts.sum(),
+            sum=counts @ middles,
+            sum_squares=counts @ middles**2,
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
     def image(self, tag: str, image: Image, prompt: str, step: int) -> None:
         self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
         if prompt:
@@ -134,6 +155,9 @@ class WeightsAndBiases:
     def epoch_loss(self, loss: float, epoch: int, step: int) -> None:
         # wandb accepts no step before the newest, so the loss of an epoch stands at the epoch's last step.
         self._run.log({"loss/epoch": loss, "epoch": epoch}, step=step)
+
+    def histogram(self, tag: str, counts: Counts, edges: Edges, step: int) -> None:
+        self._run.log({tag: self._wandb.Histogram(np_histogram=(counts, edges))}, step=step)
 
     def image(self, tag: str, image: Image, prompt: str, step: int) -> None:
         self._run.log({tag: self._wandb.Image(image, caption=prompt)}, step=step)

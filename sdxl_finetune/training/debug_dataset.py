@@ -80,7 +80,7 @@ def _draw(config: Config, index: Index, seed: int, accelerator: Accelerator) -> 
         read_latents=None,
         tokenize=tokenizer_of(config),
         draw_noise=partial(draw_noise, config, seed),
-        draw_timesteps=partial(draw_timesteps, config, config.objective, seed),
+        draw_timesteps=partial(draw_timesteps, config, seed),
         seed=seed,
         max_steps=steps,
     )

@@ -84,6 +84,7 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
     """Makes and yields optimizer steps. The positions of the batches say which micro-batches form a step."""
     config, accelerator, update = learner.config, learner.accelerator, learner.update
     loss, images, data_wait = torch.zeros((), device=accelerator.device), 0, 0.0
+    timesteps: list[float] = []
     meter = Meter(learner.parameters, accelerator.device)
     for waited, batch in timed(batches):
         position = batch.position
@@ -100,6 +101,7 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
                 accelerator.backward(update.loss_scale.scaled(micro_loss) if update.loss_scale else micro_loss)
             meter.add_losses(losses.detach(), batch.timesteps, batch.weights)
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
+            timesteps += batch.timesteps_of_ranks
             if not position.is_last_micro_batch:
                 continue
             norms = update.step()
@@ -117,9 +119,10 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
             stop_requested=stop_requested,
             lr=used_rates(update.optimizer, rates),
             images=images,
+            timesteps=timesteps,
             data_wait_seconds=data_wait,
         )
-        loss, images, data_wait = torch.zeros_like(loss), 0, 0.0
+        loss, images, data_wait, timesteps = torch.zeros_like(loss), 0, 0.0, []
 
 
 def timed(batches: Iterable[Batch]) -> Iterator[tuple[float, Batch]]:

@@ -186,7 +186,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         read_masks=masks.read if masks else None,
         read_text=text.read if text else None,
         draw_noise=partial(draw_noise, config, seed),
-        draw_timesteps=partial(draw_timesteps, config, config.objective, seed),
+        draw_timesteps=partial(draw_timesteps, config, seed),
         seed=seed,
         max_steps=timeline.steps,
         noise_latent_scale=None if config.adaptive_noise_scale is None else loaded.vae.config.scaling_factor,

@@ -47,7 +47,7 @@ def draw_validation_noise(
     return torch.from_numpy(np.stack(noise)), None
 
 
-def validation_timesteps(timesteps: Sequence[int], position: Position, images: int) -> Tensor:
+def validation_timesteps(timesteps: Sequence[int], position: Position, images: int, _pixels: int) -> Tensor:
     """The timestep of this position, for each image."""
     return torch.full((images,), timesteps[position.step])
 

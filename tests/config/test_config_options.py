@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sdxl_finetune.config import ColourOptions, Config, ImageWeightOptions, QualityOptions
+from sdxl_finetune.config import ColourOptions, Config, FlowOptions, ImageWeightOptions, QualityOptions
 from sdxl_finetune.config.fields import LR_SCHEDULES, ScheduleName, Shown, expected, kinds
-from sdxl_finetune.config.options import GROUPS
+from sdxl_finetune.config.options import GROUPS, to_toml
+from sdxl_finetune.config.reading import tomllib
 from sdxl_finetune.config.tag_options import TagReportOptions
 from sdxl_finetune.config.unsupported import FOREIGN, OFF, REFERENCE, is_off
 
@@ -20,7 +21,7 @@ TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
 OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters"}
 OURS |= {"no_memory", "metadata_columns", *QualityOptions.model_fields, *ImageWeightOptions.model_fields}
 OURS |= {"caption_sources", "caption_break", "caption_tag_dropout_groups", "protected_tags_file"}
-FORKS = {"flow_model"}
+FORKS = {"flow_model", *FlowOptions.model_fields}
 """Options of forks of the reference."""
 OURS |= FORKS | {"cache_dir_local", "cache_dir_local_gb", *ColourOptions.model_fields, *TagReportOptions.model_fields}
 
@@ -217,3 +218,22 @@ def test_lr_schedulers_are_those_that_work_in_the_reference(golden):
     for name in works:
         assert Config(lr_scheduler=name).lr_scheduler == name
     assert set(LR_SCHEDULES) == set(get_args(ScheduleName))
+
+
+@pytest.mark.parametrize(
+    ("values", "distribution"),
+    [
+        ({}, None),
+        ({"flow_model": True}, "logit_normal"),
+        ({"flow_model": True, "flow_timestep_distribution": ""}, "logit_normal"),
+        ({"flow_model": True, "flow_timestep_distribution": "uniform"}, "uniform"),
+        ({"laplace_timestep_sampling_mu": 0, "laplace_timestep_sampling_b": 3.0}, "laplace"),
+        ({"laplace_timestep_sampling_mu": 0.5, "laplace_timestep_sampling_b": ""}, None),
+    ],
+)
+def test_default_distribution_follows_the_objective_and_is_saved(values, distribution):
+    config = Config(**values)
+    assert config.flow_timestep_distribution == distribution
+    for changed_only in (False, True):
+        tables = tomllib.loads(to_toml(config, changed_only=changed_only))
+        assert Config(**{name: value for table in tables.values() for name, value in table.items()}) == config

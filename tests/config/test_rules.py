@@ -70,6 +70,10 @@ def test_needed_options_are_named():
         ({"min_timestep": 500, "max_timestep": 500}, "min_timestep"),
         ({"max_timestep": 1, "min_timestep": 1}, "min_timestep"),
         ({"min_timestep": 999}, None),
+        ({"flow_timestep_distribution": "laplace"}, "laplace_timestep_sampling_mu"),
+        ({"flow_timestep_distribution": "laplace", "laplace_timestep_sampling_mu": 0.0}, "laplace_timestep_sampling_b"),
+        ({"laplace_timestep_sampling_mu": 0.0, "laplace_timestep_sampling_b": 3.0}, None),
+        ({"flow_model": True, "flow_logit_mean": 1.0, "flow_uniform_static_ratio": 2.5}, None),
         ({"use_8bit_adam": True, "use_lion_optimizer": True}, "use_8bit_adam"),
         ({"use_8bit_adam": True, "optimizer_type": "AdamW"}, "use_8bit_adam"),
         ({"use_lion_optimizer": True, "optimizer_type": "AdamW"}, "use_lion_optimizer"),
@@ -223,7 +227,8 @@ cache_text_encoder_outputs cache_text_encoder_outputs_to_disk skip_cache_check c
 cache_dir_local cache_dir_local_gb
 max_train_epochs gradient_accumulation_steps seed optimizer_type use_8bit_adam use_lion_optimizer optimizer_args
 learning_rate train_text_encoder block_lr max_grad_norm lr_scheduler lr_scheduler_type lr_scheduler_args
-flow_model ema_decay ema_half_life colour_check_every_n_epochs
+flow_model flow_timestep_distribution flow_uniform_static_ratio stratified_timesteps
+ema_decay ema_half_life colour_check_every_n_epochs
 noise_offset multires_noise_iterations ip_noise_gamma min_timestep max_timestep v_parameterization loss_type
 min_snr_gamma v_pred_like_loss debiased_estimation_loss
 zero_terminal_snr scale_v_pred_loss_like_noise_pred adaptive_noise_scale
@@ -321,3 +326,25 @@ def test_one_remark_on_bucket_limits_without_effect():
         if name.endswith("bucket_reso")
     ]
     assert found == ["min_bucket_reso", "max_bucket_reso"], "and none about rounding"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"flow_timestep_distribution": "logit_normal"}, "flow_timestep_distribution changes"),
+        ({"flow_uniform_shift": True}, "flow_uniform_shift changes"),
+        ({"flow_timestep_distribution": "uniform"}, None),
+        ({"laplace_timestep_sampling_mu": 0.0, "laplace_timestep_sampling_b": 3.0}, None),
+        ({"stratified_timesteps": True}, None),
+    ],
+)
+def test_options_of_forks_flows_that_change_another_objective_are_named(values, said):
+    remark = remarks(**values).get("flow_model", "")
+    assert (said in remark) if said else not remark
+    assert "flow_model" not in remarks(flow_model=True, **values)
+
+
+def test_parameters_of_another_timestep_distribution_are_named():
+    assert "has no effect unless" in remarks(flow_model=True, flow_beta_alpha=2.0)["flow_beta_alpha"]
+    assert "flow_logit_mean" not in remarks(flow_model=True, flow_logit_mean=0.5)
+    assert "flow_logit_mean" in remarks(flow_logit_mean=0.5)

@@ -1,12 +1,14 @@
 """Batches are functions of the position: the same on any rank and in any number of data-loader workers."""
 
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,13 @@ import torch
 from torch import Tensor
 
 from sdxl_finetune.batch import Batch, Position, to_images
+from sdxl_finetune.config import Config
 from sdxl_finetune.data.batch_plan import MicroBatch, Plan, build_plan
 from sdxl_finetune.data.images import load_image, resize_and_crop
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import LoadedBatch, TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
+from sdxl_finetune.diffusion.timesteps import draw_timesteps as draw_timesteps_of_options
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.seeding import position_normal, position_rng
 
@@ -35,7 +39,7 @@ def draw_noise(position: Position, shape: tuple[int, ...], latents: Tensor | Non
     return noise, 0 * noise if latents is None else latents
 
 
-def draw_timesteps(position: Position, images: int) -> Tensor:
+def draw_timesteps(position: Position, images: int, _pixels: int) -> Tensor:
     rngs = [position_rng(1, "timestep", position.step, position.micro_batch, slot) for slot in range(images)]
     return torch.tensor([int(rng.integers(1000)) for rng in rngs])
 
@@ -83,6 +87,7 @@ def test_ranks_together_hold_the_micro_batch_of_a_single_rank(index: Index, rank
             assert torch.equal(rows(parts, name), getattr(alone, name))
         assert torch.equal(rows(parts, "crop_top_left"), alone.crop_top_left)
         assert torch.allclose(rows(parts, "weights"), alone.weights * ranks)
+        assert {part.timesteps_of_ranks for part in parts} == {tuple(alone.timesteps.tolist())}
         sizes = [int((part.weights > 0).sum()) for part in parts]
         assert sum(sizes) == len(micro_batch.rows) == alone.images_in_step and max(sizes) - min(sizes) <= 1
         assert all(len(part.weights) == max(size, 1) for part, size in zip(parts, sizes, strict=True))
@@ -292,3 +297,21 @@ def test_workers_that_are_ended_while_they_send_do_not_abort(cached: TrainingDat
     batches = load_batches(dataset, steps, workers=2, pin_memory=False, on_bad_image="stop")
     next(batches)
     batches.close()
+
+
+def test_ranks_share_stratified_timesteps_as_one_rank_has_them(index: Index) -> None:
+    """The pixels of a bucket reach the shift by resolution."""
+    options = {"flow_model": True, "stratified_timesteps": True, "flow_uniform_shift": True}
+    config = Config(**options, flow_timestep_distribution="uniform", flow_uniform_base_pixels=32 * 64)
+    draws = {"draw_timesteps": partial(draw_timesteps_of_options, config, 5)}
+    sizes = set()
+    for micro_batch in plan(index, ranks=2).micro_batches(0, 4):
+        alone = build(index, **draws)[micro_batch].batch
+        parts = [build(index, **draws, rank=rank, ranks=2)[micro_batch].batch for rank in range(2)]
+        assert torch.equal(rows(parts, "timesteps"), alone.timesteps)
+        t, count = alone.timesteps / 1000, len(alone.timesteps)
+        ratio = math.sqrt(alone.target_size[0].prod() / (32 * 64))
+        unshifted = t / (ratio - (ratio - 1) * t)
+        assert sorted((unshifted * count).ceil().tolist()) == list(range(1, count + 1))
+        sizes.add(ratio)
+    assert sizes == {math.sqrt(2)}

@@ -44,7 +44,7 @@ def batches(index: Index, steps: int) -> list:
         read_latents=None,
         tokenize=Tokenizer(max_token_length=None),
         draw_noise=lambda _position, shape, _latents: (torch.zeros(shape), None),
-        draw_timesteps=lambda _position, images: torch.zeros(images, dtype=torch.long),
+        draw_timesteps=lambda _position, images, _pixels: torch.zeros(images, dtype=torch.long),
         seed=5,
         max_steps=10,
     )

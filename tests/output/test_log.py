@@ -10,6 +10,7 @@ from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -78,6 +79,27 @@ def test_tensorboard_reads_the_references_tags(tmp_path: Path) -> None:
     (image,) = written.Images("sample_1")
     assert (image.step, image.width, image.height) == (6, 16, 8)
     assert b"a red picture" in written.Tensors("sample_1/prompt/text_summary")[0].tensor_proto.string_val
+
+
+def test_tensorboard_shows_the_timesteps_that_were_drawn(tmp_path: Path) -> None:
+    """One histogram after 100 steps, one at a save and one at the end, each of the timesteps since the one before."""
+    timesteps = [[float(7 * number % 1000), 1000.0] for number in range(130)]
+    with Log(Config(logging_dir=tmp_path), tmp_path, rank=0) as log:
+        log.begin(steps=130, steps_per_epoch=130)
+        for number in range(130):
+            log.record(step(number, loss=torch.ones(()), timesteps=timesteps[number]))
+            if number == 109:
+                log.note_save(110)
+    written = EventAccumulator(str(tmp_path / "finetuning"), size_guidance={"histograms": 0}).Reload()
+    histograms = written.Histograms("timesteps")
+    assert [histogram.step for histogram in histograms] == [100, 110, 130]
+    for histogram, (first, last) in zip(histograms, ((0, 100), (100, 110), (110, 130)), strict=True):
+        value = histogram.histogram_value
+        drawn = [number for pair in timesteps[first:last] for number in pair]
+        assert value.num == sum(value.bucket) == len(drawn)
+        counts, _ = np.histogram(drawn, [0.0, *value.bucket_limit])
+        assert counts.tolist() == value.bucket
+        assert value.sum == pytest.approx(sum(drawn), abs=10 * len(drawn))
 
 
 def test_metrics_are_a_json_object_a_step(tmp_path: Path) -> None:
