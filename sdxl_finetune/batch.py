@@ -73,6 +73,11 @@ class Batch:
     noise: Float32[Tensor, "k 4 h w"]
     input_noise: Float32[Tensor, "k 4 h w"] | None
     """Noise that is added to `noise` for the model's input only (`ip_noise_gamma`)."""
+    negative_latents: Float32[Tensor, "k 4 h w"] | None = None
+    """For each image the latents of another image, scaled as the U-Net sees them, for `contrastive_flow_matching`. None
+    without that option, and in a micro-batch of one image."""
+    negative_noise: Float32[Tensor, "k 4 h w"] | None = None
+    """Noise of the images of `negative_latents`."""
     timesteps: Num[Tensor, " k"]
     """0 to 999 in int64; those of a flow in float32, above 0 and up to 1000."""
     tokens1: Int64[Tensor, "k chunks 77"] | None = None

@@ -354,6 +354,8 @@ def _batch(config: Config, architecture: Architecture, shape: BatchShape, positi
         encoding_noise=None if config.cache_latents else latents,
         noise=latents,
         input_noise=latents if config.ip_noise_gamma else None,
+        negative_latents=latents if config.contrastive_flow_matching else None,
+        negative_noise=latents if config.contrastive_flow_matching else None,
         timesteps=torch.zeros(shape.images, dtype=torch.int64),
         original_size=sizes,
         crop_top_left=sizes,

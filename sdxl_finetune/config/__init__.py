@@ -25,6 +25,7 @@ from sdxl_finetune.config.output_options import (
     ResumeOptions,
     SavingOptions,
 )
+from sdxl_finetune.config.pairing_options import PairingOptions
 from sdxl_finetune.config.quality_options import ImageWeightOptions, QualityOptions
 from sdxl_finetune.config.training_options import (
     EmaOptions,
@@ -43,7 +44,7 @@ __all__ = [
     "EmaOptions", "FaultyConfig", "FlowOptions", "HardwareOptions", "HoldOutOptions", "HubOptions",
     "ImageWeightOptions",
     "LatentOptions", "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions",
-    "ModelOptions", "NoiseOptions", "OptimizerOptions", "PreviewOptions", "QualityOptions", "ResumeOptions",
+    "ModelOptions", "NoiseOptions", "OptimizerOptions", "PairingOptions", "PreviewOptions", "QualityOptions", "ResumeOptions",
     "SavingOptions", "Subset", "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models",
     "with_options",
 ]  # fmt: skip

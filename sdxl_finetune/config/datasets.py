@@ -224,7 +224,7 @@ def _subset(
         return None
     for key in ("color_aug", "random_crop"):
         if config.cache_latents and getattr(subset, key):
-            mistakes.add("cannot be used with cache_latents: keep one of them", f"{place}.{key}", True)
+            mistakes.add(f"cannot be used with {config.cached_for}: keep one of them", f"{place}.{key}", True)
     for key, message in _without_effect(subset, config):
         logger.warning("%s: %s.%s has no effect %s", mistakes.path, place, key, message)
     for key, message in mark_problems(subset, subset, subset):

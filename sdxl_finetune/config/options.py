@@ -18,6 +18,7 @@ from sdxl_finetune.config import (
     data_options,
     flow_options,
     output_options,
+    pairing_options,
     quality_options,
     tag_options,
     training_options,
@@ -45,6 +46,7 @@ class Config(
     training_options.EmaOptions,
     training_options.NoiseOptions,
     flow_options.FlowOptions,
+    pairing_options.PairingOptions,
     training_options.LossOptions,
     training_options.ValidationOptions,
     tag_options.TagReportOptions,
@@ -66,7 +68,7 @@ class Config(
         values = dict(values)
         if values.get("caption_extention"):
             values["caption_extension"] = values["caption_extention"]
-        if values.get("cache_latents_to_disk") is True:
+        if values.get("cache_latents_to_disk") is True or pairing_options.with_latents(values):
             values["cache_latents"] = True
         if values.get("cache_text_encoder_outputs_to_disk") is True:
             values["cache_text_encoder_outputs"] = True
@@ -79,6 +81,21 @@ class Config(
         if values.get("logging_dir") and not values.get("log_with"):
             values["log_with"] = "tensorboard"
         return values
+
+    @property
+    def with_latents(self) -> list[str]:
+        """Names of the options that are on and for which the data loader reads latents of other images."""
+        return pairing_options.with_latents(vars(self))
+
+    @property
+    def noise_needs_latents(self) -> bool:
+        """True if the noise of an image, or its loss, depends on latents of the images of all ranks."""
+        return self.adaptive_noise_scale is not None or bool(self.with_latents)
+
+    @property
+    def cached_for(self) -> str:
+        """Name of the option that a user changes so that latents are not cached."""
+        return [*self.with_latents, "cache_latents"][0]
 
     @property
     def cache_location(self) -> Location:

@@ -21,6 +21,7 @@ from sdxl_finetune.config.dataset import (
 )
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
 from sdxl_finetune.config.hub import AUTO, hub_problems, hub_remarks
+from sdxl_finetune.config.noise_rules import noise_problems, noise_remarks
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.timestep_rules import timestep_problems, timestep_remarks
 from sdxl_finetune.config.training_options import LrOptions
@@ -42,8 +43,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
 EXCLUDES = {
     "v_pred_like_loss": ("v_parameterization", "flow_model"),
     "flow_model": ("v_parameterization",),
-    "color_aug": ("cache_latents",),
-    "random_crop": ("cache_latents",),
     "use_8bit_adam": ("use_lion_optimizer", "optimizer_type"),
     "use_lion_optimizer": ("optimizer_type",),
     "full_fp16": ("full_bf16",),
@@ -88,13 +87,11 @@ def find_conflicts(config: Config) -> Findings:
         for other in others:
             if getattr(config, option) and not getattr(config, other):
                 yield f"{option} {other}", f"needs {other}: set {other}, or remove {option}"
-    if config.adaptive_noise_scale and not config.cache_latents:
-        message = "needs cache_latents: the noise of a step is drawn before its images are encoded"
-        yield "adaptive_noise_scale cache_latents", f"{message}. Set cache_latents, or remove adaptive_noise_scale"
     for option, others in EXCLUDES.items():
         for other in others:
             if getattr(config, option) and getattr(config, other):
                 yield f"{option} {other}", f"cannot be used with {other}: keep one of them"
+    yield from noise_problems(config)
     yield from _training(config)
     yield from _text_outputs(config)
     yield from schedule_problems(config)
@@ -131,6 +128,7 @@ def find_remarks(config: Config) -> Findings:
     elif config.zero_terminal_snr and not config.v_parameterization:
         message = "ends in pure noise, of which a noise prediction learns nothing"
         yield "zero_terminal_snr", f"{message}: set v_parameterization, or remove zero_terminal_snr"
+    yield from noise_remarks(config)
     yield from _rate_remarks(config)
     for option in ("initial_step", "initial_epoch"):
         if config.resume and getattr(config, option):

@@ -75,6 +75,10 @@ class LossOptions(Options):
     """Train the model to predict velocity. Off: to predict noise."""
     flow_model: bool = False
     """Train the model as a rectified flow, to predict noise minus latents. Of forks of sd-scripts."""
+    contrastive_flow_matching: bool = False
+    """Push predictions off the targets of other images. Turns on `cache_latents`. Of forks of sd-scripts."""
+    cfm_lambda: Annotated[float, OnlyWith("contrastive_flow_matching")] = Field(0.05, ge=0, lt=1)
+    """Share of the loss against another image's target that is subtracted. Of forks of sd-scripts."""
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = "l2"
     """Distance between prediction and target."""
     huber_schedule: Annotated[Literal["constant", "exponential", "snr"], HUBER] = "snr"

@@ -109,21 +109,25 @@ HONOURED = {
     "validation_every_n_step": "validate_every_n_steps",
     "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
 }
+_IMMISCIBLE = (
+    "it mixes noise by the alphas of single steps, which gives inputs nearly without noise at every timestep."
+    " immiscible_noise pairs noise and keeps the noise schedule: remove immiscible_diffusion"
+)
 FOREIGN_REFUSED = {
+    "immiscible_diffusion": _IMMISCIBLE,
     "network_module": "this is a LoRA config, but this program trains the whole model: use a config without it",
     "additional_parameters": "write each of these options as a key of its own",
     "token_string init_word num_vectors_per_token": "this is a config for textual inversion: remove it",
     "perlin_noise optimizer_schedulefree_wrapper": _FORK,
-    "flow_use_ot": _FORK,
-    "contrastive_flow_matching cfm_lambda vae_custom_scale vae_custom_shift": _FORK,
+    "vae_custom_scale vae_custom_shift": _FORK,
     "vae_reflection_padding use_zero_cond freeze_unet_blocks": _FORK,
-    "edm2_loss_weighting immiscible_noise immiscible_diffusion soft_min_snr_gamma": _FORK,
+    "edm2_loss_weighting soft_min_snr_gamma": _FORK,
     "min_snr_gamma_mix_debiased": _FORK,
     "loss_multiplier loss_multipler loss_scale multires_noise_scaling stochastic_accumulation": _FORK,
     "ip_noise_gamma_scaling sangoi_loss_modifier fourier_loss use_log_norm_timesteps": _FORK,
     "vae_type latent_channels disable_cross_attn_mask use_zero_cond_dropout": _FORK,
     "adaptive_loss_weighting adaptive_loss_model_path use_kahan_summation skip_image_resolution": _FORK,
-    "knn_noise_k cwmi_lambda masked_min reg_min_timestep reg_max_timestep": _FORK,
+    "cwmi_lambda masked_min reg_min_timestep reg_max_timestep": _FORK,
 }
 OFF: dict[str, tuple[object, ...]] = {"clip_skip": (1, 2), "zero_stage": (2,)}
 """Values that switch an option off, besides false, 0 and the empty text."""

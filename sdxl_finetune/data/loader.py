@@ -77,6 +77,8 @@ class TrainingDataset(TorchDataset):
     """Optimizer steps of the whole run, of which `token_warmup_step` may be a share."""
     noise_latent_scale: float | None = None
     """Factor by which `draw_noise` wants the cached latents of all ranks multiplied. None: it needs no latents."""
+    contrastive: bool = False
+    """Add latents and noise of another image to each image. Needs `noise_latent_scale`."""
     pixels_per_latent: int = 8
     rank: int = 0
     ranks: int = 1
@@ -119,6 +121,8 @@ class TrainingDataset(TorchDataset):
             scaled, latents = latents * self.noise_latent_scale, latents[slots]
         noise, input_noise = self.draw_noise(position, shape, scaled)
         timesteps = self.draw_timesteps(position, len(rows), bucket.width * bucket.height)
+        # The image in the slot before, as in forks. The order of images is random, and it is the same for any ranks.
+        others = [slot - 1 for slot in slots] if self.contrastive and len(rows) > 1 else None
         batch = Batch(
             position=position,
             latents=latents,
@@ -126,6 +130,8 @@ class TrainingDataset(TorchDataset):
             encoding_noise=encoding_noise,
             noise=noise[slots],
             input_noise=None if input_noise is None else input_noise[slots],
+            negative_latents=None if others is None or scaled is None else scaled[others],
+            negative_noise=None if others is None else noise[others],
             timesteps=timesteps[slots],
             timesteps_of_ranks=tuple(timesteps.float().tolist()),
             tokens1=text.ids1 if isinstance(text, Tokens) else None,

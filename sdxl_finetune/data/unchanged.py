@@ -54,6 +54,7 @@ def unchanged(
         seed=seed,
         max_steps=1,
         noise_latent_scale=None,
+        contrastive=False,
         rank=0,
         ranks=1,
     )

@@ -5,6 +5,7 @@ Modules:
     objective     the three objectives: input, target, and the latents that follow from a prediction
     schedule      how much signal and noise the input has at a timestep
     noise         draws the noise (offset, multires and input noise)
+    pairing       gives each image the noise that it is trained with
     timesteps     draws the timesteps
     loss          the loss of each element
     loss_weights  the weight of each image's loss, by its timestep

@@ -3,6 +3,13 @@
     x_t = alpha_t x_0 + sigma_t e                  (objective.py)
     loss_i = weight(t_i) mean mask_i (target_i - model(x_t, t_i, caption_i, sizes_i))^2
 
+With `contrastive_flow_matching`, the loss of the same prediction against the target of another image is subtracted
+(Stoica et al., arXiv 2506.05350, equation 4):
+
+    loss_i = weight(t_i) mean mask_i (d(prediction_i, target_i) - cfm_lambda d(prediction_i, target_j))
+
+d is the loss of `loss_type`. target_j has the latents and the noise of image j and the timestep of image i.
+
 The mean is over all pixels, also over those that the mask hides, as in the reference (golden loss.json: masked_loss).
 All random numbers are in the batch. The loss is therefore a plain function of weights and batch.
 """
@@ -38,6 +45,9 @@ def image_losses(
     )
     threshold = huber_threshold(options, objective.schedule, timesteps)
     losses = elementwise_loss(prediction, target, options.loss_type, threshold)
+    if batch.negative_latents is not None and batch.negative_noise is not None:
+        negative = objective.target(batch.negative_latents, batch.negative_noise, timesteps)
+        losses = losses - options.cfm_lambda * elementwise_loss(prediction, negative, options.loss_type, threshold)
     if batch.mask is not None:
         losses = losses * batch.mask[:, None]
     return losses.mean(dim=(1, 2, 3)) * loss_weight(options, objective, timesteps)

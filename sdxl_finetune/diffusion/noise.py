@@ -27,19 +27,45 @@ def draw_noise(
     position: Position,
     shape: tuple[int, int, int, int],
     latents: Float[Tensor, "k c h w"] | None = None,
+    slots: Sequence[int] | None = None,
 ) -> tuple[Float32[Tensor, "k c h w"], Float32[Tensor, "k c h w"] | None]:
     """Draws the noise of k images, and the input noise of `ip_noise_gamma`, or None without that option.
 
-    The model learns to predict the noise. The input noise is added to it for the model's input only: Ning et al., Input
-    Perturbation Reduces Exposure Bias in Diffusion Models, arXiv 2301.11706, algorithm 1.
+    `shape` is (k, channels, height, width), where k counts the images of all ranks. `slots` says whose random numbers
+    each image is given, by default its own. Everything else is as in `mix_noise`.
+    """
+    slots = range(shape[0]) if slots is None else slots
+    return mix_noise(options, seed, position, draw_base(seed, position, shape, slots), latents, slots)
 
-    `shape` is (k, channels, height, width), where k counts the images of all ranks. `latents` are needed if
-    `adaptive_noise_scale` is set, and are multiplied by the VAE's scaling factor. Image i has the same noise whatever k
-    is. The exception is multires noise, which is divided by the standard deviation of all
+
+def draw_base(
+    seed: int, position: Position, shape: tuple[int, int, int, int], slots: Sequence[int] | None = None
+) -> Float32[Tensor, "k c h w"]:
+    """Draws the standard normal noise of k images, without anything that the options add."""
+    return _draw_normal(seed, "noise", position, shape, range(shape[0]) if slots is None else slots)
+
+
+def mix_noise(
+    options: NoiseOptions,
+    seed: int,
+    position: Position,
+    base: Float32[Tensor, "k c h w"],
+    latents: Float[Tensor, "k c h w"] | None = None,
+    slots: Sequence[int] | None = None,
+) -> tuple[Float32[Tensor, "k c h w"], Float32[Tensor, "k c h w"] | None]:
+    """Adds to standard normal noise what the options ask for. Returns the noise and the input noise, or None for it.
+
+    The model learns to predict the noise, or a target that is computed from it. The input noise is added to it for the
+    model's input only: Ning et al., Input Perturbation Reduces Exposure Bias in Diffusion Models, arXiv 2301.11706,
+    algorithm 1.
+
+    `latents` are needed if `adaptive_noise_scale` is set, and are scaled as the U-Net sees them. Image i has the same
+    noise whatever k is. The exception is multires noise, which is divided by the standard deviation of all
     k images. A random strength is one number for the micro-batch, as in the reference.
     """
-    place = position.step, position.micro_batch
-    base = noise = _draw_normal(seed, "noise", position, shape)
+    shape, place = tuple(base.shape), (position.step, position.micro_batch)
+    slots = range(len(base)) if slots is None else slots
+    noise = base
     if options.noise_offset:
         offset = options.noise_offset
         if options.noise_offset_random_strength:
@@ -48,7 +74,7 @@ def draw_noise(
         if options.adaptive_noise_scale is not None:
             assert latents is not None, "adaptive_noise_scale needs the latents"
             strength = adaptive_offset(latents, offset, options.adaptive_noise_scale)
-        channel_noise = _draw_normal(seed, "noise offset", position, (*shape[:2], 1, 1))
+        channel_noise = _draw_normal(seed, "noise offset", position, (*shape[:2], 1, 1), slots)
         noise = offset_noise(noise, channel_noise, strength)
     if options.multires_noise_iterations:
         rng = position_rng(seed, "multires sizes", *place)
@@ -57,14 +83,14 @@ def draw_noise(
         # A multiple of the base has the same distribution and needs half of the random numbers.
         layers = [(2**0.5 - 1) * base]
         for level, size in enumerate(multires_sizes(*shape[2:], divisors)[1:], start=1):
-            layers.append(_draw_normal(seed, f"multires layer {level}", position, (*shape[:2], *size)))
+            layers.append(_draw_normal(seed, f"multires layer {level}", position, (*shape[:2], *size), slots))
         noise = multires_noise(noise, layers, options.multires_noise_discount)
     if not options.ip_noise_gamma:
         return noise, None
     gamma = options.ip_noise_gamma
     if options.ip_noise_gamma_random_strength:
         gamma *= position_rng(seed, "input noise strength", *place).random()
-    return noise, _draw_normal(seed, "input noise", position, shape) * gamma
+    return noise, _draw_normal(seed, "input noise", position, shape, slots) * gamma
 
 
 def offset_noise(
@@ -117,7 +143,8 @@ def multires_noise(
     return total.div_(total.std())
 
 
-def _draw_normal(seed: int, purpose: str, position: Position, shape: tuple[int, ...]) -> Float32[Tensor, "k c h w"]:
-    slots = range(shape[0])
+def _draw_normal(
+    seed: int, purpose: str, position: Position, shape: tuple[int, ...], slots: Sequence[int]
+) -> Float32[Tensor, "k c h w"]:
     place = position.step, position.micro_batch
     return torch.from_numpy(np.stack([position_normal(shape[1:], seed, purpose, *place, slot) for slot in slots]))

@@ -26,7 +26,7 @@ from sdxl_finetune.data.kept_files import publish_index, remove_unused
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.mount_points import with_folders_of_this_machine
 from sdxl_finetune.data.tokens import Tokenizer
-from sdxl_finetune.diffusion.noise import draw_noise
+from sdxl_finetune.diffusion.pairing import draw_paired_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps
 from sdxl_finetune.errors import Problems, counted
 from sdxl_finetune.files import size_text
@@ -185,11 +185,12 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         tokenize=tokenizer,
         read_masks=masks.read if masks else None,
         read_text=text.read if text else None,
-        draw_noise=partial(draw_noise, config, seed),
+        draw_noise=partial(draw_paired_noise, config, config, seed),
         draw_timesteps=partial(draw_timesteps, config, seed),
         seed=seed,
         max_steps=timeline.steps,
-        noise_latent_scale=None if config.adaptive_noise_scale is None else loaded.vae.config.scaling_factor,
+        noise_latent_scale=loaded.vae.config.scaling_factor if config.noise_needs_latents else None,
+        contrastive=config.contrastive_flow_matching,
         pixels_per_latent=pixels_per_latent(loaded.vae),
         rank=accelerator.process_index,
         ranks=ranks,
