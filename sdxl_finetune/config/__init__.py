@@ -38,13 +38,13 @@ from sdxl_finetune.config.training_options import (
     OptimizerOptions,
     ValidationOptions,
 )
+from sdxl_finetune.config.weight_options import LearnedWeightOptions
 
 __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "ColourOptions", "Config", "DataOptions", "Dataset",
     "EmaOptions", "FaultyConfig", "FlowOptions", "HardwareOptions", "HoldOutOptions", "HubOptions",
-    "ImageWeightOptions",
-    "LatentOptions", "LengthOptions", "LoggingOptions", "LossOptions", "LrOptions", "MaskOptions", "MetadataOptions",
-    "ModelOptions", "NoiseOptions", "OptimizerOptions", "PairingOptions", "PreviewOptions", "QualityOptions", "ResumeOptions",
-    "SavingOptions", "Subset", "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models",
-    "with_options",
+    "ImageWeightOptions", "LatentOptions", "LearnedWeightOptions", "LengthOptions", "LoggingOptions", "LossOptions",
+    "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions", "NoiseOptions", "OptimizerOptions", "PairingOptions",
+    "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset", "ValidationOptions", "load_config",
+    "load_datasets", "to_toml", "with_local_models", "with_options",
 ]  # fmt: skip

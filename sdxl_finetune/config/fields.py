@@ -169,8 +169,11 @@ NEXT_ARGUMENT = re.compile(r"[\s,]+(?=[A-Za-z_]\w*\s*=)")
 def _arguments(value: object) -> object:
     """Returns a dictionary of texts `name=value`. Each value is a Python literal, as in the reference.
 
-    One text may hold several arguments, separated by spaces or commas. The reference fails on such a text.
+    One text may hold several arguments, separated by spaces or commas. The reference fails on such a text. A text may
+    also be a Python dictionary, as in `edm2_loss_weighting_optimizer_args` of forks.
     """
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = ast.literal_eval(value.strip())
     if isinstance(value, dict):
         return value
     texts = [value] if isinstance(value, str) else value

@@ -22,6 +22,7 @@ from sdxl_finetune.config import (
     quality_options,
     tag_options,
     training_options,
+    weight_options,
 )
 from sdxl_finetune.config.fields import Options, plain
 from sdxl_finetune.storage import Address, LocalCopies, Location
@@ -48,6 +49,7 @@ class Config(
     flow_options.FlowOptions,
     pairing_options.PairingOptions,
     training_options.LossOptions,
+    weight_options.LearnedWeightOptions,
     training_options.ValidationOptions,
     tag_options.TagReportOptions,
     training_options.HardwareOptions,

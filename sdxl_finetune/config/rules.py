@@ -43,6 +43,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 EXCLUDES = {
     "v_pred_like_loss": ("v_parameterization", "flow_model"),
     "flow_model": ("v_parameterization",),
+    "min_snr_gamma": ("soft_min_snr_gamma",),
     "use_8bit_adam": ("use_lion_optimizer", "optimizer_type"),
     "use_lion_optimizer": ("optimizer_type",),
     "full_fp16": ("full_bf16",),
@@ -50,6 +51,11 @@ EXCLUDES = {
     "tag_report_tags": ("tag_report_tags_file", "tag_report_min_images"),
     "tag_report_tags_file": ("tag_report_min_images",),
 }
+FIXED_WEIGHTS = (
+    *("min_snr_gamma", "soft_min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"),
+    *("debiased_estimation_loss", "loss_multiplier"),
+)
+"""Options that weight the loss by a fixed function of the timestep."""
 ANY_BYTES = (
     *("train_data_dir", "reg_data_dir", "in_json", "dataset_config", "sample_prompts", "protected_tags_file"),
     *("image_weights", "quality_scores", "tag_report_tags_file"),
@@ -129,6 +135,10 @@ def find_remarks(config: Config) -> Findings:
         message = "ends in pure noise, of which a noise prediction learns nothing"
         yield "zero_terminal_snr", f"{message}: set v_parameterization, or remove zero_terminal_snr"
     yield from noise_remarks(config)
+    for option in FIXED_WEIGHTS if config.edm2_loss_weighting else ():
+        if getattr(config, option):
+            message = "has hardly any effect with edm2_loss_weighting, whose learned weights cancel it"
+            yield option, f"{message}: keep one of them"
     yield from _rate_remarks(config)
     for option in ("initial_step", "initial_epoch"):
         if config.resume and getattr(config, option):

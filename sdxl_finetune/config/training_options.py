@@ -89,6 +89,10 @@ class LossOptions(Options):
     """Factor of that threshold. The `snr` schedule ignores it."""
     min_snr_gamma: float | None = Field(None, ge=0)
     """Limit of the signal-to-noise ratio in the loss weight (Hang et al., arXiv 2303.09556). Usual: 5. 0: off."""
+    soft_min_snr_gamma: float | None = Field(None, ge=0)
+    """The same with a smooth limit (Crowson et al., arXiv 2401.11605). Usual: 5. 0: off. Of forks of sd-scripts."""
+    loss_multiplier: float | None = Field(None, ge=0)
+    """Factor of every loss. 0: off. Of forks of sd-scripts."""
     scale_v_pred_loss_like_noise_pred: bool = False
     """Weight the velocity loss like a noise loss. Needs `v_parameterization`."""
     v_pred_like_loss: float | None = None

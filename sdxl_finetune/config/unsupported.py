@@ -23,6 +23,10 @@ _IGNORED = "the reference's SDXL trainer ignores it too"
 _LORA = "it belongs to LoRA training, but this program trains the whole model"
 _OTHER_MODELS = "it belongs to models other than SDXL"
 _FORK = "it belongs to a fork of sd-scripts and changes what is trained, but this program does not have it: remove it"
+_LEARNED = (
+    "learned loss weights are part of a training state and come back with resume; a new run learns them anew, and the"
+    " network of forks has another input: remove it"
+)
 
 NO_EFFECT = {
     "lowram highvram": "models are always loaded to the device that uses them",
@@ -100,6 +104,9 @@ FOREIGN_NO_EFFECT = {
     "blockwise_fused_optimizers cpu_offload_checkpointing single_blocks_to_swap": _OTHER_MODELS,
     "double_blocks_to_swap mem_eff_save show_timesteps show_timesteps_resolution vae_chunk_size": _OTHER_MODELS,
     "enable_scaled_pos_embed pos_emb_random_crop_rate model_type llm_adapter_path": _OTHER_MODELS,
+    "edm2_loss_weighting_generate_graph": "the log always shows the curve of learned loss weights",
+    "edm2_loss_weighting_generate_graph_output_dir": "the log holds the pictures of learned loss weights",
+    "edm2_loss_weighting_generate_graph_y_limit": "the picture of learned loss weights fits its axis to the curve",
     "use_flash_attn use_sage_attn unsloth_offload_checkpointing system_prompt": _OTHER_MODELS,
 }
 HONOURED = {
@@ -108,6 +115,8 @@ HONOURED = {
     "skip_latents_validity_check": "skip_cache_check",
     "validation_every_n_step": "validate_every_n_steps",
     "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
+    "loss_multipler": "loss_multiplier",
+    "adaptive_loss_weighting": "edm2_loss_weighting",
 }
 _IMMISCIBLE = (
     "it mixes noise by the alphas of single steps, which gives inputs nearly without noise at every timestep."
@@ -121,12 +130,16 @@ FOREIGN_REFUSED = {
     "perlin_noise optimizer_schedulefree_wrapper": _FORK,
     "vae_custom_scale vae_custom_shift": _FORK,
     "vae_reflection_padding use_zero_cond freeze_unet_blocks": _FORK,
-    "edm2_loss_weighting soft_min_snr_gamma": _FORK,
+    "edm2_loss_weighting_initial_weights adaptive_loss_model_path": _LEARNED,
+    "edm2_loss_weighting_laplace": _FORK,
+    "edm2_loss_weighting_importance_weighting edm2_loss_weighting_importance_weighting_max": _FORK,
+    "edm2_loss_weighting_importance_min_snr_gamma edm2_loss_weighting_importance_weighting_safety_override": _FORK,
+    "use_soft_min_snr": "it is a switch of SimpleTuner: use soft_min_snr_gamma, which needs a number, as 5",
     "min_snr_gamma_mix_debiased": _FORK,
-    "loss_multiplier loss_multipler loss_scale multires_noise_scaling stochastic_accumulation": _FORK,
+    "loss_scale multires_noise_scaling stochastic_accumulation": _FORK,
     "ip_noise_gamma_scaling sangoi_loss_modifier fourier_loss use_log_norm_timesteps": _FORK,
     "vae_type latent_channels disable_cross_attn_mask use_zero_cond_dropout": _FORK,
-    "adaptive_loss_weighting adaptive_loss_model_path use_kahan_summation skip_image_resolution": _FORK,
+    "use_kahan_summation skip_image_resolution": _FORK,
     "cwmi_lambda masked_min reg_min_timestep reg_max_timestep": _FORK,
 }
 OFF: dict[str, tuple[object, ...]] = {"clip_skip": (1, 2), "zero_stage": (2,)}

@@ -9,5 +9,6 @@ Modules:
     timesteps     draws the timesteps
     loss          the loss of each element
     loss_weights  the weight of each image's loss, by its timestep
+    learned_weights    the network that learns such weights, and its loss
     image_loss    all of these together: the loss of each image of a batch
 """

@@ -15,10 +15,12 @@ from sdxl_finetune.config import LossOptions
 from sdxl_finetune.diffusion.objective import Objective
 
 LARGEST_SNR = 1000.0
-"""Upper bound of the SNR in all formulas but min-SNR's, as in the reference."""
+"""Upper bound of the SNR in all formulas but those of min-SNR and soft min-SNR, as in the reference."""
 UNWEIGHTED = {
     "loss_type": "l2",
     "min_snr_gamma": None,
+    "soft_min_snr_gamma": None,
+    "loss_multiplier": None,
     "debiased_estimation_loss": False,
     "scale_v_pred_loss_like_noise_pred": False,
     "v_pred_like_loss": None,
@@ -35,13 +37,16 @@ def loss_weight(options: LossOptions, objective: Objective, timesteps: Num[Tenso
     weight = torch.ones_like(snr)
     if options.min_snr_gamma:
         weight = weight * min_snr_weight(snr, options.min_snr_gamma, objective)
+    if options.soft_min_snr_gamma:
+        weight = weight * soft_min_snr_weight(snr, options.soft_min_snr_gamma, objective)
     if options.scale_v_pred_loss_like_noise_pred:
         weight = weight * noise_like_weight(snr)
     if options.v_pred_like_loss:
         weight = weight * (1 + options.v_pred_like_loss / noise_like_weight(snr))
     if options.debiased_estimation_loss:
         weight = weight * debiased_weight(snr, objective)
-    return torch.where(snr > 0, weight, 1.0)
+    weight = torch.where(snr > 0, weight, 1.0)
+    return weight * options.loss_multiplier if options.loss_multiplier else weight
 
 
 def min_snr_weight(snr: Float32[Tensor, " k"], gamma: float, objective: Objective) -> Float32[Tensor, " k"]:
@@ -51,6 +56,17 @@ def min_snr_weight(snr: Float32[Tensor, " k"], gamma: float, objective: Objectiv
     Source: Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556, section 3.4.
     """
     return snr.clamp(max=gamma) / objective.rules.error_ratio(snr)
+
+
+def soft_min_snr_weight(snr: Float32[Tensor, " k"], gamma: float, objective: Objective) -> Float32[Tensor, " k"]:
+    """1 / (1 / SNR + 1 / gamma) times the squared error of x_0, as a weight of the squared error of the prediction.
+
+    It is min(SNR, gamma) without the kink: half of gamma where the SNR is gamma, and never above either of them.
+    noise: gamma / (SNR + gamma); velocity and flow: SNR gamma / (SNR + gamma), divided by SNR + 1 or (1 + sqrt(SNR))^2.
+    Source: Crowson et al., Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers,
+    arXiv 2401.11605, section on the loss weighting, where 1 / SNR is sigma^2. A fork squares the SNR there.
+    """
+    return gamma / (1 + gamma / snr) / objective.rules.error_ratio(snr)
 
 
 def noise_like_weight(snr: Float32[Tensor, " k"]) -> Float32[Tensor, " k"]:

@@ -7,6 +7,7 @@ Modules:
     histograms              counts of drawn timesteps
     previews, prompts       preview images
     colours                 mean, contrast and saturation of pictures
+    curve                   the picture of a curve
     contact_sheet           many images on one picture
     console                 messages on the terminal
     uploads, hub, hub_process           Hugging Face hub: queue of uploads, one call, the process that makes it

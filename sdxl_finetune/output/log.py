@@ -30,6 +30,7 @@ from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.colours import Drift
 from sdxl_finetune.output.contact_sheet import contact_sheet
+from sdxl_finetune.output.curve import draw_curve
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
 from sdxl_finetune.output.histograms import EDGES, PERIOD, TimestepCounts
 from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
@@ -285,6 +286,16 @@ class Log:
         figures |= {f"drawn/{drift.name}": drift.drawn for drift in drifts}
         figures |= {f"images/{drift.name}": drift.expected for drift in drifts}
         self._measured("colours", figures, step, epoch)
+
+    def loss_weights(self, curve: Mapping[float, float], *, step: int, epoch: int) -> None:
+        """Writes learned loss weights by timestep after `step` steps, and shows their curve."""
+        if self._metrics:
+            weights = {f"t{timestep:05.1f}": weight for timestep, weight in curve.items()}
+            self._metrics.write(json.dumps({"step": step, "epoch": epoch, "loss_weights": weights}) + "\n")
+        if self._trackers:
+            picture = draw_curve(curve, f"learned loss weights by timestep after {counted(step, 'step')}")
+            for tracker in self._trackers:
+                tracker.image("loss_weights", picture, "", step)
 
     def close(self, reason: str) -> None:
         """Writes all pending scalars and why the run ended. A second call does nothing."""

@@ -57,8 +57,8 @@ def last_losses(directory: Path, count: int) -> list[float]:
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as file:
-        # Besides its own line, a step has at most one line each of validation, tags and colours.
-        rows = [json.loads(line) for line in file.readlines()[-4 * count - 4 :]]
+        # Besides its own line, a step has at most one line each of validation, tags, colours and loss weights.
+        rows = [json.loads(line) for line in file.readlines()[-5 * count - 5 :]]
     return [row["loss"] for row in rows if "loss" in row][-count:]
 
 

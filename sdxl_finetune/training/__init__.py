@@ -5,10 +5,12 @@ Modules:
     checks      everything that can be checked before weights and pixels are read, all mistakes at once
     setup       builds a run from a config
     learner     model, optimizer and schedules that a training step uses
+    learned_weights    the network of learned loss weights, its optimizer and its state
     loop        the training loop
     hooks       previews, validation and saves
     every, saves    when a hook is due, and under which name something is saved
     state, optimizer_state, resume, stored_saves    training states, also in a store, and continuing from them
+    restoring        gives a learner what a training state holds
     stage            the stages of training, for the metadata of checkpoints
     debug_dataset    draws the first batches instead of training
     validation, vae_encoder    the validation loss, and the VAE for the latent cache

@@ -22,6 +22,7 @@ from sdxl_finetune.config import (
     HoldOutOptions,
     ImageWeightOptions,
     LatentOptions,
+    LearnedWeightOptions,
     LrOptions,
     MaskOptions,
     OptimizerOptions,
@@ -50,6 +51,7 @@ from sdxl_finetune.output.metadata import load_thumbnail
 from sdxl_finetune.output.prompts import Prompt, load_prompts
 from sdxl_finetune.runtime.processes import check_precision
 from sdxl_finetune.tag_report.choice import Choice, choose
+from sdxl_finetune.training.learned_weights import check_learned_weights
 
 OPTIMIZER = {*OptimizerOptions.model_fields, "mixed_precision", "full_bf16"}
 SOURCES = {"train_data_dir", "reg_data_dir", "in_json", "dataset_config"}
@@ -130,6 +132,8 @@ def read_inputs(
     if intact(*OPTIMIZER):
         problems.attempt(check_optimizer, config, device, model.groups if model else ())
         problems.attempt(check_update, config, device)
+    if intact(*LearnedWeightOptions.model_fields):
+        problems.attempt(check_learned_weights, config, device)
     index, choice = _read_images(config, problems, share, faulty), None
     if index is not None and config.tag_report_every_n_epochs and intact(*TagReportOptions.model_fields):
         choice = problems.attempt(choose, config, index)

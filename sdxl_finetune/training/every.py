@@ -7,7 +7,14 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sdxl_finetune.config import ColourOptions, PreviewOptions, ResumeOptions, SavingOptions, ValidationOptions
+from sdxl_finetune.config import (
+    ColourOptions,
+    LearnedWeightOptions,
+    PreviewOptions,
+    ResumeOptions,
+    SavingOptions,
+    ValidationOptions,
+)
 from sdxl_finetune.config.tag_options import TagReportOptions
 from sdxl_finetune.data.batch_plan import Plan
 from sdxl_finetune.errors import counted
@@ -141,6 +148,12 @@ def colours_every(options: ColourOptions) -> Every:
     epochs, steps = options.colour_check_every_n_epochs, options.colour_check_every_n_steps
     is_on = bool(epochs or steps)
     return Every(steps=None if epochs else steps, epochs=epochs, at_start=is_on, at_end=is_on)
+
+
+def weights_every(options: LearnedWeightOptions) -> Every:
+    """When the curve of learned loss weights is drawn: after the last step, and every N steps; never without them."""
+    is_on = options.edm2_loss_weighting
+    return Every(steps=options.edm2_loss_weighting_generate_graph_every_x_steps if is_on else None, at_end=is_on)
 
 
 def reports_every(options: TagReportOptions) -> Every:

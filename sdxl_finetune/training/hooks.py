@@ -22,7 +22,7 @@ from sdxl_finetune.output.checkpoints import Save, overwritten
 from sdxl_finetune.output.metadata import build_metadata
 from sdxl_finetune.output.previews import PreviewModel, draw_previews
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts, with_size
-from sdxl_finetune.training.every import Moment, colours_every, previews_every, validation_every
+from sdxl_finetune.training.every import Moment, colours_every, previews_every, validation_every, weights_every
 from sdxl_finetune.training.optimizer_state import collect_optimizer_state
 from sdxl_finetune.training.resume import Start
 from sdxl_finetune.training.saves import STATE_SUFFIX, checkpoints_due, final_state, states_due
@@ -126,6 +126,16 @@ def check_colours_if_due(run: Run, moment: Moment) -> None:
     run.log.colours(drifts, step=moment.step, epoch=_epoch_of(run, moment))
     if (text := run.colours.warning(drifts, step=moment.step)) and run.accelerator.is_main_process:
         logger.warning("%s", text)
+
+
+def draw_weights_if_due(run: Run, moment: Moment) -> None:
+    """Shows the curve of learned loss weights in the log if it is due."""
+    weights = run.learner.loss_weights
+    if weights is None or not weights_every(run.config).is_due(moment):
+        return
+    run.log.flush()
+    with run.log.pause():
+        run.log.loss_weights(weights.curve(), step=moment.step, epoch=_epoch_of(run, moment))
 
 
 def _epoch_of(run: Run, moment: Moment) -> int:
@@ -292,6 +302,7 @@ def _save_state(run: Run, save: Save, state: TrainingState) -> None:
         learner.update.optimizer_groups,
         ema=learner.ema.averages if learner.ema else None,
         scaler=None if scale is None else scale.state_dict(),
+        loss_weights=learner.loss_weights.state() if learner.loss_weights else None,
     )
     path = run.output_dir / save.name
     save_state(path, state, single_file_tensors(learner.sdxl, learner.vae, None, exact=True), optimizer)

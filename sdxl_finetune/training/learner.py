@@ -20,6 +20,7 @@ from sdxl_finetune.optim.lr import Rate
 from sdxl_finetune.optim.parameters import TrainedParameters, trained_parameters
 from sdxl_finetune.optim.update import Context, Update, build_update
 from sdxl_finetune.runtime.processes import Autocast, autocast
+from sdxl_finetune.training.learned_weights import LearnedWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Learner:
     """The optimizer, and how its steps reach the parameters."""
     ema: Ema | None
     lr: Rate
+    loss_weights: LearnedWeights | None = None
+    """Loss weights that are learned; None without `edm2_loss_weighting`, and for the memory estimate."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns a context that computes in the precision of `mixed_precision`."""

@@ -26,7 +26,7 @@ from sdxl_finetune.optim.update import total_norm
 from sdxl_finetune.output.log import NonFiniteLoss, Step
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory, name_the_batch
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
-from sdxl_finetune.training import hooks, tag_reports
+from sdxl_finetune.training import hooks, learned_weights, tag_reports
 from sdxl_finetune.training.debug_dataset import draw_dataset
 from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.setup import Run, build_run
@@ -65,6 +65,7 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
         hooks.preview_if_due(run, moment)
         hooks.validate_if_due(run, moment)
         hooks.check_colours_if_due(run, moment)
+        hooks.draw_weights_if_due(run, moment)
         state_is_saved = hooks.save_if_due(run, moment)
         tag_reports.report_tags_if_due(run, reports, moment, stop)
         if stop_is_due(run, stop):
@@ -98,7 +99,8 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
                 latents = batch_latents(batch, learner.vae)
                 losses = image_losses(learner.model, batch, latents, learner.objective, config)
                 micro_loss = (losses * batch.weights).sum()
-                accelerator.backward(update.loss_scale.scaled(micro_loss) if update.loss_scale else micro_loss)
+                trained = learner.loss_weights.weighted(losses, batch) if learner.loss_weights else micro_loss
+                accelerator.backward(update.loss_scale.scaled(trained) if update.loss_scale else trained)
             meter.add_losses(losses.detach(), batch.timesteps, batch.weights)
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
             timesteps += batch.timesteps_of_ranks
@@ -108,6 +110,10 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
             meter.end_step(norms, update.loss_scale)
             if learner.ema:
                 learner.ema.update(position.step, images)
+            used, learned = used_rates(update.optimizer, rates), {}
+            if learner.loss_weights:
+                used[learned_weights.NAME] = learner.loss_weights.rate(position.step)
+                learned = learner.loss_weights.step(position.step, accelerator)
         stop_requested = torch.full_like(loss, stop.number or 0)
         sums = torch.cat([torch.stack([loss, stop_requested]), meter.sums])
         loss, stop_requested, *sums = accelerator.reduce(sums, "mean")
@@ -115,9 +121,9 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
             position=position,
             loss=loss,
             grad_norm=total_norm(norms),
-            measured=meter.take(torch.stack(sums)),
+            measured={**meter.take(torch.stack(sums)), **learned},
             stop_requested=stop_requested,
-            lr=used_rates(update.optimizer, rates),
+            lr=used,
             images=images,
             timesteps=timesteps,
             data_wait_seconds=data_wait,

@@ -6,6 +6,7 @@ The file holds a dictionary:
 - `groups`: the values of each parameter group (betas, weight decay, ...), by the group's name.
 - `average`: the EMA of the trained weights in float32, by full name.
 - `scaler`: the loss scale of fp16.
+- `loss_weights`: the network of learned loss weights, if there is one, and the `state` and `groups` of its optimizer.
 - `random`, `random_cuda`: torch's random states, from which some optimizers draw.
 """
 
@@ -28,18 +29,27 @@ def collect_optimizer_state(
     *,
     ema: Mapping[str, Tensor] | None,
     scaler: Mapping[str, Any] | None,
+    loss_weights: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything in `optimizer.pt`. The tensors are those of the optimizer, not copies."""
+    return {
+        **optimizer_values(optimizer, groups),
+        "average": ema,
+        "scaler": scaler,
+        **({} if loss_weights is None else {"loss_weights": loss_weights}),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def optimizer_values(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> dict[str, Any]:
+    """The `state` and `groups` of an optimizer."""
     return {
         "state": {name: dict(optimizer.state[one]) for name, one in named_parameters(groups) if one in optimizer.state},
         "groups": {
             group.name: {name: value for name, value in values.items() if name not in ("params", "lr")}
             for group, values in zip(groups, optimizer.param_groups, strict=True)
         },
-        "average": ema,
-        "scaler": scaler,
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -48,13 +58,26 @@ def restore_optimizer_state(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Gives the optimizer the state in `file` bit for bit, and torch its random state.
 
-    Values of parameter groups that are named in `changed` keep what the config says now. Returns the loss scale's
-    state, and the names of trained parameters that the file does not know.
+    Returns the loss scale's state, and the names of trained parameters that the file does not know.
+    """
+    saved = _load(file)
+    unknown = restore_values(saved, optimizer, groups, changed=changed)
+    torch.set_rng_state(saved["random"].clone())
+    if saved["random_cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(saved["random_cuda"].clone())
+    return saved["scaler"], unknown if saved["state"] else []
+
+
+def restore_values(
+    saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, groups: Sequence[Group], *, changed: frozenset[str]
+) -> list[str]:
+    """Gives the optimizer its saved `state` and `groups`. Returns the names of parameters without a saved state.
+
+    Values of parameter groups that are named in `changed` keep what the config says now.
 
     torch's `load_state_dict` is not used, because it converts states to the precision of the parameters. Some
     optimizers also copy every state once more.
     """
-    saved = _load(file)
     for group, values in zip(groups, optimizer.param_groups, strict=True):
         old: dict[str, Any] = saved["groups"].get(group.name) or next(  # block_lr was turned on or off
             (old for name, old in saved["groups"].items() if part_of(name) == group.part), {}
@@ -70,10 +93,12 @@ def restore_optimizer_state(
             }
         else:
             unknown.append(name)
-    torch.set_rng_state(saved["random"].clone())
-    if saved["random_cuda"] is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(saved["random_cuda"].clone())
-    return saved["scaler"], unknown if saved["state"] else []
+    return unknown
+
+
+def load_loss_weights(file: Path) -> Mapping[str, Any] | None:
+    """The learned loss weights in `file`; None if the run had none."""
+    return _load(file).get("loss_weights")
 
 
 def load_ema(file: Path) -> Mapping[str, Tensor]:

@@ -35,6 +35,8 @@ from sdxl_finetune.training.stored_saves import find_stored
 
 logger = logging.getLogger(__name__)
 
+LEARNED = ("edm2_loss_weighting_num_channels", "edm2_loss_weighting_optimizer")
+"""Options that the saved state of learned loss weights cannot follow."""
 HEAD = 1 << 20
 """Bytes of a file that tell it from another one. They hold the metadata of a checkpoint, with the time of saving."""
 
@@ -225,6 +227,10 @@ def check_options(start: Start, config: Config) -> None:
         if before.get(option, False) != now[option]:
             message = f"the training state {start.path} was trained with {option} = {before.get(option)}; {advice}"
             problems.append(Problem(message, key=option, value=now[option]))
+    for option in LEARNED if before.get("edm2_loss_weighting") and config.edm2_loss_weighting else ():
+        if before[option] != now[option]:
+            message = f"the learned loss weights of {start.path} need {option} = {before[option]}"
+            problems.append(Problem(f"{message}; {advice}", key=option, value=now[option]))
     if problems:
         raise UserError(problems)
     changes = [
@@ -236,10 +242,10 @@ def check_options(start: Start, config: Config) -> None:
         logger.info("options that have changed since %s was saved: %s", start.path, ", ".join(changes))
 
 
-def changed_optimizer_args(start: Start, config: Config) -> frozenset[str]:
-    """The names of `optimizer_args` that differ from those of the training state."""
-    before = dict(argument.split("=", 1) for argument in (start.state.config or {}).get("optimizer_args", []))
-    now = dict(argument.split("=", 1) for argument in shareable(config).get("optimizer_args", []))
+def changed_arguments(start: Start, config: Config, option: str = "optimizer_args") -> frozenset[str]:
+    """The names of arguments in `option` that differ from those of the training state."""
+    before = dict(argument.split("=", 1) for argument in (start.state.config or {}).get(option, []))
+    now = dict(argument.split("=", 1) for argument in shareable(config).get(option, []))
     return frozenset(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 

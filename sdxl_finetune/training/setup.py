@@ -65,9 +65,10 @@ from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
 from sdxl_finetune.training.colours import ColourCheck, build_colour_check
 from sdxl_finetune.training.every import Timeline, first_step, saves_every
+from sdxl_finetune.training.learned_weights import build_learned_weights
 from sdxl_finetune.training.learner import Learner, build_learner
-from sdxl_finetune.training.optimizer_state import load_ema, restore_optimizer_state
 from sdxl_finetune.training.option_files import saved_options
+from sdxl_finetune.training.restoring import restore
 from sdxl_finetune.training.resume import Start
 from sdxl_finetune.training.stage import begin_stage
 from sdxl_finetune.training.stored_saves import StoredSaves, try_find_stored
@@ -178,7 +179,9 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
     _prepare_model(config, loaded.model, accelerator)
     learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, timeline.steps))
-    _restore(start, learner)
+    loss_weights = build_learned_weights(config, learner.objective, accelerator.device, timeline.steps)
+    learner = replace(learner, loss_weights=loss_weights)
+    restore(start, learner)
     dataset = TrainingDataset(
         index=index,
         read_latents=latents.read if latents else None,
@@ -334,25 +337,6 @@ def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator
     sdxl.train()
     # Moved before the optimizer is built, because some optimizers make their states then, on the parameters' device.
     sdxl.to(accelerator.device)
-
-
-def _restore(start: Start | None, learner: Learner) -> None:
-    """Gives the learner the optimizer state, loss scale and EMA, if the run starts from a training state."""
-    if start is None or not start.is_state:
-        return
-    update = learner.update
-    changed = resume.changed_optimizer_args(start, learner.config)
-    saved_scale, unknown = restore_optimizer_state(
-        start.optimizer, update.optimizer, update.optimizer_groups, changed=changed
-    )
-    if unknown:
-        count = counted(len(unknown), "parameter")
-        logger.info("without saved optimizer state, which starts anew: %s, for example %s", count, unknown[0])
-    if saved_scale is not None and update.loss_scale is not None:
-        update.loss_scale.load_state_dict(saved_scale)
-    if learner.ema and (unknown := learner.ema.load(load_ema(start.optimizer))):
-        count = counted(len(unknown), "parameter")
-        logger.info("without a saved EMA, which starts with the weights: %s, for example %s", count, unknown[0])
 
 
 def _log_captions(index: Index, tokenizer: Tokenizer, accelerator: Accelerator) -> None:
