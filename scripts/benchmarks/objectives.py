@@ -9,8 +9,7 @@ scripts/benchmarks/proof.py, and share the runs of this folder.
 """
 
 import argparse
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +103,7 @@ def captions_table(results: Results, others: Mapping[str, Drawn], plan: Plan) ->
 
 
 def steps_needed(runs: Sequence[Result], before: float, plan: Plan) -> str:
-    """The first judged step from which on captions are followed as before, less SLACK: for each seed, and their mean."""
+    """The first judged step from which on captions are followed as before, less SLACK, by seed, and their mean."""
     steps = []
     for run in runs:
         short = [step for step in plan.judged if run.drawn[step].right.pair < before - SLACK]
@@ -127,9 +126,10 @@ def equal_steps(results: Results, plan: Plan) -> str:
         )
     for kind in CONVERSIONS[1:]:
         scores = [run.drawn[plan.steps].right for run in results[kind]]
-        cells = []
-        for name in ("pair", "colour", "shape", "ground"):
-            cells.append(percent([getattr(a, name) - getattr(b, name) for a, b in zip(scores, control, strict=True)]))
+        cells = [
+            percent([getattr(a, name) - getattr(b, name) for a, b in zip(scores, control, strict=True)])
+            for name in ("pair", "colour", "shape", "ground")
+        ]
         lines.append(row(f"{kind} less {CONVERSIONS[0]}", cells))
     return "\n".join(lines)
 
@@ -162,7 +162,9 @@ def wrong_table(others: Mapping[str, Drawn]) -> str:
     for kind, ways in WRONG.items():
         for way in ways:
             drawn = others[f"{kind} {way}"]
-            lines.append(row(kind, [way, f"{drawn.right.pair:.0%}", *(f"{drawn.colours[name]:+.3f}" for name in NAMES)]))
+            lines.append(
+                row(kind, [way, f"{drawn.right.pair:.0%}", *(f"{drawn.colours[name]:+.3f}" for name in NAMES)])
+            )
     return "\n".join(lines)
 
 

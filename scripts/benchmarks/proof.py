@@ -9,22 +9,17 @@ thing. It then draws images, reads them with plain code, or compares losses, and
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from scripts.benchmarks.proof_flows import flow_pairing, flow_times, flow_weights
 from scripts.benchmarks.proof_models import as_bf16, merge_words, relative_error, transpose_projection
 from scripts.benchmarks.proof_reads import (
     TWIN,
-    Mean,
     colours_and_shapes,
     cut_off,
     in_order,
@@ -35,6 +30,19 @@ from scripts.benchmarks.proof_reads import (
     write_twins,
     write_wide,
 )
+from scripts.benchmarks.proof_runs import (
+    HELD_OUT,
+    ROOT,
+    SEEDS,
+    SHORT,
+    TOY,
+    Row,
+    average,
+    increase,
+    losses,
+    train,
+    validation,
+)
 from scripts.toy.style import write_pictures
 from scripts.toy.world import NEW_STYLE
 
@@ -44,7 +52,6 @@ PAGE = ROOT / "docs" / "proof.md"
 TABLE = """| name | what | theory says | measured | holds |
 |---|---|---|---|---|
 """
-
 
 
 def main() -> None:
@@ -243,16 +250,16 @@ def full_bf16(folder: Path) -> Row:
     rounded = train(
         folder, "bf16-rounded", *asked, "--optimizer_type", "scripts.benchmarks.rounding.RoundingAdamW", model=start
     )
-    before, losses = validation(exact, 0)["loss"], [validation(model)["loss"] for model in (exact, rounded)]
+    before, after = validation(exact, 0)["loss"], [validation(model)["loss"] for model in (exact, rounded)]
     ends = [load_file(model) for model in (exact, rounded)]
     errors = [relative_error(part, tensors_before, *ends) for part in PARTS]
     shown_errors = ", ".join(f"{error:.2f}" for error in errors)
     return Row(
         "full_bf16 with weights rounded to nearest, at the users' rates (3e-5, 1e-6, 1e-6)",
         "most of what training changes is lost",
-        f"held out loss {before:.4f} before, {losses[0]:.4f} in float32, {losses[1]:.4f} rounded; relative error of the"
+        f"held out loss {before:.4f} before, {after[0]:.4f} in float32, {after[1]:.4f} rounded; relative error of the"
         f" change of U-Net and text encoders: {shown_errors}",
-        losses[0] < losses[1] and min(errors) > 0.5,
+        after[0] < after[1] and min(errors) > 0.5,
     )
 
 
@@ -304,6 +311,9 @@ CONTRASTS: dict[str, Callable[[Path], Row]] = {
         resumed,
         processes,
         full_bf16,
+        flow_times,
+        flow_pairing,
+        flow_weights,
     )
 }
 
