@@ -148,7 +148,15 @@ def two_of(steps: Sequence[int]) -> tuple[int, ...]:
 
 
 def write_pictures(folder: Path, plan: Plan) -> None:
-    """Draws the training images, and encodes their latents for all arms."""
+    """Draws the training images, and encodes their latents for all arms.
+
+    Raises SystemExit if the folder holds measurements of another plan.
+    """
+    sizes, kept = json.dumps(asdict(plan)), folder / "plan.json"
+    if kept.exists() and kept.read_text() != sizes:
+        sys.exit(
+            f"{folder}: holds measurements of other sizes ({kept.read_text()}). Remove the folder, or name another"
+        )
     pictures = folder / "pictures"
     if not pictures.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +164,7 @@ def write_pictures(folder: Path, plan: Plan) -> None:
             unfinished.mkdir()
             for number, scene in enumerate(islice(scenes(7, for_training=True), plan.pictures)):
                 save_pair(unfinished, number, draw(scene, random.Random(f"objectives {number}")), caption(scene))
+    kept.write_text(sizes)
     options = ["--config", str(CONFIG), "--train_data_dir", str(pictures), "--output_dir", str(folder), *SMALL]
     options += ["--pretrained_model_name_or_path", str(TOY), "--cache_dir", str(folder / "cache")]
     main = "import sys; from sdxl_finetune.cli import cache; sys.exit(cache())"

@@ -79,13 +79,14 @@ def main() -> None:
 
 
 def write(rows: Mapping[str, Row]) -> None:
-    """Replaces the table at the end of docs/proof.md. The text above the table is written by hand."""
-    text = PAGE.read_text(encoding="utf-8")
-    lines = [
-        f"| `{name}` | {row.what} | {row.theory} | {row.measured} | {'yes' if row.holds else '**no**'} |"
-        for name, row in rows.items()
-    ]
-    PAGE.write_text(text[: text.index(TABLE)] + TABLE + "\n".join(lines) + "\n", encoding="utf-8")
+    """Replaces lines of the table at the end of docs/proof.md. Lines of other contrasts and the text above stay."""
+    text, _, table = PAGE.read_text(encoding="utf-8").partition(TABLE)
+    lines = {line.split("`")[1]: line for line in table.splitlines()}
+    for name, row in rows.items():
+        holds = "yes" if row.holds else "**no**"
+        lines[name] = f"| `{name}` | {row.what} | {row.theory} | {row.measured} | {holds} |"
+    ordered = [lines[name] for name in CONTRASTS if name in lines]
+    PAGE.write_text("\n".join([text + TABLE.rstrip("\n"), *ordered]) + "\n", encoding="utf-8")
 
 
 def encoders(folder: Path) -> Row:

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from scripts.benchmarks import proof_flows
+from scripts.benchmarks import proof, proof_flows
 from scripts.benchmarks.conversions import ARMS, Drawn, Plan, Result, measure_all, options_of
 from scripts.benchmarks.objectives import contact_sheet, steps_needed, tables, with_parts
-from scripts.benchmarks.proof_runs import TOY
+from scripts.benchmarks.proof_runs import TOY, Row
 from scripts.toy.judge import Score
 from scripts.toy.style import write_pictures
 from sdxl_finetune.config import load_config
@@ -66,6 +66,8 @@ def test_a_slice_of_the_recipes_runs(slices: tuple[Path, dict[tuple[str, int], R
         with safe_open(run / "model.safetensors", "pt") as file:
             assert ("v_pred" in set(file.keys())) == (name == "velocity")
     assert measure_all(folder, list(results), SLICE) == results, "finished parts are kept"
+    with pytest.raises(SystemExit, match="measurements of other sizes"):
+        measure_all(folder, list(results), Plan())
 
 
 def test_a_contrast_compares_runs_of_the_same_folder(
@@ -86,6 +88,17 @@ def test_a_contrast_compares_runs_of_the_same_folder(
     assert not row.holds and "0.0% ± 0.0 more" in row.measured
     row = proof_flows.flow_weights(folder.with_name("proof"), SLICE)
     assert not row.holds and "after 2 steps" in row.measured
+
+
+def test_lines_of_other_contrasts_stay_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "proof.md"
+    page.write_text(f"Text.\n\n{proof.TABLE}| `twins` | a | b | c | yes |\n| `full_bf16` | d | e | f | yes |\n")
+    monkeypatch.setattr(proof, "PAGE", page)
+    proof.write({"guidance": Row("g", "h", "i", False), "twins": Row("j", "k", "l", True)})
+    assert page.read_text() == (
+        f"Text.\n\n{proof.TABLE}| `twins` | j | k | l | yes |\n| `guidance` | g | h | i | **no** |\n"
+        "| `full_bf16` | d | e | f | yes |\n"
+    )
 
 
 def result_of(pairs: Sequence[float], row: Path) -> Result:
