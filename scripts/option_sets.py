@@ -76,6 +76,7 @@ VALUES: dict[str, list[Any]] = {
     "lr_decay_steps": [1, 0.5],
     "min_timestep": [0, 100],
     "max_timestep": [500, 1000],
+    "flow_timestep_distribution": ["uniform", "logit_normal", "beta", "cosmap"],
     "console_log_level": ["DEBUG", "ERROR"],
 }
 """Values to draw from, for options whose type does not say enough."""

@@ -340,7 +340,9 @@ def expected(field: FieldInfo) -> str:
         return "one of " + ", ".join(str(choice) for choice in get_args(kind))
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}[kind]
     limits = {type(note).__name__.lower(): note for note in field.metadata}
-    least, above, most = (getattr(limits.get(name), name, None) for name in ("ge", "gt", "le"))
+    least, above, most, below = (getattr(limits.get(name), name, None) for name in ("ge", "gt", "le", "lt"))
+    if below is not None:
+        return f"{words} from {least} to below {below}"
     if most is not None:
         return f"{words} above {above}, at most {most}" if least is None else f"{words} from {least} to {most}"
     if least is not None or above is not None:

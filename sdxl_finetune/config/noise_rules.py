@@ -30,8 +30,8 @@ def noise_remarks(config: Config) -> Findings:
     """Yields what is allowed but may surprise the user."""
     if config.with_latents and not config.cache_latents_to_disk:
         option = config.with_latents[0]
-        message = "turns on cache_latents, because it needs the latents of images before the step that trains them"
-        yield option, f"{message}. cache_latents_to_disk = true keeps them for later runs"
+        message = "keeps the latents of all images in memory (cache_latents), because it needs them before each step"
+        yield option, f"{message}: cache_latents_to_disk = true keeps them for later runs"
     for option in ("noise_offset", "multires_noise_iterations"):
         if config.flow_model and getattr(config, option):
             message = "makes the flow start from this noise, but previews and interfaces start from plain noise"

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -119,19 +120,13 @@ class TrainingDataset(TorchDataset):
         scaled = None
         if latents is not None and self.noise_latent_scale is not None:
             scaled, latents = latents * self.noise_latent_scale, latents[slots]
-        noise, input_noise = self.draw_noise(position, shape, scaled)
         timesteps = self.draw_timesteps(position, len(rows), bucket.width * bucket.height)
-        # The image in the slot before, as in forks. The order of images is random, and it is the same for any ranks.
-        others = [slot - 1 for slot in slots] if self.contrastive and len(rows) > 1 else None
         batch = Batch(
             position=position,
             latents=latents,
             images=images,
             encoding_noise=encoding_noise,
-            noise=noise[slots],
-            input_noise=None if input_noise is None else input_noise[slots],
-            negative_latents=None if others is None or scaled is None else scaled[others],
-            negative_noise=None if others is None else noise[others],
+            **self._noise(position, shape, slots, scaled),
             timesteps=timesteps[slots],
             timesteps_of_ranks=tuple(timesteps.float().tolist()),
             tokens1=text.ids1 if isinstance(text, Tokens) else None,
@@ -147,6 +142,22 @@ class TrainingDataset(TorchDataset):
             images_in_step=len(rows),
         )
         return LoadedBatch(batch, problems)
+
+    def _noise(
+        self, position: Position, shape: tuple[int, int, int, int], slots: Sequence[int], latents: Tensor | None
+    ) -> dict[str, Any]:
+        """The batch's tensors of noise for these slots. `latents` are the scaled ones of all images, or None.
+
+        With `contrastive`, the negative of an image is the image in the slot before, as in forks of sd-scripts. The
+        images of a micro-batch are in random order, which does not depend on the number of ranks.
+        """
+        noise, input_noise = self.draw_noise(position, shape, latents)
+        tensors = {"noise": noise[slots], "input_noise": None if input_noise is None else input_noise[slots]}
+        if self.contrastive and len(noise) > 1:
+            assert latents is not None, "contrastive needs the latents"
+            before = [slot - 1 for slot in slots]
+            tensors |= {"negative_latents": latents[before], "negative_noise": noise[before]}
+        return tensors
 
     def caption_at(self, position: Position, slot: int, row: int) -> str:
         """The caption of an image as the model is given it at this place."""

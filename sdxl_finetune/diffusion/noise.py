@@ -82,7 +82,7 @@ def mix_noise(
         # The first layer is unit noise of full size, as the base is. The sum of both is unit noise times the root of 2.
         # A multiple of the base has the same distribution and needs half of the random numbers.
         layers = [(2**0.5 - 1) * base]
-        for level, size in enumerate(multires_sizes(*shape[2:], divisors)[1:], start=1):
+        for level, size in enumerate(multires_sizes(base.shape[2], base.shape[3], divisors)[1:], start=1):
             layers.append(_draw_normal(seed, f"multires layer {level}", position, (*shape[:2], *size), slots))
         noise = multires_noise(noise, layers, options.multires_noise_discount)
     if not options.ip_noise_gamma:

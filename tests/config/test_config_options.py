@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sdxl_finetune.config import ColourOptions, Config, FlowOptions, ImageWeightOptions, QualityOptions
+from sdxl_finetune.config import ColourOptions, Config, FlowOptions, ImageWeightOptions, PairingOptions, QualityOptions
 from sdxl_finetune.config.fields import LR_SCHEDULES, ScheduleName, Shown, expected, kinds
 from sdxl_finetune.config.options import GROUPS, to_toml
 from sdxl_finetune.config.reading import tomllib
@@ -21,7 +21,8 @@ TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
 OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters"}
 OURS |= {"no_memory", "metadata_columns", *QualityOptions.model_fields, *ImageWeightOptions.model_fields}
 OURS |= {"caption_sources", "caption_break", "caption_tag_dropout_groups", "protected_tags_file"}
-FORKS = {"flow_model", *FlowOptions.model_fields}
+FORKS = {"flow_model", *FlowOptions.model_fields, *PairingOptions.model_fields}
+FORKS |= {"contrastive_flow_matching", "cfm_lambda"}
 """Options of forks of the reference."""
 OURS |= FORKS | {"cache_dir_local", "cache_dir_local_gb", *ColourOptions.model_fields, *TagReportOptions.model_fields}
 
@@ -163,6 +164,10 @@ def test_zero_and_empty_text_switch_an_option_off():
 
 def test_options_set_the_options_that_they_imply():
     assert Config(cache_latents_to_disk=True).cache_latents
+    for on in ({"flow_use_ot": True}, {"immiscible_noise": 4}, {"knn_noise_k": 2}, {"contrastive_flow_matching": True}):
+        assert Config(**on).cache_latents and Config(**on, cache_latents=False).with_latents == list(on)
+    for off in ({"flow_use_ot": False}, {"immiscible_noise": 0}, {"knn_noise_k": 1}, {"immiscible_noise": ""}):
+        assert not Config(**off).cache_latents and not Config(**off).noise_needs_latents
     assert Config(logging_dir="logs").log_with == "tensorboard"
     assert Config(logging_dir="logs", log_with="wandb").log_with == "wandb"
     assert Config(caption_extention=".tags", caption_extension=".txt").caption_extension == ".tags"

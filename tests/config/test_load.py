@@ -349,11 +349,12 @@ def _values() -> dict[str, st.SearchStrategy]:
         (kind,) = kinds(field)
         limits = {type(note).__name__: note for note in field.metadata}
         least = getattr(limits.get("Ge"), "ge", getattr(limits.get("Gt"), "gt", None))
-        most = getattr(limits.get("Le"), "le", None)
+        most = getattr(limits.get("Le"), "le", getattr(limits.get("Lt"), "lt", None))
         if get_origin(kind) is Literal:
             strategies[name] = st.sampled_from(get_args(kind))
         elif kind is float:
             bounds = {"min_value": least, "max_value": most, "exclude_min": "Gt" in limits}
+            bounds["exclude_max"] = "Lt" in limits
             strategies[name] = st.floats(**bounds, allow_nan=False, allow_infinity=False)
         else:
             strategies[name] = {

@@ -119,6 +119,15 @@ def test_needed_options_are_named():
         ({"log_with": "all", "logging_dir": ""}, "log_with"),
         ({"loss_type": "huber", "huber_c": 0.0}, "huber_c"),
         ({"zero_terminal_snr": True}, None),
+        ({"flow_use_ot": True}, None),
+        ({"flow_use_ot": True, "color_aug": True}, "color_aug"),
+        ({"contrastive_flow_matching": True, "random_crop": True, "flow_model": True}, "random_crop"),
+        ({"knn_noise_k": 1, "random_crop": True}, None),
+        ({"flow_use_ot": True, "immiscible_noise": 8}, "flow_use_ot"),
+        ({"immiscible_noise": 8, "knn_noise_k": 4}, "immiscible_noise"),
+        ({"flow_use_ot": True, "immiscible_noise": 0, "knn_noise_k": 1}, None),
+        ({"contrastive_flow_matching": True}, "contrastive_flow_matching"),
+        ({"contrastive_flow_matching": True, "v_parameterization": True}, None),
     ],
 )
 def test_impossible_combinations_are_refused(values, wrong):
@@ -208,6 +217,11 @@ def test_missing_files_and_unusable_folders_are_refused(tmp_path):
         ({"face_crop_aug_range": "1,2"}, None),
         ({"face_crop_aug_range": "1,2", "cache_latents": True}, "face_crop_aug_range"),
         ({**TEXT, "enable_wildcard": True, "text_encoder_outputs_variants": 4}, None),
+        ({"flow_use_ot": True, "flow_model": True}, "flow_use_ot"),
+        ({"flow_use_ot": True, "cache_latents_to_disk": True}, None),
+        ({"noise_offset": 0.1, "flow_model": True}, "noise_offset"),
+        ({"noise_offset": 0.1}, None),
+        ({"cfm_lambda": 0.1}, "cfm_lambda"),
         ({}, None),
     ],
 )
@@ -228,6 +242,7 @@ cache_dir_local cache_dir_local_gb
 max_train_epochs gradient_accumulation_steps seed optimizer_type use_8bit_adam use_lion_optimizer optimizer_args
 learning_rate train_text_encoder block_lr max_grad_norm lr_scheduler lr_scheduler_type lr_scheduler_args
 flow_model flow_timestep_distribution flow_uniform_static_ratio stratified_timesteps
+flow_use_ot immiscible_noise knn_noise_k contrastive_flow_matching
 ema_decay ema_half_life colour_check_every_n_epochs
 noise_offset multires_noise_iterations ip_noise_gamma min_timestep max_timestep v_parameterization loss_type
 min_snr_gamma v_pred_like_loss debiased_estimation_loss

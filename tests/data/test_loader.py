@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from sdxl_finetune.batch import Batch, Position, to_images
-from sdxl_finetune.config import Config
+from sdxl_finetune.config import Config, NoiseOptions, PairingOptions
 from sdxl_finetune.data.batch_plan import MicroBatch, Plan, build_plan
 from sdxl_finetune.data.images import load_image, resize_and_crop
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import LoadedBatch, TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
+from sdxl_finetune.diffusion.pairing import draw_paired_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps as draw_timesteps_of_options
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.seeding import position_normal, position_rng
@@ -186,6 +187,31 @@ def test_batches_hold_cached_latents_mirrored_or_not(index: Index, cached: Train
         ]
         assert torch.equal(rows(shared, "latents"), batch.latents)
     assert mirrored > 0
+
+
+@pytest.mark.parametrize("pairing", [{"flow_use_ot": True}, {"immiscible_noise": 4}, {"knn_noise_k": 3}], ids=str)
+def test_ranks_pair_noise_as_a_single_rank_does(index: Index, cached: TrainingDataset, pairing: dict) -> None:
+    """Noise, input noise and negatives. A new dataset gives the same batch again, as in a resumed run."""
+    options = NoiseOptions(noise_offset=0.1, ip_noise_gamma=0.1, adaptive_noise_scale=0.5)
+    draw = partial(draw_paired_noise, options, PairingOptions(**pairing), 5)
+    names = ("latents", "noise", "input_noise", "negative_latents", "negative_noise")
+    settings = {"draw_noise": draw, "read_latents": cached.read_latents, "noise_latent_scale": 0.5, "contrastive": True}
+    changed = compared = 0
+    for micro_batch in plan(index).micro_batches(0, 6):
+        alone = build(index, **settings)[micro_batch].batch
+        assert same(alone, build(index, **settings)[micro_batch].batch)
+        if len(micro_batch.rows) == 1:
+            assert alone.negative_latents is None and alone.negative_noise is None
+            continue
+        assert torch.equal(alone.negative_latents, 0.5 * alone.latents.roll(1, 0))
+        assert torch.equal(alone.negative_noise, alone.noise.roll(1, 0))
+        for ranks in (2, 3):
+            parts = [build(index, rank=rank, ranks=ranks, **settings)[micro_batch].batch for rank in range(ranks)]
+            assert all(torch.equal(rows(parts, name), getattr(alone, name)) for name in names)
+        shape = tuple(alone.noise.shape)
+        plain = draw_paired_noise(options, PairingOptions(), 5, micro_batch.position, shape, 0.5 * alone.latents)[0]
+        changed, compared = changed + int((plain != alone.noise).any()), compared + 1
+    assert compared >= 3 and changed > 0, "pairing has changed some batches"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

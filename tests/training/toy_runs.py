@@ -35,7 +35,12 @@ def run(*more: str) -> list[dict]:
         assert train(config(*more)) == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    (log,) = Path("logs").glob("*/metrics.jsonl")
+    return read_rows("logs")
+
+
+def read_rows(folder: str) -> list[dict]:
+    """The rows of metrics.jsonl of the only run in the folder."""
+    (log,) = Path(folder).glob("*/metrics.jsonl")
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
