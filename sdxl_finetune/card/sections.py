@@ -90,7 +90,7 @@ def _amount(count: int, words: Words) -> str:
 
 def _objective(card: Card, words: Words) -> str:
     declared = card.file.declared
-    if not declared.v_prediction:
+    if declared.objective != "velocity":
         return "epsilon"
     return words.say("v-prediction", "v-prediction（v 预测）") + (
         words.say(", zero terminal SNR", "，零终端信噪比（zero terminal SNR）") if declared.zero_terminal_snr else ""
@@ -134,7 +134,7 @@ def _advice(card: Card, words: Words) -> Iterator[Block]:
                 f"训练时标签最长 {card.max_tokens} 个 token。",
             )
         )
-    if card.file.declared.v_prediction:
+    if card.file.declared.objective == "velocity":
         items.append(
             say(
                 "In a user interface that does not recognise the file, choose v-prediction"

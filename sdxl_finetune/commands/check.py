@@ -154,7 +154,7 @@ def _describe_data(config: Config, index: Index | None, found: Findings) -> Inde
 def _describe_model(config: Config, model: Outline, found: Findings, start: Start | None) -> Sequence[Group]:
     contradictions = read_declared(model.inspected.file).contradictions(
         config.model_path,
-        v_parameterization=config.v_parameterization,
+        objective=config.objective,
         zero_terminal_snr=config.zero_terminal_snr,
     )
     remarks = [str(remark) for remark in contradictions]

@@ -1,8 +1,8 @@
 """`sdxl-model generate` and `sdxl-model compare`: draw images with checkpoints, in the same way as previews.
 
-The metadata of a checkpoint says how to draw. `modelspec.prediction_type` turns v-prediction on, and the config that
-sdxl-train saves there turns zero terminal SNR on. An image depends on the model, the prompt, the options and the seed.
-The batch size changes it only by rounding.
+The checkpoint says how to draw: with which objective, and for a flow with which shift (model/declared.py). Options say
+it where the checkpoint does not. An image depends on the model, the prompt, the options and the seed. The batch size
+changes it only by rounding.
 """
 
 import argparse
@@ -13,20 +13,28 @@ import logging
 import re
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from sdxl_finetune.commands.said_objective import check_options, drawn_objective
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
-from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.load import load_checkpoint, open_base_model
-from sdxl_finetune.output.previews import PreviewModel, draw_latents, generation_parameters, save_image, to_image
+from sdxl_finetune.output.previews import (
+    Drawing,
+    PreviewModel,
+    draw_latents,
+    generation_parameters,
+    save_image,
+    to_image,
+)
 from sdxl_finetune.output.prompts import MAX_SEED, MAX_STEPS, Prompt, load_prompts
+from sdxl_finetune.output.samplers import replaced_sampler, used_sampler
 from sdxl_finetune.progress import track
 
 logger = logging.getLogger(__name__)
@@ -43,22 +51,6 @@ thead th { position: sticky; top: 0; background: #fff } img { display: block; wi
 """
 
 
-@dataclass(frozen=True)
-class ImageRequest:
-    """An image to draw. `sampler` is the prompt's own, or that of the command line."""
-
-    prompt: Prompt
-    seed: int
-    sampler: str
-
-    def parameters(self, model: str | None = None, model_hash: str | None = None) -> str:
-        return generation_parameters(self.prompt, self.seed, self.sampler, model, model_hash)
-
-    def batch_key(self) -> tuple[object, ...]:
-        """Returns what must be equal for images that are drawn in one batch."""
-        return self.sampler, self.prompt.width, self.prompt.height, self.prompt.steps, self.prompt.scale
-
-
 def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
     """Draws `images` images of each prompt into the folder `output`. Raises UserError."""
     requests = _read_requests(arguments)
@@ -66,9 +58,9 @@ def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
     _make_folder(arguments.output)
     matches = (IMAGE_NAME.fullmatch(path.name) for path in arguments.output.iterdir())
     first_number = max((int(match[1]) for match in matches if match), default=-1) + 1
-    for number, (request, image) in enumerate(_draw(arguments.model, requests, arguments), first_number):
-        path = arguments.output / f"{number:05d}-{request.seed}.png"
-        save_image(path, image, request.parameters(arguments.model.stem, model_hash))
+    for number, (drawing, image) in enumerate(_draw(arguments.model, requests, arguments), first_number):
+        path = arguments.output / f"{number:05d}-{drawing.seed}.png"
+        save_image(path, image, generation_parameters(drawing, arguments.model.stem, model_hash))
     print(f"wrote {counted(len(requests), 'image')} into {arguments.output}")
 
 
@@ -83,8 +75,8 @@ def draw_requested(
     _check_models([arguments.model], arguments.vae)
     if len(requests) > most:
         logger.warning("the first %d of %d images are drawn", most, len(requests))
-    for request, image in _draw(arguments.model, requests[:most], arguments):
-        yield image, request.parameters(arguments.model.stem, model_hash)
+    for drawing, image in _draw(arguments.model, requests[:most], arguments):
+        yield image, generation_parameters(drawing, arguments.model.stem, model_hash)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -103,7 +95,9 @@ def compare(arguments: argparse.Namespace) -> None:
     rows = []
     for request, *images in zip(requests, *columns, strict=True):
         cells = "".join(f"<td>{image}</td>" for image in images)
-        rows.append(f"<tr><td>{html.escape(request.parameters()).replace(chr(10), '<br>')}</td>{cells}</tr>")
+        rows.append(
+            f"<tr><td>{html.escape(generation_parameters(request, None)).replace(chr(10), '<br>')}</td>{cells}</tr>"
+        )
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     page = f'<!doctype html><meta charset="utf-8"><title>Checkpoints compared</title><style>{STYLE}</style>{table}\n'
     with atomic_path(arguments.output) as temporary:
@@ -112,7 +106,7 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output}: {counted(len(requests), 'image')} from each of {models}")
 
 
-def _draw_column(model: Path, requests: Sequence[ImageRequest], arguments: argparse.Namespace) -> list[str]:
+def _draw_column(model: Path, requests: Sequence[Drawing], arguments: argparse.Namespace) -> list[str]:
     """Draws all images with one checkpoint, and returns them as HTML."""
     try:
         return [_to_html(image) for _, image in _draw(model, requests, arguments, progress_label=model.name)]
@@ -143,12 +137,13 @@ def _make_folder(folder: Path) -> None:
         raise UserError(Problem(message, key="output", value=str(folder))) from error
 
 
-def _read_requests(arguments: argparse.Namespace) -> list[ImageRequest]:
+def _read_requests(arguments: argparse.Namespace) -> list[Drawing]:
     """Reads the images to draw from the command line and the prompt file. Raises UserError.
 
     The first image of a prompt gets the prompt's own seed, the option `seed`, or a random seed. Each further image of
     this prompt gets the next seed.
     """
+    check_options(arguments)
     options = {name: getattr(arguments, name) for name in ("negative_prompt", "width", "height", "steps", "scale")}
     default = Prompt(prompt="", **options)
     prompts = [replace(default, prompt=prompt) for prompt in arguments.prompt]
@@ -169,7 +164,7 @@ def _read_requests(arguments: argparse.Namespace) -> list[ImageRequest]:
         if seed + arguments.images - 1 > MAX_SEED:
             raise UserError(Problem(f"the seed of the last image must be at most {MAX_SEED}", key="seed", value=seed))
         _warn_if_too_long(prompt.prompt, arguments.max_token_length)
-        requests += [ImageRequest(prompt, seed + number, sampler) for number in range(arguments.images)]
+        requests += [Drawing(prompt=prompt, seed=seed + number, sampler=sampler) for number in range(arguments.images)]
     return requests
 
 
@@ -185,29 +180,30 @@ def _load(path: Path, arguments: argparse.Namespace) -> PreviewModel:
     name = arguments.precision or ("bf16" if device.type == "cuda" else "float")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}[name]
     loaded = load_checkpoint(path, dtype=dtype, vae_path=arguments.vae)
-    declared = loaded.declared
-    predicts_v = arguments.v_parameterization or declared.v_prediction
-    zero_terminal_snr = arguments.zero_terminal_snr or bool(declared.zero_terminal_snr)
+    objective, flow = drawn_objective(loaded.declared, arguments)
     loaded.vae.to(device)
     return PreviewModel(
         sdxl=loaded.model.to(device).eval(),
         vae=loaded.vae,
         tokenizer=build_tokenizer(max_token_length=arguments.max_token_length, caption_break=True),
-        objective=build_objective("velocity" if predicts_v else "noise", zero_terminal_snr=zero_terminal_snr),
+        objective=objective,
+        flow=flow,
     )
 
 
 @torch.no_grad()
 def _draw(
-    path: Path, requests: Sequence[ImageRequest], arguments: argparse.Namespace, progress_label: str = "drawing"
-) -> Iterator[tuple[ImageRequest, Image.Image]]:
+    path: Path, requests: Sequence[Drawing], arguments: argparse.Namespace, progress_label: str = "drawing"
+) -> Iterator[tuple[Drawing, Image.Image]]:
     """Loads a checkpoint and yields its images in order. Neighbours that differ in text and seed only share a batch.
 
     Raises UserError if the model gives infinite values or NaN.
     """
     model = _load(path, arguments)
+    for remark in sorted({replaced_sampler(request.sampler, model.objective) or "" for request in requests} - {""}):
+        logger.warning("%s", remark)
     with track(progress_label, len(requests), "images") as progress:
-        for _, group in groupby(requests, ImageRequest.batch_key):
+        for _, group in groupby(requests, _batch_key):
             similar = list(group)
             for start in range(0, len(similar), arguments.batch_size):
                 batch = similar[start : start + arguments.batch_size]
@@ -218,8 +214,18 @@ def _draw(
                     is_exact = next(model.sdxl.parameters()).dtype == torch.float32
                     raise UserError(message if is_exact else f"{message}. Try --precision float")
                 for request, latent in zip(batch, latents, strict=True):
-                    yield request, to_image(model.vae, latent[None])
+                    yield _as_drawn(request, model), to_image(model.vae, latent[None])
                 progress.update(len(batch))
+
+
+def _batch_key(request: Drawing) -> tuple[object, ...]:
+    """Returns what must be equal for images that are drawn in one batch."""
+    return request.sampler, request.prompt.width, request.prompt.height, request.prompt.steps, request.prompt.scale
+
+
+def _as_drawn(request: Drawing, model: PreviewModel) -> Drawing:
+    sampler, shift = used_sampler(request.sampler, model.objective), model.shift(request.prompt)
+    return replace(request, sampler=sampler, shift=shift)
 
 
 def _to_html(image: Image.Image) -> str:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_finetune.commands.merge import add_parser as add_merge_parser
+from sdxl_finetune.commands.said_objective import add_drawn_objective, add_written_objective, write_objective
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path, auto_v2
 from sdxl_finetune.output.prompts import SAMPLERS
 
 if TYPE_CHECKING:
     from sdxl_finetune.model.architecture import Architecture
-    from sdxl_finetune.model.load import Loaded
     from sdxl_finetune.model.save import SaveAs
     from sdxl_finetune.model.tensorfile import Source
 
@@ -67,9 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("model", type=Path, help="file or diffusers folder to read")
     convert.add_argument("output", type=Path, help="file (.safetensors, .ckpt) or diffusers folder to write")
     convert.add_argument("--vae", type=Path, help="VAE (file or folder) that replaces the model's own")
-    for option, meaning in (("v_parameterization", "v-prediction"), ("zero_terminal_snr", "zero terminal SNR")):
-        described = f"say that the model has {meaning}, or that it has not (default: as the model says)"
-        convert.add_argument(f"--{option}", action=argparse.BooleanOptionalAction, default=None, help=described)
+    add_written_objective(convert)
     merge = add_merge_parser(commands)
     merge.set_defaults(run=_merge)
     for command, precision in ((init, "fp16"), (convert, "unchanged"), (merge, "that of the first model")):
@@ -133,9 +131,7 @@ def _add_image_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
             "--precision", choices=tuple(PRECISIONS), help="precision of the model (default: bf16 on a GPU, else float)"
         )
         add("--vae", type=Path, help="VAE (file or folder) that replaces the model's own")
-        unsaid = "The metadata of models from sdxl-train says this already"
-        add("--v_parameterization", action="store_true", help=f"the model predicts velocity. {unsaid}")
-        add("--zero_terminal_snr", action="store_true", help=f"the model has zero terminal SNR. {unsaid}")
+        add_drawn_objective(command)
 
 
 def _add_card(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
@@ -272,7 +268,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     if names := saturated(loaded.model, loaded.vae, dtype):
         message = f"fp16 holds values up to 65504. These tensors exceed it: {', '.join(names)}. Choose bf16 or float"
         raise UserError(Problem(message, key="save_precision", value="fp16", file=str(arguments.model)))
-    metadata = _change_objective(loaded, arguments)
+    metadata = write_objective(loaded, arguments)
     with atomic_path(arguments.output) as temporary:
         save_checkpoint(
             temporary,
@@ -285,24 +281,6 @@ def _convert(arguments: argparse.Namespace) -> None:
             global_step=loaded.global_step or 0,
         )
     print(f"wrote {arguments.output} ({str(dtype).removeprefix('torch.')})")
-
-
-def _change_objective(loaded: "Loaded", arguments: argparse.Namespace) -> dict[str, str]:
-    """Gives the model the markers that the command line asks for. Returns the metadata that goes with them."""
-    from sdxl_finetune.model.declared import EDM, V_PRED, ZTSNR, marker_tensors
-
-    markers, metadata = loaded.model.markers, dict(loaded.metadata)
-    asked = {V_PRED: arguments.v_parameterization, ZTSNR: arguments.zero_terminal_snr}
-    if not (markers.keys().isdisjoint(EDM) or all(value is None for value in asked.values())):
-        message = "is an EDM model, which predicts in a way of its own. Leave out --v_parameterization and"
-        raise UserError(Problem(f"{message} --zero_terminal_snr", file=str(arguments.model)))
-    for key, value in asked.items():
-        if value is False:
-            markers.pop(key, None)
-    if asked[V_PRED] is False:
-        metadata["modelspec.prediction_type"] = "epsilon"
-    markers |= marker_tensors(v_prediction=bool(asked[V_PRED]), zero_terminal_snr=bool(asked[ZTSNR]))
-    return metadata
 
 
 def _choose_format(arguments: argparse.Namespace) -> "SaveAs":

@@ -162,9 +162,9 @@ def _measure(job: Job, path: Path, loaded: Loaded, base: Report | None, stop: St
 
 def _objective(config: Config, loaded: Loaded) -> Objective:
     """The objective of the model, as it says itself, or else as the config says."""
-    predicts_v, terminal_snr = loaded.declared.v_prediction, loaded.declared.zero_terminal_snr
+    terminal_snr = loaded.declared.zero_terminal_snr
     return build_objective(
-        config.objective if predicts_v is None else "velocity" if predicts_v else "noise",
+        loaded.declared.objective or config.objective,
         zero_terminal_snr=config.zero_terminal_snr if terminal_snr is None else terminal_snr,
     )
 
@@ -199,5 +199,6 @@ def _preview_model(config: Config, loaded: Loaded, accelerator: Accelerator) -> 
         vae=loaded.vae,
         tokenizer=tokenizer_of(config),
         objective=_objective(config, loaded),
+        flow=config,
         autocast=partial(autocast, config, accelerator.device),
     )

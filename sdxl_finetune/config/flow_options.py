@@ -34,3 +34,14 @@ class FlowOptions(Options):
     """Pixels of an image that `flow_uniform_shift` does not shift. Of forks of sd-scripts."""
     stratified_timesteps: bool = False
     """Spread the timesteps of each optimizer step evenly over the distribution. Not in sd-scripts."""
+
+
+def shift_ratio(options: FlowOptions, pixels: int) -> float:
+    """The ratio r of the shift: `flow_uniform_static_ratio`, or the root of pixels / base pixels, or 1 for no shift.
+
+    Source: Esser et al., arXiv 2403.03206, section 5.3.2, where r is the root of m / n. A static ratio wins over the
+    shift by resolution, as in forks.
+    """
+    if options.flow_uniform_static_ratio is not None:
+        return options.flow_uniform_static_ratio
+    return (pixels / options.flow_uniform_base_pixels) ** 0.5 if options.flow_uniform_shift else 1.0

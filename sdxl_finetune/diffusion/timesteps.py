@@ -21,7 +21,8 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from sdxl_finetune.batch import TIMESTEPS, Position
-from sdxl_finetune.config import Config, FlowOptions
+from sdxl_finetune.config import Config
+from sdxl_finetune.config.flow_options import shift_ratio
 from sdxl_finetune.config.training_options import ObjectiveKind
 from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.seeding import position_rng
@@ -132,17 +133,6 @@ def _laplace_edges(
     distance = (snr.double().clamp(min=1e-20).log() - mu).abs() / b
     shares = torch.softmax(-distance, 0).cumsum(0).numpy()
     return np.concatenate([[0.0], shares / shares[-1]])
-
-
-def shift_ratio(options: FlowOptions, pixels: int) -> float:
-    """The ratio r of the shift: `flow_uniform_static_ratio`, or the root of pixels / base pixels, or 1 for no shift.
-
-    Source: Esser et al., arXiv 2403.03206, section 5.3.2, where r is the root of m / n. A static ratio wins over the
-    shift by resolution, as in forks.
-    """
-    if options.flow_uniform_static_ratio is not None:
-        return options.flow_uniform_static_ratio
-    return (pixels / options.flow_uniform_base_pixels) ** 0.5 if options.flow_uniform_shift else 1.0
 
 
 def shifted(t: Numbers, ratio: float) -> Numbers:

@@ -6,15 +6,17 @@ needs to open it offline.
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextConfig
 
+from sdxl_finetune.config.flow_options import shift_ratio
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.architecture import (
     SCALING_FACTOR,
@@ -24,7 +26,7 @@ from sdxl_finetune.model.architecture import (
     unet_config,
     vae_config,
 )
-from sdxl_finetune.model.declared import V_PRED, ZTSNR
+from sdxl_finetune.model.declared import ZTSNR, marked_objective, marked_shift
 from sdxl_finetune.model.keymap import VAE, module_name
 from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors, write_safetensors
 from sdxl_finetune.model.tokenizer_files import save_tokenizers
@@ -46,7 +48,6 @@ _PIPELINE = (
     ("text_encoder_2", "transformers", "CLIPTextModelWithProjection"),
     ("tokenizer", "transformers", "CLIPTokenizer"),
     ("tokenizer_2", "transformers", "CLIPTokenizer"),
-    ("scheduler", "diffusers", "EulerDiscreteScheduler"),
 )
 _SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -56,6 +57,8 @@ _SCHEDULE = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
+_SHIFT_PIXELS = 1024**2
+"""Pixels of the image whose shift a folder says, if the model was trained with a shift by resolution."""
 
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """Names in the VAE's attention that diffusers used before 0.17, and the names since."""
@@ -175,11 +178,10 @@ def save_folder(folder: Path, weights: Weights, metadata: Mapping[str, str], *, 
     save_configs(folder, weights.architecture, weights.markers)
 
 
-def save_configs(folder: Path, architecture: Architecture, markers: Collection[str]) -> None:
+def save_configs(folder: Path, architecture: Architecture, markers: Mapping[str, Tensor]) -> None:
     """Writes everything of a diffusers pipeline but its weights, as `from_single_file(..., config=folder)` needs.
 
-    The scheduler has the objective of the `markers` (see declared.py). With zero terminal SNR its steps start at
-    timestep 999, as Lin et al. ask for (arXiv 2305.08891, section 3.3).
+    The scheduler has the objective of the `markers` (see declared.py).
     """
     with torch.device("meta"):
         UNet2DConditionModel(**unet_config(architecture)).save_config(folder / "unet")
@@ -187,11 +189,27 @@ def save_configs(folder: Path, architecture: Architecture, markers: Collection[s
     CLIPTextConfig(**te1_config(architecture), architectures=["CLIPTextModel"]).save_pretrained(folder / "text_encoder")
     config = CLIPTextConfig(**te2_config(architecture), architectures=["CLIPTextModelWithProjection"])
     config.save_pretrained(folder / "text_encoder_2")
-    objective: dict[str, Any] = {"prediction_type": "v_prediction" if V_PRED in markers else "epsilon"}
-    if ZTSNR in markers:
-        objective |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    EulerDiscreteScheduler(**_SCHEDULE | objective).save_config(folder / "scheduler")
+    scheduler = _scheduler(markers)
+    scheduler.save_config(folder / "scheduler")
     save_tokenizers(folder)
     index = {name: [library, kind] for name, library, kind in _PIPELINE}
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
     text = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": diffusers.__version__, **index}
     (folder / "model_index.json").write_text(json.dumps(text, indent=2) + "\n")
+
+
+def _scheduler(markers: Mapping[str, Tensor]) -> EulerDiscreteScheduler | DPMSolverMultistepScheduler:
+    """The scheduler of a pipeline for a model with these marker tensors.
+
+    With zero terminal SNR its steps start at timestep 999, as Lin et al. ask for (arXiv 2305.08891, section 3.3).
+    diffusers' own pipeline for SDXL cannot draw with its FlowMatchEulerDiscreteScheduler, which has no
+    `init_noise_sigma`. A flow therefore gets the multistep solver, which knows flows and their shift as well.
+    """
+    objective = marked_objective(markers)
+    if objective == "flow":
+        shift = shift_ratio(marked_shift(markers), _SHIFT_PIXELS)
+        return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    settings: dict[str, Any] = {"prediction_type": "v_prediction" if objective == "velocity" else "epsilon"}
+    if ZTSNR in markers:
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return EulerDiscreteScheduler(**_SCHEDULE | settings)

@@ -37,7 +37,7 @@ def describe_interfaces(path: Path, file: TensorFile) -> Iterator[str]:
     declared = read_declared(file)
     missing = [
         key
-        for key, said in ((V_PRED, declared.v_prediction), (ZTSNR, declared.zero_terminal_snr))
+        for key, said in ((V_PRED, declared.objective == "velocity"), (ZTSNR, declared.zero_terminal_snr))
         if said and key not in file.tensors
     ]
     if missing:

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.model.declared import EDM, V_PRED
+from sdxl_finetune.model.declared import EDM, MODELSPEC, marked_objective
 from sdxl_finetune.model.diffusers_folder import save_folder
 from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap, Place, module_name, put
 from sdxl_finetune.model.sdxl import SDXL
@@ -55,11 +55,11 @@ def save_weights(
     """Writes the weights to `path`. The objective is written where programs look for it.
 
     Single files get the marker tensors, and a diffusers folder the config of its scheduler. `metadata` goes into
-    .safetensors files, with `modelspec.prediction_type` set to `v` for v-prediction. `epoch` and `global_step` go into
-    a .ckpt file. Raises UserError for an EDM model as a diffusers folder.
+    .safetensors files, with `modelspec.prediction_type` set to `v` for v-prediction and to `flow` for a flow. `epoch`
+    and `global_step` go into a .ckpt file. Raises UserError for an EDM model as a diffusers folder.
     """
-    if V_PRED in weights.markers:
-        metadata = {**metadata, "modelspec.prediction_type": "v"}
+    if modelspec := MODELSPEC.get(marked_objective(weights.markers)):
+        metadata = {**metadata, "modelspec.prediction_type": modelspec}
     match save_as:
         case "safetensors":
             write_safetensors(path, _single_file(weights), metadata)

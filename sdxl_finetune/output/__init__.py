@@ -6,6 +6,7 @@ Modules:
     log, trackers           metrics.jsonl, TensorBoard, wandb; log_history cuts a log back for a resumed run
     histograms              counts of drawn timesteps
     previews, prompts       preview images
+    samplers                samplers of each objective, and the loop that draws latents
     colours                 mean, contrast and saturation of pictures
     curve                   the picture of a curve
     contact_sheet           many images on one picture

@@ -1,63 +1,38 @@
 """Previews: images that the model in training draws for fixed prompts. `sdxl-model generate` draws in the same way.
 
-Previews are drawn with the noise schedule and the prediction type of the training. With zero terminal SNR every
-sampler therefore starts at timestep 999 (Lin et al., arXiv 2305.08891, section 3.3). Samplers, defaults and image
-sizes are otherwise those of sd-scripts (golden sample_prompts.json). Previews use random generators of their own, so
-that they do not change the training. A prompt that fails is reported in one line, and the run continues.
+Previews are drawn with the objective of the training (samplers.py). Defaults and image sizes are those of sd-scripts
+(golden sample_prompts.json). Previews use random generators of their own, so that they do not change the training. A
+prompt that fails is reported in one line, and the run continues.
 """
 
 import dataclasses
-import inspect
 import json
 import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from sdxl_finetune.batch import TIMESTEPS
-from sdxl_finetune.config import PreviewOptions
+from sdxl_finetune.config import FlowOptions, PreviewOptions
+from sdxl_finetune.config.flow_options import shift_ratio
 from sdxl_finetune.data.tokens import Tokenizer
 from sdxl_finetune.diffusion.objective import Objective
-from sdxl_finetune.diffusion.schedule import FIRST_BETA, LAST_BETA, DiscreteSchedule
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.sdxl import SDXL, evaluating
 from sdxl_finetune.model.vae import decode
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt
+from sdxl_finetune.output.samplers import SAMPLERS, build_sampler, denoise, used_sampler
 from sdxl_finetune.seeding import position_sequence
 
 logger = logging.getLogger(__name__)
-
-SAMPLERS: Mapping[str, tuple[str, str]] = {
-    "ddim": ("DDIMScheduler", "DDIM"),
-    "pndm": ("PNDMScheduler", "PLMS"),
-    "lms": ("LMSDiscreteScheduler", "LMS"),
-    "euler": ("EulerDiscreteScheduler", "Euler"),
-    "euler_a": ("EulerAncestralDiscreteScheduler", "Euler a"),
-    "heun": ("HeunDiscreteScheduler", "Heun"),
-    "dpm_2": ("KDPM2DiscreteScheduler", "DPM2"),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
-    "dpmsolver": ("DPMSolverMultistepScheduler", "dpmsolver"),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", "DPM++ 2M"),
-    "dpmsingle": ("DPMSolverSinglestepScheduler", "dpmsingle"),
-}
-"""Class in diffusers and name in AUTOMATIC1111 of each sampler of sd-scripts. A sampler k_x is the same as x.
-
-AUTOMATIC1111 does not have dpmsolver and dpmsingle, so these keep their name.
-"""
-SMALLEST_ALPHA_BAR = 2.0**-24
-"""Replaces a last alpha-bar of 0, because samplers that use sigma would divide by it. diffusers uses this value too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +45,33 @@ class PreviewModel:
     """`draw_latents` reads (words:1.3) as weights, even if this tokenizer does not."""
     objective: Objective
     """The objective that the model was trained with."""
+    flow: FlowOptions = field(default_factory=FlowOptions)
+    """The shift that a flow was trained with."""
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Context of mixed precision for the model. The VAE decodes outside of it."""
 
     @property
     def device(self) -> torch.device:
         return next(self.sdxl.parameters()).device
+
+    def shift(self, prompt: Prompt) -> float | None:
+        """The shift of the times of a flow for an image of the prompt's size; None for other objectives."""
+        if self.objective.kind != "flow":
+            return None
+        assert prompt.width and prompt.height, "the caller gives each prompt a size"
+        return shift_ratio(self.flow, prompt.width * prompt.height)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How an image is drawn, apart from the model."""
+
+    prompt: Prompt
+    seed: int
+    sampler: str
+    """The sampler that really draws the image (see `used_sampler`)."""
+    shift: float | None = None
+    """Shift of the times of a flow; None for other objectives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,59 +84,6 @@ class Preview:
     seed: int
     image: Image.Image
     path: Path
-
-
-def build_sampler(name: str, objective: Objective) -> Any:
-    """Builds the diffusers sampler for a value of `sample_sampler`, for a model with this objective."""
-    name = name.removeprefix("k_")
-    sampler_class = getattr(diffusers, SAMPLERS[name][0])
-    settings: dict[str, Any] = {
-        "num_train_timesteps": TIMESTEPS,
-        "beta_start": FIRST_BETA,
-        "beta_end": LAST_BETA,
-        "beta_schedule": "scaled_linear",
-        "prediction_type": objective.rules.prediction_type,
-        # Clipping to [-1, 1] is meant for pixels. It would cut off a third of all latent values.
-        "clip_sample": False,
-    }
-    if name.startswith("dpmsolver"):
-        settings["algorithm_type"] = name
-    if name == "dpmsolver":
-        settings["final_sigmas_type"] = "sigma_min"  # the only value that works; sd-scripts fails here
-    if name == "dpmsingle":
-        settings["lower_order_final"] = True  # diffusers would set it too, with a warning each time
-    schedule = objective.schedule
-    assert isinstance(schedule, DiscreteSchedule)
-    if schedule.ends_in_noise:
-        alphas_cumprod = schedule.alphas_cumprod.double().cpu().numpy().clip(SMALLEST_ALPHA_BAR)
-        settings["trained_betas"] = (1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])).tolist()
-        settings["timestep_spacing"] = "trailing"
-    accepted = inspect.signature(sampler_class).parameters
-    with warnings.catch_warnings():
-        # diffusers warns that it will remove dpmsolver. Configs of sd-scripts name it, so it stays available.
-        warnings.filterwarnings("ignore", ".*algorithm_type", FutureWarning)
-        return sampler_class(**{name: value for name, value in settings.items() if name in accepted})
-
-
-def denoise(
-    predict: Callable[[Float[Tensor, "n 4 h w"], Int64[Tensor, ""]], Float[Tensor, "n 4 h w"]],
-    sampler: Any,
-    steps: int,
-    noise: Float[Tensor, "n 4 h w"],
-    generators: list[torch.Generator],
-) -> Float[Tensor, "n 4 h w"]:
-    """Turns `noise` of unit variance into latents, in `steps` steps of `sampler`.
-
-    A sampler that adds noise draws it for each image from that image's generator.
-    """
-    sampler.set_timesteps(steps, device=noise.device)
-    random = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
-    latents = noise * sampler.init_noise_sigma
-    for timestep in sampler.timesteps:
-        # Some samplers use timesteps between two integers, but the U-Net was trained on integers only.
-        prediction = predict(sampler.scale_model_input(latents, timestep), timestep.round().long())
-        latents = sampler.step(prediction, timestep, latents, **random).prev_sample
-    return latents
 
 
 def draw_latents(
@@ -173,7 +116,7 @@ def draw_latents(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = 4, shared.height // 8, shared.width // 8
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    sampler = build_sampler(sampler_name, model.objective)
+    sampler = build_sampler(sampler_name, model.objective, model.shift(shared) or 1.0)
     return denoise(predict, sampler, shared.steps, noise.to(device), generators)
 
 
@@ -198,8 +141,9 @@ def draw_previews(
         for index, prompt, own_seed, latents in drawn:
             with _report_failure(index, prompt):
                 image, path = to_image(model.vae, latents), files.path(index, prompt.seed)
-                sampler = prompt.sampler or options.sample_sampler
-                save_image(path, image, generation_parameters(prompt, own_seed, sampler, files.output_name))
+                sampler = used_sampler(prompt.sampler or options.sample_sampler, model.objective)
+                drawn_with = Drawing(prompt=prompt, seed=own_seed, sampler=sampler, shift=model.shift(prompt))
+                save_image(path, image, generation_parameters(drawn_with, files.output_name))
                 previews.append(Preview(index=index, prompt=prompt, seed=own_seed, image=image, path=path))
     return previews
 
@@ -221,22 +165,24 @@ def save_image(path: Path, image: Image.Image, text: str) -> None:
         image.save(temporary, format="PNG", pnginfo=information)
 
 
-def generation_parameters(
-    prompt: Prompt, seed: int, sampler: str, model: str | None, model_hash: str | None = None
-) -> str:
+def generation_parameters(drawing: Drawing, model: str | None, model_hash: str | None = None) -> str:
     """Describes how an image is drawn, in the text format of AUTOMATIC1111.
 
-    `model` is the name of the model. `model_hash` is the first ten digits of the SHA-256 hash of its file.
+    `model` is the name of the model. `model_hash` is the first ten digits of the SHA-256 hash of its file. For a
+    flow the text also has schedule and shift.
     """
+    prompt, shift = drawing.prompt, drawing.shift
     lines = [prompt.prompt]
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")
     settings = {
         "Steps": prompt.steps,
-        "Sampler": SAMPLERS[sampler.removeprefix("k_")][1],
+        "Sampler": SAMPLERS[drawing.sampler.removeprefix("k_")][1],
+        "Schedule type": None if shift is None else "Simple",
         "CFG scale": prompt.scale,
-        "Seed": seed,
+        "Seed": drawing.seed,
         "Size": f"{prompt.width}x{prompt.height}",
+        "Shift": None if shift is None else round(shift, 4),
         "Model hash": model_hash,
         "Model": model,
     }

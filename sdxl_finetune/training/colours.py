@@ -19,14 +19,16 @@ from torch import Tensor
 
 from sdxl_finetune.batch import TIMESTEPS, Batch, Position, TextOutputs
 from sdxl_finetune.config import Config
+from sdxl_finetune.config.flow_options import shift_ratio
 from sdxl_finetune.data.batch_plan import MicroBatch
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.loader import TrainingDataset, load_batches
 from sdxl_finetune.data.unchanged import image_id, unchanged
 from sdxl_finetune.model.sdxl import evaluating
-from sdxl_finetune.model.vae import batch_latents, decode
+from sdxl_finetune.model.vae import batch_latents, decode, pixels_per_latent
 from sdxl_finetune.output.colours import Drift, compare, measure
-from sdxl_finetune.output.previews import build_sampler, denoise, moved_to
+from sdxl_finetune.output.previews import moved_to
+from sdxl_finetune.output.samplers import build_sampler, denoise
 from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.validation import batches_of, draw_validation_noise, validation_timesteps
 
@@ -107,7 +109,9 @@ class ColourCheck:
         """Latents of pictures for the batch's captions and sizes, scaled as the U-Net sees them."""
         sdxl, device = learner.sdxl, batch.noise.device
         sizes = torch.cat([batch.original_size, batch.crop_top_left, batch.target_size], dim=1)
-        sampler = build_sampler(self.config.sample_sampler, learner.objective)
+        pixels = batch.noise[0, 0].numel() * pixels_per_latent(learner.vae) ** 2
+        shift = shift_ratio(self.config, pixels)
+        sampler = build_sampler(self.config.sample_sampler, learner.objective, shift)
         seeds = self.seeds[batch.position.micro_batch]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with learner.autocast():

@@ -88,6 +88,7 @@ def preview_if_due(run: Run, moment: Moment) -> None:
         vae=learner.vae,
         tokenizer=run.tokenizer,
         objective=learner.objective,
+        flow=run.config,
         autocast=learner.autocast,
     )
     files = PreviewFiles(

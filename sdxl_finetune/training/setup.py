@@ -294,12 +294,10 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
         path = start.weights
     loaded = load_checkpoint(path, dtype=weight_dtype(config), vae_path=vae, exact=config.keeps_masters)
     for remark in loaded.declared.contradictions(
-        path, v_parameterization=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
+        path, objective=config.objective, zero_terminal_snr=config.zero_terminal_snr
     ):
         logger.warning("%s", remark)
-    loaded.model.markers = marker_tensors(
-        v_prediction=config.v_parameterization, zero_terminal_snr=config.zero_terminal_snr
-    )
+    loaded.model.markers = marker_tensors(config.objective, zero_terminal_snr=config.zero_terminal_snr, flow=config)
     if start and start.state.checkpoint_format:
         return replace(loaded, format=start.state.checkpoint_format)
     return loaded

@@ -25,20 +25,20 @@ MARK = torch.tensor([])
     ("tensors", "metadata", "said"),
     [
         ({}, {}, (None, None)),
-        ({}, V, (True, None)),
-        ({}, EPSILON, (False, None)),
-        ({}, {"prediction_type": "v_prediction"}, (True, None)),
-        ({}, {"modelspec.predict_key": "v"}, (True, None)),
+        ({}, V, ("velocity", None)),
+        ({}, EPSILON, ("noise", None)),
+        ({}, {"prediction_type": "v_prediction"}, ("velocity", None)),
+        ({}, {"modelspec.predict_key": "v"}, ("velocity", None)),
         ({}, {"modelspec.prediction_type": "?", "sdxl_finetune.config": "{"}, (None, None)),
-        ({"v_pred": MARK}, EPSILON, (True, None)),
-        ({"v_pred": MARK, "ztsnr": MARK}, {}, (True, True)),
-        ({}, V | WITH_CONFIG, (True, True)),
+        ({"v_pred": MARK}, EPSILON, ("velocity", None)),
+        ({"v_pred": MARK, "ztsnr": MARK}, {}, ("velocity", True)),
+        ({}, V | WITH_CONFIG, ("velocity", True)),
     ],
 )
 def test_files_say_their_objective(tmp_path: Path, tensors, metadata, said) -> None:
     save_file({"a": torch.ones(1), **tensors}, tmp_path / "m.safetensors", metadata)
     declared = read_declared(open_checkpoint(tmp_path / "m.safetensors")[0])
-    assert (declared.v_prediction, declared.zero_terminal_snr) == said
+    assert (declared.objective, declared.zero_terminal_snr) == said
 
 
 def test_diffusers_folders_say_their_objective_and_conversions_keep_it(work) -> None:
@@ -47,10 +47,10 @@ def test_diffusers_folders_say_their_objective_and_conversions_keep_it(work) -> 
     config = Path("folder/scheduler/scheduler_config.json")
     assert json.loads(config.read_text())["prediction_type"] == "v_prediction"
     main(["convert", "folder", "back.safetensors"])
-    assert load_checkpoint(Path("back.safetensors"), dtype=None).declared.v_prediction
+    assert load_checkpoint(Path("back.safetensors"), dtype=None).declared.objective == "velocity"
     config.write_text(json.dumps({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}))
     declared = read_declared(open_checkpoint(Path("folder"))[0])
-    assert declared.zero_terminal_snr is True and declared.v_prediction is True, "metadata of the weights wins"
+    assert declared.zero_terminal_snr is True and declared.objective == "velocity", "metadata of the weights wins"
 
 
 def config(*options: str):

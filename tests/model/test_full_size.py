@@ -40,7 +40,7 @@ def test_diffusers_opens_a_full_size_file_offline(
     full_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    save_configs(tmp_path, FULL, ())
+    save_configs(tmp_path, FULL, {})
     pipeline = StableDiffusionXLPipeline.from_single_file(
         full_path, config=str(tmp_path), local_files_only=True, torch_dtype=torch.float16
     )

@@ -224,11 +224,11 @@ def test_every_format_says_the_objective_and_a_second_save_keeps_it(
 ) -> None:
     """The second save is a .safetensors file that is made of what the first one says."""
     model, vae = copy.deepcopy(little)
-    model.markers = marker_tensors(v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
+    model.markers = marker_tensors("velocity" if v_prediction else "noise", zero_terminal_snr=zero_terminal_snr)
     first, second = tmp_path / f"m.{save_as}", tmp_path / "second.safetensors"
     save_checkpoint(first, model, vae, save_as=save_as, dtype=torch.float16, metadata={})
     loaded = load_checkpoint(first, dtype=None)
-    assert bool(loaded.declared.v_prediction) is v_prediction
+    assert (loaded.declared.objective == "velocity") is v_prediction
     assert bool(loaded.declared.zero_terminal_snr) is zero_terminal_snr
     save_checkpoint(second, loaded.model, loaded.vae, save_as="safetensors", dtype=torch.float16, metadata={})
     tensors = load_file(second)
@@ -246,7 +246,7 @@ def test_diffusers_draws_from_a_folder_with_the_objective_of_the_model(
     little: tuple[SDXL, AutoencoderKL], tmp_path: Path, v_prediction: bool, zero_terminal_snr: bool
 ) -> None:
     model, vae = copy.deepcopy(little)
-    model.markers = marker_tensors(v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
+    model.markers = marker_tensors("velocity" if v_prediction else "noise", zero_terminal_snr=zero_terminal_snr)
     save_checkpoint(tmp_path / "m", model, vae, save_as="diffusers", dtype=torch.float16, metadata={})
     scheduler = EulerDiscreteScheduler.from_pretrained(tmp_path / "m", subfolder="scheduler")
     assert scheduler.config.prediction_type == ("v_prediction" if v_prediction else "epsilon")

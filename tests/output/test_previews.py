@@ -21,13 +21,12 @@ from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.output.previews import (
     PreviewModel,
-    build_sampler,
-    denoise,
     draw_latents,
     draw_previews,
     to_image,
 )
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt
+from sdxl_finetune.output.samplers import build_sampler, denoise
 
 # 2026-11: diffusers 0.42 turns torch 2.13 tensors into numpy arrays, and numpy 2.4 warns of how torch does it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
