@@ -196,11 +196,13 @@ def contact_sheet(kind: str, run: Result, others: Mapping[str, Drawn], plan: Pla
     ]
     texts = [caption(scene) for scene in held_out_scenes(plan.shown)]
     legend = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-    return stack([(label, enlarged(Image.open(drawn.row))) for label, drawn in rows], legend)
+    return stack([(label, enlarged(drawn.row)) for label, drawn in rows], legend)
 
 
-def enlarged(image: Image.Image, times: int = 2) -> Image.Image:
-    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+def enlarged(path: str, times: int = 2) -> Image.Image:
+    """Opens a picture and enlarges it, so that single pixels can be seen."""
+    with Image.open(path) as image:
+        return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
 def with_parts(text: str, parts: Mapping[str, str]) -> str:

@@ -61,7 +61,8 @@ def test_a_slice_of_the_recipes_runs(slices: tuple[Path, dict[tuple[str, int], R
         assert len(result.losses[0]) == 11
         assert result.losses[2]["loss"] < result.losses[0]["loss"], "a wrong objective is learned from the first step"
         for drawn in result.drawn.values():
-            assert set(drawn.colours) == set(NAMES) and Image.open(drawn.row).size == (128, 64)
+            with Image.open(drawn.row) as row:
+                assert set(drawn.colours) == set(NAMES) and row.size == (128, 64)
         assert [path.name for path in run.glob("*.safetensors")] == ["model.safetensors"], "others are removed"
         with safe_open(run / "model.safetensors", "pt") as file:
             assert ("v_pred" in set(file.keys())) == (name == "velocity")
