@@ -9,6 +9,7 @@ from sdxl_finetune.card.contents import Card
 from sdxl_finetune.card.facts import StageFacts
 from sdxl_finetune.card.tag_section import tag_blocks
 from sdxl_finetune.card.text import Words, bullets, code, code_block, escape, facts_table, table
+from sdxl_finetune.config.flow_options import FlowOptions, fixed_shift
 from sdxl_finetune.config.quality_options import QualityTag
 
 PICTURES = "images"
@@ -90,10 +91,28 @@ def _amount(count: int, words: Words) -> str:
 
 def _objective(card: Card, words: Words) -> str:
     declared = card.file.declared
+    if declared.objective == "flow":
+        return words.say("flow matching (rectified flow)", "流匹配（flow matching，rectified flow）")
     if declared.objective != "velocity":
         return "epsilon"
     return words.say("v-prediction", "v-prediction（v 预测）") + (
         words.say(", zero terminal SNR", "，零终端信噪比（zero terminal SNR）") if declared.zero_terminal_snr else ""
+    )
+
+
+def _flow_advice(flow: FlowOptions, words: Words) -> str:
+    """How to draw a flow. Interfaces do not recognise flow models of SDXL (model/interfaces.py)."""
+    fixed = fixed_shift(flow)
+    by_size = f"(width × height / {flow.flow_uniform_base_pixels:.7g})"
+    shift = f"the square root of {by_size}" if fixed is None else f"{fixed:g}"
+    zh_shift = f"{by_size} 的平方根" if fixed is None else f"{fixed:g}"
+    return words.say(
+        f"**This is a flow model.** In ComfyUI put the node ModelSamplingSD3 between checkpoint and sampler, with shift"
+        f" {shift}. In reForge turn on Advanced Model Sampling, mode SD3, with shift {shift}. Use Euler or Heun with"
+        " the schedule Simple. Without this setting pictures are noise.",
+        f"**这是 flow 模型。** ComfyUI：在 checkpoint 与 sampler 之间加入节点 ModelSamplingSD3，shift 设为 {zh_shift}。"
+        f"reForge：打开 Advanced Model Sampling，选择 SD3，shift 设为 {zh_shift}。"
+        "采样器用 Euler 或 Heun，schedule 选 Simple。不做这个设置，画出来的只有噪声。",
     )
 
 
@@ -143,6 +162,8 @@ def _advice(card: Card, words: Words) -> Iterator[Block]:
                 + ("，并打开 zero terminal SNR。" if card.file.declared.zero_terminal_snr else "。"),
             )
         )
+    if card.file.declared.objective == "flow":
+        items.append(_flow_advice(card.file.declared.flow, words))
     items += [words.of(text) for text in (card.usage_hint, *card.facts.advice) if text]
     yield Block(say("## How to use it", "## 使用建议"))
     yield Block(bullets(items))

@@ -222,7 +222,7 @@ def _metadata(models: Sequence[Model], recipe: "Recipe", arguments: argparse.Nam
         "modelspec.title": arguments.output.stem,
         "modelspec.date": datetime.now().replace(microsecond=0).isoformat(),
         "modelspec.merged_from": ", ".join(model.path.stem for model in models),
-        "modelspec.prediction_type": "epsilon",  # the writer changes it for v-prediction
+        "modelspec.prediction_type": "epsilon",  # the writer changes it for v-prediction and flows
         f"{PREFIX}version": sdxl_finetune.__version__,
         f"{PREFIX}merge": json.dumps(said),
     }

@@ -45,3 +45,9 @@ def shift_ratio(options: FlowOptions, pixels: int) -> float:
     if options.flow_uniform_static_ratio is not None:
         return options.flow_uniform_static_ratio
     return (pixels / options.flow_uniform_base_pixels) ** 0.5 if options.flow_uniform_shift else 1.0
+
+
+def fixed_shift(options: FlowOptions) -> float | None:
+    """The ratio of the shift of every image; None if it follows from the image's pixels."""
+    by_resolution = options.flow_uniform_shift and options.flow_uniform_static_ratio is None
+    return None if by_resolution else shift_ratio(options, 1)

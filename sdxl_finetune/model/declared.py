@@ -17,7 +17,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -27,8 +27,6 @@ from sdxl_finetune.config.flow_options import FlowOptions
 from sdxl_finetune.config.training_options import ObjectiveKind
 from sdxl_finetune.errors import Problem
 from sdxl_finetune.model.tensorfile import TensorFile
-
-T = TypeVar("T")
 
 V_PRED, ZTSNR = "v_pred", "ztsnr"
 """Keys of the empty tensors by which user interfaces recognise v-prediction and zero terminal SNR."""
@@ -131,8 +129,9 @@ def read_declared(file: TensorFile) -> Declared:
     options = _trained_with(file.metadata)
     terminal_said = [options.get("zero_terminal_snr"), file.scheduler.get("rescale_betas_zero_snr")]
     marked = marked_objective(file.tensors)
-    said: list[ObjectiveKind | None] = [None if marked == "noise" else marked]
-    objective = _first([*said, *map(_kind, words), _scheduler_kind(file.scheduler)])
+    kinds: list[ObjectiveKind | None] = [None if marked == "noise" else marked]
+    kinds += [*map(_kind, words), _scheduler_kind(file.scheduler)]
+    objective = next((kind for kind in kinds if kind), None)
     return Declared(
         objective=objective,
         zero_terminal_snr=True if ZTSNR in file.tensors else _first(terminal_said),
@@ -207,7 +206,7 @@ def _shift(**values: list[Any]) -> FlowOptions:
         return FlowOptions()
 
 
-def _first(said: Iterable[T | None]) -> T | None:
+def _first(said: Iterable[bool | None]) -> bool | None:
     return next((each for each in said if each is not None), None)
 
 

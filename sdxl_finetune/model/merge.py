@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.model.declared import EDM, V_PRED, ZTSNR
+from sdxl_finetune.model.declared import EDM, FLOW, FLOW_KEYS, V_PRED, ZTSNR
 from sdxl_finetune.model.keymap import LOGIT_SCALE, UNET, KeyMap
 from sdxl_finetune.model.tensorfile import Source
 from sdxl_finetune.model.weights import Weights
@@ -121,7 +121,8 @@ def _merge_markers(models: Sequence[Ingredient], recipe: Recipe) -> Mapping[str,
     """The marker tensors of the merge. Raises UserError if the U-Nets that are mixed have different objectives.
 
     A model with an objective counts as 1, and a model without it as 0. The same sum as for the weights must give 0 or 1
-    for each block of the U-Net. `A + (B - C) * 1` may thus add v-prediction to A, if B has it and C has not.
+    for each block of the U-Net. `A + (B - C) * 1` may thus add v-prediction to A, if B has it and C has not. A merge of
+    flows has the shift of the first.
     """
     mixed = recipe.unet_weights()
     used = [model for number, model in enumerate(models) if any(weights[number] for weights in mixed)]
@@ -131,15 +132,22 @@ def _merge_markers(models: Sequence[Ingredient], recipe: Recipe) -> Mapping[str,
             message = f"one of this file and {used[0].name} is an EDM model (Playground v2.5, CosXL), the other is not"
             raise UserError(Problem(f"{message}, or has other noise levels. They cannot be merged", file=model.name))
     markers = {key: tensor for key, tensor in used[0].weights.markers.items() if key in EDM}
-    for key, meaning, option in ((V_PRED, "v-prediction", "v_parameterization"), (ZTSNR, "zero terminal SNR", "")):
+    for key, meaning, option in (
+        (V_PRED, "v-prediction", "v_parameterization"),
+        (ZTSNR, "zero terminal SNR", "zero_terminal_snr"),
+        (FLOW, "the objective of a flow", "flow_model"),
+    ):
         flags = [float(key in model.weights.markers) for model in models]
         sums = {round(sum(w * f for w, f in zip(weights, flags, strict=True)), 6) for weights in mixed}
         if len(sums) > 1 or not sums <= {0.0, 1.0}:
             have = [model.name for model in used if key in model.weights.markers]
             lack = [model.name for model in used if key not in model.weights.markers]
             message = f"has no {meaning}, but {', '.join(have)} has: their U-Nets in one would draw noise"
-            remedy = f"If the file only does not say so: sdxl-model convert FILE NEW --{option or 'zero_terminal_snr'}"
+            remedy = f"If the file only does not say so: sdxl-model convert FILE NEW --{option}"
             raise UserError(Problem(f"{message}. {remedy}", file=", ".join(lack) or models[0].name))
         if sums == {1.0}:
             markers[key] = torch.empty(0)
+    if FLOW in markers:
+        first = next(model.weights.markers for model in used if FLOW in model.weights.markers)
+        markers |= {key: first[key] for key in FLOW_KEYS if key in first}
     return markers
