@@ -27,6 +27,9 @@ from sdxl_finetune.training.optimizer_state import optimizer_values, restore_val
 
 NAME = "edm2"
 """Name of the learning rate in the log, as in forks of the reference."""
+SMALLEST_LOSS = 1e-4
+"""Lower losses of images count as this one for the network, which bounds the weights by 10,000. A loss is 0 under a black
+mask, and a contrastive loss may be negative. No weight is the inverse of either."""
 POINTS = 101
 """Timesteps at which the curve is drawn."""
 
@@ -50,7 +53,7 @@ class LearnedWeights:
     def weighted(self, losses: Float[Tensor, " k"], batch: Batch) -> Float[Tensor, ""]:
         """Returns the weighted loss of a micro-batch, to call backward of. Adds the gradients of the network."""
         log_losses = self.network(noise_level(self._objective, batch.timesteps))
-        uncertainty_loss(losses.detach(), log_losses, batch.weights).backward()
+        uncertainty_loss(losses.detach().clamp(min=SMALLEST_LOSS), log_losses, batch.weights).backward()
         loss = (losses * (-log_losses.detach()).exp() * batch.weights).sum()
         self._weighted = self._weighted + loss.detach()
         return loss

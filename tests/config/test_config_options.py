@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sdxl_finetune.config import ColourOptions, Config, FlowOptions, ImageWeightOptions, PairingOptions, QualityOptions
+from sdxl_finetune.config import (
+    ColourOptions,
+    Config,
+    FlowOptions,
+    ImageWeightOptions,
+    LearnedWeightOptions,
+    PairingOptions,
+    QualityOptions,
+)
 from sdxl_finetune.config.fields import LR_SCHEDULES, ScheduleName, Shown, expected, kinds
 from sdxl_finetune.config.options import GROUPS, to_toml
 from sdxl_finetune.config.reading import tomllib
@@ -21,8 +29,8 @@ TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
 OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters"}
 OURS |= {"no_memory", "metadata_columns", *QualityOptions.model_fields, *ImageWeightOptions.model_fields}
 OURS |= {"caption_sources", "caption_break", "caption_tag_dropout_groups", "protected_tags_file"}
-FORKS = {"flow_model", *FlowOptions.model_fields, *PairingOptions.model_fields}
-FORKS |= {"contrastive_flow_matching", "cfm_lambda"}
+FORKS = {"flow_model", *FlowOptions.model_fields, *PairingOptions.model_fields, *LearnedWeightOptions.model_fields}
+FORKS |= {"contrastive_flow_matching", "cfm_lambda", "soft_min_snr_gamma", "loss_multiplier"}
 """Options of forks of the reference."""
 OURS |= FORKS | {"cache_dir_local", "cache_dir_local_gb", *ColourOptions.model_fields, *TagReportOptions.model_fields}
 

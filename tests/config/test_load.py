@@ -339,6 +339,7 @@ def _values() -> dict[str, st.SearchStrategy]:
         "lr_scheduler": st.sampled_from(["constant", "cosine", "adafactor:3e-05"]),
         "optimizer_args": arguments,
         "lr_scheduler_args": arguments,
+        "edm2_loss_weighting_optimizer_args": arguments,
         "metadata_columns": st.sampled_from(["path=key", "caption=a b,score=x"]),
         "caption_sources": st.sampled_from([".txt", ".json#a b:0.25,.txt:1e-9", "tags:0.6, caption:0.4", ["a", "b:3"]]),
         "caption_tag_dropout_groups": path.filter(lambda name: name.lstrip()[:1] not in ("", "{"))

@@ -117,6 +117,9 @@ def test_needed_options_are_named():
         ({**TEXT, "learning_rate_te1": 1e-5}, None),
         ({"adaptive_noise_scale": 0.1, "noise_offset": 0.1, "cache_latents": True}, None),
         ({"log_with": "all", "logging_dir": ""}, "log_with"),
+        ({"min_snr_gamma": 5.0, "soft_min_snr_gamma": 5.0}, "min_snr_gamma"),
+        ({"soft_min_snr_gamma": 5.0, "flow_model": True}, None),
+        ({"edm2_loss_weighting": True, "flow_model": True, "fused_backward_pass": True}, None),
         ({"loss_type": "huber", "huber_c": 0.0}, "huber_c"),
         ({"zero_terminal_snr": True}, None),
         ({"flow_use_ot": True}, None),
@@ -222,6 +225,10 @@ def test_missing_files_and_unusable_folders_are_refused(tmp_path):
         ({"noise_offset": 0.1, "flow_model": True}, "noise_offset"),
         ({"noise_offset": 0.1}, None),
         ({"cfm_lambda": 0.1}, "cfm_lambda"),
+        ({"edm2_loss_weighting": True}, None),
+        ({"edm2_loss_weighting": True, "min_snr_gamma": 5.0}, "min_snr_gamma"),
+        ({"edm2_loss_weighting": True, "soft_min_snr_gamma": 5.0}, "soft_min_snr_gamma"),
+        ({"edm2_loss_weighting": True, "image_weights": "w.toml"}, None),
         ({}, None),
     ],
 )
@@ -245,7 +252,7 @@ flow_model flow_timestep_distribution flow_uniform_static_ratio stratified_times
 flow_use_ot immiscible_noise knn_noise_k contrastive_flow_matching
 ema_decay ema_half_life colour_check_every_n_epochs
 noise_offset multires_noise_iterations ip_noise_gamma min_timestep max_timestep v_parameterization loss_type
-min_snr_gamma v_pred_like_loss debiased_estimation_loss
+min_snr_gamma soft_min_snr_gamma loss_multiplier edm2_loss_weighting v_pred_like_loss debiased_estimation_loss
 zero_terminal_snr scale_v_pred_loss_like_noise_pred adaptive_noise_scale
 mixed_precision full_bf16 full_fp16 fused_backward_pass fused_optimizer_groups gradient_checkpointing xformers
 diffusers_xformers sdpa torch_compile ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph
@@ -283,7 +290,7 @@ def test_an_option_without_effect_is_remarked_once_its_condition_is_missing():
             continue
         (kind,) = kinds(field)
         default = field.get_default(call_default_factory=True)
-        values = [*(get_args(kind) if get_origin(kind) is Literal else ()), True, False, 7, 0.25, "x"]
+        values = [*(get_args(kind) if get_origin(kind) is Literal else ()), True, False, 7, 0.25, "x", "x=1"]
         for value in values:
             try:
                 config = Config(**{name: value})

@@ -4,6 +4,9 @@ import re
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdxl_finetune.batch import TIMESTEPS
 from sdxl_finetune.config import LossOptions
@@ -13,6 +16,7 @@ from sdxl_finetune.diffusion.objective import build_objective
 PLAIN, BEFORE_FIX, AFTER_FIX = range(3)
 WEIGHTINGS = {
     "min_snr_gamma": 5.0,
+    "soft_min_snr_gamma": 5.0,
     "scale_v_pred_loss_like_noise_pred": True,
     "v_pred_like_loss": 0.5,
     "debiased_estimation_loss": True,
@@ -119,3 +123,44 @@ def test_min_snr_and_debiasing_weight_the_error_of_latents_and_noise(kind) -> No
         noise_error = (alpha / sigma) ** 2 * error
         debiased = loss_weight(LossOptions.model_construct(debiased_estimation_loss=True), objective, timesteps)
         torch.testing.assert_close(0.01 * debiased, (noise_error * snr.rsqrt()).float(), rtol=2e-3, atol=0)
+
+
+def soft_weight(kind: str, gamma: float, timesteps: torch.Tensor) -> torch.Tensor:
+    return loss_weight(LossOptions.model_construct(soft_min_snr_gamma=gamma), build_objective(kind), timesteps)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 4.0, 5.0])
+def test_soft_min_snr_is_that_of_the_paper(gamma) -> None:
+    """1 / (sigma^2 + 1 / gamma) times the squared error of x_0, where sigma is that of diffusers' Euler scheduler.
+
+    For a velocity and gamma 1 this is the weight of the authors' program, (s d)^2 / (s^2 + d^2)^2 with d = 1.
+    """
+    names = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    sigma = EulerDiscreteScheduler(**names, timestep_spacing="trailing").sigmas.flip(0)[1:].double()
+    of_latents = 1 / (sigma**2 + 1 / gamma)
+    noise, velocity = sigma**2 * of_latents, sigma**2 / (sigma**2 + 1) * of_latents
+    torch.testing.assert_close(soft_weight("noise", gamma, EVERY_TIMESTEP), noise.float(), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(soft_weight("velocity", gamma, EVERY_TIMESTEP), velocity.float(), rtol=2e-5, atol=1e-6)
+    if gamma == 1:
+        torch.testing.assert_close(velocity, sigma**2 / (sigma**2 + 1) ** 2)
+    t = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    flow = t**2 / ((t / (1 - t)) ** 2 + 1 / gamma)  # the error of x_0 is t times the error of e - x_0
+    torch.testing.assert_close(soft_weight("flow", gamma, (1000 * t).float()), flow.float(), rtol=2e-5, atol=1e-6)
+
+
+@given(st.sampled_from(["noise", "velocity", "flow"]), st.floats(0.1, 20), st.integers(1, 999))
+def test_soft_min_snr_stays_below_min_snr_and_above_half_of_it(kind, gamma, timestep) -> None:
+    """SNR gamma / (SNR + gamma) is between min(SNR, gamma) / 2 and min(SNR, gamma)."""
+    timesteps = torch.tensor([timestep])
+    hard = loss_weight(LossOptions.model_construct(min_snr_gamma=gamma), build_objective(kind), timesteps)
+    ratio = (soft_weight(kind, gamma, timesteps) / hard).item()
+    assert 0.5 - 1e-5 <= ratio <= 1 + 1e-5
+
+
+def test_the_multiplier_of_forks_multiplies_every_loss_and_zero_is_off() -> None:
+    objective = build_objective("velocity", zero_terminal_snr=True)
+    base = loss_weight(LossOptions.model_construct(min_snr_gamma=5.0), objective, EVERY_TIMESTEP)
+    doubled = LossOptions.model_construct(min_snr_gamma=5.0, loss_multiplier=2.0)
+    assert torch.equal(loss_weight(doubled, objective, EVERY_TIMESTEP), 2 * base)
+    off = LossOptions.model_construct(min_snr_gamma=5.0, loss_multiplier=0.0)
+    assert torch.equal(loss_weight(off, objective, EVERY_TIMESTEP), base)
