@@ -35,4 +35,4 @@ def noise_remarks(config: Config) -> Findings:
     for option in ("noise_offset", "multires_noise_iterations"):
         if config.flow_model and getattr(config, option):
             message = "makes the flow start from this noise, but previews and interfaces start from plain noise"
-            yield f"{option} flow_model", f"{message}: a flow learns the mean of an image without {option}"
+            yield option, f"{message}: a flow learns the mean of an image without {option}"

@@ -4,7 +4,7 @@
     loss_i = weight(t_i) mean mask_i (target_i - model(x_t, t_i, caption_i, sizes_i))^2
 
 With `contrastive_flow_matching`, the loss of the same prediction against the target of another image is subtracted
-(Stoica et al., arXiv 2506.05350, equation 4):
+(Stoica et al., arXiv 2506.05350):
 
     loss_i = weight(t_i) mean mask_i (d(prediction_i, target_i) - cfm_lambda d(prediction_i, target_j))
 

@@ -3,7 +3,7 @@
 Noise is drawn first, and is then given to images so that noise and image are near each other. Noise is still drawn
 independently of captions. Without pairing, image i has noise i.
 
-    flow_use_ot        the permutation with the least squared distance      Pooladian et al., arXiv 2304.14772, BatchOT
+    flow_use_ot        the permutation with the least squared distance      Pooladian et al., arXiv 2304.14772
     immiscible_noise   n noises for k images, the least sum of distances    Li et al., arXiv 2406.12303
     knn_noise_k        the nearest of k noises for each image               Li et al., arXiv 2505.18521
 
@@ -59,7 +59,7 @@ def transport_order(latents: Float[Tensor, "k c h w"], noise: Float[Tensor, "k c
 
     It minimises the sum of |latents_i - noise_j|^2 over all pairs. The squared norms of latents and noise have the same
     sum for each permutation. The pairs therefore maximise the sum of the inner products. Source: Pooladian et al.,
-    arXiv 2304.14772, section 4 (BatchOT). Forks of sd-scripts divide the inner products by the norms, which makes
+    arXiv 2304.14772 (BatchOT). Forks of sd-scripts divide the inner products by the norms, which makes
     images of low contrast count as much as others and does not minimise the distance.
     """
     products = latents.float().flatten(1) @ noise.float().flatten(1).T
@@ -69,7 +69,7 @@ def transport_order(latents: Float[Tensor, "k c h w"], noise: Float[Tensor, "k c
 def immiscible_order(latents: Float[Tensor, "k c h w"], noise: Float[Tensor, "n c h w"]) -> Int64[np.ndarray, " k"]:
     """The noise of each image, a different one for each, with the least sum of distances |latents_i - noise_j|.
 
-    n is at least k. Source: Li et al., arXiv 2406.12303, algorithm 1. Forks compute distances in float16.
+    n is at least k. Source: Li et al., arXiv 2406.12303. Forks compute distances in float16.
     """
     distances = torch.cdist(latents.float().flatten(1), noise.float().flatten(1), compute_mode="use_mm_for_euclid_dist")
     return linear_sum_assignment(distances.numpy())[1]

@@ -61,7 +61,9 @@ def test_validation_is_that_of_an_unpaired_run(work) -> None:
 def test_pairing_turns_on_the_cache_and_says_so(work, caplog) -> None:
     loaded = load_config([*WITHOUT_CACHE, *PAIRED], program="sdxl-train")
     assert loaded is not None and loaded.cache_latents
-    assert "flow_use_ot = True: keeps the latents of all images in memory (cache_latents)" in " ".join(record.getMessage() for record in caplog.records)
+    assert "flow_use_ot = True: keeps the latents of all images in memory (cache_latents)" in " ".join(
+        record.getMessage() for record in caplog.records
+    )
     with build_run(config(*PAIRED)) as built:
         batch = next(iter(built.batches()))
     assert batch.latents is not None and batch.negative_latents is not None
