@@ -187,11 +187,12 @@ def number(values: Sequence[float], form: str, unit: str = "") -> str:
 
 
 def contact_sheet(kind: str, run: Result, others: Mapping[str, Drawn], plan: Plan) -> Image.Image:
-    """Puts the first pictures of each step below each other, and those drawn with wrong settings at the end."""
+    """Puts the first pictures of every other judged step below each other, and those of wrong settings at the end."""
+    shown = dict.fromkeys([*plan.judged[::2], plan.steps])
     rows = [
         ("before, drawn as what it is, a model of noise", others[f"before as {CONVERSIONS[0]}"]),
         (f"step 0, drawn as a model of {kind}", others[f"before as {kind}"]),
-        *((f"step {step}", run.drawn[step]) for step in plan.judged),
+        *((f"step {step}", run.drawn[step]) for step in shown),
         *((f"step {plan.steps}, {way}", others[f"{kind} {way}"]) for way in WRONG[kind]),
     ]
     texts = [caption(scene) for scene in held_out_scenes(plan.shown)]
