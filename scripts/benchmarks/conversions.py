@@ -87,7 +87,7 @@ class Plan:
     """Drawings to train on, less those that are held out. None of them was used to make the model."""
     steps: int = 300
     """Optimizer steps of 16 images."""
-    judged: tuple[int, ...] = (25, 50, 75, 100, 150, 200, 300)
+    judged: tuple[int, ...] = (25, 50, 100, 150, 200, 300)
     """Steps whose checkpoints are drawn with."""
     captions: int = 100
     """Captions that are drawn at each of these steps. No training has seen them."""
