@@ -27,9 +27,9 @@ from sdxl_finetune.output.contact_sheet import stack
 DOCS = ROOT / "docs"
 CONVERSIONS = ("noise", "velocity", "flow")
 """Arms of conversions.py that this page is about. The first is the control."""
-SLACK = 0.05
-"""Share of captions that may be wrong in addition to those that the model got wrong before. It is the standard error of
-the share of 100 pictures."""
+SLACK = 0.08
+"""Share of captions that may be wrong in addition to those that the model got wrong before. It is two standard errors of
+a share of 100 pictures."""
 WRONG: Mapping[str, Mapping[str, Objective]] = {
     "velocity": {
         "drawn as a model of noise": build_objective("noise"),
@@ -98,7 +98,8 @@ def captions_table(results: Results, others: Mapping[str, Drawn], plan: Plan) ->
     for kind, runs in results.items():
         cells = [f"{others[f'before as {kind}'].right.pair:.0%}"]
         cells += [percent([run.drawn[step].right.pair for run in runs]) for step in plan.judged]
-        lines.append(row(kind, [*cells, steps_needed(runs, before, plan)]))
+        needed = "–" if kind == CONVERSIONS[0] else steps_needed(runs, before, plan)
+        lines.append(row(kind, [*cells, needed]))
     return "\n".join(lines)
 
 
@@ -191,7 +192,7 @@ def contact_sheet(kind: str, run: Result, others: Mapping[str, Drawn], plan: Pla
     shown = dict.fromkeys([*plan.judged[::2], plan.steps])
     rows = [
         ("before, drawn as what it is, a model of noise", others[f"before as {CONVERSIONS[0]}"]),
-        (f"step 0, drawn as a model of {kind}", others[f"before as {kind}"]),
+        (f"step 0, drawn as {'a flow' if kind == 'flow' else f'a model of {kind}'}", others[f"before as {kind}"]),
         *((f"step {step}", run.drawn[step]) for step in shown),
         *((f"step {plan.steps}, {way}", others[f"{kind} {way}"]) for way in WRONG[kind]),
     ]
