@@ -28,8 +28,8 @@ DOCS = ROOT / "docs"
 CONVERSIONS = ("noise", "velocity", "flow")
 """Arms of conversions.py that this page is about. The first is the control."""
 SLACK = 0.08
-"""Share of captions that may be wrong in addition to those that the model got wrong before. It is two standard errors of
-a share of 100 pictures."""
+"""Share of captions that may be wrong in addition to those that the model got wrong before: two standard errors of 100
+pictures."""
 WRONG: Mapping[str, Mapping[str, Objective]] = {
     "velocity": {
         "drawn as a model of noise": build_objective("noise"),
