@@ -34,7 +34,7 @@ from sdxl_finetune.output.previews import (
     to_image,
 )
 from sdxl_finetune.output.prompts import MAX_SEED, MAX_STEPS, Prompt, load_prompts
-from sdxl_finetune.output.samplers import replaced_sampler, used_sampler
+from sdxl_finetune.output.samplers import sampler_remarks, used_sampler
 from sdxl_finetune.progress import track
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _draw(
     Raises UserError if the model gives infinite values or NaN.
     """
     model = _load(path, arguments)
-    for remark in sorted({replaced_sampler(request.sampler, model.objective) or "" for request in requests} - {""}):
+    for remark in sampler_remarks([request.sampler for request in requests], model.objective):
         logger.warning("%s", remark)
     with track(progress_label, len(requests), "images") as progress:
         for _, group in groupby(requests, _batch_key):

@@ -21,7 +21,7 @@ MEANINGS = {
     "zero_terminal_snr": ("has zero terminal SNR", "has no zero terminal SNR"),
     "flow_model": ("is a flow", "is no flow"),
 }
-"""What each option says of the model, and what its `--no-` form says."""
+"""Meaning of each option, and of its `--no-` form, as a statement on the model."""
 
 
 def add_written_objective(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import split
 from sdxl_finetune.model.architecture import Architecture, read_architecture, read_vae_config, vae_config
-from sdxl_finetune.model.declared import EDM, V_PRED, ZTSNR, Declared, read_declared, read_markers
+from sdxl_finetune.model.declared import EDM, FLOW_KEYS, V_PRED, ZTSNR, Declared, read_declared, read_markers
 from sdxl_finetune.model.diffusers_folder import open_folder, open_vae
 from sdxl_finetune.model.identify import kind_of
 from sdxl_finetune.model.keymap import LOGIT_SCALE, module_name
@@ -294,7 +294,7 @@ def _fill(
 def _warn_of_unknown_tensors(named: NamedTensors, parts: Mapping[str, nn.Module], unused: Iterable[str]) -> None:
     """Warns once of tensors that no part of SDXL has, and that saved checkpoints will not hold."""
     names = [module_name(part, name) for part, module in parts.items() for name, _ in module.named_parameters()]
-    known = {named.key(name) for name in [*names, *unused]} | {V_PRED, ZTSNR, *EDM}
+    known = {named.key(name) for name in [*names, *unused]} | {V_PRED, ZTSNR, *FLOW_KEYS, *EDM}
     unknown = [key for key in named.tensors if key not in known and not key.endswith("position_ids")]
     if unknown:
         logger.warning("%d tensors that are not SDXL's are left out: %s", len(unknown), _first_four(unknown))

@@ -133,9 +133,9 @@ def _merge_markers(models: Sequence[Ingredient], recipe: Recipe) -> Mapping[str,
             raise UserError(Problem(f"{message}, or has other noise levels. They cannot be merged", file=model.name))
     markers = {key: tensor for key, tensor in used[0].weights.markers.items() if key in EDM}
     for key, meaning, option in (
+        (FLOW, "flow objective", "flow_model"),
         (V_PRED, "v-prediction", "v_parameterization"),
         (ZTSNR, "zero terminal SNR", "zero_terminal_snr"),
-        (FLOW, "the objective of a flow", "flow_model"),
     ):
         flags = [float(key in model.weights.markers) for model in models]
         sums = {round(sum(w * f for w, f in zip(weights, flags, strict=True)), 6) for weights in mixed}

@@ -11,7 +11,7 @@ timesteps that are not rounded, as there.
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import diffusers
@@ -62,13 +62,13 @@ def used_sampler(name: str, objective: Objective) -> str:
     return FLOW_SAMPLERS[name] if objective.kind == "flow" else name
 
 
-def replaced_sampler(name: str, objective: Objective) -> str | None:
-    """The remark that another sampler draws than the one asked for; None if it is the one."""
-    used = used_sampler(name, objective)
-    if used == name.removeprefix("k_"):
-        return None
-    title = SAMPLERS[used][1]
-    return f"sampler {name}: flow models are drawn with {title} instead. Ask for euler or heun to choose"
+def sampler_remarks(names: Collection[str], objective: Objective) -> Iterator[str]:
+    """Yields a remark for each of the samplers that are asked for where another one draws."""
+    for name in sorted(set(names)):
+        used = used_sampler(name, objective)
+        if used != name.removeprefix("k_"):
+            title = SAMPLERS[used][1]
+            yield f"sampler {name}: flow models are drawn with {title} instead. Ask for euler or heun to choose"
 
 
 def build_sampler(name: str, objective: Objective, shift: float = 1.0) -> Any:

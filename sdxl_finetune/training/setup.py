@@ -48,7 +48,7 @@ from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_access
 from sdxl_finetune.output.log import Log, run_directory
 from sdxl_finetune.output.prompts import Prompt, with_size
-from sdxl_finetune.output.samplers import replaced_sampler
+from sdxl_finetune.output.samplers import sampler_remarks
 from sdxl_finetune.output.stages import StageRecord
 from sdxl_finetune.output.uploads import Uploads, open_uploads
 from sdxl_finetune.runtime.processes import (
@@ -362,12 +362,10 @@ def _log_beginning(
         size = "x".join(map(str, index.resolution))
         prompts_text = counted(unsized, "preview prompt")
         logger.info("%s without a size: drawn at the training resolution, %s", prompts_text, size)
-    samplers = {prompt.sampler or config.sample_sampler for prompt in prompts}
-    if config.colour_check_every_n_epochs or config.colour_check_every_n_steps:
-        samplers.add(config.sample_sampler)
-    for sampler in sorted(samplers):
-        if remark := replaced_sampler(sampler, learner.objective):
-            logger.info("%s", remark)
+    samplers = [prompt.sampler or config.sample_sampler for prompt in prompts]
+    samplers += [config.sample_sampler] * bool(config.colour_check_every_n_epochs or config.colour_check_every_n_steps)
+    for remark in sampler_remarks(samplers, learner.objective):
+        logger.info("%s", remark)
     for group in learner.parameters.groups:
         logger.info("training %s: %.1f million parameters at %g", group.name, group.size / 1e6, group.lr)
     with suppress(Exception):  # a user's own optimizer may not step on a small tensor

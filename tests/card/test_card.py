@@ -104,6 +104,22 @@ def test_both_languages_have_the_same_structure(base: Path, tmp_path: Path) -> N
 SMALL = ["--width", "64", "--height", "64", "--steps", "2"]
 
 
+def test_the_page_of_a_flow_says_what_users_set(base: Path, tmp_path: Path) -> None:
+    for number, (options, english, chinese) in enumerate(
+        [
+            ({}, "with shift 1. In reForge", "shift 设为 1。"),
+            ({"flow_uniform_static_ratio": 2.5}, "with shift 2.5. In reForge", "shift 设为 2.5。"),
+            ({"flow_uniform_shift": True}, "the square root of (width × height / 1048576)", "1048576) 的平方根"),
+        ]
+    ):
+        said = {"modelspec.prediction_type": "flow", "sdxl_finetune.config": json.dumps({"flow_model": True} | options)}
+        model = with_metadata(base, tmp_path / f"{number}.safetensors", said)
+        files = write_card(model, tmp_path / f"card{number}")
+        assert ["prediction type", "flow matching (rectified flow)"] in rows(files["card.md"])
+        assert "node ModelSamplingSD3" in files["card.md"] and english in files["card.md"]
+        assert "加入节点 ModelSamplingSD3" in files["card.zh-CN.md"] and chinese in files["card.zh-CN.md"]
+
+
 def test_stages_follow_the_model_from_run_to_run(work: Path) -> None:
     """A run, its resumed rest, and a second run from its result. The card tells both, and no path."""
     quality = ["--quality_tags", "masterpiece > 0.5, low quality", "--quality_scores", "scores.csv"]

@@ -23,7 +23,7 @@ from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.output.previews import PreviewModel, draw_latents, draw_previews
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt
-from sdxl_finetune.output.samplers import build_sampler, denoise, replaced_sampler, used_sampler
+from sdxl_finetune.output.samplers import build_sampler, denoise, sampler_remarks, used_sampler
 
 # 2026-11: diffusers 0.42 turns torch 2.13 tensors into numpy arrays, and numpy 2.4 warns of how torch does it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -113,12 +113,12 @@ def test_the_error_falls_with_the_order_of_the_method(name: str, order: int) -> 
 
 def test_every_sampler_names_the_one_that_draws_flows() -> None:
     for name in NAMES:
-        used, remark = used_sampler(name, FLOW), replaced_sampler(name, FLOW)
+        used, remarks = used_sampler(name, FLOW), list(sampler_remarks([name, name], FLOW))
         assert used == ("heun" if name in SECOND_ORDER else "euler")
-        assert (remark is None) == (name.removeprefix("k_") == used)
-        assert remark is None or f"sampler {name}: flow models are drawn with {used.capitalize()} instead" in remark
+        remark = f"sampler {name}: flow models are drawn with {used.capitalize()} instead"
+        assert [each.startswith(remark) for each in remarks] == [True] * (name.removeprefix("k_") != used)
         assert used_sampler(name, build_objective("noise")) == name.removeprefix("k_")
-        assert replaced_sampler(name, build_objective("velocity")) is None
+        assert not list(sampler_remarks([name], build_objective("velocity")))
 
 
 @pytest.mark.parametrize(
