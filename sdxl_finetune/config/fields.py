@@ -172,13 +172,13 @@ def _arguments(value: object) -> object:
     One text may hold several arguments, separated by spaces or commas. The reference fails on such a text. A text may
     also be a Python dictionary, as in `edm2_loss_weighting_optimizer_args` of forks.
     """
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = ast.literal_eval(value.strip())
     if isinstance(value, dict):
         return value
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list):
         raise ValueError
+    if len(texts) == 1 and texts[0].lstrip().startswith("{"):
+        return ast.literal_eval(texts[0].strip())
     arguments = {}
     items = [item for text in texts for item in NEXT_ARGUMENT.split(text.strip(" ,")) if item]
     for name, sign, text in (item.partition("=") for item in items):

@@ -129,7 +129,7 @@ def _replace_unusable(options: dict[str, Given], remarks: list[Problem]) -> None
 
 def _whole_name(name: str) -> str | None:
     """Returns the only option of the reference that starts with `name`, or None. The reference's parser does so too."""
-    if name in Config.model_fields or name in REFERENCE or len(name) < 4:
+    if name in Config.model_fields or name in REFERENCE | FOREIGN or len(name) < 4:
         return None
     ours = {option for option, field in Config.model_fields.items() if "Not in sd-scripts" in str(field.description)}
     names = [option for option in {*Config.model_fields, *REFERENCE} - ours if option.startswith(name)]

@@ -90,7 +90,7 @@ class LossOptions(Options):
     min_snr_gamma: float | None = Field(None, ge=0)
     """Limit of the signal-to-noise ratio in the loss weight (Hang et al., arXiv 2303.09556). Usual: 5. 0: off."""
     soft_min_snr_gamma: float | None = Field(None, ge=0)
-    """The same with a smooth limit (Crowson et al., arXiv 2401.11605). Usual: 5. 0: off. Of forks of sd-scripts."""
+    """Smooth form of `min_snr_gamma` (Crowson et al., arXiv 2401.11605). Usual: 5. 0: off. Of forks of sd-scripts."""
     loss_multiplier: float | None = Field(None, ge=0)
     """Factor of every loss. 0: off. Of forks of sd-scripts."""
     scale_v_pred_loss_like_noise_pred: bool = False

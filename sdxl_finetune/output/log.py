@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdxl_finetune.batch import Position
-from sdxl_finetune.config import Config, LoggingOptions, to_toml
+from sdxl_finetune.config import Config, to_toml
 from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.colours import Drift
@@ -33,7 +33,7 @@ from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.curve import draw_curve
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
 from sdxl_finetune.output.histograms import EDGES, PERIOD, TimestepCounts
-from sdxl_finetune.output.log_history import METRICS, go_back, last_losses, note_save
+from sdxl_finetune.output.log_history import METRICS, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
 from sdxl_finetune.runtime import host
@@ -100,22 +100,6 @@ class _Record:
             "data_wait_seconds": self.step.data_wait_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
-
-
-def run_directory(config: LoggingOptions, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
-    """The directory of a run's log: `logging_dir/{log_prefix}{timestamp}`; None without `logging_dir`.
-
-    `resumed` is the name of an old log folder, and the step from which the run resumes. If this folder has a record of
-    the save, the run continues in it, and the log is cut back to that step. Only one rank calls this function.
-    """
-    if config.logging_dir is None:
-        return None
-    if resumed:
-        name, step = resumed
-        if go_back(config.logging_dir / name, step):
-            return config.logging_dir / name
-        logger.warning("%s has no log of the run up to step %d; a new log is started", config.logging_dir / name, step)
-    return config.logging_dir / f"{config.log_prefix or ''}{now:%Y%m%d%H%M%S}"
 
 
 class Log:

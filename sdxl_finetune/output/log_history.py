@@ -1,14 +1,36 @@
-"""Cuts the log of a run back to the step that it resumes from, so that the log reads like that of one run.
+"""The folder of a run's log, and how it is cut back to the step that a run resumes from.
 
 At every save, the file `saves.jsonl` gets a line with the sizes of the log's growing files. A resumed run cuts the
 files off at these sizes. This removes everything that the interrupted run wrote after the save.
 """
 
 import json
+import logging
 import os
+from datetime import datetime
 from pathlib import Path
 
+from sdxl_finetune.config import LoggingOptions
+
+logger = logging.getLogger(__name__)
+
 SAVES, METRICS = "saves.jsonl", "metrics.jsonl"
+
+
+def run_directory(config: LoggingOptions, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
+    """The directory of a run's log: `logging_dir/{log_prefix}{timestamp}`; None without `logging_dir`.
+
+    `resumed` is the name of an old log folder, and the step from which the run resumes. If this folder has a record of
+    the save, the run continues in it, and the log is cut back to that step. Only one rank calls this function.
+    """
+    if config.logging_dir is None:
+        return None
+    if resumed:
+        name, step = resumed
+        if go_back(config.logging_dir / name, step):
+            return config.logging_dir / name
+        logger.warning("%s has no log of the run up to step %d; a new log is started", config.logging_dir / name, step)
+    return config.logging_dir / f"{config.log_prefix or ''}{now:%Y%m%d%H%M%S}"
 
 
 def note_save(directory: Path, step: int) -> None:

@@ -28,8 +28,8 @@ from sdxl_finetune.training.optimizer_state import optimizer_values, restore_val
 NAME = "edm2"
 """Name of the learning rate in the log, as in forks of the reference."""
 SMALLEST_LOSS = 1e-4
-"""Lower losses of images count as this one for the network, which bounds the weights by 10,000. A loss is 0 under a black
-mask, and a contrastive loss may be negative. No weight is the inverse of either."""
+"""Lower losses of images count as this one for the network, which bounds the weights by 10,000. A loss is 0 under a
+black mask, and a contrastive loss may be negative. No weight is the inverse of either."""
 POINTS = 101
 """Timesteps at which the curve is drawn."""
 

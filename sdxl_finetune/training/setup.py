@@ -46,7 +46,8 @@ from sdxl_finetune.optim.optimizer import state_bytes
 from sdxl_finetune.output.checkpoints import final_name, format_to_save, remove
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_access
-from sdxl_finetune.output.log import Log, run_directory
+from sdxl_finetune.output.log import Log
+from sdxl_finetune.output.log_history import run_directory
 from sdxl_finetune.output.prompts import Prompt, with_size
 from sdxl_finetune.output.samplers import sampler_remarks
 from sdxl_finetune.output.stages import StageRecord
@@ -178,11 +179,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         plan = replace(plan, origin=resume.resumed_origin(start, order, config))
     steps = total_steps(config, plan)
     timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
-    _prepare_model(config, loaded.model, accelerator)
-    learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, timeline.steps))
-    loss_weights = build_learned_weights(config, learner.objective, accelerator.device, timeline.steps)
-    learner = replace(learner, loss_weights=loss_weights)
-    restore(start, learner)
+    learner = _build_learner(config, loaded, accelerator, start, steps)
     dataset = TrainingDataset(
         index=index,
         read_latents=latents.read if latents else None,
@@ -325,6 +322,18 @@ def _prepare_text(
     text = prepare_text(index, TextEncoders(sdxl, tokenizer, accelerator.device), config, accelerator, stop)
     sdxl.detach_text_encoders()
     return text
+
+
+def _build_learner(
+    config: Config, loaded: Loaded, accelerator: Accelerator, start: Start | None, steps: int
+) -> Learner:
+    """The learner of a run of `steps` optimizer steps, with the state of the run that it continues."""
+    _prepare_model(config, loaded.model, accelerator)
+    learner = build_learner(config, loaded.model, loaded.vae, accelerator, build_lr(config, steps))
+    loss_weights = build_learned_weights(config, learner.objective, accelerator.device, steps)
+    learner = replace(learner, loss_weights=loss_weights)
+    restore(start, learner)
+    return learner
 
 
 def _prepare_model(config: HardwareOptions, sdxl: SDXL, accelerator: Accelerator) -> None:

@@ -2,7 +2,8 @@
 
     weights.safetensors   the model in the precision in which it is trained, the VAE and unused tensors included;
                           a checkpoint like any other
-    optimizer.pt          optimizer state, EMA, loss scale and torch's random state (see optimizer_state.py)
+    optimizer.pt          optimizer state, EMA, loss scale, learned loss weights and torch's random state (see
+                          optimizer_state.py)
     state.json            a TrainingState: where the run stood, and under which options
     manifest.json         size and SHA-256 of the other files
 

@@ -250,6 +250,12 @@ def test_the_start_of_an_option_is_read_as_the_option_on_the_command_line(folder
     assert "unknown option" in problems("--save_every", "1")[0]  # several options start so
 
 
+def test_an_option_of_a_fork_is_not_read_as_the_longer_option_that_starts_so(folder, caplog):
+    config = load("--edm2_loss_weighting", "--edm2_loss_weighting_generate_graph")
+    assert config.edm2_loss_weighting_generate_graph_every_x_steps == 100
+    assert "edm2_loss_weighting_generate_graph = True: has no effect: the log always shows the curve" in caplog.text
+
+
 def test_a_windows_path_in_double_quotes_is_explained(folder):
     for line in ('train_data_dir = "C:\\train"', 'train_data_dir = "C:\\images"'):
         (folder / "c.toml").write_text(line)

@@ -22,7 +22,8 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
-from sdxl_finetune.output.log import SMALLEST_LOSS_SCALE, Log, NonFiniteLoss, Step, run_directory
+from sdxl_finetune.output.log import SMALLEST_LOSS_SCALE, Log, NonFiniteLoss, Step
+from sdxl_finetune.output.log_history import run_directory
 
 LOSSES = [4.0, 2.0, 3.0, 1.0, 0.5, 0.25]
 

@@ -124,6 +124,7 @@ def test_figures_can_be_compared_between_runs(base, work) -> None:
     plain = run(base, *asked)[0]["validation"]
     changed = ["--seed", "9", "--noise_offset", "0.1", "--min_snr_gamma", "5", "--caption_dropout_rate", "0.5"]
     changed += ["--multires_noise_iterations", "3", "--train_batch_size", "1", "--loss_type", "huber", "--flip_aug"]
+    changed += ["--edm2_loss_weighting", "--loss_multiplier", "2"]
     assert run(base, *asked, *changed)[0]["validation"] == pytest.approx(plain, rel=1e-5)
     assert run(base, *asked, "--validation_seed", "1")[0]["validation"]["loss"] != plain["loss"]
     assert plain.keys() == {"loss", "loss/t125", "loss/t375", "loss/t625", "loss/t875"}
