@@ -46,8 +46,8 @@ from scripts.benchmarks.gpu_checks import (
     reason,
     run_python,
 )
-from scripts.benchmarks.proof import TOY
 from scripts.benchmarks.proof_models import as_bf16
+from scripts.benchmarks.proof_runs import TOY
 from scripts.toy.style import write_pictures
 from sdxl_finetune.commands.memory_estimate import BatchShape, estimate
 from sdxl_finetune.config import Config

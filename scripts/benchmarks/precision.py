@@ -28,8 +28,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from scripts.benchmarks.full_size import kept_bytes
-from scripts.benchmarks.proof import TOY
 from scripts.benchmarks.proof_models import as_bf16
+from scripts.benchmarks.proof_runs import TOY
 from scripts.toy.style import write_pictures
 from sdxl_finetune.config import load_config
 from sdxl_finetune.runtime.signals import StopRequest

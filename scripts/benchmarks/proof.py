@@ -9,22 +9,17 @@ thing. It then draws images, reads them with plain code, or compares losses, and
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from scripts.benchmarks.proof_flows import flow_pairing, flow_times, flow_weights
 from scripts.benchmarks.proof_models import as_bf16, merge_words, relative_error, transpose_projection
 from scripts.benchmarks.proof_reads import (
     TWIN,
-    Mean,
     colours_and_shapes,
     cut_off,
     in_order,
@@ -35,32 +30,28 @@ from scripts.benchmarks.proof_reads import (
     write_twins,
     write_wide,
 )
+from scripts.benchmarks.proof_runs import (
+    HELD_OUT,
+    ROOT,
+    SEEDS,
+    SHORT,
+    TOY,
+    Row,
+    average,
+    increase,
+    losses,
+    train,
+    validation,
+)
 from scripts.toy.style import write_pictures
 from scripts.toy.world import NEW_STYLE
 
-ROOT = Path(__file__).parents[2]
-TOY = ROOT / "tests" / "toy" / "toy.safetensors"
-CONFIG = ROOT / "configs" / "quickstart.toml"
 PARTS = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
 """Start of the tensor names of the U-Net, text encoder 1 and text encoder 2 in a checkpoint file."""
-SHORT = ["--max_train_epochs", "3"]
-HELD_OUT = [*SHORT, "--validation_split", "0.1", "--validation_timesteps", "20"]
-SEEDS = ("0", "1", "2")
 PAGE = ROOT / "docs" / "proof.md"
 TABLE = """| name | what | theory says | measured | holds |
 |---|---|---|---|---|
 """
-LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table in docs/proof.md."""
-
-    what: str
-    theory: str
-    measured: str
-    holds: bool
 
 
 def main() -> None:
@@ -88,62 +79,14 @@ def main() -> None:
 
 
 def write(rows: Mapping[str, Row]) -> None:
-    """Replaces the table at the end of docs/proof.md. The text above the table is written by hand."""
-    text = PAGE.read_text(encoding="utf-8")
-    lines = [
-        f"| `{name}` | {row.what} | {row.theory} | {row.measured} | {'yes' if row.holds else '**no**'} |"
-        for name, row in rows.items()
-    ]
-    PAGE.write_text(text[: text.index(TABLE)] + TABLE + "\n".join(lines) + "\n", encoding="utf-8")
-
-
-def train(
-    folder: Path,
-    name: str,
-    *options: str,
-    processes: int = 1,
-    model: Path = TOY,
-    data: str = "style",
-    program: str = "sdxl_finetune",
-) -> Path:
-    """Runs sdxl-train and returns the final checkpoint. A run that is finished already is not repeated."""
-    out = folder / name
-    paths_of_run = ["--output_dir", str(out), "--logging_dir", str(out / "logs"), "--output_name", "model"]
-    paths_of_run += ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / data)]
-    quiet = ["--sample_prompts", "", "--sample_every_n_epochs", "0", "--no-sample_at_first"]
-    quiet += ["--save_every_n_epochs", ""]
-    launch = LAUNCH if processes > 1 else []
-    command = [sys.executable, *launch, "-m", program, "--config", str(CONFIG), *paths_of_run, *quiet, *options]
-    final = out / "model.safetensors"
-    if not final.exists():
-        if "--resume" not in options:
-            shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts again
-        cpu = {} if torch.cuda.device_count() >= processes else {"ACCELERATE_USE_CPU": "1"}
-        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        with (folder / f"{name}.log").open("w") as log:
-            environment = os.environ | cpu | {"PYTHONPATH": python_path}
-            subprocess.run(command, check=True, cwd=ROOT, stderr=log, env=environment)
-    return final
-
-
-def validation(model: Path, index: int = -1) -> dict[str, float]:
-    """Returns the validation losses of a run: the last ones, or those at `index`."""
-    (log,) = (model.parent / "logs").glob("*/metrics.jsonl")
-    return [row["validation"] for row in map(json.loads, log.read_text().splitlines()) if "validation" in row][index]
-
-
-def losses(folder: Path, name: str, *options: str, model: Path = TOY) -> list[dict[str, float]]:
-    """Trains 180 steps with each of three seeds and returns the final validation losses.
-
-    All runs hold out the same images and use the same noise for them.
-    """
-    runs = [train(folder, f"{name}-{seed}", *HELD_OUT, *options, "--seed", seed, model=model) for seed in SEEDS]
-    return [validation(run) for run in runs]
-
-
-def increase(losses: Sequence[dict[str, float]], base: Sequence[dict[str, float]], name: str = "loss") -> Mean:
-    """Returns by which share the losses are above the base losses of the same seeds."""
-    return Mean.of([run[name] / base_run[name] - 1 for run, base_run in zip(losses, base, strict=True)])
+    """Replaces lines of the table at the end of docs/proof.md. Lines of other contrasts and the text above stay."""
+    text, _, table = PAGE.read_text(encoding="utf-8").partition(TABLE)
+    lines = {line.split("`")[1]: line for line in table.splitlines()}
+    for name, row in rows.items():
+        holds = "yes" if row.holds else "**no**"
+        lines[name] = f"| `{name}` | {row.what} | {row.theory} | {row.measured} | {holds} |"
+    ordered = [lines[name] for name in CONTRASTS if name in lines]
+    PAGE.write_text("\n".join([text + TABLE.rstrip("\n"), *ordered]) + "\n", encoding="utf-8")
 
 
 def encoders(folder: Path) -> Row:
@@ -308,16 +251,16 @@ def full_bf16(folder: Path) -> Row:
     rounded = train(
         folder, "bf16-rounded", *asked, "--optimizer_type", "scripts.benchmarks.rounding.RoundingAdamW", model=start
     )
-    before, losses = validation(exact, 0)["loss"], [validation(model)["loss"] for model in (exact, rounded)]
+    before, after = validation(exact, 0)["loss"], [validation(model)["loss"] for model in (exact, rounded)]
     ends = [load_file(model) for model in (exact, rounded)]
     errors = [relative_error(part, tensors_before, *ends) for part in PARTS]
     shown_errors = ", ".join(f"{error:.2f}" for error in errors)
     return Row(
         "full_bf16 with weights rounded to nearest, at the users' rates (3e-5, 1e-6, 1e-6)",
         "most of what training changes is lost",
-        f"held out loss {before:.4f} before, {losses[0]:.4f} in float32, {losses[1]:.4f} rounded; relative error of the"
+        f"held out loss {before:.4f} before, {after[0]:.4f} in float32, {after[1]:.4f} rounded; relative error of the"
         f" change of U-Net and text encoders: {shown_errors}",
-        losses[0] < losses[1] and min(errors) > 0.5,
+        after[0] < after[1] and min(errors) > 0.5,
     )
 
 
@@ -369,12 +312,11 @@ CONTRASTS: dict[str, Callable[[Path], Row]] = {
         resumed,
         processes,
         full_bf16,
+        flow_times,
+        flow_pairing,
+        flow_weights,
     )
 }
-
-
-def average(runs: Sequence[dict[str, float]]) -> float:
-    return float(np.mean([losses["loss"] for losses in runs]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from scripts.benchmarks.proof import CONFIG, ROOT, train
+from scripts.benchmarks.proof_runs import CONFIG, ROOT, train
 from scripts.toy.judge import draw_texts
 from scripts.toy.palettes import SPOILT, captions_to_draw, palettes, styled_caption, write_styles
 from sdxl_finetune.files import atomic_path

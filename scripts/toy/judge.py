@@ -26,7 +26,7 @@ from PIL import Image
 
 from scripts.toy.world import NEW_STYLE, SIZE, Scene, caption, is_framed, read, scenes
 from sdxl_finetune.data.tokens import Tokenizer
-from sdxl_finetune.diffusion.objective import build_objective
+from sdxl_finetune.diffusion.objective import Objective, build_objective
 from sdxl_finetune.model.load import load_checkpoint
 from sdxl_finetune.output.previews import PreviewModel, draw_latents, to_image
 from sdxl_finetune.output.prompts import Prompt
@@ -101,20 +101,30 @@ def draw_captions(
 
 
 @torch.no_grad()
-def draw_texts(model: Path, texts: Sequence[str], *, scale: float = 5.0) -> list[Image.Image]:
-    """Draws each prompt, with seeds 0, 1, 2, ... `scale` is the guidance scale."""
+def draw_texts(
+    model: Path,
+    texts: Sequence[str],
+    *,
+    scale: float = 5.0,
+    objective: Objective | None = None,
+    sampler: str = "euler_a",
+) -> list[Image.Image]:
+    """Draws each prompt, with seeds 0, 1, 2, ... `scale` is the guidance scale.
+
+    The model is drawn as one of this objective. By default it predicts noise.
+    """
     loaded = load_checkpoint(model, dtype=torch.float32)
     preview_model = PreviewModel(
         sdxl=loaded.model.eval(),
         vae=loaded.vae,
         tokenizer=Tokenizer(max_token_length=None),
-        objective=build_objective("noise"),
+        objective=objective or build_objective("noise"),
     )
     prompts = [Prompt(prompt=text, width=SIZE, height=SIZE, steps=20, scale=scale) for text in texts]
     images = []
     for start in range(0, len(prompts), BATCH):
         seeds = range(start, min(start + BATCH, len(prompts)))
-        latents = draw_latents(preview_model, "euler_a", prompts[start : start + BATCH], seeds)
+        latents = draw_latents(preview_model, sampler, prompts[start : start + BATCH], seeds)
         images += [to_image(loaded.vae, image_latents[None]) for image_latents in latents]
     return images
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from scripts.benchmarks import tags
-from scripts.benchmarks.proof import TOY
+from scripts.benchmarks.proof_runs import TOY
 from scripts.benchmarks.tags import Row, correlations, table
 from scripts.toy.palettes import SPOILT, STYLES, palettes, write_styles
 from scripts.toy.world import draw, scenes
