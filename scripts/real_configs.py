@@ -32,6 +32,9 @@ VAE = "first_stage_model."
 TAGS = "oil painting, tower, red sky, ruins, fog, portrait, 1girl, solo, long hair"
 FOLDERS = {"img/10_name person": 12, "reg/1_person": 4, "flat": 12, "flat2": 12, "flat3": 12, "flatreg": 4}
 """Folders that the configs name, each with its number of pictures."""
+ALL_BLOCKS = ["--unet_widths", "32,32,64", "--unet_layers", "2,2,2", "--transformer_layers", "0,1,1", "--te1", "64,2",
+              "--te2", "64,2", "--vae_widths", "32,32,32,32", "--vae_layers", "1"]  # fmt: skip
+"""Sizes of a random model with the 23 blocks of SDXL's U-Net, for configs that number them. The small model has 17."""
 PROMPTS = {
     "prompt.txt": "an oil painting of a tower --w 64 --h 64 --s 2 --d 1 --l 5\n",
     "prompt.toml": '[prompt]\nwidth = 64\nheight = 64\nsample_steps = 2\n[[prompt.subset]]\nprompt = "1girl"\n',
@@ -58,7 +61,7 @@ def expected_results() -> list[Config]:
 
 
 def write_data(folder: Path) -> None:
-    """Writes pictures with captions, metadata files, prompt files and a VAE under the names that the configs use."""
+    """Writes pictures with captions, metadata files, prompt files, a model and a VAE under the names that the configs use."""
     photos = write_photos(folder / "photos")
     for name, count in FOLDERS.items():
         (folder / name).mkdir(parents=True)
@@ -75,14 +78,18 @@ def write_data(folder: Path) -> None:
         (folder / name).write_text(text)
     vae = {name.removeprefix(VAE): tensor for name, tensor in load_file(BASE).items() if name.startswith(VAE)}
     save_file(vae, folder / "toy_vae.safetensors")
+    init = "from sdxl_finetune.cli import model; model()"
+    command = [sys.executable, "-c", init, "init", str(folder / "blocks.safetensors"), *ALL_BLOCKS]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def command_line(number: str, data: Path, work: Path, steps: int) -> list[str]:
     """Writes the config into the folder `work`, with all paths filled in. Returns the arguments of sdxl-train."""
     (work / "datasets").mkdir(parents=True)
+    base = data / "blocks.safetensors" if "freeze_unet_blocks" in (CONFIGS / f"{number}.toml").read_text() else BASE
 
     def fill(text: str) -> str:
-        for word, path in {"base": BASE, "data": data, "out": work, "here": work}.items():
+        for word, path in {"base": base, "data": data, "out": work, "here": work}.items():
             text = text.replace(f"{{{word}}}", str(path))
         return text
 

@@ -3,9 +3,8 @@
     skill = (accuracy - chance) / (1 - chance)      0: the tag is not known, 1: the right tag always wins
 
 A tag is learned if its skill and its gain reach their bounds. Another tag is contradictory if training has seen it as
-often as the median tag, and yet its accuracy is surely below that of the tags that training has seen less often (below
-their median). More of the same would not help such a tag. The remaining tags are underfitted. A tag with a large error
-is unclear.
+often as the median tag, and yet its accuracy is surely below the median of the rarer tags. More of the same would not
+help such a tag. The remaining tags are underfitted. A tag with a large error is unclear.
 """
 
 import math
