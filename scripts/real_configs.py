@@ -61,7 +61,7 @@ def expected_results() -> list[Config]:
 
 
 def write_data(folder: Path) -> None:
-    """Writes pictures with captions, metadata files, prompt files, a model and a VAE under the names that the configs use."""
+    """Writes pictures with captions, metadata and prompt files, a model and a VAE under the names that configs use."""
     photos = write_photos(folder / "photos")
     for name, count in FOLDERS.items():
         (folder / name).mkdir(parents=True)
