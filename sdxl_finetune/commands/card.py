@@ -172,8 +172,10 @@ def _write(made: Card, folder: Path) -> None:
     names = ", ".join(f"{name}.{ending}" for name in FILES.values() for ending in ("md", "html"))
     print(f"wrote {names} and {counted(len(pictures), 'picture')} into {folder}")
     if fields := pages["en"].open_fields:
-        print(f"{counted(len(fields), 'field')} of the page still open, which only the author can fill in:")
-        print("\n".join(f"  {field}" for field in dict.fromkeys(fields)))
+        fields = list(dict.fromkeys(fields))
+        are = "is" if len(fields) == 1 else "are"
+        print(f"{counted(len(fields), 'field')} of the page {are} still open. Only the author can fill them in:")
+        print("\n".join(f"  {field}" for field in fields))
 
 
 def _save(path: Path, text: str) -> None:
