@@ -43,6 +43,6 @@ class TagReportOptions(Options):
     tag_report_learned_skill: Annotated[float, REPORTS] = Field(0.75, ge=0, le=1)
     """Accuracy of a learned tag at least, from 0 at chance to 1. Not in sd-scripts."""
     tag_report_learned_gain: Annotated[float, REPORTS] = Field(0.5, ge=0)
-    """Gain of a learned tag at least, as a share of the median gain of all tags. Not in sd-scripts."""
+    """Gain of a learned tag at least, as a share of what the best tenth of the tags reach. Not in sd-scripts."""
     tag_report_contradictory_exposures: Annotated[float, REPORTS] = Field(1.0, gt=0)
     """Exposures, as a share of the median tag's, from which a tag may be contradictory. Not in sd-scripts."""

@@ -21,7 +21,7 @@ from sdxl_finetune.files import atomic_path
 
 STATES = ("learned", "underfitted", "contradictory", "unclear")
 """States of a tag. A contradictory tag was seen often and is told worse than rarer tags: its images show several
-things. The figures of an unclear tag have too large an error to decide."""
+things. The figures of an unclear tag disagree, or have too large an error to decide."""
 CHANGES = ("gain_since_base", "gain_since_last", "accuracy_since_base", "accuracy_since_last")
 """Columns that compare a tag with an earlier report. Null: the earlier report does not exist or lacks the tag."""
 TAGS = pa.schema(

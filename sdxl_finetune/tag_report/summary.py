@@ -102,9 +102,11 @@ def _on_contradictory(rows: Sequence[TagRow]) -> Iterator[Remark]:
 def _on_unclear(rows: Sequence[TagRow]) -> Iterator[Remark]:
     if tags := [row for row in rows if row.state == "unclear"]:
         is_are, their = ("is", "its") if len(tags) == 1 else ("are", "their")
-        text = f"{_names(tags, quantity=True)} {is_are} unclear: the measurement is too rough to say."
+        text = f"{_names(tags, quantity=True)} {is_are} unclear: the figures disagree or are too rough."
         yield Remark(
-            "note", text, f"Measure more of {their} images (tag_report_images), or add images if there are few."
+            "note",
+            text,
+            f"Measure more of {their} images (tag_report_images), and look for tags of the list that look alike.",
         )
 
 

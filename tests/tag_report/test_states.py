@@ -26,10 +26,11 @@ def state(tag: Figures, options: TagReportOptions = OPTIONS) -> str:
         ({}, "learned"),
         ({"accuracy": 0.8}, "underfitted"),  # the bound is 0.25 + 0.75 x 0.75 = 0.8125
         ({"accuracy": 0.82}, "learned"),
-        ({"gain": 0.04}, "underfitted"),  # half of the median gain
+        ({"gain": 0.04}, "underfitted"),  # half of what the best reach
         ({"gain": 0.06}, "learned"),
         ({"gain": -0.01}, "underfitted"),
-        ({"accuracy": 0.5, "exposures": 1001}, "contradictory"),
+        ({"accuracy": 0.5, "gain": 0.02, "exposures": 1001}, "contradictory"),
+        ({"accuracy": 0.5, "exposures": 1001}, "unclear"),  # its gain says that the model uses it
         ({"accuracy": 0.5, "exposures": 1000}, "underfitted"),  # no tag is rarer
         ({"accuracy": 0.5, "exposures": 999}, "underfitted"),  # the median tag has 1,000
         ({"accuracy": 0.8, "gain": 0.04, "exposures": 1001}, "contradictory"),
@@ -50,7 +51,7 @@ def test_bounds_are_options() -> None:
     tag = replace(GOOD, accuracy=0.7, exposures=400)
     assert state(tag) == "underfitted"
     assert state(tag, TagReportOptions(tag_report_learned_skill=0.6)) == "learned"
-    often = replace(tag, exposures=1500)
+    often = replace(tag, exposures=1500, gain=0.02)
     assert state(often) == "contradictory"
     assert state(often, TagReportOptions(tag_report_contradictory_exposures=1.6)) == "underfitted"
     assert state(replace(GOOD, gain=0.06), TagReportOptions(tag_report_learned_gain=0.9)) == "underfitted"
