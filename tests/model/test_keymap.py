@@ -11,6 +11,7 @@ from sdxl_finetune.model.random_model import text_size
 from sdxl_finetune.model.save import single_file_tensors
 from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.tensorfile import Source
+from sdxl_finetune.model.vae_file import read_vae
 
 KEYMAP = KeyMap(FULL.layout)
 
@@ -85,7 +86,7 @@ def test_put_is_the_inverse_of_take() -> None:
 
 def test_full_size_architecture_is_read_from_the_reference_s_file(golden) -> None:
     named = NamedTensors(file_of(golden))
-    assert read_architecture(named, named) == FULL
+    assert read_architecture(named, read_vae(named, {})) == FULL
 
 
 def test_full_size_model_has_the_reference_s_keys_and_shapes(golden) -> None:

@@ -71,5 +71,6 @@ def test_the_table_counts_what_was_found() -> None:
     spoilt = replace(row, style="titian", gain=0.05, accuracy=0.3, state="contradictory", drawn=0.1)
     rows = [row, learned, missed, spoilt]
     assert correlations(rows) == pytest.approx((1.0, 1.0))
-    line = table({0: rows}).splitlines()[-1]
+    line, all_lines = table({0: rows}).splitlines()[-2:]
     assert "1 found, 1 of the 2" in line and "titian contradictory" in line and "20%, 90%" in line
+    assert "1 of 2 contradictory, and 0 of 3 clean ones" in all_lines
