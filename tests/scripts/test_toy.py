@@ -13,9 +13,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from scripts.benchmarks.letter_box import letter_box
-from scripts.benchmarks.proof import CONFIG, PARTS
+from scripts.benchmarks.proof import PARTS
 from scripts.benchmarks.proof_models import as_bf16, relative_error, transpose_projection
 from scripts.benchmarks.proof_reads import Share, touches, write_wide
+from scripts.benchmarks.proof_runs import CONFIG
 from scripts.toy.judge import held_out_scenes, judge, judge_checkpoint
 from scripts.toy.style import write_pictures
 from scripts.toy.world import QUALITIES, STYLES, Scene, caption, draw, is_framed, is_held_out, scenes
