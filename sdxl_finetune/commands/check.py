@@ -154,14 +154,13 @@ def _describe_data(config: Config, index: Index | None, found: Findings) -> Inde
 
 
 def _describe_model(config: Config, model: Outline, found: Findings, start: Start | None) -> Sequence[Group]:
-    declared = read_declared(model.inspected.file)
-    contradictions = declared.contradictions(
+    contradictions = read_declared(model.inspected.file).contradictions(
         config.model_path,
         objective=config.objective,
         zero_terminal_snr=config.zero_terminal_snr,
+        use_zero_cond=config.use_zero_cond,
     )
-    zero_cond = declared.zero_cond_remarks(config.model_path, use_zero_cond=config.use_zero_cond)
-    remarks = [str(remark) for remark in [*contradictions, *zero_cond]]
+    remarks = [str(remark) for remark in contradictions]
     if not start and (replaced := overwritten(config, format_to_save(config, model.inspected.format))):
         remarks.append(replaced)
     found.say("remarks", *remarks)

@@ -11,8 +11,7 @@ def timestep_problems(config: Config) -> Iterator[tuple[str, str]]:
         if config.flow_timestep_distribution == "laplace" and getattr(config, option) is None:
             message = f"is needed with flow_timestep_distribution laplace: set it, as {option} = {example}"
             yield f"{option} flow_timestep_distribution", message
-    first = 0 if config.min_timestep is None else config.min_timestep
-    end = 1000 if config.max_timestep is None else config.max_timestep
+    first, end = config.timestep_range
     if first >= end:
         options = "max_timestep min_timestep" if config.min_timestep is None else "min_timestep max_timestep"
         yield options, f"no timestep is left: min_timestep, now {first}, must be below max_timestep, now {end}"

@@ -69,6 +69,11 @@ class NoiseOptions(Options):
     max_timestep: int | None = Field(None, ge=1, le=1000)
     """Timestep at which training ends; it is not trained itself. Default: 1000."""
 
+    @property
+    def timestep_range(self) -> tuple[int, int]:
+        """The first timestep that is trained, and the one at which training ends."""
+        return self.min_timestep or 0, 1000 if self.max_timestep is None else self.max_timestep
+
 
 class LossOptions(Options):
     """Objective and loss"""

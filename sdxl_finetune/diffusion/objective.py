@@ -34,8 +34,6 @@ class Rules:
     """Squared error of the prediction divided by the squared error of the x_0 that follows from it, by the SNR."""
     prediction_type: str
     """Name in diffusers' schedulers."""
-    modelspec: str
-    """Value of the metadata field `modelspec.prediction_type`. ModelSpec 1.0.1 names epsilon and v."""
 
 
 OBJECTIVES: Mapping[ObjectiveKind, Rules] = {
@@ -44,21 +42,18 @@ OBJECTIVES: Mapping[ObjectiveKind, Rules] = {
         latents=lambda noisy, prediction, alpha, sigma: (noisy - sigma * prediction) / alpha,
         error_ratio=lambda snr: snr,
         prediction_type="epsilon",
-        modelspec="epsilon",
     ),
     "velocity": Rules(
         target=lambda latents, noise, alpha, sigma: alpha * noise - sigma * latents,
         latents=lambda noisy, prediction, alpha, sigma: alpha * noisy - sigma * prediction,
         error_ratio=lambda snr: snr + 1,
         prediction_type="v_prediction",
-        modelspec="v",
     ),
     "flow": Rules(
         target=lambda latents, noise, alpha, sigma: noise - latents,
         latents=lambda noisy, prediction, alpha, sigma: noisy - sigma * prediction,
         error_ratio=lambda snr: (1 + snr.sqrt()) ** 2,
         prediction_type="flow_prediction",
-        modelspec="flow",
     ),
 }
 

@@ -41,8 +41,7 @@ def draw_timesteps(config: Config, seed: int, position: Position, images: int, p
     reference. Image i has the same timestep whatever k is, unless `stratified_timesteps` is set. The reference draws
     from one generator that is seeded alike on every rank.
     """
-    low = config.min_timestep or 0
-    high = TIMESTEPS if config.max_timestep is None else config.max_timestep
+    low, high = config.timestep_range
     assert low < high or high < TIMESTEPS, f"no timestep in {low}..{high}"
     if low >= high:
         return torch.full((images,), high)
@@ -117,8 +116,7 @@ def laplace_edges(config: Config) -> Float64[np.ndarray, " n"]:
     """
     mu, b = config.laplace_timestep_sampling_mu, config.laplace_timestep_sampling_b
     assert mu is not None and b is not None, "laplace needs mu and b"
-    low, high = config.min_timestep or 0, TIMESTEPS if config.max_timestep is None else config.max_timestep
-    return _laplace_edges(config.objective, config.zero_terminal_snr, low, high, mu, b)
+    return _laplace_edges(config.objective, config.zero_terminal_snr, *config.timestep_range, mu, b)
 
 
 @cache

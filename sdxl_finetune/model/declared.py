@@ -53,8 +53,8 @@ _WORDS: Mapping[ObjectiveKind, tuple[str, ...]] = {
     "velocity": ("v", "v_prediction", "vpred", "v-prediction", "v_pred", "velocity"),
     "flow": ("flow", "flow_prediction", "flow_matching", "flow-matching", "rectified_flow", "rectified-flow", "rf"),
 }
-MODELSPEC: Mapping[ObjectiveKind, str] = {"velocity": "v", "flow": "flow"}
-"""Values of the metadata field `modelspec.prediction_type` that are written for marked models."""
+MODELSPEC: Mapping[ObjectiveKind, str] = {"noise": "epsilon", "velocity": "v", "flow": "flow"}
+"""Values of the metadata field `modelspec.prediction_type`. ModelSpec 1.0.1 names epsilon and v."""
 _PREDICTS: Mapping[ObjectiveKind, str] = {
     "noise": "predicts noise",
     "velocity": "predicts velocity",
@@ -80,11 +80,14 @@ class Declared:
     edm: bool = False
     """True for a model on EDM's noise levels, of which SDXL's noise schedule knows nothing."""
 
-    def contradictions(self, path: Path, *, objective: ObjectiveKind, zero_terminal_snr: bool) -> Iterator[Problem]:
+    def contradictions(
+        self, path: Path, *, objective: ObjectiveKind, zero_terminal_snr: bool, use_zero_cond: bool
+    ) -> Iterator[Problem]:
         """Yields remarks on options that contradict the checkpoint at `path`. The reference makes no such remarks.
 
         A checkpoint that says nothing gets one remark if the options ask for a velocity or a flow, because most such
-        checkpoints predict noise.
+        checkpoints predict noise. A run without `use_zero_cond` contradicts a checkpoint with it. The contrary is no
+        contradiction: a run that drops no caption says `use_zero_cond = false` as well.
         """
         if self.edm:
             message = "is trained on EDM's noise levels (Playground v2.5, CosXL), and training would slowly change that"
@@ -99,12 +102,6 @@ class Declared:
             message = f"{path} says that it {kind}, and training would slowly change that"
             remedy = f"set zero_terminal_snr = {str(said).lower()}"
             yield Problem(f"{message}: {remedy}", key="zero_terminal_snr", value=zero_terminal_snr)
-
-    def zero_cond_remarks(self, path: Path, *, use_zero_cond: bool) -> Iterator[Problem]:
-        """Yields a remark if the checkpoint at `path` was trained with zeros for empty captions, and the run is not.
-
-        The contrary is no contradiction: a run that drops no caption says `use_zero_cond = false` as well.
-        """
         if self.zero_cond and not use_zero_cond:
             message = f"{path} says that empty captions were trained as zeros, and training would slowly change that"
             yield Problem(f"{message}: set use_zero_cond = true", key="use_zero_cond", value=False)

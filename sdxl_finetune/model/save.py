@@ -59,8 +59,8 @@ def save_weights(
     .safetensors files, with `modelspec.prediction_type` set to `v` for v-prediction and to `flow` for a flow. `epoch`
     and `global_step` go into a .ckpt file. Raises UserError for an EDM model as a diffusers folder.
     """
-    if modelspec := MODELSPEC.get(marked_objective(weights.markers)):
-        metadata = {**metadata, "modelspec.prediction_type": modelspec}
+    if (objective := marked_objective(weights.markers)) != "noise":
+        metadata = {**metadata, "modelspec.prediction_type": MODELSPEC[objective]}
     metadata = {key: value for key, value in metadata.items() if key != LATENTS}
     metadata |= describe_latents(weights.architecture)
     match save_as:

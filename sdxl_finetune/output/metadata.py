@@ -18,12 +18,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import sdxl_finetune
-from sdxl_finetune.batch import TIMESTEPS
 from sdxl_finetune.config import Config, MetadataOptions
 from sdxl_finetune.config.fields import plain
 from sdxl_finetune.config.options import SECRETS
-from sdxl_finetune.diffusion.objective import OBJECTIVES
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.model.declared import MODELSPEC
 from sdxl_finetune.output.stages import Stage, stages_json
 
 PREFIX = "sdxl_finetune."
@@ -77,12 +76,11 @@ def modelspec(config: Config, *, now: datetime, thumbnail: str | None = None) ->
         "title": config.metadata_title or config.output_name or f"Checkpoint@{now.timestamp()}",
         "date": now.replace(microsecond=0, tzinfo=None).isoformat(),
         "resolution": f"{width}x{height}",
-        "prediction_type": OBJECTIVES[config.objective].modelspec,
+        "prediction_type": MODELSPEC[config.objective],
         "thumbnail": thumbnail,
     }
     if config.min_timestep is not None or config.max_timestep is not None:
-        highest = TIMESTEPS if config.max_timestep is None else config.max_timestep
-        fields["timestep_range"] = f"{config.min_timestep or 0},{highest}"
+        fields["timestep_range"] = ",".join(map(str, config.timestep_range))
     return {f"modelspec.{name}": value for name, value in fields.items() if value is not None}
 
 

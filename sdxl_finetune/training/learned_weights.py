@@ -155,8 +155,7 @@ def _build_optimizer(options: LearnedWeightOptions, groups: list[Group]) -> torc
 
 def _timesteps(config: Config, objective: Objective) -> Tensor:
     """POINTS timesteps of those that are trained: whole numbers, but those of a flow in float32 and above 0."""
-    low = config.min_timestep or 0
-    high = TIMESTEPS if config.max_timestep is None else config.max_timestep
+    low, high = config.timestep_range
     if objective.kind == "flow":
         return torch.linspace(max(low, 1), high, POINTS)
     return torch.linspace(low, high - 1, POINTS).round().long()

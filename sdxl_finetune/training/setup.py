@@ -291,10 +291,12 @@ def _load_model(config: Config, start: Start | None) -> Loaded:
         vae = None if start.is_state else vae or path
         path = start.weights
     loaded = load_checkpoint(path, dtype=weight_dtype(config), vae_path=vae, exact=config.keeps_masters, options=config)
-    remarks = loaded.declared.contradictions(
-        path, objective=config.objective, zero_terminal_snr=config.zero_terminal_snr
-    )
-    for remark in [*remarks, *loaded.declared.zero_cond_remarks(path, use_zero_cond=config.use_zero_cond)]:
+    for remark in loaded.declared.contradictions(
+        path,
+        objective=config.objective,
+        zero_terminal_snr=config.zero_terminal_snr,
+        use_zero_cond=config.use_zero_cond,
+    ):
         logger.warning("%s", remark)
     loaded.model.zero_cond = config.use_zero_cond
     loaded.model.markers = marker_tensors(config.objective, zero_terminal_snr=config.zero_terminal_snr, flow=config)

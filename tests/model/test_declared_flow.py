@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdxl_finetune.commands.model import main
-from sdxl_finetune.config import FlowOptions, load_config
+from sdxl_finetune.config import FlowOptions
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.declared import read_declared
 from sdxl_finetune.model.load import load_checkpoint, open_checkpoint
 from sdxl_finetune.training.loop import train
 from sdxl_finetune.training.setup import build_run
+from tests.model.test_declared import config
 
 # 2026-11: diffusers 0.42 turns torch 2.13 tensors into numpy arrays, and numpy 2.4 warns of how torch does it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -128,14 +129,6 @@ def test_options_that_contradict_each_other_are_refused(work, arguments: list[st
     if "--no-flow_model" not in arguments:
         with pytest.raises(UserError, match=message):
             main(["generate", "base.safetensors", "--prompt", "a", "--width", "64", "--height", "64", *arguments])
-
-
-def config(*options: str):
-    words = ["--pretrained_model_name_or_path", "marked.safetensors", "--train_data_dir", "images", "--seed", "1"]
-    words += ["--output_dir", "out", "--resolution", "64", "--max_train_steps", "1", *options]
-    loaded = load_config(words, program="sdxl-train")
-    assert loaded is not None
-    return loaded
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Training in float16, on a CPU: as in float32, through overflows, and exactly on after a resume."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from sdxl_finetune.optim import loss_scale
 from sdxl_finetune.output import log
 from sdxl_finetune.training.loop import train
 from tests.training.test_resume import arguments, forget, refusal
+from tests.training.toy_runs import read_rows
 
 FLOAT32 = ["--mixed_precision", "no"]
 FP16 = ["--mixed_precision", "fp16"]
@@ -32,8 +32,7 @@ def run(folder: str, *more: str) -> list[dict]:
         assert train(config) == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    (path,) = Path(folder).glob("logs/*/metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_rows(f"{folder}/logs")
 
 
 def change(folder: str) -> torch.Tensor:

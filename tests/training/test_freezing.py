@@ -1,10 +1,6 @@
 """Runs with frozen parameters: these stay as they are to the bit, and cost no gradient and no optimizer state."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +14,7 @@ from sdxl_finetune.optim.freezing import unet_blocks
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.training.loop import training_steps
 from sdxl_finetune.training.setup import build_run
-from tests.training.toy_runs import OPTIONS, config, losses, run, use_toy
+from tests.training.toy_runs import OPTIONS, config, losses, read_rows, run, train_on_two_processes, use_toy
 
 UNET, TE1 = "model.diffusion_model.", "conditioner.embedders.0.transformer."
 FAST = ["--learning_rate", "1e-3", "--max_train_steps", "3", "--save_precision", "float"]
@@ -100,13 +96,8 @@ def test_frozen_parameters_have_no_gradient_and_no_optimizer_state(work) -> None
 def test_two_processes_train_the_same_parameters_as_one(work) -> None:
     options = [*FAST, *FROZEN, "--train_text_encoder"]
     one = losses(run(*options))
-    two = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*two, "--main_process_port", "0", "-m", "sdxl_finetune", *OPTIONS, *options, "--train_batch_size", "1"]
-    command += ["--logging_dir", "logs2"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (log,) = Path("logs2").glob("*/metrics.jsonl")
-    assert losses([json.loads(line) for line in log.read_text().splitlines()]) == pytest.approx(one, rel=1e-3)
+    train_on_two_processes([*OPTIONS, *options, "--train_batch_size", "1", "--logging_dir", "logs2"])
+    assert losses(read_rows("logs2")) == pytest.approx(one, rel=1e-3)
     changed = moved(load_file("base.safetensors"), load_file("out/last.safetensors"))
     assert changed and not [key for key in changed if is_frozen(key)]
 

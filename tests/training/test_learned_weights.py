@@ -1,48 +1,31 @@
 """Learned loss weights in a run: resumed exactly, alike on 1 and 2 processes, in any precision, and in the log only."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.benchmarks.interrupt import differences, last_log, saved_names
 from sdxl_finetune.batch import Batch, Position
-from sdxl_finetune.config import Config, LearnedWeightOptions, load_config
+from sdxl_finetune.config import Config, LearnedWeightOptions
 from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.training.learned_weights import LearnedWeights, check_learned_weights, rate_factor
-from sdxl_finetune.training.loop import train
-from tests.training.test_fp16 import FLOAT32, FP16, QUICK, SGD
+from tests.training.test_fp16 import FLOAT32, FP16, QUICK, SGD, run
 from tests.training.test_resume import arguments, forget, refusal
+from tests.training.toy_runs import read_rows, train_on_two_processes
 
 LEARNED = ["--edm2_loss_weighting", "--edm2_loss_weighting_generate_graph_every_x_steps", "2", "--min_snr_gamma", "0"]
 STILL = [*SGD, "--learning_rate", "1e-12", "--no-save_state", *FLOAT32]
 """Options of a model that does not change, so that runs see the same losses."""
 
 
-def run(folder: str, *more: str) -> list[dict]:
-    """Trains 6 steps, and returns the rows of the log."""
-    config = load_config(arguments(folder, *QUICK, *more), program="sdxl-train")
-    assert config is not None
-    try:
-        assert train(config) == 0
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return rows(folder)
-
-
 def rows(folder: str) -> list[dict]:
-    (path,) = Path(folder).glob("logs/*/metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_rows(f"{folder}/logs")
 
 
 def learned(found: list[dict]) -> list[float]:
@@ -152,12 +135,7 @@ def test_losses_without_a_logarithm_give_a_bounded_weight(loss: float) -> None:
 def test_two_processes_learn_what_one_does_with_twice_the_batch(work) -> None:
     options = [*LEARNED, *SGD, *FLOAT32, "--no-save_state", "--multires_noise_iterations", "0"]
     one = run("one", *options, "--train_batch_size", "4")
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
-    two = ["-m", "sdxl_finetune", *arguments("two", *QUICK, *options, "--train_batch_size", "2")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "--main_process_port", "0", *two]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_on_two_processes(arguments("two", *QUICK, *options, "--train_batch_size", "2"))
     for name in ("loss", "loss/weighted"):
         values = [[row[name] for row in found if "loss" in row] for found in (one, rows("two"))]
         assert values[0] == pytest.approx(values[1], rel=1e-4), name

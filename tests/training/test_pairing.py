@@ -1,9 +1,5 @@
 """Runs with paired noise and contrastive flow matching: on two processes as on one, and resumed as uninterrupted."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +9,7 @@ from safetensors.torch import load_file
 from sdxl_finetune.config import load_config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.training.setup import build_run
-from tests.training.toy_runs import OPTIONS, config, losses, run, use_toy
+from tests.training.toy_runs import OPTIONS, config, losses, read_rows, run, train_on_two_processes, use_toy
 
 PAIRED = ["--flow_model", "--flow_use_ot", "--contrastive_flow_matching", "--cfm_lambda", "0.1"]
 WITHOUT_CACHE = [word for word in OPTIONS if word != "--cache_latents"]
@@ -27,13 +23,8 @@ def work(work) -> Path:
 
 
 def test_two_processes_pair_and_contrast_as_one(work) -> None:
-    two = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*two, "--main_process_port", "0", "-m", "sdxl_finetune", *WITHOUT_CACHE, *PAIRED]
-    command += ["--train_batch_size", "2"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (log,) = Path("logs").glob("*/metrics.jsonl")
-    together = losses([json.loads(line) for line in log.read_text().splitlines()])
+    train_on_two_processes([*WITHOUT_CACHE, *PAIRED, "--train_batch_size", "2"])
+    together = losses(read_rows("logs"))
     alone = losses(run(*PAIRED, "--train_batch_size", "4"))
     assert together == pytest.approx(alone, rel=1e-3), "as one process with twice the batch"
     unpaired = losses(run("--flow_model", "--train_batch_size", "4"))

@@ -1,10 +1,6 @@
 """Training on cached text encoder outputs: the losses of encoding each batch, without the encoders on the device."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +15,7 @@ from sdxl_finetune.data.captions import caption, is_dropped
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.seeding import position_random
 from sdxl_finetune.training.setup import build_run
-from tests.training.toy_runs import OPTIONS, config, losses, run, use_toy
+from tests.training.toy_runs import OPTIONS, config, losses, read_rows, run, train_on_two_processes, use_toy
 
 IN_MEMORY, ON_DISK = ["--cache_text_encoder_outputs"], ["--cache_text_encoder_outputs_to_disk"]
 
@@ -109,14 +105,10 @@ def test_a_resumed_run_ends_the_same(work) -> None:
 
 
 def test_two_processes_share_the_captions_and_train(work) -> None:
-    two = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*two, "--main_process_port", "0", "-m", "sdxl_finetune", *OPTIONS, *ON_DISK, "--train_batch_size", "1"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    train_on_two_processes([*OPTIONS, *ON_DISK, "--train_batch_size", "1"])
     shards = Path("out/cache/text_outputs").glob("*/*.text_outputs")
     assert {path.name.split("-")[1] for path in shards} == {"00000", "00001"}
-    (log,) = Path("logs").glob("*/metrics.jsonl")
-    together = losses([json.loads(line) for line in log.read_text().splitlines()])
+    together = losses(read_rows("logs"))
     assert together == pytest.approx(losses(run()), rel=1e-3), "as one process with twice the batch"
 
 

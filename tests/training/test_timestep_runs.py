@@ -1,14 +1,11 @@
 """Runs with stratified, shifted timesteps draw the same timesteps on any number of processes and after a resume."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.training.toy_runs import OPTIONS, losses, read_rows, run
+from tests.training.toy_runs import OPTIONS, losses, read_rows, run, train_on_two_processes
 
 FLOW = ["--flow_model", "--flow_uniform_shift", "--flow_uniform_base_pixels", "2048", "--stratified_timesteps"]
 FLOW += ["--gradient_accumulation_steps", "2", "--max_train_steps", "3", "--train_batch_size", "4"]
@@ -30,16 +27,8 @@ def test_two_processes_draw_the_timesteps_of_one(work) -> None:
     alone, drawn = losses(run(*FLOW)), histograms("logs")
     assert list(drawn) == [3]
     assert sum(count for _, count in drawn[3]) >= 3 * 4
-    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     words = [*OPTIONS, *FLOW, "--train_batch_size", "2", "--logging_dir", "logs2", "--output_dir", "out2"]
-    done = subprocess.run(
-        [*launch, "--main_process_port", "0", "-m", "sdxl_finetune", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_two_processes(words)
     assert histograms("logs2") == drawn
     assert losses(read_rows("logs2")) == pytest.approx(alone, rel=1e-3)
 

@@ -1,9 +1,5 @@
 """`use_zero_cond`: the U-Net is given zeros for empty captions, in training and everywhere else."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +14,7 @@ from sdxl_finetune.commands.model import main as model_tool
 from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.training.setup import build_run
-from tests.training.toy_runs import OPTIONS, config, losses, run, use_toy
+from tests.training.toy_runs import OPTIONS, config, losses, read_rows, run, train_on_two_processes, use_toy
 
 ZERO = ["--use_zero_cond"]
 DROPPED = ["--caption_dropout_rate", "0.5", "--max_token_length", "150"]
@@ -137,13 +133,8 @@ def test_two_processes_train_as_one_also_if_all_captions_of_a_rank_are_dropped(w
         empty = [batch.text.empty.tolist() for batch in built.batches()]
     AcceleratorState._reset_state(reset_partial_state=True)
     assert any(first != second for first, second in empty), "a step in which one rank has only an empty caption"
-    two = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*two, "--main_process_port", "0", "-m", "sdxl_finetune", *OPTIONS, *options, "--train_batch_size", "1"]
-    command += ["--logging_dir", "logs2"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (log,) = Path("logs2").glob("*/metrics.jsonl")
-    assert losses([json.loads(line) for line in log.read_text().splitlines()]) == pytest.approx(one, rel=1e-4)
+    train_on_two_processes([*OPTIONS, *options, "--train_batch_size", "1", "--logging_dir", "logs2"])
+    assert losses(read_rows("logs2")) == pytest.approx(one, rel=1e-4)
     together = load_file("out/last.safetensors")
     for key in ("model.diffusion_model.out.2.weight", "conditioner.embedders.1.model.text_projection"):
         torch.testing.assert_close(together[key], single[key], rtol=0, atol=2e-4)

@@ -1,7 +1,11 @@
 """Short runs of the small model that draws, whose predictions depend on captions, in a user's folder (`work`)."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
@@ -36,6 +40,15 @@ def run(*more: str) -> list[dict]:
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     return read_rows("logs")
+
+
+def train_on_two_processes(words: Sequence[str]) -> None:
+    """Runs sdxl-train with these words on two processes, and expects success."""
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launcher, "--main_process_port", "0", "-m", "sdxl_finetune", *words]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def read_rows(folder: str) -> list[dict]:
