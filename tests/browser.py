@@ -16,6 +16,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 PATIENCE = 240
 """Seconds to wait for an answer."""
+LEFT = "Inspected target navigated or closed"
+"""Chromium's answer if the page was left during an evaluation."""
 
 
 class Page:
@@ -73,11 +75,20 @@ class Page:
         return answer["result"].get("value")
 
     def wait_for(self, expression: str) -> None:
-        """Waits until a JavaScript expression is true."""
+        """Waits until a JavaScript expression is true, on this page or on the next that a link or address opens."""
         end = time.monotonic() + PATIENCE
-        while not self.evaluate(expression):
+        while not self._is_true(expression):
             assert time.monotonic() < end, expression
             time.sleep(0.05)
+
+    def _is_true(self, expression: str) -> bool:
+        """False also while one page gives way to the next, which can end an evaluation."""
+        try:
+            return bool(self.evaluate(expression))
+        except AssertionError as error:
+            if LEFT in str(error):
+                return False
+            raise
 
     def screenshot(self, file: Path, *, whole: bool = False) -> None:
         """Writes a PNG of the window, or of the whole page."""

@@ -57,6 +57,13 @@ def output(process: subprocess.Popen, seconds: float = 300) -> str:
         raise
 
 
+def finished(process: subprocess.Popen) -> str:
+    """Waits for a launch that must end well, and returns its output."""
+    printed = output(process)
+    assert process.returncode == 0, printed
+    return printed
+
+
 def children(process: subprocess.Popen) -> list[int]:
     """Process numbers of the ranks of a launch, in the order of their starts."""
     numbers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -70,7 +77,7 @@ def changes(path: str, start: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_two_processes_train_like_one_with_twice_the_batch_size(work) -> None:
     """Eight photographs in two buckets give a short last step, a short batch, and once a rank without an image."""
     program = [str(Path(__file__).parent / "each_rank.py")]
-    two = output(launch("--train_batch_size", "2", program=program))
+    two = finished(launch("--train_batch_size", "2", program=program))
     alone = "".join(digest_lines([*OPTIONS, "--train_batch_size", "4"]))
     assert assert_they_agree(two, alone, loss=1e-4, norm=1e-3) >= 4
 
@@ -125,7 +132,7 @@ def test_master_weights_of_two_processes_are_those_of_one(work, fused: bool) -> 
         "--max_grad_norm",
         "0",
     ]
-    two = output(launch("--train_batch_size", "1", *exact, program=program))
+    two = finished(launch("--train_batch_size", "1", *exact, program=program))
     of_two = load_file("changes.safetensors")
     alone = "".join(digest_lines([*OPTIONS, "--train_batch_size", "2", *exact]))
     assert assert_they_agree(two, alone, loss=1e-2, norm=5e-2) == 2
@@ -143,7 +150,7 @@ def test_both_processes_skip_a_step_whose_gradients_overflow(work) -> None:
     program = [str(Path(__file__).parent / "each_rank.py")]
     fp16 = ["--mixed_precision", "fp16", "--full_fp16", "--max_train_epochs", "", "--max_train_steps", "6"]
     fp16 += ["--resolution", "64", "--max_bucket_reso", "64", "--train_batch_size", "1"]
-    two = output(launch(*fp16, program=program, LOSS_SCALE=str(2.0**23)))
+    two = finished(launch(*fp16, program=program, LOSS_SCALE=str(2.0**23)))
     digests = defaultdict(list)
     for step, digest, _, norm in DIGEST.findall(two):
         digests[int(step)].append((digest, math.isfinite(float(norm))))
@@ -157,7 +164,7 @@ def test_both_processes_skip_a_step_whose_gradients_overflow(work) -> None:
 def test_two_processes_write_the_same_files_as_one(work) -> None:
     """Uses the documentation's command, with SGD, because AdamW's first steps amplify rounding errors to signs."""
     sgd = ["--optimizer_type", "SGD", "--learning_rate", "0.01", "--learning_rate_te1", "0.01"]
-    printed = output(launch(*sgd, "--train_batch_size", "2", "--save_every_n_epochs", "1", "--output_dir", "two"))
+    printed = finished(launch(*sgd, "--train_batch_size", "2", "--save_every_n_epochs", "1", "--output_dir", "two"))
     alone = [*OPTIONS, *sgd, "--train_batch_size", "4", "--output_dir", "one", "--save_every_n_epochs", "1"]
     config = load_config(alone, program="sdxl-train")
     assert config is not None and train(config) == 0
@@ -205,11 +212,12 @@ def wait_for(folder: Path, pattern: str, process: subprocess.Popen, seconds: flo
 
 ON_EVERY_RANK = """
 import os
-from accelerate import Accelerator
+import sys
+from sdxl_finetune.config import load_config
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.runtime.processes import on_every_rank
+from sdxl_finetune.runtime.processes import build_accelerator, on_every_rank
 
-Accelerator(cpu=True)
+accelerator = build_accelerator(load_config(sys.argv[1:], program="sdxl-train"))
 
 def find(failing):
     if os.environ["RANK"] == failing:
@@ -221,13 +229,12 @@ try:
     on_every_rank(lambda: find("1"))
 except UserError as error:
     print(f"{error}, says {os.environ['RANK']}\\n", end="", flush=True)
+accelerator.end_training()
 """
 
 
-def test_a_problem_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
-    (tmp_path / "ranks.py").write_text(ON_EVERY_RANK)
-    command = [*TWO, "--main_process_port", "0", str(tmp_path / "ranks.py")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_a_problem_of_one_rank_is_raised_on_all(work) -> None:
+    Path("ranks.py").write_text(ON_EVERY_RANK)
+    printed = finished(launch(program=["ranks.py"]))
     for rank in "01":
-        assert f"found {rank}\n" in done.stdout and f"not on this machine, says {rank}\n" in done.stdout
+        assert f"found {rank}\n" in printed and f"not on this machine, says {rank}\n" in printed
