@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from sdxl_finetune import OFFLINE_BY_DEFAULT
 from sdxl_finetune.errors import Problem, UserError, say_errors
+from sdxl_finetune.files import storage_failure
 from sdxl_finetune.runtime.signals import STOP_SIGNALS
 
 LOST_CONNECTION = (
@@ -88,9 +89,12 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except Exception as error:
-        if "RANK" not in os.environ:
+        if reason := storage_failure(error):
+            say_errors(_storage_problem(error, reason))
+        elif "RANK" not in os.environ:
             raise
-        _say_failure_of_rank(error)
+        else:
+            _say_failure_of_rank(error)
         status = 1
     if status > 128:  # a further signal may come while the interpreter ends
         for number in STOP_SIGNALS:
@@ -117,6 +121,13 @@ def _say_problems(error: UserError, argument: Any) -> None:
     checks = importlib.import_module("sdxl_finetune.training.checks")
     further = with_options(checks.find_further_problems(error.config, error.faulty), error.config)
     say_errors(*further, *(() if is_alone else problems))
+
+
+def _storage_problem(error: Exception, reason: str) -> Problem:
+    """The message for an error of storage that nothing has handled."""
+    where = getattr(error, "filename", None)
+    advice = "check the disk, its free space and the permissions, and start again"
+    return Problem(f"storage failed ({reason}): {advice}", file=None if where is None else os.fsdecode(where))
 
 
 def _say_failure_of_rank(error: Exception) -> None:

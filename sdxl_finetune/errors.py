@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -148,8 +149,10 @@ def say_errors(*errors: object, cause: bool = True) -> None:
     seconds = int(time.time()) + (0 if cause else CONSEQUENCE_DELAY)
     if os.environ.get("RANK", "0") != "0":
         time.sleep(WAIT_FOR_RANK_0)
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+    with suppress(OSError):  # the terminal may be a file on a full disk
+        for error in errors:
+            print(f"error: {error}", file=sys.stderr)
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": "\n".join(map(str, errors)), "timestamp": seconds}
-        Path(error_file).write_text(json.dumps(reason), encoding="utf-8")
+        with suppress(OSError):
+            Path(error_file).write_text(json.dumps(reason), encoding="utf-8")

@@ -1,7 +1,13 @@
-"""Atomic writes: a file or folder exists under its final name only when it is complete. Sizes, times and hashes."""
+"""Atomic writes: a file or folder exists under its final name only when it is complete. Sizes, times and hashes.
+
+Storage may fail at any call: a full disk, a quota, a network mount that is gone. A write that fails leaves what was
+there before, and removes its own temporary file as far as the storage still allows it.
+"""
 
 import contextlib
+import errno
 import hashlib
+import math
 import os
 import secrets
 import shutil
@@ -10,13 +16,25 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+"""Errors of file systems, mostly network mounts, that write no folder to the disk on request."""
+STORAGE_FAILURES = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "ENODEV", "ENXIO", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN"),
+        *("EREMOTEIO", "ENOMEDIUM", "EFBIG", "EACCES", "EPERM", "ENFILE", "EMFILE", "ENAMETOOLONG"),
+    )
+    if hasattr(errno, name)
+}
+"""Numbers of errors that storage causes, and no mistake in this program."""
+
 
 @contextlib.contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
     """Yields a temporary path beside `final`, for a file or a folder, and renames it to `final` on success.
 
     Before the rename, everything is flushed to the disk. The rename replaces what was at `final`. After an exception
-    the temporary path is removed. Its name ends in `.tmp`, so that no tool takes an incomplete file for a checkpoint.
+    the temporary path is removed, and what was at `final` before is there. Its name ends in `.tmp`, so that no tool takes an incomplete file for a checkpoint.
     Machines that share a folder may have processes of the same number. Therefore the name also holds a random word.
     """
     final = Path(final)
@@ -32,14 +50,43 @@ def atomic_path(final: Path) -> Iterator[Path]:
             replaced = final.with_name(f".{final.name}.{owner}.old.tmp")
             if final.exists():
                 final.rename(replaced)
-            temporary.rename(final)
+            try:
+                temporary.rename(final)
+            except OSError:
+                with contextlib.suppress(OSError):  # nothing was replaced, or remove_leftovers gives it back
+                    replaced.rename(final)
+                raise
             _remove(replaced)
         else:
             _flush(temporary)
             temporary.replace(final)
-        _flush(final.parent)
+        _flush_folder(final.parent)
     finally:
         _remove(temporary)
+
+
+def storage_failure(error: BaseException) -> str | None:
+    """Returns in words why storage failed, if storage caused this error, and None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in STORAGE_FAILURES:
+        return None
+    return error.strerror or os.strerror(error.errno)
+
+
+def free_bytes(folder: Path) -> float:
+    """Returns the bytes that the disk of this folder has free for this user.
+
+    The folder need not exist yet. The number is infinite if the file system does not tell it, as some network mounts.
+    """
+    try:
+        usage = shutil.disk_usage(existing_folder(folder))
+    except OSError:
+        return math.inf
+    return usage.free if usage.total else math.inf
+
+
+def existing_folder(folder: Path) -> Path:
+    """Returns the folder itself if it exists, and else the nearest folder above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def auto_v2(path: Path) -> str:
@@ -70,10 +117,18 @@ def remove_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> list[Path]
     return removed
 
 
+def _flush_folder(folder: Path) -> None:
+    """Writes the names in a folder to the disk. Windows and some network mounts cannot do this."""
+    try:
+        if os.name != "nt":
+            _flush(folder)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_FLUSH:
+            raise
+
+
 def _flush(path: Path) -> None:
-    """Writes a file or folder to the disk. Windows cannot do this for folders, and needs write access to files."""
-    if os.name == "nt" and path.is_dir():
-        return
+    """Writes a file or folder to the disk. Windows needs write access to files for this."""
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -82,10 +137,12 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Removes a file or folder. A failure changes nothing, because the error that came before says more."""
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _is_running(process: int) -> bool:
@@ -101,7 +158,12 @@ def modified(status: os.stat_result) -> int:
 
 
 def size_text(count: float) -> str:
-    """Returns a number of bytes in the largest unit that fits: "1.5 GiB", "20.0 MiB", "3.0 KiB" or "12 bytes"."""
+    """Returns a number of bytes in the largest unit that fits: "1.5 GiB", "20.0 MiB", "3.0 KiB" or "12 bytes".
+
+    An infinite number, which stands for a size that a file system does not tell, is "unknown".
+    """
+    if count == math.inf:
+        return "unknown"
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

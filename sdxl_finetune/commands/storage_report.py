@@ -1,7 +1,6 @@
 """The lines of sdxl-check on disk and memory that a run fills: checkpoints, training states, caches."""
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.tokens import tokenizer_of
 from sdxl_finetune.errors import Problem, Problems, counted
-from sdxl_finetune.files import size_text
+from sdxl_finetune.files import free_bytes, size_text
 from sdxl_finetune.latents.captions import KEYS_FOLDER, Captions, count_keys, find_keys
 from sdxl_finetune.latents.preparing import latent_bytes
 from sdxl_finetune.latents.together import check_memory
@@ -75,7 +74,7 @@ def file_lines(
         yield f"{counted(previews, 'round')} of previews"
     # One more of each kind for the end of the run, and one more while it is being written.
     needed = (_kept(weights_saves) + 2) * parameters * dtype.itemsize + (_kept(state_saves) + 2) * state
-    free = shutil.disk_usage(existing(config.output_folder)).free
+    free = free_bytes(config.output_folder)
     yield f"free in {config.output_folder}: {size_text(free)}"
     if free < needed:
         message = f"the disk has {size_text(free)} free, and the run needs {size_text(needed)}"
@@ -132,7 +131,7 @@ def _place_of_cache(config: Config, size: int, option: str, found: Findings) -> 
         folder = config.cache_location
         if isinstance(folder, Address):
             return f"{size_text(size)} at {folder}"
-        free = shutil.disk_usage(existing(folder)).free
+        free = free_bytes(folder)
         cached = sum(path.stat().st_size for path in folder.rglob(f"*{ENDINGS[option]}")) if folder.exists() else 0
         if size - cached > free:
             message = f"the cache takes {size_text(size)}, and the disk has {size_text(free)} free"
@@ -142,8 +141,3 @@ def _place_of_cache(config: Config, size: int, option: str, found: Findings) -> 
     memory = memory_bytes()
     found.attempt(check_memory, size, f"the {option.removeprefix('cache_').replace('_', ' ')}", option)
     return f"{size_text(size)} in memory, of {size_text(memory)}"
-
-
-def existing(folder: Path) -> Path:
-    """The folder itself if it exists, else the nearest existing folder above it."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -21,7 +21,7 @@ from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.architecture import Architecture, te1_config, te2_config, unet_config
 from sdxl_finetune.model.declared import ZTSNR, marked_objective, marked_shift
 from sdxl_finetune.model.keymap import VAE, module_name
-from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors, write_safetensors
+from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors, write_pickle, write_safetensors
 from sdxl_finetune.model.tokenizer_files import save_tokenizers
 from sdxl_finetune.model.vae import build_vae
 from sdxl_finetune.model.weights import Weights
@@ -162,7 +162,7 @@ def save_folder(folder: Path, weights: Weights, metadata: Mapping[str, str], *, 
             header = {**(metadata if part == "unet" else {}), "format": "pt"}
             write_safetensors(folder / name / f"{stems[0]}.safetensors", inside, header)
         else:
-            torch.save({key: source.read() for key, source in inside.items()}, folder / name / f"{stems[-1]}.bin")
+            write_pickle(folder / name / f"{stems[-1]}.bin", {key: source.read() for key, source in inside.items()})
     save_configs(folder, weights.architecture, weights.markers)
 
 

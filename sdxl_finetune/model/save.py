@@ -22,7 +22,7 @@ from sdxl_finetune.model.declared import EDM, MODELSPEC, marked_objective
 from sdxl_finetune.model.diffusers_folder import save_folder
 from sdxl_finetune.model.keymap import LOGIT_SCALE, KeyMap, Place, module_name, put
 from sdxl_finetune.model.sdxl import SDXL
-from sdxl_finetune.model.tensorfile import Source, source_of, write_safetensors
+from sdxl_finetune.model.tensorfile import Source, source_of, write_pickle, write_safetensors
 from sdxl_finetune.model.vae_file import LATENTS, describe_latents, scale_tensors
 from sdxl_finetune.model.weights import Weights
 
@@ -68,7 +68,7 @@ def save_weights(
             write_safetensors(path, _single_file(weights), metadata)
         case "ckpt":
             state = {key: source.read() for key, source in _single_file(weights).items()}
-            torch.save({"state_dict": state, "epoch": epoch, "global_step": global_step}, path)
+            write_pickle(path, {"state_dict": state, "epoch": epoch, "global_step": global_step})
         case "diffusers" | "diffusers_safetensors":
             if edm := [key for key in EDM if key in weights.markers]:
                 message = f"a diffusers folder has no place for {edm[0]}: save the model as safetensors or ckpt"

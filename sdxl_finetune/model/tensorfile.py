@@ -185,6 +185,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, Source], metadata: Mappi
         assert file.tell() == 8 + len(text) + end
 
 
+def write_pickle(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes values and tensors as torch.save does. Raises OSError if storage fails.
+
+    torch writes through a file of Python. To a path it writes by itself, without noticing an error at closing the file,
+    and an error before that has no number.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
+
+
 def _write_bytes(file: BinaryIO, source: Source) -> None:
     tensor = source.read().detach().to("cpu").contiguous()
     assert tuple(tensor.shape) == source.shape

@@ -4,10 +4,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm import tqdm
 
 from sdxl_finetune.config import LoggingOptions
+from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.output.log_file import MessageFile
 
 
 class _AboveProgressBar(logging.Handler):
@@ -20,17 +23,25 @@ class _AboveProgressBar(logging.Handler):
             self.handleError(record)
 
 
+def _open_file(path: Path) -> MessageFile:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        message = f"the file cannot be written ({error.strerror}): choose another one"
+        raise UserError(Problem(message, key="console_log_file", value=str(path))) from error
+    return MessageFile(path)
+
+
 @contextmanager
 def console(options: LoggingOptions, rank: int) -> Iterator[None]:
     """Sends messages to the terminal, or to `console_log_file`, until the context ends.
 
     The first rank shows messages from `console_log_level` up. Other ranks show only warnings and errors, each with the
-    rank in front.
+    rank in front. Raises UserError if `console_log_file` cannot be opened.
     """
     if options.console_log_file:
-        options.console_log_file.parent.mkdir(parents=True, exist_ok=True)
-        path = options.console_log_file
-        handler: logging.Handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        handler: logging.Handler = _open_file(options.console_log_file)
     else:
         handler = _AboveProgressBar()
     level = logging.getLevelName(options.console_log_level or "INFO")

@@ -27,13 +27,13 @@ from tqdm import tqdm
 from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config, to_toml
 from sdxl_finetune.errors import Problem, UserError, counted
-from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.colours import Drift
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.curve import draw_curve
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
 from sdxl_finetune.output.histograms import EDGES, PERIOD, TimestepCounts
-from sdxl_finetune.output.log_history import METRICS, last_losses, note_save
+from sdxl_finetune.output.log_file import LogFile, MessageFile, said_if_it_fails, write_text
+from sdxl_finetune.output.log_history import METRICS, SAVES, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
 from sdxl_finetune.runtime import host
@@ -126,21 +126,22 @@ class Log:
         """True once a step has arrived in which any rank was asked to stop. All ranks see it at the same step."""
         self._progress: tqdm | None = None
         self._since = time.perf_counter()
-        self._file = self._metrics = None
+        self._file: MessageFile | None = None
+        self._metrics: LogFile | None = None
         self._closed = False
         if directory:
             _make_directory(directory)
         self._trackers = build_trackers(config, directory, done, shareable(config)) if rank == 0 else []
         if directory:
-            path = directory / f"console_rank{rank}.log"
-            self._file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+            self._file = MessageFile(directory / f"console_rank{rank}.log")
             self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
             logging.getLogger().addHandler(self._file)
         if directory and rank == 0:
-            _write(directory / "config.toml", to_toml(config))
-            _write(directory / "versions.json", json.dumps(versions(), indent=2) + "\n")
-            (directory / "ended.json").unlink(missing_ok=True)
-            self._metrics = (directory / METRICS).open("a", buffering=1, encoding="utf-8")
+            write_text(directory / "config.toml", to_toml(config))
+            write_text(directory / "versions.json", json.dumps(versions(), indent=2) + "\n")
+            with said_if_it_fails(directory / "ended.json"):
+                (directory / "ended.json").unlink(missing_ok=True)
+            self._metrics = LogFile(directory / METRICS)
 
     def __enter__(self) -> "Log":
         return self
@@ -226,7 +227,9 @@ class Log:
         for tracker in self._trackers:
             tracker.flush()
         if self._metrics and self._directory:
-            note_save(self._directory, step)
+            self._metrics.flush()
+            with said_if_it_fails(self._directory / SAVES):
+                note_save(self._directory, step)
 
     def previews(self, drawn: Sequence[tuple[int, Image, str]], step: int) -> None:
         """Shows previews that were drawn after `step` steps: each by itself, and all on one sheet.
@@ -252,9 +255,7 @@ class Log:
         self._measured("tags", scalars, step, epoch)
 
     def _measured(self, kind: str, scalars: Mapping[str, float], step: int, epoch: int) -> None:
-        if self._metrics:
-            row = {"step": step, "epoch": epoch, kind: _without_infinities(dict(scalars))}
-            self._metrics.write(json.dumps(row) + "\n")
+        self._write_row({"step": step, "epoch": epoch, kind: dict(scalars)})
         for tracker in self._trackers:
             tracker.scalars({f"{kind}/{name}": value for name, value in scalars.items()}, step)
 
@@ -273,9 +274,8 @@ class Log:
 
     def loss_weights(self, curve: Mapping[float, float], *, step: int, epoch: int) -> None:
         """Writes learned loss weights by timestep after `step` steps, and shows their curve."""
-        if self._metrics:
-            weights = {f"t{timestep:05.1f}": weight for timestep, weight in curve.items()}
-            self._metrics.write(json.dumps({"step": step, "epoch": epoch, "loss_weights": weights}) + "\n")
+        weights = {f"t{timestep:05.1f}": weight for timestep, weight in curve.items()}
+        self._write_row({"step": step, "epoch": epoch, "loss_weights": weights})
         if self._trackers:
             picture = draw_curve(curve, f"learned loss weights by timestep after {counted(step, 'step')}")
             for tracker in self._trackers:
@@ -289,13 +289,14 @@ class Log:
         with suppress(NonFiniteLoss, RuntimeError):  # the reason is known, and a lost device has no more scalars
             self.flush()
         if self._progress is not None:
-            self._progress.close()
+            with suppress(OSError):
+                self._progress.close()
         for tracker in self._trackers:
             tracker.close()
         if self._metrics and self._directory:
             self._metrics.close()
             ended = {"reason": reason, "step": self._last_step, "time": datetime.now().astimezone().isoformat()}
-            _write(self._directory / "ended.json", json.dumps(ended, indent=2) + "\n")
+            write_text(self._directory / "ended.json", json.dumps(ended, indent=2) + "\n")
         if self._file:
             logging.getLogger().removeHandler(self._file)
             self._file.close()
@@ -332,9 +333,7 @@ class Log:
 
     def _write_step(self, record: _Record, scalars: Mapping[str, float], mean_loss: float) -> None:
         number, epoch, lr, speed = record.step.number, record.step.epoch, record.step.lr, record.speed()
-        if self._metrics:
-            row = {"step": number, "epoch": epoch, **scalars, "lr": dict(lr), **speed}
-            self._metrics.write(json.dumps(_without_infinities(row)) + "\n")
+        self._write_row({"step": number, "epoch": epoch, **scalars, "lr": dict(lr), **speed})
         rates = {f"lr/{name}": rate for name, rate in lr.items()}
         for tracker in self._trackers:
             tracker.scalars({**scalars, **rates, **speed}, number)
@@ -350,7 +349,12 @@ class Log:
             if self._next_save and number < self._steps:
                 parts += [f"next save in {counted(self._next_save(number) - number, 'step')}"]
             self._progress.set_postfix_str(", ".join(parts), refresh=False)
-            self._progress.update(number - self._progress.n)
+            with suppress(OSError):  # the terminal may be a file on a full disk
+                self._progress.update(number - self._progress.n)
+
+    def _write_row(self, row: dict[str, object]) -> None:
+        if self._metrics:
+            self._metrics.write((json.dumps(_without_infinities(row)) + "\n").encode())
 
     def _write_histogram(self, step: int) -> None:
         """Writes the timesteps drawn since the last histogram, in a window that also ends at each save.
@@ -369,11 +373,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return host.peak_memory_bytes()
 
 
-def _without_infinities(row: dict[str, object]) -> dict[str, object]:
+def _without_infinities(value: object) -> object:
     """Replaces infinities and NaN by null, because JSON has no words for them."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
+    if isinstance(value, dict):
+        return {name: _without_infinities(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _make_directory(directory: Path) -> None:
@@ -382,8 +386,3 @@ def _make_directory(directory: Path) -> None:
     except OSError as error:
         message = f"the folder cannot be created ({error.strerror}): choose another one"
         raise UserError(Problem(message, key="logging_dir", value=str(directory))) from error
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

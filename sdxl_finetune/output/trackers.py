@@ -4,6 +4,9 @@
 `log_tracker_name` names the runs, and the file `log_tracker_config` holds a table of arguments for each tracker.
 """
 
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -15,8 +18,11 @@ from PIL.Image import Image
 
 from sdxl_finetune.config import LoggingOptions
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.output.log_file import LogFile, said_if_it_fails
 
 DEFAULT_NAME = "finetuning"
+SETTINGS = {"log_dir", "comment", "purge_step", "max_queue", "flush_secs", "filename_suffix"}
+"""Arguments of torch's SummaryWriter, which log_tracker_config may set."""
 Counts: TypeAlias = Int64[np.ndarray, " n"]
 """Number of values in each bar of a histogram."""
 Edges: TypeAlias = Float64[np.ndarray, " n+1"]
@@ -75,27 +81,46 @@ def _load_arguments(options: LoggingOptions) -> dict[str, dict[str, Any]]:
 
 
 class TensorBoard:
-    """Writes TensorBoard's event files."""
+    """Writes TensorBoard's event files.
+
+    The summaries are those of torch's SummaryWriter. Its thread that writes them would end at the first error.
+    """
 
     def __init__(self, folder: Path, done: int, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        """`arguments` are those of SummaryWriter. `max_queue` has no effect, because nothing waits for a thread."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
 
-        # A TensorBoard server may have read steps of an interrupted run that are repeated now: purge_step removes them.
-        settings = {"flush_secs": 20, "purge_step": done + 1 if done else None} | dict(arguments)
-        self._writer: Any = SummaryWriter(str(folder), **settings)
+        settings = {"flush_secs": 20, "purge_step": done + 1 if done else None, "filename_suffix": ""} | dict(arguments)
+        if unknown := sorted(set(settings) - SETTINGS):
+            message = f"tensorboard has no setting {unknown[0]}: choose from {', '.join(sorted(SETTINGS))}"
+            raise UserError(Problem(message, key="log_tracker_config"))
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{nanoseconds}"
+        file = LogFile(folder / f"{name}{settings['filename_suffix']}", every=settings["flush_secs"])
+        self._summary, self._event, self._records = summary, Event, RecordWriter(file)
+        self._write(file_version="brain.Event:2")
+        if purge := settings["purge_step"]:
+            # A TensorBoard server may have read steps of an interrupted run that are repeated now. It removes them.
+            self._write(step=purge, file_version="brain.Event:2")
+            self._write(step=purge, session_log=SessionLog(status=SessionLog.START))
         if options and not done:
-            self._writer.add_text("config", f"```toml\n{toml.dumps(options)}\n```")
+            self._write(summary=summary.text("config", f"```toml\n{toml.dumps(options)}\n```"))
+
+    def _write(self, **values: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **values).SerializeToString())
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            self._write(summary=self._summary.scalar(tag, value), step=step)
 
     def epoch_loss(self, loss: float, epoch: int, step: int) -> None:
-        self._writer.add_scalar("loss/epoch", loss, epoch)
+        self._write(summary=self._summary.scalar("loss/epoch", loss), step=epoch)
 
     def histogram(self, tag: str, counts: Counts, edges: Edges, step: int) -> None:
         middles = (edges[:-1] + edges[1:]) / 2
-        self._writer.add_histogram_raw(
+        drawn = self._summary.histogram_raw(
             tag,
             min=edges[0],
             max=edges[-1],
@@ -104,19 +129,19 @@ class TensorBoard:
             sum_squares=counts @ middles**2,
             bucket_limits=edges[1:].tolist(),
             bucket_counts=counts.tolist(),
-            global_step=step,
         )
+        self._write(summary=drawn, step=step)
 
     def image(self, tag: str, image: Image, prompt: str, step: int) -> None:
-        self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+        self._write(summary=self._summary.image(tag, np.asarray(image), dataformats="HWC"), step=step)
         if prompt:
-            self._writer.add_text(f"{tag}/prompt", prompt, step)
+            self._write(summary=self._summary.text(f"{tag}/prompt", prompt), step=step)
 
     def flush(self) -> None:
-        self._writer.flush()
+        self._records.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
 
 
 class WeightsAndBiases:
@@ -147,7 +172,8 @@ class WeightsAndBiases:
             settings |= {"id": id_file.read_text(encoding="utf-8"), "resume": "allow"}
         self._run = wandb.init(**(settings | dict(arguments)))
         if id_file:
-            id_file.write_text(self._run.id, encoding="utf-8")
+            with said_if_it_fails(id_file):
+                id_file.write_text(self._run.id, encoding="utf-8")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)

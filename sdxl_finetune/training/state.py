@@ -20,13 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sdxl_finetune.config import Config, SavingOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.load import Format
-from sdxl_finetune.model.tensorfile import Source, write_safetensors
+from sdxl_finetune.model.tensorfile import Source, write_pickle, write_safetensors
 from sdxl_finetune.output.checkpoints import saved_names
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.output.stages import Stage, parse_stages, stages_json
@@ -148,7 +146,7 @@ def save_state(
     with atomic_path(directory) as folder:
         folder.mkdir()
         write_safetensors(folder / WEIGHTS, weights, {})
-        torch.save(optimizer, folder / OPTIMIZER)
+        write_pickle(folder / OPTIMIZER, optimizer)
         text = json.dumps(state.to_json(), indent=1, sort_keys=True, default=str)
         (folder / STATE).write_text(text + "\n", encoding="utf-8")
         files = {name: _size_and_digest(folder / name) for name in (WEIGHTS, OPTIMIZER, STATE)}
