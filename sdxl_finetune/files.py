@@ -34,8 +34,9 @@ def atomic_path(final: Path) -> Iterator[Path]:
     """Yields a temporary path beside `final`, for a file or a folder, and renames it to `final` on success.
 
     Before the rename, everything is flushed to the disk. The rename replaces what was at `final`. After an exception
-    the temporary path is removed, and what was at `final` before is there. Its name ends in `.tmp`, so that no tool takes an incomplete file for a checkpoint.
-    Machines that share a folder may have processes of the same number. Therefore the name also holds a random word.
+    the temporary path is removed, and what was at `final` before is there. The temporary name ends in `.tmp`, so that
+    no tool takes an incomplete file for a checkpoint. Machines that share a folder may have processes of the same
+    number. Therefore the name also holds a random word.
     """
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 def storage_failure(error: BaseException) -> str | None:
     """Returns in words why storage failed, if storage caused this error, and None for any other error."""
-    if not isinstance(error, OSError) or error.errno not in STORAGE_FAILURES:
+    if not isinstance(error, OSError) or error.errno is None or error.errno not in STORAGE_FAILURES:
         return None
     return error.strerror or os.strerror(error.errno)
 

@@ -92,7 +92,7 @@ class LogFile:
 
     def _is_same_file(self, descriptor: int) -> bool:
         try:
-            return os.path.samestat(os.stat(self._path), os.fstat(descriptor))
+            return os.path.samestat(self._path.stat(), os.fstat(descriptor))
         except OSError:
             return False
 
@@ -126,8 +126,9 @@ class MessageFile(logging.FileHandler):
             super().handleError(record)
             return
         stream, self.stream = self.stream, None
-        with contextlib.suppress(OSError, AttributeError):
-            stream.close()
+        with contextlib.suppress(OSError):
+            if stream is not None:
+                stream.close()
         if not self._is_failing:
             self._is_failing = True
             with contextlib.suppress(OSError):

@@ -88,8 +88,8 @@ class TensorBoard:
 
     def __init__(self, folder: Path, done: int, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
         """`arguments` are those of SummaryWriter. `max_queue` has no effect, because nothing waits for a thread."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
         from torch.utils.tensorboard import summary
 
         settings = {"flush_secs": 20, "purge_step": done + 1 if done else None, "filename_suffix": ""} | dict(arguments)
