@@ -23,6 +23,7 @@ from sdxl_finetune.runtime.processes import weight_dtype
 from sdxl_finetune.storage import Address
 from sdxl_finetune.training.every import Timeline, previews_every, saves_every
 from sdxl_finetune.training.saves import checkpoints_due, final_state, states_due
+from sdxl_finetune.training.space import SaveSizes, kept
 
 ENDINGS = {"cache_latents": ".latents", "cache_text_encoder_outputs": ".text_outputs"}
 """Endings of the files that each option writes."""
@@ -72,8 +73,7 @@ def file_lines(
     previews = len(list(previews_every(config).moments(timeline))) if config.sample_prompts else 0
     if previews:
         yield f"{counted(previews, 'round')} of previews"
-    # One more of each kind for the end of the run, and one more while it is being written.
-    needed = (_kept(weights_saves) + 2) * parameters * dtype.itemsize + (_kept(state_saves) + 2) * state
+    needed = SaveSizes(parameters * dtype.itemsize, state).of_run(config, timeline)
     free = free_bytes(config.output_folder)
     yield f"free in {config.output_folder}: {size_text(free)}"
     if free < needed:
@@ -83,17 +83,12 @@ def file_lines(
 
 
 def _kind(kind: str, saves: Sequence[Save], final: str | None, size: float) -> Iterator[str]:
-    kept, names = _kept(saves) + (final is not None), [save.name for save in saves]
+    count, names = kept(saves) + (final is not None), [save.name for save in saves]
     shown = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
     end = f"{final} at the end" if final else ""
     numbered = f"{len(names)} numbered {kind} ({shown})" if names else f"no numbered {kind}"
     yield f"{numbered} and {end}" if end else numbered
-    yield f"{size_text(size)} each; {kept} kept, and one more while saving: {size_text((kept + 1) * size)}"
-
-
-def _kept(saves: Sequence[Save]) -> int:
-    """Number of saves that no later one replaces."""
-    return len({save.name for save in saves} - {save.replaces for save in saves})
+    yield f"{size_text(size)} each; {count} kept, and one more while saving: {size_text((count + 1) * size)}"
 
 
 def latent_lines(config: Config, index: Index, found: Findings) -> Iterator[str]:

@@ -27,6 +27,7 @@ from sdxl_finetune.config.output_options import (
 )
 from sdxl_finetune.config.pairing_options import PairingOptions
 from sdxl_finetune.config.quality_options import ImageWeightOptions, QualityOptions
+from sdxl_finetune.config.storage_options import StorageOptions
 from sdxl_finetune.config.training_options import (
     EmaOptions,
     HardwareOptions,
@@ -46,6 +47,6 @@ __all__ = [
     "EmaOptions", "FaultyConfig", "FlowOptions", "HardwareOptions", "HoldOutOptions", "HubOptions",
     "ImageWeightOptions", "LatentOptions", "LearnedWeightOptions", "LengthOptions", "LoggingOptions", "LossOptions",
     "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions", "NoiseOptions", "OptimizerOptions", "PairingOptions",
-    "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "Subset", "VaeOptions", "ValidationOptions",
-    "load_config", "load_datasets", "to_toml", "with_local_models", "with_options",
+    "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "StorageOptions", "Subset", "VaeOptions",
+    "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models", "with_options",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from sdxl_finetune.config import (
     output_options,
     pairing_options,
     quality_options,
+    storage_options,
     tag_options,
     training_options,
     vae_options,
@@ -57,6 +58,7 @@ class Config(
     training_options.HardwareOptions,
     output_options.SavingOptions,
     output_options.ResumeOptions,
+    storage_options.StorageOptions,
     output_options.HubOptions,
     output_options.MetadataOptions,
     output_options.PreviewOptions,
@@ -131,6 +133,11 @@ class Config(
         """`vae` on this machine."""
         assert not isinstance(self.vae, Address)
         return self.vae
+
+    @property
+    def save_folders(self) -> list[Path]:
+        """Local folders that saves may stand in: `output_folder`, and `save_fallback_dir` if it is set."""
+        return [self.output_folder, *([self.save_fallback_dir] if self.save_fallback_dir else [])]
 
     @property
     def output_address(self) -> Address | None:

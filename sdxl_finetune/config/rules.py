@@ -336,7 +336,9 @@ def _output(config: Config) -> Findings:
             yield option, "is not UTF-8, which only folders of images may be: rename it, or choose another"
     if config.output_name and (set(config.output_name) & set("/\\") or not config.output_name.strip(". ")):
         yield "output_name", "must be a file name without folders: set output_dir to the folder"
-    for option in ("output_dir", "logging_dir", "cache_dir", "cache_dir_local"):
+    if config.save_fallback_dir and config.save_fallback_dir == config.output_dir:
+        yield "save_fallback_dir output_dir", "is output_dir: name a folder on another disk, or remove it"
+    for option in ("output_dir", "logging_dir", "cache_dir", "cache_dir_local", "save_fallback_dir"):
         folder = getattr(config, option)
         if isinstance(folder, Path) and (reason := _not_writable(folder)):
             yield option, f"cannot be created or written to ({reason}): name another folder, or change its permissions"

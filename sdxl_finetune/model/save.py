@@ -5,6 +5,7 @@ time, so that saving needs hardly any memory. The exception is .ckpt: a pickle h
 atomic: the caller gives a temporary path (`files.atomic_path`).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -117,6 +118,13 @@ def _single_file(weights: Weights) -> dict[str, Source]:
         for key, group in parts.items()
     }
     return joined | {key: source_of(marker) for key, marker in weights.markers.items()}
+
+
+def checkpoint_bytes(model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None) -> int:
+    """Bytes of the tensors of a checkpoint in `dtype`. If `dtype` is None, tensors keep their dtype in memory."""
+    return sum(
+        math.prod(source.shape) * _target(model, name, source, dtype).itemsize for name, source in _tensors(model, vae)
+    )
 
 
 def saturated(model: SDXL, vae: AutoencoderKL, dtype: torch.dtype | None) -> list[str]:

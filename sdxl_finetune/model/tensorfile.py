@@ -61,6 +61,11 @@ def source_of(tensor: Tensor) -> Source:
     return Source(shape=tuple(tensor.shape), dtype=tensor.dtype, read=lambda: tensor)
 
 
+def source_bytes(source: Source) -> int:
+    """Bytes of the values of a tensor."""
+    return math.prod(source.shape) * source.dtype.itemsize
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorFile:
     """The tensors of one file by key, its metadata, and the counters of a .ckpt file."""
@@ -170,7 +175,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Source], metadata: Mappi
     end = 0
     for key in keys:
         source = tensors[key]
-        begin, end = end, end + math.prod(source.shape) * source.dtype.itemsize
+        begin, end = end, end + source_bytes(source)
         header[key] = {
             "dtype": _WRITTEN[source.dtype],
             "shape": list(source.shape),

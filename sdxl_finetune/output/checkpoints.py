@@ -116,8 +116,8 @@ def replaced(save: Save, directory: Path, save_as: SaveAs, *, in_store: bool = F
 
 
 def write_checkpoint(
-    save: Save,
-    options: Config,
+    path: Path,
+    precision: torch.dtype | None,
     model: SDXL,
     vae: AutoencoderKL,
     *,
@@ -125,8 +125,19 @@ def write_checkpoint(
     metadata: Mapping[str, str],
     epoch: int,
     step: int,
-) -> Path:
-    """Writes a checkpoint into `output_dir` and returns its path.
+) -> None:
+    """Writes a checkpoint. It stands at `path` once it is complete. Raises OSError if storage fails."""
+    with atomic_path(path) as temporary:
+        save_checkpoint(
+            temporary, model, vae, save_as=save_as, dtype=precision, metadata=metadata, epoch=epoch, global_step=step
+        )
+    logger.info("saved %s", path)
+
+
+def name_and_precision(
+    save: Save, options: SavingOptions, model: SDXL, vae: AutoencoderKL
+) -> tuple[str, torch.dtype | None]:
+    """Returns the name of a checkpoint and the data type of its weights. None keeps that in memory.
 
     A weight that is too large for float16 does not end the run. The file is then written in float32, FLOAT_SUFFIX is
     added to its name, and a warning names the tensors.
@@ -140,13 +151,7 @@ def write_checkpoint(
             ", ".join(too_large[:5]) + (", ..." if len(too_large) > 5 else ""),
             name,
         )
-    path = checkpoint_path(options.output_folder, name, save_as)
-    with atomic_path(path) as temporary:
-        save_checkpoint(
-            temporary, model, vae, save_as=save_as, dtype=dtype, metadata=metadata, epoch=epoch, global_step=step
-        )
-    logger.info("saved %s", path)
-    return path
+    return name, dtype
 
 
 def remove(path: Path) -> None:

@@ -8,6 +8,7 @@ Modules:
     learned_weights    the network of learned loss weights, its optimizer and its state
     loop        the training loop
     hooks       previews, validation and saves
+    write_saves, failed_saves, space    writing what is saved, storage that refuses it, and the space that it takes
     every, saves    when a hook is due, and under which name something is saved
     state, optimizer_state, resume, stored_saves    training states, also in a store, and continuing from them
     restoring        gives a learner what a training state holds

@@ -6,8 +6,8 @@ the previews, the validation and the colour checks, and the first rank saves.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -16,18 +16,26 @@ from PIL import Image
 
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.files import remove_leftovers
-from sdxl_finetune.model.save import single_file_tensors
 from sdxl_finetune.output import checkpoints
 from sdxl_finetune.output.checkpoints import Save, overwritten
-from sdxl_finetune.output.metadata import build_metadata
 from sdxl_finetune.output.previews import PreviewModel, draw_previews
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts, with_size
+from sdxl_finetune.runtime.processes import on_first_rank
 from sdxl_finetune.training.every import Moment, colours_every, previews_every, validation_every, weights_every
-from sdxl_finetune.training.optimizer_state import collect_optimizer_state
+from sdxl_finetune.training.failed_saves import Refused
 from sdxl_finetune.training.resume import Start
 from sdxl_finetune.training.saves import STATE_SUFFIX, checkpoints_due, final_state, states_due
 from sdxl_finetune.training.setup import Run
-from sdxl_finetune.training.state import TrainingState, interrupted_states, is_saved_name, save_state, time_of_saving
+from sdxl_finetune.training.space import check_space
+from sdxl_finetune.training.state import is_saved_name
+from sdxl_finetune.training.write_saves import (
+    published_weights,
+    remove_old_states,
+    remove_replaced,
+    training_state,
+    write_checkpoint,
+    write_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +44,14 @@ def begin(run: Run) -> None:
     """Prepares the output folder and does what is due before the first step.
 
     Half-written files of a killed run are removed. A new run draws previews and validates the untrained model. A
-    resumed run saves the checkpoints and states that were due at the resumed step and are missing.
+    resumed run saves the checkpoints and states that were due at the resumed step and are missing. Raises UserError if
+    no disk has room for a save.
     """
     if run.accelerator.is_main_process:
-        for path in remove_leftovers(run.output_dir, lambda name: is_saved_name(run.config, name)):
-            logger.info("removed %s, which an earlier run left half-written", path)
+        for folder in run.config.save_folders:
+            for path in remove_leftovers(folder, lambda name: is_saved_name(run.config, name)):
+                logger.info("removed %s, which an earlier run left half-written", path)
+    on_first_rank(run.accelerator, lambda: check_space(run.config, run.learner, run.timeline))
     if run.start is None:
         if message := overwritten(run.config, run.save_as):
             logger.warning("%s", message)
@@ -103,7 +114,11 @@ def preview_if_due(run: Run, moment: Moment) -> None:
         drawn = draw_previews(model, prompts_of_rank, run.config, files, run.seed)
         previews = gather_object([(preview.index, preview.prompt.prompt, preview.path) for preview in drawn])
     if run.accelerator.is_main_process and previews:
-        images = [(index, _read_image(path), prompt) for index, prompt, path in sorted(previews)]
+        try:
+            images = [(index, _read_image(path), prompt) for index, prompt, path in sorted(previews)]
+        except OSError as error:  # what storage took and does not give back
+            logger.warning("previews after step %d cannot be read and are not in the log: %s", moment.step, error)
+            return
         run.log.previews(images, moment.step)
 
 
@@ -145,34 +160,35 @@ def _epoch_of(run: Run, moment: Moment) -> int:
 
 
 def save_if_due(run: Run, moment: Moment) -> bool:
-    """Saves the checkpoints and training states that are due. Returns True if a state was saved."""
+    """Saves the checkpoints and training states that are due. Returns True if a state was saved.
+
+    What storage refused before is due too, after a while.
+    """
     epochs = run.timeline.epochs
-    states = states_due(run.config, moment, epochs)
-    _save(run, checkpoints_due(run.config, moment, epochs), states, step=moment.step)
-    return bool(states)
+    weights, states = checkpoints_due(run.config, moment, epochs), states_due(run.config, moment, epochs)
+    is_retry = not (weights or states or moment.is_last)
+    if is_retry:
+        weights, states = run.failed_saves.retries_due(moment.step)
+    refused = _save(run, weights, states, step=moment.step, is_interrupted=is_retry)
+    return bool(states) and not refused.states
 
 
 def save_final(run: Run) -> None:
-    """Saves the final checkpoint, and the training state if the options ask for one."""
+    """Saves the final checkpoint, and the training state if the options ask for one.
+
+    Raises SaveFailed if storage does not take them until the end of `save_retry_minutes`.
+    """
     state = final_state(run.config)
-    _save(run, [Save(name=checkpoints.final_name(run.config))], [state] if state else [], step=run.timeline.steps)
+    weights, states = [Save(name=checkpoints.final_name(run.config))], [state] if state else []
+    if refused := _save_at_the_end(run, weights, states, step=run.timeline.steps):
+        raise run.failed_saves.failure(refused)
 
 
 def save_interrupted(run: Run, moment: Moment) -> None:
     """Saves the training state of a run that is stopped at this moment."""
     state = Save(name=checkpoints.step_name(run.config, moment.step) + STATE_SUFFIX)
-    _save(run, [], [state], step=moment.step, is_interrupted=True)
-
-
-@contextmanager
-def published_weights(run: Run, ema: bool) -> Iterator[None]:
-    """Within the context the model holds the weights to save or to evaluate.
-
-    They are the EMA if there is one and `ema` is true, and the averaged weights of a schedule-free optimizer.
-    """
-    learner = run.learner
-    with learner.update.weights_for_use(), learner.ema.in_place() if learner.ema and ema else nullcontext():
-        yield
+    if refused := _save_at_the_end(run, [], [state], step=moment.step, is_interrupted=True):
+        logger.error("%s", run.failed_saves.failure(refused))
 
 
 def _current_prompts(run: Run) -> Sequence[Prompt]:
@@ -213,116 +229,45 @@ def _save_missing(run: Run, start: Start) -> None:
     _save(run, missing, missing_states, step=step)
     if run.accelerator.is_main_process:
         for save in weights:
-            _remove_replaced(run, save)
+            remove_replaced(run, save)
         if start.is_state:
-            _remove_old_states(run, states, step)
+            remove_old_states(run, states, step)
+
+
+def _save_at_the_end(
+    run: Run, weights: Sequence[Save], states: Sequence[Save], *, step: int, is_interrupted: bool = False
+) -> Refused:
+    """Saves, and tries what storage refuses again and again. Returns what it refuses to the end."""
+    began, attempt = time.monotonic(), 0
+    while refused := _save(run, weights, states, step=step, is_interrupted=is_interrupted):
+        if not run.failed_saves.wait(attempt, began):
+            return refused
+        attempt += 1
+        weights = [save for save in weights if save.name in refused.weights]
+        states = [save for save in states if save.name in refused.states]
+    return refused
 
 
 def _save(
     run: Run, weights: Sequence[Save], states: Sequence[Save], *, step: int, is_interrupted: bool = False
-) -> None:
+) -> Refused:
     """Saves on the first rank while the other ranks wait. Raises NonFiniteLoss if a loss so far was not finite.
 
-    Old checkpoints and states are deleted only after the new ones are complete.
+    Returns what storage refuses. Old checkpoints and states are deleted only after the new ones are complete.
     """
     if not (weights or states):
-        return
+        return Refused()
     run.log.note_save(step)
     with run.log.pause():
+        refused = Refused()
         if run.accelerator.is_main_process:
             if weights:  # not for a state alone: a run that is being stopped has little time
                 run.stages.count_tags()
-            state = _training_state(run, step, is_interrupted)
+            state = training_state(run, step, is_interrupted)
             # States first: a run that is killed in between resumes from the state, and then saves the checkpoint.
-            for save in states:
-                _save_state(run, save, state)
-            for save in weights:
-                _save_checkpoint(run, save, state)
-            _remove_old_states(run, states, step if states else 0)
-        run.accelerator.wait_for_everyone()
-
-
-def _training_state(run: Run, step: int, is_interrupted: bool) -> TrainingState:
-    plan = run.timeline.plan
-    epoch, steps_into_epoch = plan.place(step)
-    return TrainingState(
-        step=step,
-        epoch=epoch,
-        steps_into_epoch=steps_into_epoch,
-        seed=run.seed,
-        origin=plan.origin,
-        data_order=run.data_order,
-        log=run.log.name,
-        checkpoint_format=run.checkpoint_format,
-        optimizer=run.config.optimizer_name,
-        config=run.options,
-        is_interrupted=is_interrupted,
-        stages=run.stages.stages(steps=step, epochs=epoch + steps_into_epoch / plan.steps_per_epoch),
-        saved_at=time_of_saving(step, run.start.state if run.start and run.start.is_state else None),
-    )
-
-
-def _save_checkpoint(run: Run, save: Save, state: TrainingState) -> None:
-    learner, ema = run.learner, run.config.ema_save
-    metadata = build_metadata(
-        run.config,
-        epoch=state.epoch,
-        step=state.step,
-        seed=run.seed,
-        now=datetime.now().astimezone(),
-        thumbnail=run.thumbnail,
-        resume=state.to_metadata(holds_ema=ema and learner.ema is not None),
-        stages=state.stages,
-    )
-    with published_weights(run, ema):
-        path = checkpoints.write_checkpoint(
-            save,
-            run.config,
-            learner.sdxl,
-            learner.vae,
-            save_as=run.save_as,
-            metadata=metadata,
-            epoch=state.epoch,
-            step=state.step,
-        )
-    run.uploads.add(path)
-    _remove_replaced(run, save)
-
-
-def _remove_replaced(run: Run, save: Save) -> None:
-    """Removes the checkpoint that this save replaces. The store may hold one that another machine has saved."""
-    in_store = run.config.output_address is not None
-    for path in checkpoints.replaced(save, run.output_dir, run.save_as, in_store=in_store):
-        run.uploads.remove(path)
-
-
-def _save_state(run: Run, save: Save, state: TrainingState) -> None:
-    learner, scale = run.learner, run.learner.update.loss_scale
-    optimizer = collect_optimizer_state(
-        learner.update.optimizer,
-        learner.update.optimizer_groups,
-        ema=learner.ema.averages if learner.ema else None,
-        scaler=None if scale is None else scale.state_dict(),
-        loss_weights=learner.loss_weights.state() if learner.loss_weights else None,
-    )
-    path = run.output_dir / save.name
-    save_state(path, state, single_file_tensors(learner.sdxl, learner.vae, None, exact=True), optimizer)
-    logger.info("saved %s", path)
-    run.uploads.add(path, to_hub=run.config.save_state_to_huggingface)
-
-
-def _remove_old_states(run: Run, states: Sequence[Save], step: int) -> None:
-    """Removes what these training states replace, and the states of runs that were interrupted before `step`.
-
-    Nothing else would ever remove the state of an interrupted run. Another machine may have saved it. It then stands in
-    the store only.
-    """
-    for save in states:
-        run.stored.interrupted.pop(save.name, None)
-        if save.replaces:
-            run.uploads.remove(run.output_dir / save.replaces)
-    old = {path.name for path in interrupted_states(run.config, before=step)}
-    stored = {name for name, saved_after in run.stored.interrupted.items() if saved_after < step}
-    for name in sorted(old | stored):
-        run.stored.interrupted.pop(name, None)
-        run.uploads.remove(run.output_dir / name)
+            unsaved_states = [save.name for save in states if not write_state(run, save, state)]
+            unsaved = [save.name for save in weights if not write_checkpoint(run, save, state)]
+            refused = Refused(unsaved, unsaved_states)
+            complete = [save for save in states if save.name not in unsaved_states]
+            remove_old_states(run, complete, step if complete else 0)
+        return run.failed_saves.note(step, weights, states, refused)

@@ -28,6 +28,7 @@ from sdxl_finetune.runtime.out_of_memory import OutOfMemory, name_the_batch
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
 from sdxl_finetune.training import hooks, learned_weights, tag_reports
 from sdxl_finetune.training.debug_dataset import draw_dataset
+from sdxl_finetune.training.failed_saves import SaveFailed
 from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.setup import Run, build_run
 
@@ -42,7 +43,7 @@ def train(config: Config) -> int:
         compiling = compiler_failures(config.dynamo_backend) if config.torch_compile else nullcontext()
         with stop_on_signals() as stop, build_run(config, stop) as run, compiling:
             train_and_save(run, stop)
-    except (NonFiniteLoss, OutOfMemory) as error:
+    except (NonFiniteLoss, OutOfMemory, SaveFailed) as error:
         say_errors(error)
         return 1
     except Interrupt as interrupt:

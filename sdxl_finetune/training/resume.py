@@ -56,10 +56,10 @@ class Start:
     """The result of `content_of` for what the first process found at an address."""
 
     def is_in(self, config: Config) -> bool:
-        """True if this stands in `output_dir`, or at the address of `output_dir`."""
+        """True if this stands in a folder that this run saves in, or at the address of `output_dir`."""
         if self.address and self.address.parent == config.output_address:
             return True
-        return self.path.resolve().parent == config.output_folder.resolve()
+        return self.path.resolve().parent in [folder.resolve() for folder in config.save_folders]
 
     @property
     def weights(self) -> Path:
@@ -256,15 +256,15 @@ def _newest(config: Config) -> Iterator[Start]:
     there later under the name of a local one. Such a save is downloaded too.
     """
     names = saved_names(config)
-    paths = list(config.output_folder.iterdir()) if config.output_folder.is_dir() else []
+    paths = [path for folder in config.save_folders if folder.is_dir() for path in folder.iterdir()]
     states = {
-        path.name: state.saved_at if (state := peek_state(path)) else 0.0
+        path: state.saved_at if (state := peek_state(path)) else 0.0
         for path in paths
         if path.name.endswith(STATE_SUFFIX) and names.fullmatch(path.name.removesuffix(STATE_SUFFIX))
     }
-    elsewhere: set[str] = set()
+    elsewhere: set[Path] = set()
     checkpoints = {
-        path.name: path.stat().st_mtime
+        path: path.stat().st_mtime
         for path in paths
         if names.fullmatch(path.name if path.is_dir() else path.stem)
         and (path.is_dir() or path.suffix in (".safetensors", ".ckpt"))
@@ -272,17 +272,19 @@ def _newest(config: Config) -> Iterator[Start]:
     if config.output_address:
         stored = find_stored(config, config.output_address)
         for here, there in ((states, stored.states), (checkpoints, stored.checkpoints)):
-            later = {name: time for name, time in there.items() if time > here.get(name, 0.0)}
+            places = {config.output_folder / name: time for name, time in there.items()}
+            later = {path: time for path, time in places.items() if time > here.get(path, 0.0)}
             elsewhere |= later.keys()
             here |= later
     for times in (states, checkpoints):
-        for name in sorted(times, key=times.__getitem__, reverse=True):
-            if start := _load_if_sound(name, config, is_elsewhere=name in elsewhere):
+        for path in sorted(times, key=times.__getitem__, reverse=True):
+            if start := _load_if_sound(path, config, is_elsewhere=path in elsewhere):
                 yield start
 
 
-def _load_if_sound(name: str, config: Config, *, is_elsewhere: bool) -> Start | None:
-    path, address = config.output_folder / name, config.output_address and config.output_address / name
+def _load_if_sound(path: Path, config: Config, *, is_elsewhere: bool) -> Start | None:
+    in_store = config.output_address is not None and path.parent == config.output_folder
+    address = config.output_address / path.name if config.output_address and in_store else None
     try:
         if address and (is_elsewhere or not path.exists()):
             path = _download(address, config)

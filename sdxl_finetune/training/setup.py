@@ -67,6 +67,7 @@ from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
 from sdxl_finetune.training.colours import ColourCheck, build_colour_check
 from sdxl_finetune.training.every import Timeline, first_step, saves_every
+from sdxl_finetune.training.failed_saves import FailedSaves
 from sdxl_finetune.training.learned_weights import build_learned_weights
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.option_files import saved_options
@@ -114,6 +115,7 @@ class Run:
     uploads: Uploads
     stored: StoredSaves
     """Saves that the store held at the start, for the first rank. What is removed since is taken out."""
+    failed_saves: FailedSaves
 
     @property
     def output_dir(self) -> Path:
@@ -220,6 +222,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         stages=begin_stage(config, start, index, accelerator),
         uploads=uploads,
         stored=stored,
+        failed_saves=FailedSaves(config, timeline.first),
     )
 
 

@@ -193,7 +193,8 @@ def interrupted_states(options: Config, *, before: int) -> list[Path]:
     """The directories of training states that stopped runs saved before the step `before`."""
     return [
         path
-        for path in options.output_folder.glob(f"*{STATE_SUFFIX}")
+        for folder in options.save_folders
+        for path in folder.glob(f"*{STATE_SUFFIX}")
         if is_saved_name(options, path.name)
         and (state := peek_state(path))
         and state.is_interrupted

@@ -16,8 +16,8 @@ from sdxl_finetune.tag_report.schema import FOLDER, TAGS_ENDING, report_name
 from sdxl_finetune.tag_report.tables import tag_rows
 from sdxl_finetune.tag_report.terminal import describe_remarks
 from sdxl_finetune.training.every import Moment, reports_every
-from sdxl_finetune.training.hooks import published_weights
 from sdxl_finetune.training.setup import Run
+from sdxl_finetune.training.write_saves import published_weights
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from sdxl_finetune.output.checkpoints import (
     epoch_name,
     final_name,
     format_to_save,
+    name_and_precision,
     remove,
     replaced,
     step_name,
@@ -33,7 +34,9 @@ def tiny():
 def save(tiny, due: Save, folder: Path, **options) -> Path:
     config = Config(output_dir=folder, **options)
     save_as = format_to_save(config, "safetensors")
-    path = write_checkpoint(due, config, *tiny, save_as=save_as, metadata={"a": "b"}, epoch=1, step=2)
+    name, precision = name_and_precision(due, config, *tiny)
+    path = checkpoint_path(folder, name, save_as)
+    write_checkpoint(path, precision, *tiny, save_as=save_as, metadata={"a": "b"}, epoch=1, step=2)
     for old in replaced(due, folder, save_as):
         remove(old)
     return path
