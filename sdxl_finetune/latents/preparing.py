@@ -26,6 +26,7 @@ from sdxl_finetune.latents.store import LatentStore, build_store, find_places, m
 from sdxl_finetune.latents.together import (
     Team,
     check_complete,
+    check_disk,
     check_memory,
     encode_in_rounds,
     find_team,
@@ -64,6 +65,8 @@ def prepare(
     rows = missing_rows(index, places)
     reports: list[Report] = []
     if sum(gather_object([len(rows)])):
+        if team.shelf:
+            check_disk(latent_bytes(index, size, rows), "the latents that are not cached yet", team.shelf.folder)
         made, reports = _encode_missing(index, keys, rows, encoder, config, team, stop, library)
         library = Library(join_shards(team, shards, made))
         places = find_places(index, keys, library)
@@ -118,10 +121,11 @@ def _trusts_npz(job: Encoding, rows: np.ndarray) -> bool:
     return bool(len(beside)) and not foreign
 
 
-def latent_bytes(index: Index, size: LatentSize) -> int:
-    """Bytes of the latents of all images in use, mirrored ones included."""
+def latent_bytes(index: Index, size: LatentSize, rows: np.ndarray | None = None) -> int:
+    """Bytes of the latents of all images in use or of the images in these rows, mirrored ones included."""
     sizes = np.array([2 * math.prod(size.of(bucket)) for bucket in index.buckets])
-    return int((sizes[index.bucket] * (1 + index.flips))[index.used].sum())
+    of_images = sizes[index.bucket] * (1 + index.flips)
+    return int(of_images[index.used if rows is None else rows].sum())
 
 
 def _bad_images(index: Index, reports: Sequence[Report]) -> dict[int, Problem]:

@@ -16,12 +16,13 @@ from accelerate.utils import gather_object
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.files import free_bytes, size_text
 from sdxl_finetune.latents.catalogue import CATALOGUE, Shelf
 from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.progress import track
 from sdxl_finetune.runtime.host import memory_bytes
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
-from sdxl_finetune.storage import Address, LocalCopies
+from sdxl_finetune.storage import Address, LocalCopies, Location
 
 ROUND = 60
 """Seconds after which the processes meet and write their records. A kill loses at most this time."""
@@ -148,6 +149,13 @@ def check_memory(size: int, what: str, option: str) -> None:
     if size > memory:
         message = f"{what} take {size / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory"
         raise UserError(Problem(f"{message}: set {option}_to_disk", key=option, value=True))
+
+
+def check_disk(size: int, what: str, folder: Location) -> None:
+    """Raises UserError if `size` bytes that are to be encoded do not fit on the disk of a local folder."""
+    if isinstance(folder, Path) and size > (free := free_bytes(folder)):
+        message = f"{what} take {size_text(size)}, and the disk has {size_text(free)} free"
+        raise UserError(Problem(f"{message}: free space, or set another cache_dir", file=str(folder)))
 
 
 def check_complete(team: Team, *, complete: bool) -> None:

@@ -175,21 +175,27 @@ class WeightsAndBiases:
             with said_if_it_fails(id_file):
                 id_file.write_text(self._run.id, encoding="utf-8")
 
+    def _send(self, values: Mapping[str, Any], step: int) -> None:
+        with said_if_it_fails("the run at Weights & Biases"):
+            self._run.log(dict(values), step=step)
+
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
+        self._send(values, step)
 
     def epoch_loss(self, loss: float, epoch: int, step: int) -> None:
         # wandb accepts no step before the newest, so the loss of an epoch stands at the epoch's last step.
-        self._run.log({"loss/epoch": loss, "epoch": epoch}, step=step)
+        self._send({"loss/epoch": loss, "epoch": epoch}, step)
 
     def histogram(self, tag: str, counts: Counts, edges: Edges, step: int) -> None:
-        self._run.log({tag: self._wandb.Histogram(np_histogram=(counts, edges))}, step=step)
+        self._send({tag: self._wandb.Histogram(np_histogram=(counts, edges))}, step)
 
     def image(self, tag: str, image: Image, prompt: str, step: int) -> None:
-        self._run.log({tag: self._wandb.Image(image, caption=prompt)}, step=step)
+        with said_if_it_fails("a picture at Weights & Biases"):  # wandb writes pictures to files
+            self._send({tag: self._wandb.Image(image, caption=prompt)}, step)
 
     def flush(self) -> None:
         """Does nothing: wandb sends its data by itself and cannot take steps back."""
 
     def close(self) -> None:
-        self._run.finish()
+        with said_if_it_fails("the end of the run at Weights & Biases"):
+            self._run.finish()

@@ -9,7 +9,6 @@ run wants to delete before its upload is complete is deleted after it, unless th
 import json
 import logging
 import shlex
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Any
 
 from sdxl_finetune.config import HubOptions
 from sdxl_finetune.errors import counted
-from sdxl_finetune.files import atomic_path
+from sdxl_finetune.files import atomic_path, free_bytes
 from sdxl_finetune.output.hub import HubCall, HubError, target
 from sdxl_finetune.output.store_call import StoreCall
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
@@ -301,7 +300,7 @@ class Uploads:
         """Gives up the oldest replaced uploads if the disk has no room for two more files of this size."""
         needed = 2 * _size(path)
         for upload in [upload for upload in self._waiting if upload.remove]:
-            if shutil.disk_usage(self._directory).free >= needed:
+            if free_bytes(self._directory) >= needed:
                 return
             logger.warning("%s is deleted before its upload, because the disk is nearly full", upload.name)
             self._waiting.remove(upload)
@@ -360,8 +359,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder; 0 if it does not exist."""
-    return sum(file.stat().st_size for file in _files(path) if file.exists())
+    """Bytes of a file, or of all files of a folder; 0 if it does not exist or cannot be looked at."""
+    try:
+        return sum(file.stat().st_size for file in _files(path) if file.exists())
+    except OSError:
+        return 0
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -81,7 +81,7 @@ class FailedSaves:
             self._check(folder, size)
             return write(folder)
         except OSError as error:
-            advice = "free space or repair the disk; training goes on, and the save is tried again"
+            advice = "free space or repair the disk. The save is tried again"
             logger.error(
                 "%s could not be saved in %s (%s): it needs %s, and %s is free. Earlier saves are untouched: %s",
                 name,

@@ -1,0 +1,196 @@
+"""Storage that fails: a disk that fills up, a folder that is gone. Training goes on, and no earlier save is lost."""
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from scripts.benchmarks.interrupt import OPTIONS, STYLE, differences, same, saved_names
+from sdxl_finetune.config import Config, load_config
+from sdxl_finetune.errors import UserError
+from sdxl_finetune.files import free_bytes
+from sdxl_finetune.training import failed_saves
+from sdxl_finetune.training.loop import train
+from sdxl_finetune.training.state import load_state
+
+DISK = 640 << 20
+"""Bytes of the small disk. A run of 6 steps saves less."""
+SMALL = ["--optimizer_type", "SGD", "--learning_rate", "0.01", "--ema_half_life", "", "--save_precision", "bf16"]
+SMALL += ["--resolution", "64", "--max_bucket_reso", "64", "--gradient_accumulation_steps", "1"]
+"""Options of runs that save little: no optimizer state, no EMA, and checkpoints in two bytes."""
+
+
+def run(folder: str, *more: str) -> int:
+    """A run of 6 steps that saves weights and states after every second one and at the end."""
+    places = ["--output_dir", f"{folder}/out", "--logging_dir", f"{folder}/logs", "--seed", "5"]
+    places += ["--cache_dir", "cache"]
+    length = ["--max_train_epochs", "", "--max_train_steps", "6", "--save_every_n_steps", "2"]
+    length += ["--save_last_n_steps", ""]
+    config = load_config(["--config", str(STYLE), *OPTIONS, *length, *SMALL, *places, *more], program="sdxl-train")
+    assert config is not None
+    try:
+        return train(config)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def disk(work) -> Iterator[Path]:
+    """A file system of DISK bytes, as the folder `disk`."""
+    folder = work / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this process may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+class Watch(logging.Handler):
+    """Calls a function at the nth message that holds a text."""
+
+    def __init__(self, text: str, number: int, act: Callable[[], None]) -> None:
+        super().__init__()
+        self._text, self._left, self._act = text, number, act
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._text in record.getMessage():
+            self._left -= 1
+            if self._left == 0:
+                self._act()
+
+
+@pytest.fixture
+def on_message() -> Iterator[Callable[..., None]]:
+    """on_message(text, act, number=1): calls `act` at the nth message that holds the text."""
+    logger, watches = logging.getLogger("sdxl_finetune"), []
+
+    def watch(text: str, act: Callable[[], None], number: int = 1) -> None:
+        watches.append(Watch(text, number, act))
+        logger.addHandler(watches[-1])
+
+    yield watch
+    for one in watches:
+        logger.removeHandler(one)
+
+
+def fill(disk: Path) -> Path:
+    """Fills the disk to the last byte."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(1 << 20)):
+                pass
+        except OSError:
+            pass
+    assert free_bytes(disk) == 0
+    return ballast
+
+
+def forget(folder: str, *names: str) -> None:
+    """Removes what a run has saved under these names."""
+    for name in names:
+        path = Path(folder) / "out" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_disk_that_fills_up_and_is_emptied_by_hand_costs_nothing(disk, on_message, caplog) -> None:
+    """It is full from the save after step 2 on, until the third attempt to save the end of the run."""
+    assert run("undisturbed") == 0
+    on_message("saved disk/out/style-step00000002.safetensors", lambda: fill(disk))
+    on_message("style could not be saved", lambda: (disk / "ballast").unlink(), number=3)
+    assert run("disk") == 0
+    text = caplog.text
+    assert "style-step00000004-state could not be saved in disk/out (No space left on device): it needs" in text
+    assert "0 bytes is free" in text and "storage takes saves again: the run is saved up to step 6" in text
+    assert "is written again" in text
+    missing = ["style-step00000004", "style-step00000006"]
+    forget("undisturbed", *(f"{name}{ending}" for name in missing for ending in ("-state", ".safetensors")))
+    assert differences(Path("undisturbed"), Path("disk")) == []
+    assert load_state(Path("disk/out/style-step00000002-state")).step == 2
+    assert not list(Path("disk/out").glob(".*.tmp"))
+
+
+class Vanishing:
+    """A folder in whose place there is a file for a while."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._away = folder, folder.with_name("away")
+
+    def hide(self) -> None:
+        self._folder.rename(self._away)
+        self._folder.touch()
+
+    def give_back(self) -> None:
+        self._folder.unlink()
+        self._away.rename(self._folder)
+
+
+def test_a_refused_save_is_tried_again_during_training(work, on_message, monkeypatch, caplog) -> None:
+    """The folder is gone at the saves after step 2 only. The next step saves both in their place."""
+    monkeypatch.setattr(failed_saves, "RETRY_AFTER", 0.0)
+    out = Vanishing(Path("one/out"))
+    on_message("training unet:", out.hide)
+    on_message("style-step00000002 could not be saved", out.give_back)
+    kept: list[bool] = []
+    on_message(
+        "saved one/out/style-step00000003.s", lambda: kept.append(Path("one/out/style-step00000003-state").exists())
+    )
+    assert run("one") == 0
+    assert "style-step00000002-state could not be saved in one/out (Not a directory)" in caplog.text
+    assert "storage takes saves again: the run is saved up to step 3" in caplog.text and kept == [True]
+    names = [f"style-step0000000{step}{ending}" for step in (3, 4, 6) for ending in ("-state", ".safetensors")]
+    # The state after step 3 goes when the one after step 4 is complete, as that of an interrupted run does.
+    assert saved_names(Path("one")) == sorted(
+        {*names, "style-state", "style.safetensors"} - {"style-step00000003-state"}
+    )
+
+
+def test_saves_go_to_another_disk_and_a_resume_finds_them_there(work, on_message, caplog) -> None:
+    out = Vanishing(Path("one/out"))
+    on_message("saved one/out/style-step00000002.safetensors", out.hide)
+    assert run("one", "--save_fallback_dir", "other") == 0
+    assert "it is saved in other instead" in caplog.text and "style stands in other (save_fallback_dir)" in caplog.text
+    assert sorted(path.name for path in Path("other").iterdir()) == sorted(
+        {
+            f"style{name}{ending}"
+            for name in ("-step00000004", "-step00000006", "")
+            for ending in ("-state", ".safetensors")
+        }
+    )
+    out.give_back()
+    assert run("one", "--save_fallback_dir", "other", "--resume", "auto") == 0
+    assert "from the training state other/style-state" in caplog.text
+    assert same(load_file("one/out/style.safetensors"), load_file("other/style.safetensors"))
+
+
+def test_a_run_that_cannot_save_its_end_says_so_and_fails(work, on_message, capsys) -> None:
+    on_message("training unet:", Vanishing(Path("one/out")).hide)
+    assert run("one", "--max_train_steps", "1", "--save_retry_minutes", "0") == 1
+    message = "error: style-state, style could not be saved within 0 minutes in one/out: free space or repair the disk"
+    assert message in capsys.readouterr().err
+
+
+def test_a_disk_without_room_for_one_save_is_named_before_the_first_step(disk) -> None:
+    (disk / "ballast").write_bytes(bytes(DISK - (60 << 20)))
+    wanted = r"output_dir = 'disk/out': the disk has 5\d\.\d MiB free, and one save takes 114\.\d MiB: free space"
+    with pytest.raises(UserError, match=wanted):
+        run("disk")
+    assert [path.stat().st_size for path in Path("disk/logs").glob("*/metrics.jsonl")] == [0]
+
+
+def test_a_mount_that_is_gone_is_not_written_beneath(disk) -> None:
+    """Nothing is written into the empty folder that is left where a disk was mounted."""
+    saves = failed_saves.FailedSaves(Config(output_dir=disk / "out"), 0)
+    subprocess.run(["umount", str(disk)], check=True)
+    try:
+        assert saves.write("m", 10, lambda folder: folder) is None
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(disk)], check=True)
+    assert saves.write("m", 10, lambda folder: folder) == disk / "out"
