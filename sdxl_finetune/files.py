@@ -7,14 +7,21 @@ there before, and removes its own temporary file as far as the storage still all
 import contextlib
 import errno
 import hashlib
+import logging
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import psutil  # type: ignore[import-untyped]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 """Errors of file systems, mostly network mounts, that write no folder to the disk on request."""
@@ -27,6 +34,13 @@ STORAGE_FAILURES = {
     if hasattr(errno, name)
 }
 """Numbers of errors that storage causes, and no mistake in this program."""
+
+PASSING_FAILURES = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ENODEV", "ENXIO", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EREMOTEIO")
+    if hasattr(errno, name)
+}
+"""Numbers of errors that a network mount gives while it is away."""
 
 
 @contextlib.contextmanager
@@ -71,6 +85,23 @@ def storage_failure(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or error.errno is None or error.errno not in STORAGE_FAILURES:
         return None
     return error.strerror or os.strerror(error.errno)
+
+
+def read_patiently(read: Callable[[], T], what: object, pauses: Sequence[float]) -> T:
+    """Returns the result of `read`, which is called again after each pause if storage fails in a way that may pass.
+
+    `pauses` are in seconds. `what` names the file for a warning. Raises the OSError of the last attempt, and any other
+    error at once.
+    """
+    for pause in pauses:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING_FAILURES:
+                raise
+            logger.warning("%s cannot be read (%s) and is read again in %g seconds", what, error.strerror, pause)
+        time.sleep(pause)
+    return read()
 
 
 def free_bytes(folder: Path) -> float:

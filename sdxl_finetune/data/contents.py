@@ -8,8 +8,11 @@ import os
 from pathlib import Path
 
 from sdxl_finetune.data.images import ImageError
-from sdxl_finetune.files import modified
+from sdxl_finetune.files import modified, read_patiently
 from sdxl_finetune.storage import Location, StorageError, read_with_stat
+
+READ_PAUSES = (0.5, 2.0, 5.0)
+"""Seconds before further attempts to read an image while a network mount is away."""
 
 
 def read_image(
@@ -23,12 +26,8 @@ def read_image(
     place = container or path
     try:
         if isinstance(place, Path):
-            with place.open("rb") as file:
-                now = os.fstat(file.fileno())
-                if container:
-                    file.seek(offset)
-                data = file.read(stat[0]) if container else file.read()
-            found = now.st_size, modified(now)
+            start, length = (offset, stat[0]) if container else (0, -1)
+            data, found = read_patiently(lambda: _read_part(place, start, length), place, READ_PAUSES)
         else:
             data, now_stat = read_with_stat(place, max(offset, 0), stat[0])
             found = now_stat.size, now_stat.version
@@ -41,6 +40,15 @@ def read_image(
         what = f"{container.name} was changed" if container else "changed"
         raise ImageError(str(path), f"{what} since it was scanned: start again, without skip_cache_check")
     return data
+
+
+def _read_part(path: Path, start: int, length: int) -> tuple[bytes, tuple[int, int]]:
+    """Returns bytes of a file, to its end if `length` is -1, and the size and modification time of the file."""
+    with path.open("rb") as file:
+        now = os.fstat(file.fileno())
+        if start:
+            file.seek(start)
+        return file.read(length), (now.st_size, modified(now))
 
 
 def container_version(size: int, version: int) -> int:

@@ -4,6 +4,7 @@ Open files are kept, because opening one costs as much as reading a latent. A sh
 local copy; without one, the record alone is read from the store.
 """
 
+import contextlib
 import logging
 import time
 import weakref
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.files import read_patiently
 from sdxl_finetune.latents.catalogue import set_aside
 from sdxl_finetune.storage import Address, LocalCopies, Location, StorageError, read
 from sdxl_finetune.storage.copies import TOUCH_EVERY, touch
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 OPEN_FILES = 128
 """Files that a process keeps open. Systems allow about 1,000, and a run needs others."""
+READ_PAUSES = (0.5, 2.0, 8.0, 30.0)
+"""Seconds before further attempts to read a record while a network mount is away. A run cannot do without it."""
 RETRY_COPY = 60.0
 """Seconds until a shard without a local copy is tried again, after there was no room for it."""
 
@@ -53,11 +57,9 @@ class Records:
         data = record.reshape(-1).view(np.uint8).data
         path = self.files[number]
         try:
-            file = self._file(number)
-            if file is not None:
-                file.seek(start)
-                if file.readinto(data) == len(data) and zlib.crc32(data) == crc:
-                    return
+            file, length = read_patiently(lambda: self._read_file(number, start, data), path, READ_PAUSES)
+            if length == len(data) and zlib.crc32(data) == crc:
+                return
             if isinstance(path, Address):
                 self._read_object(number, path, start, data, was_copy=file is not None)
                 if zlib.crc32(data) == crc:
@@ -69,6 +71,22 @@ class Records:
         self._close(number)
         message = f"{what()} is damaged; {set_aside(path)}: start the run again, which encodes it again"
         raise UserError(Problem(message, file=str(path)))
+
+    def _read_file(self, number: int, start: int, data: memoryview) -> tuple[FileIO | None, int]:
+        """Reads a record from a file. Returns the file and the number of bytes; None and 0 without a local copy.
+
+        Raises OSError. The file is then closed, because a network mount that comes back wants it opened again.
+        """
+        file = self._file(number)
+        if file is None:
+            return None, 0
+        try:
+            file.seek(start)
+            return file, file.readinto(data) or 0
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._close(number)
+            raise
 
     def _read_object(self, number: int, path: Address, start: int, data: memoryview, *, was_copy: bool) -> None:
         """Reads a record from the store. A copy that was damaged is removed, so that the next read sends for it."""
