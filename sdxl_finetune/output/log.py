@@ -156,6 +156,11 @@ class Log:
         """Name of the run's folder in `logging_dir`."""
         return self._directory.name if self._directory else None
 
+    @property
+    def last_step(self) -> int:
+        """Number of optimizer steps made with the last one whose scalars have arrived."""
+        return self._last_step
+
     def begin(
         self,
         *,

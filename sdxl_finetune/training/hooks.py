@@ -7,7 +7,8 @@ the previews, the validation and the colour checks, and the first rank saves.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -189,6 +190,24 @@ def save_interrupted(run: Run, moment: Moment) -> None:
     state = Save(name=checkpoints.step_name(run.config, moment.step) + STATE_SUFFIX)
     if refused := _save_at_the_end(run, [], [state], step=moment.step, is_interrupted=True):
         logger.error("%s", run.failed_saves.failure(refused))
+
+
+@contextmanager
+def saved_if_data_fails(run: Run) -> Iterator[None]:
+    """If a batch cannot be read in the context, saves the training state of the last step before the error goes on.
+
+    Other ranks wait for the batch, and cannot save together. A run of several processes therefore saves nothing.
+    """
+    try:
+        yield
+    except UserError:
+        run.log.flush()
+        moment = run.timeline.after(run.log.last_step)
+        if run.accelerator.num_processes == 1 and not moment.is_first:
+            name = checkpoints.step_name(run.config, moment.step) + STATE_SUFFIX
+            if not any((folder / name).exists() for folder in run.config.save_folders):
+                save_interrupted(run, moment)
+        raise
 
 
 def _current_prompts(run: Run) -> Sequence[Prompt]:

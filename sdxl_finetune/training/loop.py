@@ -41,7 +41,7 @@ def train(config: Config) -> int:
         return draw_dataset(config)
     try:
         compiling = compiler_failures(config.dynamo_backend) if config.torch_compile else nullcontext()
-        with stop_on_signals() as stop, build_run(config, stop) as run, compiling:
+        with stop_on_signals() as stop, build_run(config, stop) as run, compiling, hooks.saved_if_data_fails(run):
             train_and_save(run, stop)
     except (NonFiniteLoss, OutOfMemory, SaveFailed) as error:
         say_errors(error)
