@@ -12,7 +12,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,7 +147,7 @@ def try_once(number: int, seed: int, folder: Path) -> Trial:
     place = folder / "trial"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    if fault.call == "read" and fault.file == "training state":
+    if fault.call == "read" and fault.file in ("training state", "log"):
         # Something to resume from: the first run is made to its end, and loses its last saves.
         start(place, options)
         for path in (place / "out").glob("style*"):
@@ -170,7 +169,7 @@ def load_faults(folder: Path) -> None:
     """Starts this program again with the library of faults, unless it has been loaded."""
     if "faults.so" in os.environ.get(LOADED, ""):
         return
-    library = Path(tempfile.mkdtemp()) / "faults.so"
+    library = folder / "faults.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, SOURCE, "-ldl"], check=True)
     environment = {**os.environ, LOADED: str(library)}
     sys.stdout.flush()
