@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 RETRY_AFTER = 180.0
 """Seconds after a refused save until the next attempt during training: 3 minutes."""
+RETRY_MINUTES = 30.0
+"""Default of save_retry_minutes: time for a person to read the message and to free space."""
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts at the end of a run. The first pauses are shorter: 1, 2, 4, ... seconds."""
 
@@ -56,6 +58,8 @@ class FailedSaves:
     def __init__(self, config: Config, first_step: int) -> None:
         """`first_step` is the number of steps made before this run."""
         self._config, self._first_step, self._began = config, first_step, time.monotonic()
+        asked = config.save_retry_minutes
+        self._minutes = RETRY_MINUTES if asked is None else asked
         self._mount = mount_of(config.output_folder)
         self._refused = Refused()
 
@@ -102,10 +106,12 @@ class FailedSaves:
         (refused,) = shared
         before = self._refused
         self._refused = Refused(
-            refused.weights if weights else before.weights, refused.states if states else before.states, retry_at
+            refused.weights if weights else before.weights,
+            refused.states if states else before.states,
+            refused.retry_at,
         )
         if before and not self._refused:
-            logger.warning("storage takes saves again: the run is saved up to step %d", step)
+            logger.info("storage takes saves again: the run is saved up to step %d", step)
         return refused
 
     def retries_due(self, step: int) -> tuple[list[Save], list[Save]]:
@@ -121,21 +127,21 @@ class FailedSaves:
 
         `attempt` counts from 0, and the first attempt was made at the time `began`. All ranks call this together.
         """
-        left = began + 60 * self._config.save_retry_minutes - time.monotonic()
+        left = began + 60 * self._minutes - time.monotonic()
         pause = [min(2.0**attempt, LONGEST_PAUSE, left) if left > 0 else None]
         broadcast_object_list(pause)
         if pause[0] is None:
             return False
         if not attempt:
             message = "the run waits at most %g minutes for storage to take its last saves (save_retry_minutes)"
-            logger.warning(message, self._config.save_retry_minutes)
+            logger.info(message, self._minutes)
         time.sleep(pause[0])
         return True
 
     def failure(self, refused: Refused) -> SaveFailed:
         """The error that ends a run whose last saves were refused to the end."""
         names = listed([*refused.states, *refused.weights])
-        message = f"{names} could not be saved within {self._config.save_retry_minutes:g} minutes"
+        message = f"{names} could not be saved within {self._minutes:g} minutes"
         message = f"{message} in {self._config.output_folder}: free space or repair the disk, and resume"
         return SaveFailed(f"{message} from the last save with resume = auto")
 
