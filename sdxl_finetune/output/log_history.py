@@ -50,7 +50,9 @@ def note_save(directory: Path, step: int) -> None:
 
 
 def go_back(directory: Path, step: int) -> bool:
-    """Cuts the log back to its content when `step` was saved. Returns False if there is no record of this save.
+    """Cuts the log back to its content when `step` was saved. Returns False without a record of this save.
+
+    Returns False too if storage refuses to cut the files.
 
     The function may be interrupted and called again.
     """
@@ -64,23 +66,30 @@ def go_back(directory: Path, step: int) -> bool:
         return False
     if sizes is None or any(not (directory / name).is_file() for name in sizes):
         return False
-    for path in _event_files(directory):
-        if str(path.relative_to(directory)) not in sizes:
-            path.unlink()
-    for name, size in sizes.items():
-        os.truncate(directory / name, size)
-    os.truncate(directory / SAVES, end)
+    try:
+        for path in _event_files(directory):
+            if str(path.relative_to(directory)) not in sizes:
+                path.unlink()
+        for name, size in sizes.items():
+            os.truncate(directory / name, size)
+        os.truncate(directory / SAVES, end)
+    except OSError as error:
+        logger.warning("%s cannot be cut back (%s)", directory, error.strerror)
+        return False
     return True
 
 
 def last_losses(directory: Path, count: int) -> list[float]:
-    """Returns the losses of the last `count` steps in metrics.jsonl."""
+    """Returns the losses of the last `count` steps in metrics.jsonl; none if the file cannot be read."""
     path = directory / METRICS
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
+    try:
         # Besides its own line, a step has at most one line each of validation, tags, colours and loss weights.
-        rows = [json.loads(line) for line in file.readlines()[-5 * count - 5 :]]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[-5 * count - 5 :]]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        logger.warning("%s cannot be read (%s): its losses are missing in the mean loss", path, error.strerror)
+        return []
     return [row["loss"] for row in rows if "loss" in row][-count:]
 
 
