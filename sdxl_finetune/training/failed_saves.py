@@ -128,7 +128,7 @@ class FailedSaves:
         `attempt` counts from 0, and the first attempt was made at the time `began`. All ranks call this together.
         """
         left = began + 60 * self._minutes - time.monotonic()
-        pause = [min(2.0**attempt, LONGEST_PAUSE, left) if left > 0 else None]
+        pause = [min(2.0 ** min(attempt, 10), LONGEST_PAUSE, left) if left > 0 else None]
         broadcast_object_list(pause)
         if pause[0] is None:
             return False
