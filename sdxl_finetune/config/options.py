@@ -17,6 +17,7 @@ from pydantic import model_validator
 from sdxl_finetune.config import (
     data_options,
     flow_options,
+    limit_options,
     output_options,
     pairing_options,
     quality_options,
@@ -57,6 +58,7 @@ class Config(
     training_options.HardwareOptions,
     output_options.SavingOptions,
     output_options.ResumeOptions,
+    limit_options.LimitOptions,
     output_options.HubOptions,
     output_options.MetadataOptions,
     output_options.PreviewOptions,

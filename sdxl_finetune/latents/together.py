@@ -20,7 +20,7 @@ from sdxl_finetune.latents.catalogue import CATALOGUE, Shelf
 from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.progress import track
 from sdxl_finetune.runtime.host import memory_bytes
-from sdxl_finetune.runtime.signals import Interrupt, StopRequest
+from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.storage import Address, LocalCopies
 
 ROUND = 60
@@ -112,16 +112,16 @@ def encode_in_rounds(
             for number in running:
                 own += number
                 progress.update(number)
-                has_more = stop is None or stop.number is None
+                has_more = stop is None or stop.cause is None
                 if not has_more or time.monotonic() > started + ROUND:
                     break
             else:
                 has_more = False
             writer.flush()
-            all_ranks = gather_object([(has_more, own, stop and stop.number)])
+            all_ranks = gather_object([(has_more, own, stop and stop.cause)])
             progress.update(sum(number for _, number, _ in all_ranks) - own)
-            if numbers := [number for _, _, number in all_ranks if number is not None]:
-                raise Interrupt(numbers[0])
+            if causes := [cause for _, _, cause in all_ranks if cause is not None]:
+                raise causes[0]
             active = any(has_more for has_more, _, _ in all_ranks)
 
 

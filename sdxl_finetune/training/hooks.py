@@ -6,6 +6,7 @@ the previews, the validation and the colour checks, and the first rank saves.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
@@ -22,10 +23,11 @@ from sdxl_finetune.output.checkpoints import Save, overwritten
 from sdxl_finetune.output.metadata import build_metadata
 from sdxl_finetune.output.previews import PreviewModel, draw_previews
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts, with_size
+from sdxl_finetune.runtime.signals import Wish
 from sdxl_finetune.training.every import Moment, colours_every, previews_every, validation_every, weights_every
 from sdxl_finetune.training.optimizer_state import collect_optimizer_state
 from sdxl_finetune.training.resume import Start
-from sdxl_finetune.training.saves import STATE_SUFFIX, checkpoints_due, final_state, states_due
+from sdxl_finetune.training.saves import STATE_SUFFIX, checkpoints_due, final_state, states_due, with_wish
 from sdxl_finetune.training.setup import Run
 from sdxl_finetune.training.state import TrainingState, interrupted_states, is_saved_name, save_state, time_of_saving
 
@@ -50,6 +52,7 @@ def begin(run: Run) -> None:
         check_colours_if_due(run, moment)
     else:
         _save_missing(run, run.start)
+    run.requests.begin(sum(group.size for group in run.learner.parameters.groups))
 
 
 def is_finished(run: Run) -> bool:
@@ -145,10 +148,14 @@ def _epoch_of(run: Run, moment: Moment) -> int:
 
 
 def save_if_due(run: Run, moment: Moment) -> bool:
-    """Saves the checkpoints and training states that are due. Returns True if a state was saved."""
-    epochs = run.timeline.epochs
-    states = states_due(run.config, moment, epochs)
-    _save(run, checkpoints_due(run.config, moment, epochs), states, step=moment.step)
+    """Saves the checkpoints and training states that are due or asked for. Returns True if a state was saved."""
+    epochs, began, wish = run.timeline.epochs, time.monotonic(), run.requests.wish
+    weights, states = checkpoints_due(run.config, moment, epochs), states_due(run.config, moment, epochs)
+    is_temporary = wish is Wish.STATE and not states
+    weights, states = with_wish(run.config, moment, weights, states, wish)
+    _save(run, weights, states, step=moment.step, is_interrupted=is_temporary)
+    if states:
+        run.requests.note_save(time.monotonic() - began)
     return bool(states)
 
 

@@ -70,6 +70,7 @@ from sdxl_finetune.training.every import Timeline, first_step, saves_every
 from sdxl_finetune.training.learned_weights import build_learned_weights
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.option_files import saved_options
+from sdxl_finetune.training.requests import Requests
 from sdxl_finetune.training.restoring import restore
 from sdxl_finetune.training.resume import Start
 from sdxl_finetune.training.stage import begin_stage
@@ -114,6 +115,7 @@ class Run:
     uploads: Uploads
     stored: StoredSaves
     """Saves that the store held at the start, for the first rank. What is removed since is taken out."""
+    requests: Requests
 
     @property
     def output_dir(self) -> Path:
@@ -146,7 +148,8 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
         if problems.found:
             _read_inputs(config, accelerator, None, problems)
         with _open_log(config, accelerator, start) as log:
-            run = _build(config, accelerator, start, log, stop)
+            requests = Requests(config, accelerator, stop or StopRequest())
+            run = _build(config, accelerator, start, log, requests)
             with open_uploads(run.uploads, stop):
                 yield run
     accelerator.end_training()
@@ -163,15 +166,15 @@ def _read_inputs(config: Config, accelerator: Accelerator, start: Start | None, 
     return inputs
 
 
-def _build(config: Config, accelerator: Accelerator, start: Start | None, log: Log, stop: StopRequest | None) -> Run:
+def _build(config: Config, accelerator: Accelerator, start: Start | None, log: Log, requests: Requests) -> Run:
     seed = _run_seed(config, start)
     torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
     inputs = _read_inputs(config, accelerator, start, Problems())
     index, tokenizer, prompts = inputs.index, inputs.tokenizer, inputs.prompts or ()
     assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
-    index, latents, masks = prepare_latents(config, index, loaded.vae, accelerator, stop)
-    text = _prepare_text(config, index, loaded.model, tokenizer, accelerator, stop)
+    index, latents, masks = prepare_latents(config, index, loaded.vae, accelerator, requests.stop)
+    text = _prepare_text(config, index, loaded.model, tokenizer, accelerator, requests.stop)
     ranks = accelerator.num_processes
     plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
     order = resume.data_order(index, plan)
@@ -220,6 +223,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         stages=begin_stage(config, start, index, accelerator),
         uploads=uploads,
         stored=stored,
+        requests=requests,
     )
 
 
@@ -276,7 +280,7 @@ def _open_log(config: Config, accelerator: Accelerator, start: Start | None) -> 
     resumed = (start.state.log, start.state.step) if start and start.state.log else None
     directory = on_first_rank(accelerator, lambda: run_directory(config, datetime.now(), resumed=resumed))
     done = start.state.step if start else 0
-    return Log(config, directory, rank=accelerator.process_index, ranks=accelerator.num_processes, done=done)
+    return Log(config, directory, rank=accelerator.process_index, done=done)
 
 
 def _load_model(config: Config, start: Start | None) -> Loaded:
