@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.latents.alone import alone
 from sdxl_finetune.latents.catalogue import CATALOGUE, Shelf
 from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.progress import track
@@ -103,8 +104,20 @@ def encode_in_rounds(
 ) -> None:
     """Runs an encoder, which yields how many of this process's `count` records were finished since the last yield.
 
-    Raises Interrupt on all processes once one was asked to stop.
+    Raises Interrupt on all processes once one was asked to stop, and FilledMeanwhile after waiting for another run.
     """
+    with alone(team, stop):
+        _encode_in_rounds(finished, count, writer, team, stop, unit)
+
+
+def _encode_in_rounds(
+    finished: Generator[int, None, None],
+    count: int,
+    writer: ShardWriter,
+    team: Team,
+    stop: StopRequest | None,
+    unit: str,
+) -> None:
     total, active = sum(gather_object([count])), True
     with closing(finished) as running, track("encoding", total, unit, shown=not team.rank) as progress:
         while active:

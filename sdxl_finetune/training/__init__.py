@@ -9,6 +9,7 @@ Modules:
     loop        the training loop
     hooks       previews, validation and saves
     every, saves    when a hook is due, and under which name something is saved
+    guards      processes that watch one another, and a lock of the output
     requests    files and limits of time that ask a run to save or to stop
     state, optimizer_state, resume, stored_saves    training states, also in a store, and continuing from them
     restoring        gives a learner what a training state holds

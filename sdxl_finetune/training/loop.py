@@ -15,6 +15,7 @@ import torch
 
 from sdxl_finetune.batch import Batch
 from sdxl_finetune.config import Config
+from sdxl_finetune.data.workers import WorkersDied
 from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.errors import say_errors
 from sdxl_finetune.model.compilation import compiler_failures
@@ -42,7 +43,7 @@ def train(config: Config) -> int:
         compiling = compiler_failures(config.dynamo_backend) if config.torch_compile else nullcontext()
         with stop_on_signals() as stop, build_run(config, stop) as run, compiling:
             train_and_save(run, stop)
-    except (NonFiniteLoss, OutOfMemory) as error:
+    except (NonFiniteLoss, OutOfMemory, WorkersDied) as error:
         say_errors(error)
         return 1
     except Interrupt as interrupt:

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from sdxl_finetune.config import Config
 from sdxl_finetune.output.checkpoints import final_name
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
-from sdxl_finetune.runtime.signals import Interrupt, StopRequest, Wish
+from sdxl_finetune.runtime.signals import StopRequest, Wish
 
 logger = logging.getLogger(__name__)
 

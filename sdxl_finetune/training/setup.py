@@ -67,6 +67,7 @@ from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
 from sdxl_finetune.training.colours import ColourCheck, build_colour_check
 from sdxl_finetune.training.every import Timeline, first_step, saves_every
+from sdxl_finetune.training.guards import guarded
 from sdxl_finetune.training.learned_weights import build_learned_weights
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.option_files import saved_options
@@ -139,8 +140,8 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
     Raises UserError for the user's mistakes, and Interrupt if a stop is requested while images are encoded.
     """
     accelerator = build_accelerator(config)
-    with console(config, accelerator.process_index):
-        problems = Problems()
+    problems = Problems()
+    with console(config, accelerator.process_index), guarded(config, accelerator, problems):
         config = problems.attempt(on_every_rank, partial(with_local_models, config)) or config
         problems.attempt(on_first_rank, accelerator, lambda: check_access(config))
         start = problems.attempt(on_first_rank, accelerator, lambda: resume.find_start(config))
