@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain
+from multiprocessing import connection
 from typing import Any, TypeVar
 
 import cv2
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 MOST_DEATHS = 3
 """Deaths at one item after which the run ends. An image that needs too much memory would kill every new worker."""
+DYING = 5.0
+"""Seconds that a killed process takes at most to end. The system may have much memory to free."""
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)}
 
 
@@ -116,6 +119,9 @@ def _make(
             try:
                 item = next(running, None)
             except Exception as error:
+                # The connection to a worker that is being killed is lost a moment before its end is known.
+                if processes:
+                    connection.wait([process.sentinel for process in processes], DYING)
                 if dead := [process for process in processes if process.exitcode]:
                     raise _WorkerDied(_death(dead[0])) from error
                 raise
