@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import chain
 from multiprocessing import connection
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 MOST_DEATHS = 3
 """Deaths at one item after which the run ends. An image that needs too much memory would kill every new worker."""
-DYING = 5.0
+DYING = 30.0
 """Seconds that a killed process takes at most to end. The system may have much memory to free."""
 STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)}
 
@@ -119,10 +119,7 @@ def _make(
             try:
                 item = next(running, None)
             except Exception as error:
-                # The connection to a worker that is being killed is lost a moment before its end is known.
-                if processes:
-                    connection.wait([process.sentinel for process in processes], DYING)
-                if dead := [process for process in processes if process.exitcode]:
+                if dead := _dead(processes):
                     raise _WorkerDied(_death(dead[0])) from error
                 raise
             if item is None:
@@ -131,6 +128,16 @@ def _make(
     finally:
         end_workers()
         atexit.unregister(end_workers)
+
+
+def _dead(processes: Sequence[Any]) -> list[Any]:
+    """The processes that have failed. Connections to a process that is being killed are lost before it has ended."""
+    if processes:
+        ending = connection.wait([process.sentinel for process in processes], DYING)
+        for process in processes:
+            if process.sentinel in ending:
+                process.join(DYING)
+    return [process for process in processes if process.exitcode]
 
 
 def _death(process: Any) -> str:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,8 +33,6 @@ BEAT = 5.0
 """Seconds between two signs of life of a process."""
 SILENT = 180.0
 """Seconds without a sign of life after which a process counts as hanging. A machine that swaps delays such signs."""
-SLOW = 300.0
-"""Seconds at one place after which the log says where a process is."""
 MARGIN = 20.0
 """Seconds before torch's own limit at which the run ends, so that the message names the process that is late."""
 TURN = 15.0
@@ -55,8 +53,6 @@ class Sign:
     host: str
     place: str
     """Place of the main thread in the program."""
-    seconds: float
-    """Seconds for which the main thread has been at the place."""
     waits: bool
     """True if other processes or the device may let the main thread wait there."""
     is_last: bool = False
@@ -70,14 +66,12 @@ class Watch:
         """`limit` is the number of seconds after which torch ends a process that waits for another one."""
         self._rank, self._limit = rank, limit
         self._others = [other for other in range(ranks) if other != rank]
-        self._store: Any = None
-        if self._others:
-            self._store = distributed_c10d._get_default_store().clone()
-            self._store.set_timeout(datetime.timedelta(seconds=SILENT))
+        store: Any = distributed_c10d._get_default_store()
+        self._store = store.clone()
+        self._store.set_timeout(datetime.timedelta(seconds=SILENT))
         self._main = threading.main_thread().ident
-        self._place: tuple[tuple[CodeType, int], ...] = ()
-        self._since, self._number = time.monotonic(), 0
-        self._said_slow = False
+        self._number = 0
+        self._switches, self._halted_at = "", time.monotonic()
         self._signs: dict[int, Sign] = {}
         self._heard: dict[int, float] = {}
         self._ended = threading.Event()
@@ -91,8 +85,6 @@ class Watch:
         """Ends watching, and tells the others that this process leaves the run."""
         self._ended.set()
         self._thread.join(BEAT)
-        if not self._others:
-            return
         with contextlib.suppress(Exception):  # the first process, and its store with it, may have gone before
             self._tell(is_last=True)
 
@@ -100,9 +92,8 @@ class Watch:
         looked = answered = time.monotonic()
         self._heard = dict.fromkeys(self._others, looked)
         while not self._ended.wait(BEAT):
-            self._look_at_main_thread()
-            if not self._others:
-                continue
+            if (switches := _switches()) != self._switches or not switches:
+                self._switches, self._halted_at = switches, time.monotonic()
             if time.monotonic() > looked + SILENT / 2:  # all processes were halted together, as by Ctrl-Z
                 answered = time.monotonic()
                 self._heard = dict.fromkeys(self._others, answered)
@@ -119,15 +110,6 @@ class Watch:
                 continue
             self._judge()
 
-    def _look_at_main_thread(self) -> None:
-        place = tuple((frame.f_code, frame.f_lasti) for frame in _stack(self._main))
-        if place != self._place:
-            self._place, self._since, self._said_slow = place, time.monotonic(), False
-        sign = self._sign()
-        if sign.seconds > SLOW and not sign.waits and not self._said_slow:
-            self._said_slow = True
-            logger.warning("no progress for %.0f seconds: %s", sign.seconds, sign.place)
-
     def _sign(self, *, is_last: bool = False) -> Sign:
         frames = list(_stack(self._main))
         own = next((frame for frame in frames if frame.f_code.co_filename.startswith(PACKAGE)), None)
@@ -136,7 +118,6 @@ class Watch:
             process=os.getpid(),
             host=socket.gethostname(),
             place=_describe(own) if own else "outside of this program",
-            seconds=time.monotonic() - self._since,
             waits=any(part in frame.f_code.co_filename for frame in frames[:8] for part in WAITING),
             is_last=is_last,
         )
@@ -163,10 +144,11 @@ class Watch:
             named = ", ".join(self._name(rank) for rank in silent)
             message = f"no sign of life for {SILENT:.0f} seconds from {named}: it was stopped or killed, or its machine"
             self._end(f"{message} was lost. Start the run again with resume = auto", turn)
-        elif own.waits and own.seconds > self._limit - MARGIN:
+        elif own.waits and now > self._halted_at + self._limit - MARGIN:
             late = [f"{self._name(rank)} is {sign.place}" for rank, sign in alive.items() if not sign.waits]
             cause = "; ".join(late) or f"all of them wait, this one {own.place}"
-            message = f"the processes of this run have waited {own.seconds:.0f} seconds for one another: {cause}"
+            seconds = now - self._halted_at
+            message = f"the processes of this run have waited {seconds:.0f} seconds for one another: {cause}"
             self._end(f"{message}. If this is no fault, raise ddp_timeout", turn)
 
     def _name(self, rank: int) -> str:
@@ -184,6 +166,9 @@ class Watch:
 @contextlib.contextmanager
 def watched(options: HardwareOptions, accelerator: Accelerator) -> Iterator[None]:
     """Within the context, the processes of the run watch one another. All of them call this together."""
+    if accelerator.num_processes == 1:
+        yield
+        return
     watch = Watch(accelerator.process_index, accelerator.num_processes, _limit(options))
     watch.start()
     try:
@@ -203,6 +188,15 @@ def _limit(options: HardwareOptions) -> float:
 
 def _key(rank: int) -> str:
     return f"sdxl_finetune/watch/{rank}"
+
+
+def _switches() -> str:
+    """How often the main thread has run so far. It stays the same while the thread waits; empty on other systems."""
+    try:
+        lines = Path(f"/proc/self/task/{os.getpid()}/status").read_text().splitlines()
+    except OSError:
+        return ""
+    return " ".join(line for line in lines if "ctxt_switches" in line)
 
 
 def _stack(thread: int | None) -> Iterator[FrameType]:
