@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,7 +114,9 @@ def test_states_by_the_minute_replace_one_another(work, act, caplog) -> None:
 def test_two_ranks_save_and_stop_after_the_same_step(work) -> None:
     process = launch("--max_train_epochs", "500", "--logging_dir", "logs", "--log_with", "tensorboard")
     out = Path("out")
-    wait_for(Path("logs"), "*/metrics.jsonl", process)
+    while not any(path.stat().st_size for path in Path("logs").glob("*/metrics.jsonl")):
+        assert process.poll() is None, output(process)
+        time.sleep(0.1)
     (out / "save").touch()
     wait_for(out, "*-step*.safetensors", process)
     (out / "stop").touch()
