@@ -44,7 +44,8 @@ class Requests:
         now = time.monotonic()
         self._started = now - max(0.0, time.time() - psutil.Process().create_time())
         self._step_at, self._saved_at = now, float("inf")
-        self._longest_step = self._save_seconds = 0.0
+        self._longest_step = self._assumed_save = 0.0
+        self._slowest_save: float | None = None
         self._kept: set[tuple[Path, int]] = set()
         if accelerator.is_main_process:
             for name in (SAVE, STOP):
@@ -55,7 +56,7 @@ class Requests:
     def begin(self, parameters: int) -> None:
         """Starts the clock of the first step of a run that trains so many parameters."""
         self._step_at = self._saved_at = time.monotonic()
-        self._save_seconds = BYTES_OF_PARAMETER * parameters / SPEED
+        self._assumed_save = BYTES_OF_PARAMETER * parameters / SPEED
 
     def receive(self, requests: torch.Tensor | None) -> None:
         """Notes what all ranks wanted before a step. `requests` is that of the step (see output.log.Step)."""
@@ -70,8 +71,7 @@ class Requests:
 
     def note_save(self, seconds: float) -> None:
         """Notes that a training state was saved just now, in so many seconds."""
-        is_first = not self._save_seconds or self._saved_at == float("inf")
-        self._save_seconds = seconds if is_first else max(self._save_seconds, seconds)
+        self._slowest_save = max(self._slowest_save or 0.0, seconds)
         self._step_at = self._saved_at = time.monotonic()
 
     @property
@@ -97,8 +97,8 @@ class Requests:
             self.stop.reason = f"the file {path}"
         if options.max_train_hours:
             left = self._started + 3600 * options.max_train_hours - now
-            needed = 2 * self._longest_step + self._save_seconds if self._longest_step else 0.0
-            if left < needed or left <= 0:
+            save = self._assumed_save if self._slowest_save is None else self._slowest_save
+            if left < (2 * self._longest_step + save if self._longest_step else 0.0):
                 self.stop.reason = f"max_train_hours = {options.max_train_hours:g}"
                 message = "%s: stopping; %.0f seconds are left for a step and for the training state"
                 logger.warning(message, self.stop.reason, max(left, 0.0))
