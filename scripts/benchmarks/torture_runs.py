@@ -66,7 +66,7 @@ def trial_folder(folder: Path, name: str) -> Iterator[None]:
 
 
 def phase(name: str) -> str:
-    """What the run in the folder is doing now, judged by its files."""
+    """The present work of the run in the folder, judged by its files."""
     out, logs = Path(name, "out"), Path(name, "logs")
     if any(out.glob(".*.tmp")):
         return "while it saved"

@@ -49,7 +49,7 @@ class Interrupt(BaseException):
 
 
 class Wish(IntEnum):
-    """What to save after the next step."""
+    """A save after the next step, or none."""
 
     NOTHING = 0
     STATE = 1

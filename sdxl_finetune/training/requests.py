@@ -37,7 +37,7 @@ class Requests:
         """Removes request files that are older than the run. Call this when no other run has the folder."""
         self.stop = stop
         self.wish = Wish.NOTHING
-        """What all ranks save after the current step."""
+        """The save that all ranks make after the current step."""
         self._config, self._ranks = config, accelerator.num_processes
         self._is_stop_agreed = False
         self._queue: DelayedScalars[None] = DelayedScalars(delay=1)
