@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import ExitStack
 
 from sdxl_finetune.config import Config, with_local_models
 from sdxl_finetune.data.tokens import tokenizer_of
@@ -15,6 +16,7 @@ from sdxl_finetune.output.console import console
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory
 from sdxl_finetune.runtime.processes import build_accelerator, weight_dtype
 from sdxl_finetune.runtime.signals import Interrupt, stop_on_signals
+from sdxl_finetune.runtime.watch import watched
 from sdxl_finetune.training.setup import shared_index
 from sdxl_finetune.training.text_encoder import TextEncoders
 from sdxl_finetune.training.vae_encoder import VaeEncoder
@@ -29,8 +31,9 @@ def cache(config: Config) -> int:
         message += " or cache_text_encoder_outputs_to_disk"
         raise UserError(Problem(message, key="cache_latents_to_disk", value=False))
     try:
-        with stop_on_signals() as stop, console(config, int(os.environ.get("RANK", 0))):
+        with stop_on_signals() as stop, console(config, int(os.environ.get("RANK", 0))), ExitStack() as stack:
             accelerator = build_accelerator(config)
+            stack.enter_context(watched(config, accelerator))
             config = with_local_models(config)
             index = shared_index(config, accelerator)
             logger.info("%s", index.describe())

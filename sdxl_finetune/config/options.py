@@ -17,6 +17,7 @@ from pydantic import model_validator
 from sdxl_finetune.config import (
     data_options,
     flow_options,
+    limit_options,
     output_options,
     pairing_options,
     quality_options,
@@ -59,6 +60,7 @@ class Config(
     output_options.SavingOptions,
     output_options.ResumeOptions,
     storage_options.StorageOptions,
+    limit_options.LimitOptions,
     output_options.HubOptions,
     output_options.MetadataOptions,
     output_options.PreviewOptions,

@@ -16,7 +16,7 @@ Modules:
     mask_files  finds the mask file of each image
     remarks     warnings about captions and names of images
     batch_plan  which images form a batch, as a function of seed and epoch
-    loader      makes the batches of one rank, in data-loader workers
+    loader      makes the batches of one rank, in data-loader workers (workers)
     views       how an image is seen at one place of the run: flip, size, crop
     unchanged   images and captions without anything random, for validation and tag reports
     caption_sources  the texts that may become an image's caption, and choosing one

@@ -5,23 +5,17 @@ seeding.py). Any data-loader worker on any rank can therefore make any batch, an
 however many ranks share the micro-batch.
 """
 
-import atexit
 import contextlib
 import logging
 import os
-import signal
-import sys
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from sdxl_finetune.batch import SDXL_LATENTS, Batch, LatentSize, Position, TextOutputs, Tokens, to_images
@@ -31,7 +25,8 @@ from sdxl_finetune.data.captions import caption, is_dropped
 from sdxl_finetune.data.images import ImageError
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.views import View, draw_view
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.data.workers import make_ahead
+from sdxl_finetune.errors import Problem, UserError, listed
 from sdxl_finetune.seeding import position_normal, position_random
 
 logger = logging.getLogger(__name__)
@@ -39,7 +34,6 @@ logger = logging.getLogger(__name__)
 WORKERS_WITH_LATENTS = 2
 """Most workers if latents are cached. A batch of 5 then takes about 15 ms, most of it for noise, and two workers keep
 up with any GPU."""
-STOP_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)}
 
 DrawNoise = Callable[[Position, tuple[int, int, int, int], Tensor | None], tuple[Tensor, Tensor | None]]
 """Draws noise and input noise of k images from position, shape (k, c, h, w) and, on request, their latents."""
@@ -214,76 +208,25 @@ def load_batches(
 ) -> Generator[Batch, None, None]:
     """One rank's batches, in order.
 
-    Up to `workers` processes (max_data_loader_n_workers) prepare them ahead; with 0 this process makes them. Close the
-    generator to end the workers.
+    Up to `workers` processes (max_data_loader_n_workers) prepare them ahead; with 0 this process makes them. A process
+    that dies is replaced. Raises WorkersDied if this happens again and again. Close the generator to end the workers.
 
     An unreadable image raises UserError if `on_bad_image` is "stop". If it is "skip", one warning names the image, and
     its loss weight is 0. Raises UserError for a damaged latent.
     """
     limit = WORKERS_WITH_LATENTS if dataset.read_latents is not None else os.cpu_count() or 1
-    workers = min(workers, limit)
-    loader: DataLoader = DataLoader(
-        dataset,
-        sampler=micro_batches,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # without it the loader draws from the main process's global generator
-    )
-    with _stop_signals_blocked() if workers else contextlib.nullcontext():
-        running = iter(loader)
-    # Workers ignore SIGTERM, by which an exiting process would end them, and the exit would wait for ever. torch ends
-    # them when nothing refers to the iterator any more, but an exception's traceback may refer to it for a long time.
-    end_workers = getattr(running, "_shutdown_workers", lambda: None)
-    atexit.register(end_workers)
+
+    def describe(micro_batch: MicroBatch) -> str:
+        paths = (str(dataset.index[row].path) for row in micro_batch.rows.tolist())
+        return f"the batch of step {micro_batch.position.step + 1} ({listed(paths)})"
+
+    batches = make_ahead(dataset, micro_batches, workers=min(workers, limit), pin_memory=pin_memory, describe=describe)
     reported: set[Problem] = set()
-    try:
-        while (loaded := next(running, None)) is not None:
+    with contextlib.closing(batches):
+        for loaded in batches:
             if loaded.batch is None or (loaded.problems and on_bad_image == "stop"):
                 raise UserError(loaded.problems)
             for problem in set(loaded.problems) - reported:
                 logger.warning("skipped: %s", problem)
             reported.update(loaded.problems)
             yield loaded.batch
-    finally:
-        end_workers()
-        atexit.unregister(end_workers)
-
-
-@contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Processes that are started in this context never receive SIGINT and SIGTERM.
-
-    Launchers and terminals send these signals to all processes. Only the main process acts on them: it ends its workers
-    after the step.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    from multiprocessing import resource_tracker  # POSIX alone has it
-
-    # Otherwise the first worker would start the resource tracker, which unblocks both signals.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(_number: int) -> None:
-    # Python ends threads that are in C++ code at its own exit, and C++ then aborts the process. The thread that sends
-    # batches may be there if the main process ends the workers early.
-    atexit.register(_exit_at_once)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
-    cv2.setNumThreads(0)  # torch sets its own number of threads in a worker, but not OpenCV's
-
-
-def _exit_at_once() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

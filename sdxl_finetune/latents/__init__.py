@@ -12,6 +12,7 @@ and a TextStore.
     encoding    from image files to latents
     npz         latents that sd-scripts left beside the images
     together    encoding by all processes of a run
+    alone       one run at a time encodes into a folder
     preparing   all of this for latents
     captions    all of this for text encoder outputs
     masks       all of this for masks

@@ -34,6 +34,7 @@ from sdxl_finetune.data.captions import AS_WRITTEN, caption
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.tables import kept_file
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.latents.alone import again_if_filled
 from sdxl_finetune.latents.keys import hash16
 from sdxl_finetune.latents.library import Library
 from sdxl_finetune.latents.records import Records
@@ -287,6 +288,7 @@ def _rule_files(subset: Subset) -> Iterator[Location]:
             yield value
 
 
+@again_if_filled
 def prepare_text(
     index: Index, encoder: TextEncoder, config: Config, accelerator: Accelerator, stop: StopRequest | None = None
 ) -> TextStore:

@@ -28,6 +28,7 @@ from sdxl_finetune.data.inspection import hash_of_stat
 from sdxl_finetune.data.masks import find_mask, latent_mask, load_mask, read_mask
 from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.errors import Problem, Tally
+from sdxl_finetune.latents.alone import again_if_filled
 from sdxl_finetune.latents.keys import hash16
 from sdxl_finetune.latents.library import PLACE, Library
 from sdxl_finetune.latents.records import Records
@@ -117,6 +118,7 @@ class MaskEncoding:
     """Keys of the masks that were made. Equal masks are stored once."""
 
 
+@again_if_filled
 def prepare_masks(
     index: Index, config: Config, accelerator: Accelerator, pixels_per_latent: int, stop: StopRequest | None = None
 ) -> tuple[Index, MaskStore | None]:

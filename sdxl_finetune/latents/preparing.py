@@ -17,6 +17,7 @@ from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.remarks import report_bad_images
 from sdxl_finetune.data.unusable import save_undecodable
 from sdxl_finetune.errors import Problem, Tally
+from sdxl_finetune.latents.alone import again_if_filled
 from sdxl_finetune.latents.encoding import Encoder, Encoding, Report, encode_images, find_foreign_npz
 from sdxl_finetune.latents.keys import RowKeys, row_keys
 from sdxl_finetune.latents.library import Library
@@ -45,6 +46,7 @@ SAMPLED, SAMPLES = 1000, 100
 """One in SAMPLED of the reference's .npz files is compared with the VAE, at most SAMPLES where there are more."""
 
 
+@again_if_filled
 def prepare(
     index: Index, encoder: Encoder, config: Config, accelerator: Accelerator, stop: StopRequest | None = None
 ) -> tuple[Index, LatentStore]:

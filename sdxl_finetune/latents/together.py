@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import free_bytes, size_text
+from sdxl_finetune.latents.alone import alone
 from sdxl_finetune.latents.catalogue import CATALOGUE, Shelf
 from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.progress import track
@@ -104,8 +105,20 @@ def encode_in_rounds(
 ) -> None:
     """Runs an encoder, which yields how many of this process's `count` records were finished since the last yield.
 
-    Raises Interrupt on all processes once one was asked to stop.
+    Raises Interrupt on all processes once one was asked to stop, and FilledMeanwhile after waiting for another run.
     """
+    with alone(team, stop):
+        _encode_in_rounds(finished, count, writer, team, stop, unit)
+
+
+def _encode_in_rounds(
+    finished: Generator[int, None, None],
+    count: int,
+    writer: ShardWriter,
+    team: Team,
+    stop: StopRequest | None,
+    unit: str,
+) -> None:
     total, active = sum(gather_object([count])), True
     with closing(finished) as running, track("encoding", total, unit, shown=not team.rank) as progress:
         while active:
@@ -113,16 +126,16 @@ def encode_in_rounds(
             for number in running:
                 own += number
                 progress.update(number)
-                has_more = stop is None or stop.number is None
+                has_more = stop is None or stop.cause is None
                 if not has_more or time.monotonic() > started + ROUND:
                     break
             else:
                 has_more = False
             writer.flush()
-            all_ranks = gather_object([(has_more, own, stop and stop.number)])
+            all_ranks = gather_object([(has_more, own, stop and stop.cause)])
             progress.update(sum(number for _, number, _ in all_ranks) - own)
-            if numbers := [number for _, _, number in all_ranks if number is not None]:
-                raise Interrupt(numbers[0])
+            if causes := [cause for _, _, cause in all_ranks if cause is not None]:
+                raise causes[0]
             active = any(has_more for has_more, _, _ in all_ranks)
 
 

@@ -64,8 +64,6 @@ class Step:
     """Norm of the gradients of all trained parameters, before clipping."""
     measured: Mapping[str, Tensor]
     """Further scalars by their tag names (see optim/meter.py); NaN where there was nothing to measure."""
-    stop_requested: Tensor
-    """Positive if any rank was asked to stop before the step ended."""
     lr: Mapping[str, float]
     """Learning rate of each parameter group, by the reference's names (unet, text_encoder1, ...)."""
     images: int
@@ -74,6 +72,8 @@ class Step:
     """Seconds that this rank waited for its batches."""
     timesteps: Sequence[float] = ()
     """Timesteps of the step's images, over all ranks."""
+    requests: Tensor | None = None
+    """Shape (2,): mean over all ranks of their requests to stop (0 or 1) and of what they want to be saved (Wish)."""
 
     @property
     def number(self) -> int:
@@ -108,13 +108,11 @@ class Log:
     As a context manager it records why the run ended: "finished", or the exception that left the context.
     """
 
-    def __init__(self, config: Config, directory: Path | None, *, rank: int, ranks: int = 1, done: int = 0) -> None:
+    def __init__(self, config: Config, directory: Path | None, *, rank: int, done: int = 0) -> None:
         """`done` is the number of optimizer steps made before this run resumed."""
         self._directory = directory
         self._rank = rank
         self._delayed: DelayedScalars[_Record] = DelayedScalars()
-        self._stops: DelayedScalars[None] = DelayedScalars(delay=1)
-        self._several_ranks = ranks > 1
         self._losses: deque[float] = deque()
         self._loss_sum = 0.0
         self._last_step = self._done = done
@@ -122,8 +120,6 @@ class Log:
         self._timesteps = TimestepCounts()
         self._first_epoch_at, self._epochs = 0, 1
         self._next_save: Callable[[int], int] | None = None
-        self.stop_seen = False
-        """True once a step has arrived in which any rank was asked to stop. All ranks see it at the same step."""
         self._progress: tqdm | None = None
         self._since = time.perf_counter()
         self._file: MessageFile | None = None
@@ -201,9 +197,6 @@ class Log:
             images_per_second=step.images / max(seconds, 1e-9),
             peak_memory_bytes=peak_memory_bytes(step.loss.device),
         )
-        if self._several_ranks:
-            for _, arrived in self._stops.push(None, {"stop": step.stop_requested}):
-                self.stop_seen |= arrived["stop"] > 0
         self._read(self._delayed.push(record, {"loss": step.loss, "grad_norm": step.grad_norm, **step.measured}))
 
     @contextmanager

@@ -1,1 +1,1 @@
-"""The surroundings of a run: processes and precision (accelerate), signals, and running out of memory."""
+"""The surroundings of a run: processes and precision (accelerate), signals, locks, and running out of memory."""

@@ -1,13 +1,16 @@
-"""Stopping a run by SIGINT or SIGTERM: the first signal ends it after the current step, a second one at once."""
+"""Requests to save and to stop. The first SIGINT or SIGTERM ends a run after the current step, a second one at once.
+
+Limits of time and files in `output_dir` ask for the same (training/requests.py).
+"""
 
 import logging
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from enum import IntEnum
 
 logger = logging.getLogger(__name__)
 
@@ -24,25 +27,64 @@ TIME_TO_EXIT = 5.0
 """Seconds that a process needs to end before it is killed."""
 
 
-class Interrupt(BaseException):
-    """Ends the run after a signal. It is no Exception, so that no handler for mistakes catches it."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks at the clock and for files. On a network disk, each look costs milliseconds."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+
+class Interrupt(BaseException):
+    """Ends the run after a signal or a request. It is no Exception, so that no handler for mistakes catches it."""
+
+    def __init__(self, number: int | None, reason: str = "") -> None:
+        """`number` is that of the signal, or None for a request or a limit, which `reason` names."""
+        self.number, self.reason = number, reason
+        super().__init__(number, reason)
+
+    def __str__(self) -> str:
+        return f"stopped by {self.reason if self.number is None else signal.Signals(self.number).name}"
 
     @property
     def exit_status(self) -> int:
-        return 128 + self.number
+        """0 after a request or at a limit: the run has done what its user wanted."""
+        return 0 if self.number is None else 128 + self.number
+
+
+class Wish(IntEnum):
+    """A save after the next step, or none."""
+
+    NOTHING = 0
+    STATE = 1
+    """A training state that the next one replaces."""
+    CHECKPOINT = 2
+    """A checkpoint and a training state, which both stay."""
 
 
 class StopRequest:
-    """Remembers that SIGINT or SIGTERM asked this process to stop."""
+    """Remembers that a signal, a file or a limit asked this process to stop or to save."""
 
     def __init__(self) -> None:
         self.number: int | None = None
-        """The signal that asked; None if none did."""
+        """The signal that asked for a stop; None if none did."""
+        self.reason = ""
+        """The file or limit that asked for a stop; empty if none did."""
+        self.wish = Wish.NOTHING
+        self.look: Callable[[], None] | None = None
+        """Looks for further requests, and sets `reason` and `wish`."""
         self._received_at = 0.0
+        self._looked_at = -math.inf
+
+    @property
+    def cause(self) -> Interrupt | None:
+        """The stop that was asked for, or None. Looks for further requests every LOOK_EVERY seconds."""
+        number = self.number
+        if number is None and not self.reason and self.look and time.monotonic() >= self._looked_at + LOOK_EVERY:
+            self._looked_at = time.monotonic()
+            self.look()
+        return Interrupt(number, self.reason) if number is not None or self.reason else None
+
+    def take_wish(self) -> Wish:
+        """Returns what shall be saved, and forgets it, so that all processes save it once."""
+        wish, self.wish = self.wish, Wish.NOTHING
+        return wish
 
     def seconds_left(self) -> float:
         """Seconds until a launcher kills this process, less TIME_TO_EXIT. Infinite if no launcher does this."""
@@ -56,12 +98,8 @@ class StopRequest:
 
     def check(self) -> None:
         """Raises Interrupt if a stop was requested."""
-        if self.number is not None:
-            raise Interrupt(self.number)
-
-    def end(self) -> NoReturn:
-        """Raises Interrupt, because this process or another process of the run was asked to stop."""
-        raise Interrupt(self.number or signal.SIGTERM)
+        if cause := self.cause:
+            raise cause
 
     def _receive(self, number: int, _frame: object) -> None:
         if self.number is None:

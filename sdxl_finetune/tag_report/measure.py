@@ -92,7 +92,7 @@ def measure(
         for start in range(0, len(left), ranks * ROUND):
             numbers = left[start : start + ranks * ROUND]
             own, failure = _attempt(subject, choice, numbers[rank::ranks], encode, dataset)
-            parts = gather_object([(own, failure, stop.number if stop else None)])
+            parts = gather_object([(own, failure, stop is not None and stop.cause is not None)])
             new = {number: values for part, _, _ in parts for number, values in part.items()}
             finished.add(new)
             losses |= new
@@ -103,7 +103,7 @@ def measure(
                 logger.info("tag report: about %s left, judged by the first %d images", duration(seconds), len(numbers))
             if reasons := [reason for _, reason, _ in parts if reason]:
                 raise MeasurementFailed(reasons[0])
-            if any(number is not None for _, _, number in parts):
+            if any(is_stopped for _, _, is_stopped in parts):
                 return None
     return {number: losses[number] for number in sorted(losses) if np.isfinite(losses[number]).any()}
 

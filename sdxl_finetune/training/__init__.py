@@ -10,6 +10,8 @@ Modules:
     hooks       previews, validation and saves
     write_saves, failed_saves, space    writing what is saved, storage that refuses it, and the space that it takes
     every, saves    when a hook is due, and under which name something is saved
+    guards      processes that watch one another, and a lock of the output
+    requests    files and limits of time that ask a run to save or to stop
     state, optimizer_state, resume, stored_saves    training states, also in a store, and continuing from them
     restoring        gives a learner what a training state holds
     stage            the stages of training, for the metadata of checkpoints

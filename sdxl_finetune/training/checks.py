@@ -7,6 +7,7 @@ parts that the mistake leaves intact. A user then sees all mistakes at the first
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,7 +188,11 @@ def index_images(config: Config) -> Index:
     """
     skip, datasets = config.skip_cache_check, load_datasets(config)
     check_tag_rules(subset for dataset in datasets for subset in dataset.subsets)
-    index = build_index(datasets, config.cache_folder, config.on_bad_image, skip_check=skip)
+    try:
+        index = build_index(datasets, config.cache_folder, config.on_bad_image, skip_check=skip)
+    except BrokenProcessPool:
+        message = "a process that reads image files was killed, as the system does when memory runs out"
+        raise UserError(f"{message}: end programs that need memory, and start again") from None
     if config.cache_latents:
         index = _without_undecodable(index, config)
     if skip:

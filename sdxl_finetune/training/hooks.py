@@ -22,10 +22,11 @@ from sdxl_finetune.output.checkpoints import Save, overwritten
 from sdxl_finetune.output.previews import PreviewModel, draw_previews
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts, with_size
 from sdxl_finetune.runtime.processes import on_first_rank
+from sdxl_finetune.runtime.signals import Wish
 from sdxl_finetune.training.every import Moment, colours_every, previews_every, validation_every, weights_every
 from sdxl_finetune.training.failed_saves import Refused
 from sdxl_finetune.training.resume import Start
-from sdxl_finetune.training.saves import STATE_SUFFIX, checkpoints_due, final_state, states_due
+from sdxl_finetune.training.saves import STATE_SUFFIX, checkpoints_due, final_state, states_due, with_wish
 from sdxl_finetune.training.setup import Run
 from sdxl_finetune.training.space import check_space
 from sdxl_finetune.training.state import is_saved_name
@@ -62,6 +63,7 @@ def begin(run: Run) -> None:
         check_colours_if_due(run, moment)
     else:
         _save_missing(run, run.start)
+    run.requests.begin(sum(group.size for group in run.learner.parameters.groups))
 
 
 def is_finished(run: Run) -> bool:
@@ -161,17 +163,21 @@ def _epoch_of(run: Run, moment: Moment) -> int:
 
 
 def save_if_due(run: Run, moment: Moment) -> bool:
-    """Saves the checkpoints and training states that are due. Returns True if a state was saved.
+    """Saves the checkpoints and training states that are due or asked for. Returns True if a state was saved.
 
     What storage refused before is due too, after a while.
     """
-    epochs = run.timeline.epochs
+    epochs, began, wish = run.timeline.epochs, time.monotonic(), run.requests.wish
     weights, states = checkpoints_due(run.config, moment, epochs), states_due(run.config, moment, epochs)
-    is_retry = not (weights or states or moment.is_last)
-    if is_retry:
+    is_temporary = wish is not Wish.CHECKPOINT and not states
+    if not (weights or states or wish or moment.is_last):
         weights, states = run.failed_saves.retries_due(moment.step)
-    refused = _save(run, weights, states, step=moment.step, is_interrupted=is_retry)
-    return bool(states) and not refused.states
+    weights, states = with_wish(run.config, moment, weights, states, wish)
+    refused = _save(run, weights, states, step=moment.step, is_interrupted=is_temporary)
+    is_saved = bool(states) and not refused.states
+    if is_saved:
+        run.requests.note_save(time.monotonic() - began)
+    return is_saved
 
 
 def save_final(run: Run) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from sdxl_finetune.batch import Batch
 from sdxl_finetune.config import Config
+from sdxl_finetune.data.workers import WorkersDied
 from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.errors import say_errors
 from sdxl_finetune.model.compilation import compiler_failures
@@ -43,7 +44,7 @@ def train(config: Config) -> int:
         compiling = compiler_failures(config.dynamo_backend) if config.torch_compile else nullcontext()
         with stop_on_signals() as stop, build_run(config, stop) as run, compiling, hooks.saved_if_data_fails(run):
             train_and_save(run, stop)
-    except (NonFiniteLoss, OutOfMemory, SaveFailed) as error:
+    except (NonFiniteLoss, OutOfMemory, SaveFailed, WorkersDied) as error:
         say_errors(error)
         return 1
     except Interrupt as interrupt:
@@ -63,23 +64,18 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
     for step in training_steps(run.learner, run.batches(), stop):
         moment = run.timeline.after(step.number)
         run.log.record(step)
+        run.requests.receive(step.requests)
         hooks.preview_if_due(run, moment)
         hooks.validate_if_due(run, moment)
         hooks.check_colours_if_due(run, moment)
         hooks.draw_weights_if_due(run, moment)
         state_is_saved = hooks.save_if_due(run, moment)
         tag_reports.report_tags_if_due(run, reports, moment, stop)
-        if stop_is_due(run, stop):
+        if run.requests.is_stop_due:
             if not state_is_saved:
                 hooks.save_interrupted(run, moment)
-            stop.end()
+            run.requests.end()
     hooks.save_final(run)
-
-
-def stop_is_due(run: Run, stop: StopRequest) -> bool:
-    """True if the run stops after this step. Several ranks stop together, once the log shows all that one got a
-    signal."""
-    return run.log.stop_seen if run.accelerator.num_processes > 1 else stop.number is not None
 
 
 def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest) -> Iterator[Step]:
@@ -115,15 +111,14 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
             if learner.loss_weights:
                 used[learned_weights.NAME] = learner.loss_weights.rate(position.step)
                 learned = learner.loss_weights.step(position.step, accelerator)
-        stop_requested = torch.full_like(loss, stop.number or 0)
-        sums = torch.cat([torch.stack([loss, stop_requested]), meter.sums])
-        loss, stop_requested, *sums = accelerator.reduce(sums, "mean")
+        asked = [torch.full_like(loss, value) for value in (stop.cause is not None, stop.take_wish())]
+        sums = accelerator.reduce(torch.cat([torch.stack([loss, *asked]), meter.sums]), "mean")
         yield Step(
             position=position,
-            loss=loss,
+            loss=sums[0],
             grad_norm=total_norm(norms),
-            measured={**meter.take(torch.stack(sums)), **learned},
-            stop_requested=stop_requested,
+            measured={**meter.take(sums[3:]), **learned},
+            requests=sums[1:3],
             lr=used,
             images=images,
             timesteps=timesteps,

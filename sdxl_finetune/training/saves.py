@@ -7,6 +7,7 @@ Times, names and removals are the reference's (golden checkpoint_keys.json.gz: n
 
 from sdxl_finetune.config import Config, SavingOptions
 from sdxl_finetune.output.checkpoints import Save, epoch_name, final_name, step_name
+from sdxl_finetune.runtime.signals import Wish
 from sdxl_finetune.training.every import Moment, saves_every
 
 STATE_SUFFIX = "-state"
@@ -45,6 +46,18 @@ def _due(
             Save(name=epoch_name(options, moment.epoch), replaces=None if old is None else epoch_name(options, old))
         )
     return due
+
+
+def with_wish(
+    options: SavingOptions, moment: Moment, weights: list[Save], states: list[Save], wish: Wish
+) -> tuple[list[Save], list[Save]]:
+    """The checkpoints and training states to save at this moment, with those that a request asks for."""
+    name = step_name(options, moment.step)
+    if wish is Wish.CHECKPOINT and all(save.name != name for save in weights):
+        weights = [*weights, Save(name=name)]
+    if wish and not states:
+        states = [Save(name=name + STATE_SUFFIX)]
+    return weights, states
 
 
 def final_state(config: Config) -> Save | None:

@@ -68,9 +68,11 @@ from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
 from sdxl_finetune.training.colours import ColourCheck, build_colour_check
 from sdxl_finetune.training.every import Timeline, first_step, saves_every
 from sdxl_finetune.training.failed_saves import FailedSaves
+from sdxl_finetune.training.guards import guarded
 from sdxl_finetune.training.learned_weights import build_learned_weights
 from sdxl_finetune.training.learner import Learner, build_learner
 from sdxl_finetune.training.option_files import saved_options
+from sdxl_finetune.training.requests import Requests
 from sdxl_finetune.training.restoring import restore
 from sdxl_finetune.training.resume import Start
 from sdxl_finetune.training.stage import begin_stage
@@ -116,6 +118,7 @@ class Run:
     stored: StoredSaves
     """Saves that the store held at the start, for the first rank. What is removed since is taken out."""
     failed_saves: FailedSaves
+    requests: Requests
 
     @property
     def output_dir(self) -> Path:
@@ -139,8 +142,8 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
     Raises UserError for the user's mistakes, and Interrupt if a stop is requested while images are encoded.
     """
     accelerator = build_accelerator(config)
-    with console(config, accelerator.process_index):
-        problems = Problems()
+    problems = Problems()
+    with console(config, accelerator.process_index), guarded(config, accelerator, problems):
         config = problems.attempt(on_every_rank, partial(with_local_models, config)) or config
         problems.attempt(on_first_rank, accelerator, lambda: check_access(config))
         start = problems.attempt(on_first_rank, accelerator, lambda: resume.find_start(config))
@@ -148,7 +151,8 @@ def build_run(config: Config, stop: StopRequest | None = None) -> Iterator[Run]:
         if problems.found:
             _read_inputs(config, accelerator, None, problems)
         with _open_log(config, accelerator, start) as log:
-            run = _build(config, accelerator, start, log, stop)
+            requests = Requests(config, accelerator, stop or StopRequest())
+            run = _build(config, accelerator, start, log, requests)
             with open_uploads(run.uploads, stop):
                 yield run
     accelerator.end_training()
@@ -165,15 +169,15 @@ def _read_inputs(config: Config, accelerator: Accelerator, start: Start | None, 
     return inputs
 
 
-def _build(config: Config, accelerator: Accelerator, start: Start | None, log: Log, stop: StopRequest | None) -> Run:
+def _build(config: Config, accelerator: Accelerator, start: Start | None, log: Log, requests: Requests) -> Run:
     seed = _run_seed(config, start)
     torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
     inputs = _read_inputs(config, accelerator, start, Problems())
     index, tokenizer, prompts = inputs.index, inputs.tokenizer, inputs.prompts or ()
     assert index is not None and tokenizer is not None
     loaded = _load_model(config, start)
-    index, latents, masks = prepare_latents(config, index, loaded.vae, accelerator, stop)
-    text = _prepare_text(config, index, loaded.model, tokenizer, accelerator, stop)
+    index, latents, masks = prepare_latents(config, index, loaded.vae, accelerator, requests.stop)
+    text = _prepare_text(config, index, loaded.model, tokenizer, accelerator, requests.stop)
     ranks = accelerator.num_processes
     plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
     order = resume.data_order(index, plan)
@@ -223,6 +227,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         uploads=uploads,
         stored=stored,
         failed_saves=FailedSaves(config, timeline.first),
+        requests=requests,
     )
 
 
@@ -279,7 +284,7 @@ def _open_log(config: Config, accelerator: Accelerator, start: Start | None) -> 
     resumed = (start.state.log, start.state.step) if start and start.state.log else None
     directory = on_first_rank(accelerator, lambda: run_directory(config, datetime.now(), resumed=resumed))
     done = start.state.step if start else 0
-    return Log(config, directory, rank=accelerator.process_index, ranks=accelerator.num_processes, done=done)
+    return Log(config, directory, rank=accelerator.process_index, done=done)
 
 
 def _load_model(config: Config, start: Start | None) -> Loaded:

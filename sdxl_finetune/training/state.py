@@ -67,7 +67,7 @@ class TrainingState:
     config: Mapping[str, Any] | None = None
     """The options of the run, without secrets and local paths."""
     is_interrupted: bool = False
-    """True if the state was saved because the run was stopped."""
+    """True if the next complete state replaces this one: the run was stopped, or `save_state_every_minutes` asked."""
     saved_at: float = field(default_factory=time.time)
     """Seconds since 1970."""
 

@@ -18,6 +18,7 @@ from sdxl_finetune.config import (
     VaeOptions,
 )
 from sdxl_finetune.config.fields import LR_SCHEDULES, ScheduleName, Shown, expected, kinds
+from sdxl_finetune.config.limit_options import LimitOptions
 from sdxl_finetune.config.options import GROUPS, to_toml
 from sdxl_finetune.config.reading import tomllib
 from sdxl_finetune.config.tag_options import TagReportOptions
@@ -30,7 +31,7 @@ TEXT_OUTPUTS = {"text_encoder_outputs_variants", "text_encoder_batch_size"}
 OURS = {*VALIDATION, *EMA, *STARTS, *TEXT_OUTPUTS, "cache_dir", "on_bad_image", "resume_at_next_epoch", "exact_masters"}
 OURS |= {"no_memory", "metadata_columns", *QualityOptions.model_fields, *ImageWeightOptions.model_fields}
 OURS |= {"caption_sources", "caption_break", "caption_tag_dropout_groups", "protected_tags_file"}
-OURS |= {"freeze_parameters", "train_parameters", "save_retry_minutes", "save_fallback_dir"}
+OURS |= {"freeze_parameters", "train_parameters", "save_retry_minutes", "save_fallback_dir", *LimitOptions.model_fields}
 FORKS = {"flow_model", *FlowOptions.model_fields, *PairingOptions.model_fields, *LearnedWeightOptions.model_fields}
 FORKS |= {"contrastive_flow_matching", "cfm_lambda", "soft_min_snr_gamma", "loss_multiplier", *VaeOptions.model_fields}
 FORKS |= {"use_zero_cond", "freeze_unet_blocks"}

@@ -261,6 +261,7 @@ initial_step tag_report_every_n_epochs save_retry_minutes save_fallback_dir
 freeze_unet_blocks freeze_parameters train_parameters use_zero_cond
 output_dir output_name save_model_as save_precision save_every_n_epochs save_every_n_steps save_n_epoch_ratio
 save_state save_state_on_train_end resume logging_dir log_with console_log_level
+max_train_hours save_state_every_minutes
 console_log_file console_log_simple no_memory huggingface_repo_id async_upload
 """
 """Options that have an effect whatever the other options are. Whoever adds an option decides where it belongs."""

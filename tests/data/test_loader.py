@@ -24,6 +24,7 @@ from sdxl_finetune.data.images import load_image, resize_and_crop
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import LoadedBatch, TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
+from sdxl_finetune.data.workers import WorkersDied
 from sdxl_finetune.diffusion.pairing import draw_paired_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps as draw_timesteps_of_options
 from sdxl_finetune.errors import UserError
@@ -259,6 +260,47 @@ def test_workers_give_the_same_batches_in_order(index: Index, cached: TrainingDa
     assert all(same(left, right) for left, right in zip(loaded_batches, expected, strict=True))
     assert {batch.position.epoch for batch in loaded_batches} == {0, 1}
     assert torch.equal(before, torch.random.get_rng_state()), "the global generator of the main process is unchanged"
+
+
+def spawned() -> list[psutil.Process]:
+    """The data-loader workers of this process."""
+    return [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadly(TrainingDataset):
+    """A worker that makes the batch of step 3 dies, once for each byte that it finds in `lives`."""
+
+    lives: Path
+
+    def __getitem__(self, micro_batch: MicroBatch) -> LoadedBatch:
+        if micro_batch.position.step == 3 and (left := self.lives.read_bytes()):
+            self.lives.write_bytes(left[1:])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(micro_batch)
+
+
+@pytest.mark.parametrize("deaths", [2, 3])
+def test_a_killed_worker_is_replaced_until_a_batch_kills_each(
+    index: Index, cached: TrainingDataset, loaded, tmp_path: Path, caplog, deaths: int
+) -> None:
+    """The batches are those of a run without a death. SIGCHLD raises no error in the main process."""
+    (tmp_path / "lives").write_bytes(b"x" * deaths)
+    values = {field.name: getattr(cached, field.name) for field in fields(cached)}
+    dataset = Deadly(**values, lives=tmp_path / "lives")
+    handler = signal.getsignal(signal.SIGCHLD)
+    if deaths < 3:
+        for one, other in zip(loaded(dataset, 8, workers=1), loaded(cached, 8), strict=True):
+            assert same(one, other)
+        assert caplog.text.count("was killed by SIGKILL; all workers are started again") == deaths
+    else:
+        with pytest.raises(WorkersDied) as caught:
+            loaded(dataset, 8, workers=1)
+        micro_batch = next(plan(index).micro_batches(3, 4))
+        said = str(caught.value)
+        assert "killed by SIGKILL, 3 times in a row, while it made the batch of step 4" in said
+        assert str(index[int(micro_batch.rows[0])].path) in said and "max_data_loader_n_workers" in said
+    assert not spawned() and signal.getsignal(signal.SIGCHLD) is handler
 
 
 def test_an_unreadable_image_stops_the_run(index: Index, loaded) -> None:

@@ -33,7 +33,6 @@ def step(index: int = 0, *, epoch: int = 0, loss: torch.Tensor, **values) -> Ste
     usual = {
         "grad_norm": 10 * loss,
         "measured": {},
-        "stop_requested": torch.zeros(()),
         "lr": {},
         "images": 4,
         "data_wait_seconds": 0.25,

@@ -116,7 +116,7 @@ def stopped_run(each: Uploads, stop: StopRequest, s3: S3Server, *paths: Path) ->
         stop.number = signal.SIGTERM
         assert s3.hold
         threading.Timer(ROOM, s3.hold.set).start()
-        stop.end()
+        stop.check()
 
 
 def test_a_stopped_run_uploads_its_state_first_and_waits_for_it(held: S3Server, tmp_path: Path, monkeypatch) -> None:
@@ -143,7 +143,7 @@ def test_a_launcher_that_kills_soon_ends_the_wait(held: S3Server, tmp_path: Path
         each.add(tmp_path / "a")
         assert held.held.wait(SECONDS)
         stop.number = signal.SIGTERM
-        stop.end()
+        stop.check()
     assert "not uploaded: a. The next run with this config uploads them" in caplog.text
     assert (tmp_path / "m-uploads.json").exists() and not stored()
     held.hold.set()
@@ -160,7 +160,7 @@ def test_another_rank_of_a_stopped_run_waits_for_the_uploads_of_the_first(held: 
 
     def other_rank() -> None:
         with pytest.raises(Interrupt), open_uploads(uploads(tmp_path, rank=1), stop):
-            stop.end()
+            stop.check()
 
     first, other = uploads(tmp_path), threading.Thread(target=other_rank)
     with open_uploads(first, None):

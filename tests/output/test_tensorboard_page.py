@@ -50,7 +50,6 @@ def test_tensorboard_shows_scalars_and_previews_in_a_browser(tmp_path: Path) -> 
                     loss=torch.tensor(1 / step),
                     grad_norm=torch.tensor(1.0),
                     measured={name: torch.tensor(0.5) for name in ("loss/t000-249", "grad_norm/unet", "update/unet")},
-                    stop_requested=torch.zeros(()),
                     lr={"unet": 1e-5},
                     images=4,
                     data_wait_seconds=0.1,

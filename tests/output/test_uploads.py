@@ -164,7 +164,7 @@ def test_a_stopped_run_waits_a_short_time_only(hub: HubServer, tmp_path: Path, m
         each.add(tmp_path / "a")
         assert hub.held.wait(SECONDS)
         stop.number = signal.SIGTERM
-        stop.end()
+        stop.check()
     assert time.monotonic() - started < SECONDS and (tmp_path / "m-uploads.json").exists()
     stop = StopRequest()  # a signal ends the wait of a complete run, which is no interruption
     with open_uploads(uploads(tmp_path), stop):

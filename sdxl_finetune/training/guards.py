@@ -1,0 +1,42 @@
+"""Guards of a run: its processes watch one another, and no other run saves under its `output_name`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import Accelerator
+
+from sdxl_finetune.config import Config
+from sdxl_finetune.errors import Problem, Problems, UserError
+from sdxl_finetune.output.checkpoints import final_name
+from sdxl_finetune.runtime.locks import Lock, Locked
+from sdxl_finetune.runtime.processes import on_first_rank
+from sdxl_finetune.runtime.watch import watched
+
+
+@contextmanager
+def guarded(config: Config, accelerator: Accelerator, problems: Problems) -> Iterator[None]:
+    """Within the context, both guards are on. Adds a problem if another run saves under the same names."""
+    with watched(config, accelerator), _own_output(config, accelerator, problems):
+        yield
+
+
+@contextmanager
+def _own_output(config: Config, accelerator: Accelerator, problems: Problems) -> Iterator[None]:
+    """Within the context, no other run saves under these names. Adds a problem if another run does so already.
+
+    All processes call this together. The first one holds the lock.
+    """
+    lock = Lock(config.output_folder / f".{final_name(config)}.lock")
+
+    def acquire() -> None:
+        try:
+            lock.acquire()
+        except Locked as other:
+            message = f"{other} saves there under this output_name: end that run, or set another output_name"
+            raise UserError(Problem(message, key="output_dir", value=str(config.output_dir))) from None
+
+    try:
+        problems.attempt(on_first_rank, accelerator, acquire)
+        yield
+    finally:
+        lock.release()
