@@ -17,6 +17,7 @@ from pydantic import model_validator
 from sdxl_finetune.config import (
     data_options,
     flow_options,
+    numbers_options,
     output_options,
     pairing_options,
     quality_options,
@@ -54,6 +55,7 @@ class Config(
     weight_options.LearnedWeightOptions,
     training_options.ValidationOptions,
     tag_options.TagReportOptions,
+    numbers_options.NumbersOptions,
     training_options.HardwareOptions,
     output_options.SavingOptions,
     output_options.ResumeOptions,

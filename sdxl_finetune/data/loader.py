@@ -90,6 +90,7 @@ class TrainingDataset(TorchDataset):
         weights = torch.full(
             (len(slots) or 1,), self.ranks / (len(rows) * position.micro_batches_in_step) if slots else 0.0
         )
+        first_slot = slots[0] if slots else None
         # A rank without an image takes the first one at weight 0, because all ranks have to compute on one shape.
         slots = slots or [0]
         weights *= torch.from_numpy(self.index.loss_weights([rows[slot] for slot in slots]))
@@ -140,6 +141,7 @@ class TrainingDataset(TorchDataset):
             mask=mask,
             weights=weights,
             images_in_step=len(rows),
+            first_slot=first_slot,
         )
         return LoadedBatch(batch, problems)
 

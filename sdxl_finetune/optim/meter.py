@@ -75,6 +75,12 @@ class Meter:
         return measured
 
 
+def counted_losses(losses: Float[Tensor, " k"], weights: Tensor) -> Float[Tensor, " k"]:
+    """Losses of images, with 0 for images of weight 0. A loss that is not finite stays, because it spoils the sum."""
+    losses = losses.float()
+    return torch.where((weights > 0) | ~losses.isfinite(), losses, torch.zeros_like(losses))
+
+
 def sample(parameters: Mapping[str, Parameter]) -> list[Parameter]:
     """Chooses whole tensors by a hash of their names, up to SAMPLE elements; at least one."""
     chosen: list[Parameter] = []

@@ -81,7 +81,7 @@ def last_losses(directory: Path, count: int) -> list[float]:
     with path.open(encoding="utf-8") as file:
         # Besides its own line, a step has at most one line each of validation, tags, colours and loss weights.
         rows = [json.loads(line) for line in file.readlines()[-5 * count - 5 :]]
-    return [row["loss"] for row in rows if "loss" in row][-count:]
+    return [row["loss"] for row in rows if row.get("loss") is not None][-count:]
 
 
 def _event_files(directory: Path) -> list[Path]:

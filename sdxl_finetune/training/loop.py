@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
 from sdxl_finetune.batch import Batch
 from sdxl_finetune.config import Config
@@ -20,15 +21,18 @@ from sdxl_finetune.errors import say_errors
 from sdxl_finetune.model.compilation import compiler_failures
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.optim.lr import used_rates
-from sdxl_finetune.optim.meter import Meter
+from sdxl_finetune.optim.meter import Meter, counted_losses
 from sdxl_finetune.optim.optimizer import set_lr
 from sdxl_finetune.optim.update import total_norm
-from sdxl_finetune.output.log import NonFiniteLoss, Step
+from sdxl_finetune.output.log import Step
+from sdxl_finetune.output.watch import GRADIENT_NORMS, IMAGE_LOSSES, WrongNumbers
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory, name_the_batch
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
 from sdxl_finetune.training import hooks, learned_weights, tag_reports
 from sdxl_finetune.training.debug_dataset import draw_dataset
 from sdxl_finetune.training.learner import Learner
+from sdxl_finetune.training.rank_check import RankCheck
+from sdxl_finetune.training.reproduce import reproduce
 from sdxl_finetune.training.setup import Run, build_run
 
 logger = logging.getLogger(__name__)
@@ -38,11 +42,13 @@ def train(config: Config) -> int:
     """Trains as `config` says; returns the exit status. Raises UserError for the user's mistakes."""
     if config.debug_dataset:
         return draw_dataset(config)
+    if config.reproduce:
+        return reproduce(config, training_steps)
     try:
         compiling = compiler_failures(config.dynamo_backend) if config.torch_compile else nullcontext()
         with stop_on_signals() as stop, build_run(config, stop) as run, compiling:
             train_and_save(run, stop)
-    except (NonFiniteLoss, OutOfMemory) as error:
+    except (WrongNumbers, OutOfMemory) as error:
         say_errors(error)
         return 1
     except Interrupt as interrupt:
@@ -86,7 +92,9 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
     config, accelerator, update = learner.config, learner.accelerator, learner.update
     loss, images, data_wait = torch.zeros((), device=accelerator.device), 0, 0.0
     timesteps: list[float] = []
+    losses_of_images: list[Tensor] = []
     meter = Meter(learner.parameters, accelerator.device)
+    rank_check = RankCheck(config, learner.parameters, accelerator)
     for waited, batch in timed(batches):
         position = batch.position
         rates = {group.name: learner.lr(position.step, group.lr) for group in learner.parameters.groups}
@@ -102,6 +110,7 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
                 trained = learner.loss_weights.weighted(losses, batch) if learner.loss_weights else micro_loss
                 accelerator.backward(update.loss_scale.scaled(trained) if update.loss_scale else trained)
             meter.add_losses(losses.detach(), batch.timesteps, batch.weights)
+            losses_of_images.append(batch.among_ranks(counted_losses(losses.detach(), batch.weights)))
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
             timesteps += batch.timesteps_of_ranks
             if not position.is_last_micro_batch:
@@ -115,20 +124,26 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
                 used[learned_weights.NAME] = learner.loss_weights.rate(position.step)
                 learned = learner.loss_weights.step(position.step, accelerator)
         stop_requested = torch.full_like(loss, stop.number or 0)
-        sums = torch.cat([torch.stack([loss, stop_requested]), meter.sums])
-        loss, stop_requested, *sums = accelerator.reduce(sums, "mean")
+        sums = [torch.stack([loss, stop_requested]), meter.sums, torch.cat(losses_of_images)]
+        means = accelerator.reduce(torch.cat(sums), "mean").split([len(each) for each in sums])
+        loss, stop_requested = means[0]
         yield Step(
             position=position,
             loss=loss,
             grad_norm=total_norm(norms),
-            measured={**meter.take(torch.stack(sums)), **learned},
+            measured={**meter.take(means[1]), **learned},
             stop_requested=stop_requested,
             lr=used,
             images=images,
             timesteps=timesteps,
+            vectors={
+                IMAGE_LOSSES: means[2] * accelerator.num_processes,
+                GRADIENT_NORMS: update.parameter_norms,
+                **rank_check.after(position.step + 1),
+            },
             data_wait_seconds=data_wait,
         )
-        loss, images, data_wait, timesteps = torch.zeros_like(loss), 0, 0.0, []
+        loss, images, data_wait, timesteps, losses_of_images = torch.zeros_like(loss), 0, 0.0, [], []
 
 
 def timed(batches: Iterable[Batch]) -> Iterator[tuple[float, Batch]]:

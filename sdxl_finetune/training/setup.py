@@ -66,6 +66,7 @@ from sdxl_finetune.storage.folders import fetch_to
 from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
 from sdxl_finetune.training.colours import ColourCheck, build_colour_check
+from sdxl_finetune.training.dumps import build_watch
 from sdxl_finetune.training.every import Timeline, first_step, saves_every
 from sdxl_finetune.training.learned_weights import build_learned_weights
 from sdxl_finetune.training.learner import Learner, build_learner
@@ -169,7 +170,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     inputs = _read_inputs(config, accelerator, start, Problems())
     index, tokenizer, prompts = inputs.index, inputs.tokenizer, inputs.prompts or ()
     assert index is not None and tokenizer is not None
-    loaded = _load_model(config, start)
+    loaded = load_model(config, start)
     index, latents, masks = prepare_latents(config, index, loaded.vae, accelerator, stop)
     text = _prepare_text(config, index, loaded.model, tokenizer, accelerator, stop)
     ranks = accelerator.num_processes
@@ -179,7 +180,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         plan = replace(plan, origin=resume.resumed_origin(start, order, config))
     steps = total_steps(config, plan)
     timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
-    learner = _build_learner(config, loaded, accelerator, start, steps)
+    learner = build_restored_learner(config, loaded, accelerator, start, steps)
     dataset = TrainingDataset(
         index=index,
         read_latents=latents.read if latents else None,
@@ -196,6 +197,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         rank=accelerator.process_index,
         ranks=ranks,
     )
+    log.watch = build_watch(config, seed, dataset, timeline, learner.parameters)
     _log_beginning(config, log, index, timeline, learner, prompts)
     _log_captions(index, tokenizer, accelerator)
     uploads, stored = _build_uploads(config, accelerator)
@@ -279,7 +281,7 @@ def _open_log(config: Config, accelerator: Accelerator, start: Start | None) -> 
     return Log(config, directory, rank=accelerator.process_index, ranks=accelerator.num_processes, done=done)
 
 
-def _load_model(config: Config, start: Start | None) -> Loaded:
+def load_model(config: Config, start: Start | None) -> Loaded:
     """Loads the model that the config names, or the one to resume from.
 
     Checkpoints hold the VAE in their own precision. A run that resumes from a checkpoint therefore reads the VAE that
@@ -328,7 +330,7 @@ def _prepare_text(
     return text
 
 
-def _build_learner(
+def build_restored_learner(
     config: Config, loaded: Loaded, accelerator: Accelerator, start: Start | None, steps: int
 ) -> Learner:
     """The learner of a run of `steps` optimizer steps, with the state of the run that it continues."""
