@@ -91,6 +91,7 @@ class PlainUpdate:
         self._accelerator, self._model, self._prepared = accelerator, model, optimizer
         self._numbers, self._max_norm = config, config.max_grad_norm
         self.loss_scale = build_loss_scale(config, accelerator.device)
+        self.parameter_norms = torch.zeros(0)
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
         self.optimizer_groups = parameters.groups
         self._trained = [parameter for _, parameter in parameters.named()]
@@ -145,6 +146,7 @@ class ExactUpdate:
         self._groups, self._masters, self._ranks = parameters.groups, parameters.masters, accelerator.num_processes
         self._fused, self._numbers, self._max_norm = config.is_fused, config, config.max_grad_norm
         self.loss_scale = build_loss_scale(config, accelerator.device)
+        self.parameter_norms = torch.zeros(0)
         with real_tensors():
             self.step_unit = step_unit(config, accelerator.device)
         assert not (self._fused and self.step_unit == StepUnit.ALL), "see check_update"
