@@ -1,11 +1,10 @@
 """Options for numbers that go wrong: NaN and infinite numbers, loss spikes, ranks whose weights differ."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_finetune.config.fields import OnlyWith, Options
+from sdxl_finetune.config.fields import FilePath, OnlyWith, Options
 
 
 class NumbersOptions(Options):
@@ -21,5 +20,5 @@ class NumbersOptions(Options):
     rank_check_every_n_steps: int = Field(100, ge=0)
     """Several processes: compare their weights every N optimizer steps; end if they differ. 0: never. Not in
     sd-scripts."""
-    reproduce: Path | None = None
+    reproduce: FilePath | None = None
     """Folder in `dumps` of a run whose loss became NaN or infinite: run that step again. Not in sd-scripts."""
