@@ -15,10 +15,8 @@ class NumbersOptions(Options):
     max_non_finite_steps: Annotated[int, OnlyWith("non_finite_steps", ("skip",))] = Field(5, ge=1)
     """Steps in a row that `non_finite_steps = "skip"` leaves out at most before the run ends. Not in sd-scripts."""
     loss_spike_factor: float = Field(10.0, ge=0)
-    """Warn if the loss is N times the running median for its timesteps, and name the images. 0: never. Not in
-    sd-scripts."""
+    """Warn of a loss that is N times the running median for its timesteps. 0: never. Not in sd-scripts."""
     rank_check_every_n_steps: int = Field(100, ge=0)
-    """Several processes: compare their weights every N optimizer steps; end if they differ. 0: never. Not in
-    sd-scripts."""
+    """Several processes: compare their weights every N steps, end if they differ. 0: never. Not in sd-scripts."""
     reproduce: FilePath | None = None
     """Folder in `dumps` of a run whose loss became NaN or infinite: run that step again. Not in sd-scripts."""
