@@ -122,7 +122,7 @@ def grown(samples: Sequence[Sample]) -> list[str]:
 
 
 def describe(samples: Sequence[Sample], work: Path) -> str:
-    """What the run did, and its memory and open files with their slopes."""
+    """The work of the run, and its memory and open files with their slopes."""
     after = judged(samples)
     if len(after) < 3:
         return "a run that ended at once"
@@ -197,7 +197,7 @@ def _grow_cache(work: Path, number: int) -> None:
 
 
 def _missing(work: Path, status: int) -> list[str]:
-    """What a run of this kind has not done."""
+    """Says what a run of this kind should have done and has not."""
     faults = [] if status == 128 + signal.SIGTERM else [f"the run ended with status {status}: see {work}/console.log"]
     rows = _rows(work)
     if any(row.get("loss", 0.0) is None for row in rows):

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -204,6 +205,14 @@ class TrainingDataset(TorchDataset):
                 readable[number] = 0
         own_masks = torch.from_numpy(masks) if self.index.has_mask.any() else None
         return to_images(torch.from_numpy(images)), own_masks, readable, tuple(problems)
+
+
+def timed(batches: Iterable[Batch]) -> Iterator[tuple[float, Batch]]:
+    """Yields each batch with the seconds that the loop waited for it."""
+    started = time.perf_counter()
+    for batch in batches:
+        yield time.perf_counter() - started, batch
+        started = time.perf_counter()
 
 
 def load_batches(

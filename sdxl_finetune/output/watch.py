@@ -12,15 +12,15 @@ from typing import Protocol
 
 from sdxl_finetune.config import NumbersOptions
 from sdxl_finetune.errors import counted, listed
+from sdxl_finetune.optim.meter import GRADIENT_NORMS, IMAGE_LOSSES
 from sdxl_finetune.output.spikes import Spikes
 
 logger = logging.getLogger(__name__)
 
 SMALLEST_LOSS_SCALE = 2.0**-10
 """Gradients that overflow in float16 at this loss scale would be above 6e7, which is no training."""
-IMAGE_LOSSES, GRADIENT_NORMS, RANK_DIFFERENCES = "image_losses", "gradient_norms", "rank_differences"
-"""Names of the vectors of a step: the loss of each image over all ranks, the norm of the gradient of each trained
-parameter, and 1 for each trained parameter in which the ranks differ."""
+RANK_DIFFERENCES = "rank_differences"
+"""Name of the vector that has 1 for each trained parameter in which the ranks differ."""
 NAMED = 5
 """Images that a message names. The dump of the step names all of them."""
 

@@ -7,25 +7,24 @@ before each step.
 """
 
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 
 from sdxl_finetune.batch import Batch
 from sdxl_finetune.config import Config
+from sdxl_finetune.data.loader import timed
 from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.errors import say_errors
 from sdxl_finetune.model.compilation import compiler_failures
 from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.optim.lr import used_rates
-from sdxl_finetune.optim.meter import Meter, counted_losses
+from sdxl_finetune.optim.meter import Meter
 from sdxl_finetune.optim.optimizer import set_lr
 from sdxl_finetune.optim.update import total_norm
 from sdxl_finetune.output.log import Step
-from sdxl_finetune.output.watch import GRADIENT_NORMS, IMAGE_LOSSES, WrongNumbers
+from sdxl_finetune.output.watch import WrongNumbers
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory, name_the_batch
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
 from sdxl_finetune.training import hooks, learned_weights, tag_reports
@@ -92,8 +91,7 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
     config, accelerator, update = learner.config, learner.accelerator, learner.update
     loss, images, data_wait = torch.zeros((), device=accelerator.device), 0, 0.0
     timesteps: list[float] = []
-    losses_of_images: list[Tensor] = []
-    meter = Meter(learner.parameters, accelerator.device)
+    meter = Meter(learner.parameters, accelerator.device, accelerator.num_processes)
     rank_check = RankCheck(config, learner.parameters, accelerator)
     for waited, batch in timed(batches):
         position = batch.position
@@ -109,8 +107,7 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
                 micro_loss = (losses * batch.weights).sum()
                 trained = learner.loss_weights.weighted(losses, batch) if learner.loss_weights else micro_loss
                 accelerator.backward(update.loss_scale.scaled(trained) if update.loss_scale else trained)
-            meter.add_losses(losses.detach(), batch.timesteps, batch.weights)
-            losses_of_images.append(batch.among_ranks(counted_losses(losses.detach(), batch.weights)))
+            meter.add_losses(losses.detach(), batch)
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
             timesteps += batch.timesteps_of_ranks
             if not position.is_last_micro_batch:
@@ -124,31 +121,18 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
                 used[learned_weights.NAME] = learner.loss_weights.rate(position.step)
                 learned = learner.loss_weights.step(position.step, accelerator)
         stop_requested = torch.full_like(loss, stop.number or 0)
-        sums = [torch.stack([loss, stop_requested]), meter.sums, torch.cat(losses_of_images)]
-        means = accelerator.reduce(torch.cat(sums), "mean").split([len(each) for each in sums])
-        loss, stop_requested = means[0]
+        means = accelerator.reduce(torch.cat([torch.stack([loss, stop_requested]), meter.sums]), "mean")
+        loss, stop_requested = means[:2]
         yield Step(
             position=position,
             loss=loss,
             grad_norm=total_norm(norms),
-            measured={**meter.take(means[1]), **learned},
+            measured={**meter.take(means[2:]), **learned},
             stop_requested=stop_requested,
             lr=used,
             images=images,
             timesteps=timesteps,
-            vectors={
-                IMAGE_LOSSES: means[2] * accelerator.num_processes,
-                GRADIENT_NORMS: update.parameter_norms,
-                **rank_check.after(position.step + 1),
-            },
+            vectors={**meter.vectors(means[2:], update.parameter_norms), **rank_check.after(position.step + 1)},
             data_wait_seconds=data_wait,
         )
-        loss, images, data_wait, timesteps, losses_of_images = torch.zeros_like(loss), 0, 0.0, [], []
-
-
-def timed(batches: Iterable[Batch]) -> Iterator[tuple[float, Batch]]:
-    """Yields each batch with the seconds that the loop waited for it."""
-    started = time.perf_counter()
-    for batch in batches:
-        yield time.perf_counter() - started, batch
-        started = time.perf_counter()
+        loss, images, data_wait, timesteps = torch.zeros_like(loss), 0, 0.0, []

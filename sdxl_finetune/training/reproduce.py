@@ -45,7 +45,7 @@ WITHOUT_EFFECTS: dict[str, Any] = {
 
 @dataclass
 class Findings:
-    """What is not finite when the batches of a step are computed. Names are those of the model's own modules."""
+    """Everything that is not finite when the batches of a step are computed, by the names of the model's modules."""
 
     losses: list[tuple[str, float, float]] = field(default_factory=list)
     """Image, timestep and loss."""

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from sdxl_finetune.config import Config
+from sdxl_finetune.optim.meter import GRADIENT_NORMS, IMAGE_LOSSES
 from sdxl_finetune.output.spikes import QUIET, Spikes
 from sdxl_finetune.output.watch import (
-    GRADIENT_NORMS,
-    IMAGE_LOSSES,
     RANK_DIFFERENCES,
     NonFiniteLoss,
     RanksDiffer,
