@@ -66,7 +66,7 @@ class Meter:
 
     @property
     def sums(self) -> Float[Tensor, " n"]:
-        """Sums of losses and numbers of images by range of timesteps, and losses of images, to be averaged over ranks."""
+        """Sums of losses and numbers of images by range of timesteps, and losses of images, to average over ranks."""
         return torch.cat([self._losses.flatten(), *self._of_images])
 
     def take(self, sums: Float[Tensor, " n"]) -> Mapping[str, Tensor]:
