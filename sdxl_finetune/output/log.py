@@ -24,6 +24,7 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sdxl_finetune import __version__
 from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config, to_toml
 from sdxl_finetune.errors import Problem, UserError, counted
@@ -130,7 +131,7 @@ class Log:
             self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
             logging.getLogger().addHandler(self._file)
         if directory and rank == 0:
-            _write(directory / "config.toml", to_toml(config))
+            _write(directory / "config.toml", f"# sdxl_finetune {__version__}\n{to_toml(config)}")
             _write(directory / "versions.json", json.dumps(versions(), indent=2) + "\n")
             (directory / "ended.json").unlink(missing_ok=True)
             self._metrics = (directory / METRICS).open("a", buffering=1, encoding="utf-8")
