@@ -34,8 +34,8 @@ MOST_FILES = 2.0
 """Open files by which a process may grow after the warm-up."""
 ADDED = 20
 """Images that the second program adds to the cache each time."""
-GROWTH_FAULTS = "growth_faults.txt"
-"""Name of the file with messages of the second program, if it failed."""
+CACHE_LOG = "cache.log"
+"""Name of the file with all messages of the second program."""
 SETTINGS = """
 pretrained_model_name_or_path = "{model}"
 train_data_dir = "{images}"
@@ -152,7 +152,7 @@ def _write_inputs(work: Path, seed: int) -> None:
 def _train(work: Path, seconds: float) -> tuple[list[Sample], int]:
     """Trains for so long and then asks the run to stop; returns the measurements and the exit status."""
     samples: list[Sample] = []
-    added = 0
+    added, growing = 0, None
     with (work / "console.log").open("w") as console:
         command = [sys.executable, "-m", "sdxl_finetune", "--config", "soak.toml"]
         run = subprocess.Popen(command, cwd=work, stdout=console, stderr=console)
@@ -162,12 +162,14 @@ def _train(work: Path, seconds: float) -> tuple[list[Sample], int]:
         began = time.monotonic()
         while run.poll() is None and (passed := time.monotonic() - began) < seconds:
             samples.append(_measure(process, passed, work))
-            if passed > (added + 1) * seconds / 10:
+            if passed > (added + 1) * seconds / 10 and (growing is None or growing.poll() is not None):
                 added += 1
-                _grow_cache(work, added)
+                growing = _grow_cache(work, added)
             time.sleep(min(EVERY, seconds / 50))
         if run.poll() is None:
             run.send_signal(signal.SIGTERM)
+        if growing is not None:
+            growing.wait()
         return samples, run.wait()
 
 
@@ -182,18 +184,16 @@ def _measure(process: psutil.Process, seconds: float, work: Path) -> Sample:
     )
 
 
-def _grow_cache(work: Path, number: int) -> None:
-    """Adds images and caches them, in the folder from which the run reads."""
+def _grow_cache(work: Path, number: int) -> subprocess.Popen[bytes]:
+    """Adds images and starts a program that caches them, in the folder from which the run reads."""
     rng = np.random.default_rng(number)
     for name in range(ADDED):
         pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
         Image.fromarray(pixels).save(work / "more" / f"{number}-{name}.png")
     code = "from sdxl_finetune.cli import cache; cache()"
     command = [sys.executable, "-c", code, "--config", "more.toml"]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
-    if done.returncode:
-        with (work / GROWTH_FAULTS).open("a") as file:
-            file.write(done.stderr.strip().rpartition("\n")[2] + "\n")
+    with (work / CACHE_LOG).open("a") as messages:
+        return subprocess.Popen(command, cwd=work, stdout=messages, stderr=messages)
 
 
 def _missing(work: Path, status: int) -> list[str]:
@@ -202,8 +202,8 @@ def _missing(work: Path, status: int) -> list[str]:
     rows = _rows(work)
     if any(row.get("loss", 0.0) is None for row in rows):
         faults.append("a loss was not finite")
-    if (path := work / GROWTH_FAULTS).exists():
-        faults.append(f"the cache did not grow: {path.read_text().splitlines()[0]}")
+    messages = (work / CACHE_LOG).read_text().splitlines() if (work / CACHE_LOG).exists() else []
+    faults += [f"the cache did not grow: {line}" for line in messages if line.startswith(("error:", "Traceback"))][:1]
     for what, made in {
         "validation": any("validation" in row for row in rows),
         "previews": any((work / "out" / "sample").glob("*.png")),

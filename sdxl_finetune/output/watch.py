@@ -82,6 +82,7 @@ class Watch:
         self._spikes = Spikes(options.loss_spike_factor)
         self._in_a_row = 0
         self._ranks_agreed_at = first_step
+        self._has_raised = False
 
     def check(
         self,
@@ -92,8 +93,11 @@ class Watch:
     ) -> None:
         """Checks a step. `scalars` has its loss and grad_norm, and with float16 its loss_scale.
 
-        `timesteps` are those of the step's images over all ranks. Raises WrongNumbers if the run has to end.
+        `timesteps` are those of the step's images over all ranks. Raises WrongNumbers if the run has to end. Steps that
+        were already on their way then are not checked, because they follow from the wrong one.
         """
+        if self._has_raised:
+            return
         vectors = vectors or {}
         self._check_ranks(step, vectors.get(RANK_DIFFERENCES, ()))
         losses = vectors.get(IMAGE_LOSSES, ())
@@ -110,6 +114,7 @@ class Watch:
     def _check_ranks(self, step: int, differences: Sequence[float]) -> None:
         if any(differences):
             names = [name for name, differs in zip(self._parameters, differences, strict=True) if differs]
+            self._has_raised = True
             raise RanksDiffer(step, self._ranks_agreed_at, names)
         if len(differences):
             self._ranks_agreed_at = step
@@ -133,6 +138,7 @@ class Watch:
         if self._options.non_finite_steps == "stop" or self._in_a_row > self._options.max_non_finite_steps:
             if self._in_a_row > 1:
                 said.append(f"{self._in_a_row} such steps in a row are more than max_non_finite_steps allows")
+            self._has_raised = True
             raise NonFiniteLoss(step, value, name, said)
         was_made = math.isfinite(scalars["grad_norm"])
         text = "its gradients are finite, so it was made" if was_made else "it was left out"

@@ -57,9 +57,12 @@ def test_the_message_names_images_without_a_finite_loss_and_the_first_gradient_o
     assert (
         "3 of 5 gradients are not finite, the first in unet.model.diffusion_model.middle_block.0.x; a dump: " in message
     )
+    watch.check(3, BROKEN, timesteps, vectors([math.nan] * 4))  # already on its way when step 2 was seen
     assert source.dumped == [2]
+    watch = Watch(Config(), Source(), PARAMETERS)
     with pytest.raises(NonFiniteLoss, match=r"first in unet\.model\.diffusion_model\.output_blocks\.10\.x"):
         watch.check(3, BROKEN, timesteps, vectors([math.nan] * 4, [math.nan] * 5))
+    watch = Watch(Config(), Source(), PARAMETERS)
     with pytest.raises(NonFiniteLoss, match=r"the first in text_encoder1\.text_model\.a"):
         watch.check(3, BROKEN, timesteps, vectors([math.nan] * 4, [math.inf, 1, 1, 1, 1]))
 
@@ -94,6 +97,7 @@ def test_ranks_that_differ_end_the_run_and_the_message_says_since_when() -> None
     watch = Watch(Config(), None, PARAMETERS, first_step=30)
     with pytest.raises(RanksDiffer, match=r"after step 40: 2 parameters, first unet.*last found equal after step 30"):
         watch.check(40, FINE, vectors={RANK_DIFFERENCES: [0, 1, 0, 0, 1]})
+    watch = Watch(Config(), None, PARAMETERS, first_step=30)
     watch.check(50, FINE, vectors={RANK_DIFFERENCES: [0, 0, 0, 0, 0]})
     watch.check(51, FINE)
     with pytest.raises(RanksDiffer, match="last found equal after step 50"):
