@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from sdxl_finetune.config import Config, load_config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.training.dumps import read_dump
 from sdxl_finetune.training.loop import train
-from tests.training.toy_runs import OPTIONS, config, read_rows, use_toy
+from tests.training.toy_runs import OPTIONS, config, read_rows
 
+FIXTURES = Path(__file__).parent / "fixtures"
 HEAVY = '[paths]\n"images/{name}*" = {{ loss_weight = 3e38 }}\n'
 """A loss weight with which the gradients of an image overflow in float32."""
 UNET = ["--optimizer_type", "SGD", "--learning_rate", "1e-3", "--train_batch_size", "1", "--no-train_text_encoder"]
@@ -37,8 +39,12 @@ class Drifting(torch.optim.SGD):
 
 @pytest.fixture
 def work(work) -> Path:
-    """With the small model that draws, and a loss weight that spoils the gradients of one image."""
-    use_toy(work)
+    """With the smallest model of all tests, and a loss weight that spoils the gradients of one image."""
+    (work / "base.safetensors").unlink()
+    with tarfile.open(FIXTURES / "state_format_1.tar.xz") as archive:
+        weights = archive.extractfile("./out/old-step00000003-state/weights.safetensors")
+        assert weights is not None
+        (work / "base.safetensors").write_bytes(weights.read())
     (work / "heavy.toml").write_text(HEAVY.format(name="chelsea"))
     return work
 
