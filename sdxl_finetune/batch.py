@@ -133,6 +133,9 @@ class Batch:
     the shares add up to the number of ranks, because data-parallel training averages gradients over ranks."""
     images_in_step: int = 0
     """Images of this micro-batch over all ranks."""
+    first_slot: int | None = 0
+    """Place of the rank's first image among the images of this micro-batch. The others follow it. None for a rank that
+    has no image of its own and stands in with another one at weight 0."""
     timesteps_of_ranks: tuple[float, ...] = ()
     """Timesteps of this micro-batch over all ranks, for the log. They stay on the host."""
 
@@ -143,6 +146,13 @@ class Batch:
             return TextOutputs(self.hidden, self.pooled)
         assert self.tokens1 is not None and self.tokens2 is not None
         return Tokens(self.tokens1, self.tokens2, self.token_weights)
+
+    def among_ranks(self, values: Float[Tensor, " k"]) -> Float[Tensor, " n"]:
+        """Values of the rank's images at their places among the n images of all ranks, and 0 at all other places."""
+        if self.first_slot is None:
+            return torch.zeros(self.images_in_step, dtype=values.dtype, device=values.device)
+        after = self.images_in_step - self.first_slot - len(values)
+        return torch.nn.functional.pad(values, (self.first_slot, after))
 
     def to(self, device: torch.device) -> "Batch":
         """Copies the batch to `device`. A copy from pinned memory runs while the host continues."""

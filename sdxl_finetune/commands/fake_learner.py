@@ -87,6 +87,7 @@ def build_fake_learner(config: Config, modules: Modules, allocations: Allocation
     sdxl.train()
     if cuda and config.ema_on_cpu:
         config = config.model_copy(update={"ema_decay": None, "ema_half_life": None})
+    config = config.model_copy(update={"non_finite_steps": "stop"})  # nobody can look at a fake gradient
     accelerator = FakeAccelerator(allocations, DTYPES[config.mixed_precision])
     learner = build_learner(config, sdxl, vae, accelerator, lambda step, rate: rate, _disable_current_modes)
     if learner.update.loss_scale:  # fake gradients have no values that could overflow

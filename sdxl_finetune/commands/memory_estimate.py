@@ -235,7 +235,7 @@ class _NoUpdate:
 
     def __init__(self, learner: Learner) -> None:
         self.optimizer, self.optimizer_groups = learner.update.optimizer, learner.update.optimizer_groups
-        self.loss_scale = learner.update.loss_scale
+        self.loss_scale, self.parameter_norms = learner.update.loss_scale, torch.zeros(0)
 
     def accumulate(self, *, last: bool, only: bool) -> AbstractContextManager[None]:
         return nullcontext()

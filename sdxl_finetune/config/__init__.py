@@ -15,6 +15,7 @@ from sdxl_finetune.config.datasets import load_datasets
 from sdxl_finetune.config.downloads import with_local_models
 from sdxl_finetune.config.flow_options import FlowOptions
 from sdxl_finetune.config.load import FaultyConfig, load_config
+from sdxl_finetune.config.numbers_options import NumbersOptions
 from sdxl_finetune.config.options import Config, to_toml
 from sdxl_finetune.config.output_options import (
     ColourOptions,
@@ -46,7 +47,7 @@ __all__ = [
     "AugmentationOptions", "BucketOptions", "CaptionOptions", "ColourOptions", "Config", "DataOptions", "Dataset",
     "EmaOptions", "FaultyConfig", "FlowOptions", "HardwareOptions", "HoldOutOptions", "HubOptions",
     "ImageWeightOptions", "LatentOptions", "LearnedWeightOptions", "LengthOptions", "LoggingOptions", "LossOptions",
-    "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions", "NoiseOptions", "OptimizerOptions", "PairingOptions",
-    "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "StorageOptions", "Subset", "VaeOptions",
-    "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models", "with_options",
+    "LrOptions", "MaskOptions", "MetadataOptions", "ModelOptions", "NoiseOptions", "NumbersOptions", "OptimizerOptions",
+    "PairingOptions", "PreviewOptions", "QualityOptions", "ResumeOptions", "SavingOptions", "StorageOptions", "Subset",
+    "VaeOptions", "ValidationOptions", "load_config", "load_datasets", "to_toml", "with_local_models", "with_options",
 ]  # fmt: skip

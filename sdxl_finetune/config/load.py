@@ -41,6 +41,8 @@ def load_config(arguments: Sequence[str], *, program: str) -> Config | None:
     Logs a warning for each remark. Raises UserError with all problems, or FaultyConfig for a run's config.
     """
     typed, command = read_command_line(arguments, program)
+    if "reproduce" in typed and not command.config_file:
+        command.config_file = f"{typed['reproduce'].value}/config.toml"
     path = config_path(command.config_file) if command.config_file else None
     reads_file = path is not None and not command.output_config
     given, problems, remarks = read_file(command.config_file) if reads_file else ({}, [], [])

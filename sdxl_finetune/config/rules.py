@@ -22,6 +22,7 @@ from sdxl_finetune.config.dataset import (
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
 from sdxl_finetune.config.hub import AUTO, hub_problems, hub_remarks
 from sdxl_finetune.config.noise_rules import noise_problems, noise_remarks
+from sdxl_finetune.config.numbers_rules import numbers_problems
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.timestep_rules import timestep_problems, timestep_remarks
 from sdxl_finetune.config.training_options import LrOptions
@@ -98,6 +99,7 @@ def find_conflicts(config: Config) -> Findings:
             if getattr(config, option) and getattr(config, other):
                 yield f"{option} {other}", f"cannot be used with {other}: keep one of them"
     yield from noise_problems(config)
+    yield from numbers_problems(config)
     yield from _training(config)
     yield from _text_outputs(config)
     yield from schedule_problems(config)

@@ -8,7 +8,8 @@ however many ranks share the micro-batch.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +85,7 @@ class TrainingDataset(TorchDataset):
         weights = torch.full(
             (len(slots) or 1,), self.ranks / (len(rows) * position.micro_batches_in_step) if slots else 0.0
         )
+        first_slot = slots[0] if slots else None
         # A rank without an image takes the first one at weight 0, because all ranks have to compute on one shape.
         slots = slots or [0]
         weights *= torch.from_numpy(self.index.loss_weights([rows[slot] for slot in slots]))
@@ -134,6 +136,7 @@ class TrainingDataset(TorchDataset):
             mask=mask,
             weights=weights,
             images_in_step=len(rows),
+            first_slot=first_slot,
         )
         return LoadedBatch(batch, problems)
 
@@ -196,6 +199,14 @@ class TrainingDataset(TorchDataset):
                 readable[number] = 0
         own_masks = torch.from_numpy(masks) if self.index.has_mask.any() else None
         return to_images(torch.from_numpy(images)), own_masks, readable, tuple(problems)
+
+
+def timed(batches: Iterable[Batch]) -> Iterator[tuple[float, Batch]]:
+    """Yields each batch with the seconds that the loop waited for it."""
+    started = time.perf_counter()
+    for batch in batches:
+        yield time.perf_counter() - started, batch
+        started = time.perf_counter()
 
 
 def load_batches(

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.latents.shards import LEFT_OVER, TABLES, Kind, Shard, read_shard
+from sdxl_finetune.latents.shards import LEFT_OVER, TABLES, Kind, NewerShard, Shard, read_shard
 from sdxl_finetune.storage import Address, Found, Location, StorageError, delete, list_files
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,11 @@ class Shelf:
                 logger.warning("%s: %s; %s, and what it held is encoded again", path, shard, set_aside(path))
         entries = []
         for found in listed:
-            opened_now = new.get(found.name)
-            if opened_now is None:
-                entries.append(known[found.name])
-            elif isinstance(opened_now, Shard):
-                entries.append(Known(opened_now, found))
+            entry = new[found.name] if found.name in new else known[found.name]
+            if isinstance(entry, Shard):
+                entry = Known(entry, found)
+            if isinstance(entry, Known):
+                entries.append(entry)
         if check:
             if unknown or len(known) != len(entries):
                 self._write(entries)
@@ -97,8 +97,8 @@ class Shelf:
             if found.name.endswith(self.kind.ending) and "/" not in found.name and not found.name.startswith(".")
         ]
 
-    def _open(self, found: Found, check: bool) -> Shard | str:
-        """The shard, or a text that says what is wrong with it."""
+    def _open(self, found: Found, check: bool) -> Shard | str | None:
+        """The shard, a text that says what is wrong with it, or None for a shard of a newer version."""
         path = self.folder / found.name
         try:
             shard = read_shard(path, self.kind, found.size)
@@ -108,6 +108,9 @@ class Shelf:
             if isinstance(path, Address) and not error.missing:
                 raise
             return f"not readable as a shard ({error.reason})"
+        except NewerShard as error:
+            logger.warning("%s: %s", path, error)
+            return None
         except (ValueError, TypeError, OSError) as error:
             return f"not readable as a shard ({error})"
         return shard

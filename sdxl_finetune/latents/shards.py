@@ -43,6 +43,10 @@ FIRST = 1 << 15
 """Bytes of a shard that are read first. They hold its header, and the checksums of up to 8,000 records."""
 
 
+class NewerShard(ValueError):
+    """A newer version of the program has written the shard. It is not damaged and must stay."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """The meaning of the records in shards, and the encoder that made them. Shards of another kind are never read."""
@@ -84,7 +88,7 @@ class Shard:
 def read_shard(path: Location, kind: Kind, size: int, reads: Callable[[int, int], bytes] | None = None) -> Shard:
     """Reads the tables of a shard of `size` bytes, in two reads; `reads` replaces reading from `path`.
 
-    Raises ValueError for any other or damaged file, and StorageError.
+    Raises NewerShard, ValueError for any other or damaged file, and StorageError.
     """
     part = reads or (lambda start, length: read(path, start, length))
     head = part(0, min(FIRST, size))
@@ -98,6 +102,9 @@ def read_shard(path: Location, kind: Kind, size: int, reads: Callable[[int, int]
         records, shapes = header[kind.name], [header[name]["shape"] for name in TABLES]
     except (KeyError, TypeError):
         raise ValueError("it is no shard") from None
+    written = str(about.get("format"))
+    if written != kind.format and written.rpartition(" ")[0] == kind.format.rpartition(" ")[0]:
+        raise NewerShard(f'it has the format "{written}" of a newer version of the program, and is not used')
     # Shards of latents that were written before there were other kinds name their encoder "vae".
     if about.get("format") != kind.format or about.get("encoder", about.get("vae")) != kind.encoder:
         raise ValueError(f"it holds no {kind.name.replace('_', ' ')} of this encoder")

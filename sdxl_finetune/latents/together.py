@@ -22,7 +22,7 @@ from sdxl_finetune.latents.catalogue import CATALOGUE, Shelf
 from sdxl_finetune.latents.shards import Kind, Shard, ShardWriter
 from sdxl_finetune.progress import track
 from sdxl_finetune.runtime.host import memory_bytes
-from sdxl_finetune.runtime.signals import Interrupt, StopRequest
+from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.storage import Address, LocalCopies, Location
 
 ROUND = 60

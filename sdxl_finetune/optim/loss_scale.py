@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sdxl_finetune.config import HardwareOptions
+from sdxl_finetune.config import HardwareOptions, NumbersOptions
 
 START = 2.0**16
 """Scale of the first step."""
@@ -62,6 +62,16 @@ class LossScale:
 def build_loss_scale(options: HardwareOptions, device: torch.device) -> LossScale | None:
     """Returns the loss scale, or None if training is not in float16."""
     return LossScale(device) if options.mixed_precision == "fp16" else None
+
+
+def accepts_step(norm: Float[Tensor, ""], scale: LossScale | None, options: NumbersOptions) -> bool:
+    """Returns False if the step with gradients of this norm must be skipped; adapts the loss scale.
+
+    Without a loss scale only `non_finite_steps = "skip"` skips steps. The host then waits for the device.
+    """
+    if scale is not None:
+        return scale.accepts(norm)
+    return options.non_finite_steps == "stop" or bool(norm.isfinite())
 
 
 def gradient_factor(norm: Tensor, max_norm: float, scale: LossScale | None = None) -> Tensor | None:

@@ -29,7 +29,7 @@ from torch.nn import Parameter
 from sdxl_finetune.config import Config, OptimizerOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.low_bits import MasterWeights, elements_of
-from sdxl_finetune.optim.loss_scale import LossScale, build_loss_scale, gradient_factor
+from sdxl_finetune.optim.loss_scale import LossScale, accepts_step, build_loss_scale, gradient_factor
 from sdxl_finetune.optim.optimizer import (
     averaged_weights,
     build_optimizer,
@@ -59,6 +59,9 @@ class Update(Protocol):
     """Tensors on which the optimizer steps, in its order; its states are saved under their names."""
     loss_scale: LossScale | None
     """Factor on the loss of which gradients are computed; None without float16."""
+    parameter_norms: Tensor
+    """Norm of the gradient of each trained parameter in the last step, in the order of `TrainedParameters.named`. It is
+    not divided by the loss scale, and 0 for a parameter without a gradient."""
 
     def accumulate(self, *, last: bool, only: bool) -> AbstractContextManager[None]:
         """Returns a context for the forward and backward pass of a micro-batch.
@@ -86,8 +89,9 @@ class PlainUpdate:
         self, config: Config, parameters: TrainedParameters, model: nn.Module, optimizer: Any, accelerator: Accelerator
     ) -> None:
         self._accelerator, self._model, self._prepared = accelerator, model, optimizer
-        self._max_norm = config.max_grad_norm
+        self._numbers, self._max_norm = config, config.max_grad_norm
         self.loss_scale = build_loss_scale(config, accelerator.device)
+        self.parameter_norms = torch.zeros(0)
         self.optimizer: torch.optim.Optimizer = optimizer.optimizer
         self.optimizer_groups = parameters.groups
         self._trained = [parameter for _, parameter in parameters.named()]
@@ -98,9 +102,9 @@ class PlainUpdate:
     @torch.no_grad()
     def step(self) -> Norms:
         """Clips all gradients together."""
-        norms = _group_norms(self.optimizer_groups, lambda parameter: parameter.grad, self.loss_scale)
+        norms, self.parameter_norms = _norms(self.optimizer_groups, lambda parameter: parameter.grad, self.loss_scale)
         factor = gradient_factor(total_norm(norms), self._max_norm, self.loss_scale)
-        if self.loss_scale is None or self.loss_scale.accepts(total_norm(norms)):
+        if accepts_step(total_norm(norms), self.loss_scale, self._numbers):
             if factor is not None:
                 gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
                 torch._foreach_mul_(gradients, factor)
@@ -140,8 +144,9 @@ class ExactUpdate:
     ) -> None:
         """Builds the optimizer within `real_tensors()`, which the memory estimate needs: its model has fake tensors."""
         self._groups, self._masters, self._ranks = parameters.groups, parameters.masters, accelerator.num_processes
-        self._fused, self._max_norm = config.is_fused, config.max_grad_norm
+        self._fused, self._numbers, self._max_norm = config.is_fused, config, config.max_grad_norm
         self.loss_scale = build_loss_scale(config, accelerator.device)
+        self.parameter_norms = torch.zeros(0)
         with real_tensors():
             self.step_unit = step_unit(config, accelerator.device)
         assert not (self._fused and self.step_unit == StepUnit.ALL), "see check_update"
@@ -168,6 +173,8 @@ class ExactUpdate:
         self._in_flight: deque[tuple[Parameter, Any]] = deque()
         self._squared_norms: dict[int, Tensor] = {}
         """Squared gradient norms of a fused step, by the number of the group."""
+        self._fused_norms: dict[Parameter, Tensor] = {}
+        """Gradient norms of a fused step."""
         self._last = self._only = True
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._receive_gradient)
@@ -184,10 +191,12 @@ class ExactUpdate:
         """Clips all gradients together. A fused step is made already; it clipped the gradient of each tensor alone."""
         if self._fused:
             squares, self._squared_norms = self._squared_norms, {}
+            none = torch.zeros((), device=next(iter(squares.values())).device)
+            self.parameter_norms = torch.stack([self._fused_norms.pop(each, none) for each in self._slices])
             return {self._groups[number].name: squares[number].sqrt() for number in sorted(squares)}
-        norms = _group_norms(self._groups, self._gradient, self.loss_scale)
+        norms, self.parameter_norms = _norms(self._groups, self._gradient, self.loss_scale)
         factor = gradient_factor(total_norm(norms), self._max_norm, self.loss_scale)
-        if self.loss_scale is None or self.loss_scale.accepts(total_norm(norms)):
+        if accepts_step(total_norm(norms), self.loss_scale, self._numbers):
             for call in self._calls:
                 self.step_on(call, factor)
         for parameter in self._slices:
@@ -242,7 +251,7 @@ class ExactUpdate:
         """Makes the fused step on one parameter and frees its gradient."""
         gradient = self._gradient(parameter)
         assert gradient is not None
-        norm = _norm([gradient])
+        self._fused_norms[parameter] = norm = torch.linalg.vector_norm(_each_norm([gradient]))
         number = self._slices[parameter][0].group
         self._squared_norms[number] = self._squared_norms.get(number, 0) + norm.square()
         factor = gradient_factor(norm, self._max_norm)
@@ -313,18 +322,29 @@ def total_norm(norms: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(list(norms.values())))
 
 
-def _group_norms(
+def _norms(
     groups: Sequence[Group], gradient_of: Callable[[Parameter], Tensor | None], scale: LossScale | None
-) -> Norms:
-    """Returns the norm of each group's gradients, divided by the scale. Parameters without a gradient do not count."""
-    gradients = {group.name: [gradient_of(parameter) for parameter in group.parameters.values()] for group in groups}
-    norms = {name: _norm([each for each in given if each is not None]) for name, given in gradients.items()}
-    return norms if scale is None else {name: norm / scale.value for name, norm in norms.items()}
+) -> tuple[Norms, Tensor]:
+    """Returns the norm of each group's gradients, divided by the scale, and `Update.parameter_norms`.
+
+    Parameters without a gradient do not count.
+    """
+    norms, of_parameters = {}, []
+    for group in groups:
+        gradients = [gradient_of(parameter) for parameter in group.parameters.values()]
+        each = _each_norm([gradient for gradient in gradients if gradient is not None])
+        norm = torch.linalg.vector_norm(each)
+        norms[group.name] = norm if scale is None else norm / scale.value
+        if len(each) < len(gradients):
+            rest = iter(each)
+            each = torch.stack([each.new_zeros(()) if gradient is None else next(rest) for gradient in gradients])
+        of_parameters.append(each)
+    return norms, torch.cat(of_parameters)
 
 
-def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Returns the norm of all elements, in float32: a bf16 norm has three digits."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
+def _each_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the norm of each gradient, in float32: a bf16 norm has three digits."""
+    return torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32))
 
 
 def _slices(number: int, group: Group, masters: MasterWeights, size: int | None) -> list[Slice]:

@@ -4,6 +4,7 @@ Modules:
 
     checkpoints, metadata   names, formats and metadata of saved weights
     log, trackers           metrics.jsonl, TensorBoard, wandb; log_history cuts a log back for a resumed run
+    watch, spikes           the checks of each step's numbers
     histograms              counts of drawn timesteps
     previews, prompts       preview images
     samplers                samplers of each objective, and the loop that draws latents

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,33 +24,23 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sdxl_finetune import __version__
 from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config, to_toml
 from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.output.colours import Drift
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.curve import draw_curve
-from sdxl_finetune.output.delayed_scalars import DelayedScalars
+from sdxl_finetune.output.delayed_scalars import Arrived, DelayedScalars
 from sdxl_finetune.output.histograms import EDGES, PERIOD, TimestepCounts
 from sdxl_finetune.output.log_file import LogFile, MessageFile, said_if_it_fails, write_text
 from sdxl_finetune.output.log_history import METRICS, SAVES, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
+from sdxl_finetune.output.watch import Watch, WrongNumbers
 from sdxl_finetune.runtime import host
 
 logger = logging.getLogger(__name__)
-
-SMALLEST_LOSS_SCALE = 2.0**-10
-"""Gradients that overflow in float16 at this loss scale would be above 6e7, which is no training."""
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss of `step`, or the norm of its gradients, is infinite or NaN, and so are the weights from then on."""
-
-    def __init__(self, step: int, value: float, name: str = "loss") -> None:
-        self.step = step
-        advice = "resume from the last checkpoint with a lower learning rate, or look for broken images"
-        super().__init__(f"the {name} of step {step} is {value}; nothing was saved after it: {advice}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +64,8 @@ class Step:
     """Timesteps of the step's images, over all ranks."""
     requests: Tensor | None = None
     """Shape (2,): mean over all ranks of their requests to stop (0 or 1) and of what they want to be saved (Wish)."""
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further numbers that the watch checks (see output/watch.py)."""
 
     @property
     def number(self) -> int:
@@ -112,6 +104,8 @@ class Log:
         """`done` is the number of optimizer steps made before this run resumed."""
         self._directory = directory
         self._rank = rank
+        self.watch = Watch(config)
+        """Checks the numbers of each step when they have arrived."""
         self._delayed: DelayedScalars[_Record] = DelayedScalars()
         self._losses: deque[float] = deque()
         self._loss_sum = 0.0
@@ -133,7 +127,7 @@ class Log:
             self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
             logging.getLogger().addHandler(self._file)
         if directory and rank == 0:
-            write_text(directory / "config.toml", to_toml(config))
+            write_text(directory / "config.toml", f"# sdxl_finetune {__version__}\n{to_toml(config)}")
             write_text(directory / "versions.json", json.dumps(versions(), indent=2) + "\n")
             with said_if_it_fails(directory / "ended.json"):
                 (directory / "ended.json").unlink(missing_ok=True)
@@ -188,7 +182,7 @@ class Log:
     def record(self, step: Step) -> None:
         """Records a step that was asked of the device. Its scalars are written when they have arrived.
 
-        Raises NonFiniteLoss for this step or, on a GPU, for an earlier one.
+        Raises WrongNumbers for this step or, on a GPU, for an earlier one.
         """
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
@@ -197,7 +191,8 @@ class Log:
             images_per_second=step.images / max(seconds, 1e-9),
             peak_memory_bytes=peak_memory_bytes(step.loss.device),
         )
-        self._read(self._delayed.push(record, {"loss": step.loss, "grad_norm": step.grad_norm, **step.measured}))
+        scalars = {"loss": step.loss, "grad_norm": step.grad_norm, **step.measured}
+        self._read(self._delayed.push(record, scalars, step.vectors))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -211,14 +206,14 @@ class Log:
     def flush(self) -> None:
         """Waits for the scalars of all recorded steps, so that every loss is checked before a checkpoint is saved.
 
-        Raises NonFiniteLoss.
+        Raises WrongNumbers.
         """
         self._read(self._delayed.flush())
 
     def note_save(self, step: int) -> None:
         """Records that a checkpoint or training state of `step` is about to be saved.
 
-        A run that resumes from it cuts the log back to this point. Raises NonFiniteLoss.
+        A run that resumes from it cuts the log back to this point. Raises WrongNumbers.
         """
         self.flush()
         self._write_histogram(step)
@@ -284,7 +279,7 @@ class Log:
         if self._closed:
             return
         self._closed = True
-        with suppress(NonFiniteLoss, RuntimeError):  # the reason is known, and a lost device has no more scalars
+        with suppress(WrongNumbers, RuntimeError):  # the reason is known, and a lost device has no more scalars
             self.flush()
         if self._progress is not None:
             with suppress(OSError):
@@ -299,30 +294,23 @@ class Log:
             logging.getLogger().removeHandler(self._file)
             self._file.close()
 
-    def _read(self, arrived: list[tuple[_Record, dict[str, float]]]) -> None:
-        for record, scalars in arrived:
+    def _read(self, arrived: list[Arrived[_Record]]) -> None:
+        for each in arrived:
+            record = each.record
             self._last_step = record.step.number
-            scalars = {name: value for name, value in scalars.items() if "/" not in name or not math.isnan(value)}
+            scalars = {name: value for name, value in each.scalars.items() if "/" not in name or not math.isnan(value)}
             mean_loss = self._mean_loss(scalars["loss"])
             if self._rank == 0:
                 self._write_step(record, scalars, mean_loss)
-            if not math.isfinite(scalars["loss"]):
-                raise NonFiniteLoss(record.step.number, scalars["loss"])
-            if not math.isfinite(scalars["grad_norm"]):
-                self._overflowed(record.step.number, scalars)
-
-    def _overflowed(self, number: int, scalars: Mapping[str, float]) -> None:
-        """Notes a step that was skipped because gradients of the scaled loss overflowed, which happens now and then.
-
-        Raises NonFiniteLoss if there is no scale, or if the gradients are not finite at any scale.
-        """
-        scale = scalars.get("loss_scale", 0.0)
-        if scale < SMALLEST_LOSS_SCALE:
-            raise NonFiniteLoss(number, scalars["grad_norm"], "gradient norm")
-        logger.info("step %d was skipped, because its gradients overflowed; the loss scale is now %g", number, scale)
+            self.watch.check(record.step.number, scalars, record.step.timesteps, each.vectors)
 
     def _mean_loss(self, loss: float) -> float:
-        """Mean loss of the last steps, as many as an epoch has: the reference's avr_loss and loss/epoch."""
+        """Mean loss of the last steps, as many as an epoch has: the reference's avr_loss and loss/epoch.
+
+        A loss that is not finite does not count, because no later mean would be finite.
+        """
+        if not math.isfinite(loss):
+            return loss
         if len(self._losses) == self._losses.maxlen:
             self._loss_sum -= self._losses[0]
         self._losses.append(loss)
@@ -335,7 +323,7 @@ class Log:
         rates = {f"lr/{name}": rate for name, rate in lr.items()}
         for tracker in self._trackers:
             tracker.scalars({**scalars, **rates, **speed}, number)
-            if (number - self._first_epoch_at) % self._steps_per_epoch == 0 or number == self._steps:
+            if self._losses and ((number - self._first_epoch_at) % self._steps_per_epoch == 0 or number == self._steps):
                 # Summed anew, because a run that was resumed within the epoch has a running sum of other rounding.
                 tracker.epoch_loss(math.fsum(self._losses) / len(self._losses), epoch, number)
         self._timesteps.add(record.step.timesteps)

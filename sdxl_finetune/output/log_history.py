@@ -90,7 +90,7 @@ def last_losses(directory: Path, count: int) -> list[float]:
     except OSError as error:
         logger.warning("%s cannot be read (%s): its losses are missing in the mean loss", path, error.strerror)
         return []
-    return [row["loss"] for row in rows if "loss" in row][-count:]
+    return [row["loss"] for row in rows if row.get("loss") is not None][-count:]
 
 
 def _event_files(directory: Path) -> list[Path]:

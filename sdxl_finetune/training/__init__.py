@@ -19,4 +19,6 @@ Modules:
     validation, vae_encoder    the validation loss, and the VAE for the latent cache
     tag_reports      which tags are learned so far
     colours          compares drawn pictures with the images of the same captions
+    rank_check       compares the weights of all processes
+    dumps, reproduce    steps whose numbers went wrong: written to files, and run again
 """

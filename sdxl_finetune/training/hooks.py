@@ -276,7 +276,7 @@ def _save_at_the_end(
 def _save(
     run: Run, weights: Sequence[Save], states: Sequence[Save], *, step: int, is_interrupted: bool = False
 ) -> Refused:
-    """Saves on the first rank while the other ranks wait. Raises NonFiniteLoss if a loss so far was not finite.
+    """Saves on the first rank while the other ranks wait. Raises WrongNumbers if a number so far went wrong.
 
     Returns what storage refuses. Old checkpoints and states are deleted only after the new ones are complete.
     """

@@ -69,7 +69,9 @@ class LearnedWeights:
         # One message between ranks holds the gradients and the loss.
         mean = accelerator.reduce(torch.cat([weight.grad, self._weighted[None]]), "mean")
         weight.grad = mean[:-1].clone()
-        if self._options.edm2_loss_weighting_max_grad_norm:
+        if self._options.non_finite_steps == "skip" and not mean.isfinite().all():
+            weight.grad = None  # torch's optimizers leave out a parameter without a gradient
+        elif self._options.edm2_loss_weighting_max_grad_norm:
             clip_grad_norm_([weight], self._options.edm2_loss_weighting_max_grad_norm)
         set_lr(self.optimizer, [self.rate(step)])
         self.optimizer.step()

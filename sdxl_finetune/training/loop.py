@@ -7,7 +7,6 @@ before each step.
 """
 
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
@@ -15,6 +14,7 @@ import torch
 
 from sdxl_finetune.batch import Batch
 from sdxl_finetune.config import Config
+from sdxl_finetune.data.loader import timed
 from sdxl_finetune.data.workers import WorkersDied
 from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.errors import say_errors
@@ -24,13 +24,16 @@ from sdxl_finetune.optim.lr import used_rates
 from sdxl_finetune.optim.meter import Meter
 from sdxl_finetune.optim.optimizer import set_lr
 from sdxl_finetune.optim.update import total_norm
-from sdxl_finetune.output.log import NonFiniteLoss, Step
+from sdxl_finetune.output.log import Step
+from sdxl_finetune.output.watch import WrongNumbers
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory, name_the_batch
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
 from sdxl_finetune.training import hooks, learned_weights, tag_reports
 from sdxl_finetune.training.debug_dataset import draw_dataset
 from sdxl_finetune.training.failed_saves import SaveFailed
 from sdxl_finetune.training.learner import Learner
+from sdxl_finetune.training.rank_check import RankCheck
+from sdxl_finetune.training.reproduce import reproduce
 from sdxl_finetune.training.setup import Run, build_run
 
 logger = logging.getLogger(__name__)
@@ -40,11 +43,13 @@ def train(config: Config) -> int:
     """Trains as `config` says; returns the exit status. Raises UserError for the user's mistakes."""
     if config.debug_dataset:
         return draw_dataset(config)
+    if config.reproduce:
+        return reproduce(config, training_steps)
     try:
         compiling = compiler_failures(config.dynamo_backend) if config.torch_compile else nullcontext()
         with stop_on_signals() as stop, build_run(config, stop) as run, compiling, hooks.saved_if_data_fails(run):
             train_and_save(run, stop)
-    except (NonFiniteLoss, OutOfMemory, SaveFailed, WorkersDied) as error:
+    except (WrongNumbers, OutOfMemory, SaveFailed, WorkersDied) as error:
         say_errors(error)
         return 1
     except Interrupt as interrupt:
@@ -83,7 +88,8 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
     config, accelerator, update = learner.config, learner.accelerator, learner.update
     loss, images, data_wait = torch.zeros((), device=accelerator.device), 0, 0.0
     timesteps: list[float] = []
-    meter = Meter(learner.parameters, accelerator.device)
+    meter = Meter(learner.parameters, accelerator.device, accelerator.num_processes)
+    rank_check = RankCheck(config, learner.parameters, accelerator)
     for waited, batch in timed(batches):
         position = batch.position
         rates = {group.name: learner.lr(position.step, group.lr) for group in learner.parameters.groups}
@@ -98,7 +104,7 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
                 micro_loss = (losses * batch.weights).sum()
                 trained = learner.loss_weights.weighted(losses, batch) if learner.loss_weights else micro_loss
                 accelerator.backward(update.loss_scale.scaled(trained) if update.loss_scale else trained)
-            meter.add_losses(losses.detach(), batch.timesteps, batch.weights)
+            meter.add_losses(losses.detach(), batch)
             loss, images, data_wait = loss + micro_loss.detach(), images + batch.images_in_step, data_wait + waited
             timesteps += batch.timesteps_of_ranks
             if not position.is_last_micro_batch:
@@ -112,24 +118,17 @@ def training_steps(learner: Learner, batches: Iterable[Batch], stop: StopRequest
                 used[learned_weights.NAME] = learner.loss_weights.rate(position.step)
                 learned = learner.loss_weights.step(position.step, accelerator)
         asked = [torch.full_like(loss, value) for value in (stop.cause is not None, stop.take_wish())]
-        sums = accelerator.reduce(torch.cat([torch.stack([loss, *asked]), meter.sums]), "mean")
+        means = accelerator.reduce(torch.cat([torch.stack([loss, *asked]), meter.sums]), "mean")
         yield Step(
             position=position,
-            loss=sums[0],
+            loss=means[0],
             grad_norm=total_norm(norms),
-            measured={**meter.take(sums[3:]), **learned},
-            requests=sums[1:3],
+            measured={**meter.take(means[3:]), **learned},
+            requests=means[1:3],
             lr=used,
             images=images,
             timesteps=timesteps,
+            vectors={**meter.vectors(means[3:], update.parameter_norms), **rank_check.after(position.step + 1)},
             data_wait_seconds=data_wait,
         )
         loss, images, data_wait, timesteps = torch.zeros_like(loss), 0, 0.0, []
-
-
-def timed(batches: Iterable[Batch]) -> Iterator[tuple[float, Batch]]:
-    """Yields each batch with the seconds that the loop waited for it."""
-    started = time.perf_counter()
-    for batch in batches:
-        yield time.perf_counter() - started, batch
-        started = time.perf_counter()

@@ -65,9 +65,9 @@ class Requests:
         self.wish = Wish.NOTHING
         if requests is None:
             return
-        for _, arrived in self._queue.push(None, {"stop": requests[0], "wish": requests[1]}):
-            self._is_stop_agreed |= arrived["stop"] > 0
-            self.wish = max(self.wish, Wish(round(arrived["wish"] * self._ranks)))
+        for arrived in self._queue.push(None, {"stop": requests[0], "wish": requests[1]}):
+            self._is_stop_agreed |= arrived.scalars["stop"] > 0
+            self.wish = max(self.wish, Wish(round(arrived.scalars["wish"] * self._ranks)))
 
     def note_save(self, seconds: float) -> None:
         """Notes that a training state was saved just now, in so many seconds."""

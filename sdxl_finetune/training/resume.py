@@ -108,6 +108,18 @@ def find_start(config: Config) -> Start | None:
     return start
 
 
+def find_start_before(config: Config, step: int) -> Start | None:
+    """Finds the newest save of `output_name` with fewer steps than `step`; else what the run itself resumed from.
+
+    Training states come before checkpoints. Returns None if there is nothing, or only later saves.
+    """
+    for start in _newest(config):
+        if start.state.step < step:
+            return start
+    own = None if config.resume in (None, AUTO) or config.resume_from_huggingface else find_start(config)
+    return own if own and own.state.step < step else None
+
+
 def start_here(start: Start, config: Config) -> Start:
     """Returns the start with its path on this machine. What another machine found at an address is downloaded.
 

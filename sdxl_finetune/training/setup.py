@@ -43,7 +43,7 @@ from sdxl_finetune.model.sdxl import SDXL
 from sdxl_finetune.model.vae import latent_scale, latent_size
 from sdxl_finetune.optim.lr import build_lr
 from sdxl_finetune.optim.optimizer import state_bytes
-from sdxl_finetune.output.checkpoints import final_name, format_to_save, remove
+from sdxl_finetune.output.checkpoints import format_to_save
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.hub import check_access
 from sdxl_finetune.output.log import Log
@@ -66,6 +66,7 @@ from sdxl_finetune.storage.folders import fetch_to
 from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
 from sdxl_finetune.training.colours import ColourCheck, build_colour_check
+from sdxl_finetune.training.dumps import build_watch
 from sdxl_finetune.training.every import Timeline, first_step, saves_every
 from sdxl_finetune.training.failed_saves import FailedSaves
 from sdxl_finetune.training.guards import guarded
@@ -76,7 +77,7 @@ from sdxl_finetune.training.requests import Requests
 from sdxl_finetune.training.restoring import restore
 from sdxl_finetune.training.resume import Start
 from sdxl_finetune.training.stage import begin_stage
-from sdxl_finetune.training.stored_saves import StoredSaves, try_find_stored
+from sdxl_finetune.training.stored_saves import StoredSaves, build_uploads
 from sdxl_finetune.training.text_encoder import TextEncoders
 from sdxl_finetune.training.vae_encoder import VaeEncoder
 from sdxl_finetune.training.validation import Validation, build_validation
@@ -175,7 +176,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     inputs = _read_inputs(config, accelerator, start, Problems())
     index, tokenizer, prompts = inputs.index, inputs.tokenizer, inputs.prompts or ()
     assert index is not None and tokenizer is not None
-    loaded = _load_model(config, start)
+    loaded = load_model(config, start)
     index, latents, masks = prepare_latents(config, index, loaded.vae, accelerator, requests.stop)
     text = _prepare_text(config, index, loaded.model, tokenizer, accelerator, requests.stop)
     ranks = accelerator.num_processes
@@ -185,7 +186,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         plan = replace(plan, origin=resume.resumed_origin(start, order, config))
     steps = total_steps(config, plan)
     timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
-    learner = _build_learner(config, loaded, accelerator, start, steps)
+    learner = build_restored_learner(config, loaded, accelerator, start, steps)
     dataset = TrainingDataset(
         index=index,
         read_latents=latents.read if latents else None,
@@ -202,9 +203,10 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         rank=accelerator.process_index,
         ranks=ranks,
     )
+    log.watch = build_watch(config, seed, dataset, timeline, learner.parameters)
     _log_beginning(config, log, index, timeline, learner, prompts)
     _log_captions(index, tokenizer, accelerator)
-    uploads, stored = _build_uploads(config, accelerator)
+    uploads, stored = build_uploads(config, accelerator)
     return Run(
         config=config,
         options=saved_options(config),
@@ -236,15 +238,6 @@ def _run_seed(config: Config, start: Start | None) -> int:
     if start and config.seed is None and start.state.seed is not None:
         return start.state.seed
     return shared_seed(config)
-
-
-def _build_uploads(config: Config, accelerator: Accelerator) -> tuple[Uploads, StoredSaves]:
-    """Uploads of the run, and the saves that the store holds. Only the first rank needs and finds them."""
-    stored = try_find_stored(config) if accelerator.is_main_process else StoredSaves()
-    rank, address = accelerator.process_index, config.output_address
-    uploads = Uploads(config, config.output_folder, final_name(config), remove, rank=rank, address=address)
-    uploads.give_up_replaced(stored.states | stored.checkpoints)
-    return uploads, stored
 
 
 def shared_index(config: Config, accelerator: Accelerator) -> Index:
@@ -287,7 +280,7 @@ def _open_log(config: Config, accelerator: Accelerator, start: Start | None) -> 
     return Log(config, directory, rank=accelerator.process_index, done=done)
 
 
-def _load_model(config: Config, start: Start | None) -> Loaded:
+def load_model(config: Config, start: Start | None) -> Loaded:
     """Loads the model that the config names, or the one to resume from.
 
     Checkpoints hold the VAE in their own precision. A run that resumes from a checkpoint therefore reads the VAE that
@@ -336,7 +329,7 @@ def _prepare_text(
     return text
 
 
-def _build_learner(
+def build_restored_learner(
     config: Config, loaded: Loaded, accelerator: Accelerator, start: Start | None, steps: int
 ) -> Learner:
     """The learner of a run of `steps` optimizer steps, with the state of the run that it continues."""

@@ -5,8 +5,11 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from sdxl_finetune.config import Config
-from sdxl_finetune.output.checkpoints import saved_names
+from sdxl_finetune.output.checkpoints import final_name, remove, saved_names
+from sdxl_finetune.output.uploads import Uploads
 from sdxl_finetune.storage import Address, StorageError, list_files, read
 from sdxl_finetune.training.saves import STATE_SUFFIX
 from sdxl_finetune.training.state import MANIFEST, STATE, TrainingState
@@ -52,6 +55,15 @@ def try_find_stored(config: Config) -> StoredSaves:
     except StorageError as error:
         logger.warning("%s: old saves that only the store holds are not removed by this run", error)
         return StoredSaves()
+
+
+def build_uploads(config: Config, accelerator: Accelerator) -> tuple[Uploads, StoredSaves]:
+    """Uploads of the run, and the saves that the store holds. Only the first rank needs and finds them."""
+    stored = try_find_stored(config) if accelerator.is_main_process else StoredSaves()
+    rank, address = accelerator.process_index, config.output_address
+    uploads = Uploads(config, config.output_folder, final_name(config), remove, rank=rank, address=address)
+    uploads.give_up_replaced(stored.states | stored.checkpoints)
+    return uploads, stored
 
 
 def _read_state(address: Address) -> TrainingState | None:

@@ -13,6 +13,7 @@ from sdxl_finetune.config import (
     FlowOptions,
     ImageWeightOptions,
     LearnedWeightOptions,
+    NumbersOptions,
     PairingOptions,
     QualityOptions,
     VaeOptions,
@@ -37,6 +38,7 @@ FORKS |= {"contrastive_flow_matching", "cfm_lambda", "soft_min_snr_gamma", "loss
 FORKS |= {"use_zero_cond", "freeze_unet_blocks"}
 """Options of forks of the reference."""
 OURS |= FORKS | {"cache_dir_local", "cache_dir_local_gb", *ColourOptions.model_fields, *TagReportOptions.model_fields}
+OURS |= {*NumbersOptions.model_fields}
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,9 @@ def test_needed_options_are_named():
         ({"full_fp16": True, "mixed_precision": "fp16"}, None),
         ({"full_fp16": True, "full_bf16": True, "mixed_precision": "fp16"}, "full_fp16"),
         ({"full_fp16": True, "mixed_precision": "fp16", "fused_backward_pass": True}, "fused_backward_pass"),
+        ({"non_finite_steps": "skip"}, None),
+        ({"non_finite_steps": "skip", "fused_backward_pass": True}, "non_finite_steps"),
+        ({"non_finite_steps": "skip", "fused_optimizer_groups": 4}, "non_finite_steps"),
         ({"output_name": "a/b"}, "output_name"),
         ({"output_name": "a\\b"}, "output_name"),
         ({"output_name": ".."}, "output_name"),
@@ -258,6 +261,7 @@ zero_terminal_snr scale_v_pred_loss_like_noise_pred adaptive_noise_scale
 mixed_precision full_bf16 full_fp16 fused_backward_pass fused_optimizer_groups gradient_checkpointing xformers
 diffusers_xformers sdpa torch_compile ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph
 initial_step tag_report_every_n_epochs save_retry_minutes save_fallback_dir
+non_finite_steps loss_spike_factor rank_check_every_n_steps reproduce
 freeze_unet_blocks freeze_parameters train_parameters use_zero_cond
 output_dir output_name save_model_as save_precision save_every_n_epochs save_every_n_steps save_n_epoch_ratio
 save_state save_state_on_train_end resume logging_dir log_with console_log_level

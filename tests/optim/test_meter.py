@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn import Parameter
 
+from sdxl_finetune.batch import Batch, Position
 from sdxl_finetune.config import Config
 from sdxl_finetune.low_bits import MasterWeights
 from sdxl_finetune.optim.meter import SAMPLE, Meter
@@ -24,11 +25,37 @@ def random_parameters() -> TrainedParameters:
     return TrainedParameters(groups, MasterWeights())
 
 
+def batch_of(timesteps: list[int], weights: list[float], **values) -> Batch:
+    """A batch of which the meter reads timesteps, weights and the places of the images."""
+    size, noise = torch.zeros(len(weights), 2, dtype=torch.int64), torch.zeros(len(weights), 4, 1, 1)
+    places = {"images_in_step": len(weights), **values}
+    return Batch(
+        position=Position(0, 0, 0, 1), latents=noise, images=None, encoding_noise=None, noise=noise, input_noise=None,
+        timesteps=torch.tensor(timesteps), original_size=size, crop_top_left=size, target_size=size,
+        weights=torch.tensor(weights), **places,
+    )  # fmt: skip
+
+
+def test_losses_of_images_stand_at_their_places_among_all_ranks() -> None:
+    """Three ranks share two images of one micro-batch. The third rank stands in with an image that does not count."""
+    sums = []
+    for rank, slot in enumerate([0, 1, None]):
+        meter = Meter(random_parameters(), torch.device("cpu"), ranks=3)
+        losses = torch.tensor([math.nan if rank == 1 else 5.0 + rank])
+        meter.add_losses(losses, batch_of([10], [1.5 if rank < 2 else 0.0], images_in_step=2, first_slot=slot))
+        sums.append(meter.sums)
+    first, second = meter.vectors(torch.stack(sums).mean(0), torch.zeros(1))["image_losses"].tolist()
+    assert first == 5.0 and math.isnan(second)
+
+
 def test_losses_are_measured_by_range_of_timesteps() -> None:
     meter = Meter(random_parameters(), torch.device("cpu"))
     losses, timesteps = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 249, 250, 999])
-    meter.add_losses(losses, timesteps, torch.ones(4))
-    meter.add_losses(torch.tensor([100.0, 6.0]), torch.tensor([500, 999]), torch.tensor([0.0, 0.2]))
+    meter.add_losses(losses, batch_of(timesteps.tolist(), [1.0] * 4))
+    meter.add_losses(torch.tensor([100.0, 6.0]), batch_of([500, 999], [0.0, 0.2]))
+    vectors = meter.vectors(meter.sums, torch.tensor([7.0]))
+    assert vectors["image_losses"].tolist() == [*losses.tolist(), 0.0, 6.0]
+    assert vectors["gradient_norms"].tolist() == [7.0]
     found = {name: value.item() for name, value in meter.take(meter.sums).items()}
     assert math.isnan(found.pop("loss/t500-749")), "no image was there"
     assert found == {"loss/t000-249": 1.5, "loss/t250-499": 4.0, "loss/t750-999": 7.0}

@@ -22,8 +22,9 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
-from sdxl_finetune.output.log import SMALLEST_LOSS_SCALE, Log, NonFiniteLoss, Step
+from sdxl_finetune.output.log import Log, Step
 from sdxl_finetune.output.log_history import run_directory
+from sdxl_finetune.output.watch import SMALLEST_LOSS_SCALE, NonFiniteLoss
 
 LOSSES = [4.0, 2.0, 3.0, 1.0, 0.5, 0.25]
 
@@ -266,7 +267,9 @@ def test_the_console_may_be_a_file(tmp_path: Path, capsys) -> None:
 
 def test_scalars_of_the_cpu_arrive_at_once() -> None:
     delayed: DelayedScalars[str] = DelayedScalars()
-    assert delayed.push("first", {"a": torch.ones(1, dtype=torch.bfloat16), "b": torch.tensor(2)}) == [
-        ("first", {"a": 1.0, "b": 2.0})
-    ]
+    scalars = {"a": torch.ones(1, dtype=torch.bfloat16), "b": torch.tensor(2)}
+    vectors = {"v": torch.tensor([3.0, 4.0]), "none": torch.zeros(0)}
+    (arrived,) = delayed.push("first", scalars, vectors)
+    assert (arrived.record, arrived.scalars) == ("first", {"a": 1.0, "b": 2.0})
+    assert arrived.vectors == {"v": [3.0, 4.0], "none": []}
     assert delayed.flush() == []

@@ -123,7 +123,6 @@ def test_a_whole_log_survives_a_disk_that_is_full_for_a_while(tmp_path: Path) ->
                 loss=torch.tensor(float(number)),
                 grad_norm=torch.ones(()),
                 measured={},
-                stop_requested=torch.zeros(()),
                 lr={},
                 images=1,
                 data_wait_seconds=0.0,

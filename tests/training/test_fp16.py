@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from scripts.benchmarks.interrupt import differences, read_metrics, saved_names
 from sdxl_finetune.config import load_config
 from sdxl_finetune.optim import loss_scale
-from sdxl_finetune.output import log
+from sdxl_finetune.output import watch
 from sdxl_finetune.training.loop import train
 from tests.training.test_resume import arguments, forget, refusal
 from tests.training.toy_runs import read_rows
@@ -84,7 +84,7 @@ def test_overflows_are_skipped_and_a_resume_goes_on_exactly(work, monkeypatch, c
 
 def test_gradients_that_overflow_at_any_scale_end_the_run(work, monkeypatch, capsys) -> None:
     monkeypatch.setattr(loss_scale.LossScale, "scaled", lambda scale, loss: loss * torch.inf)
-    monkeypatch.setattr(log, "SMALLEST_LOSS_SCALE", 2.0**14)
+    monkeypatch.setattr(watch, "SMALLEST_LOSS_SCALE", 2.0**14)
     config = load_config(arguments("one", *QUICK, *FP16, "--max_train_steps", "100"), program="sdxl-train")
     assert config is not None and train(config) == 1
     assert "the gradient norm of step 3 is" in capsys.readouterr().err
