@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
+from sdxl_finetune.data.tables import TAIL
+
 Damaged = tuple[str, bytes]
 CANARY = "canary_was_touched"
 """File in the folder of a trial. Code in a damaged file that is run makes it."""
@@ -122,7 +124,9 @@ def of_toml(data: bytes, rng: random.Random) -> Damaged:
     odd = rng.choice([*ODD, "[" * DEEP, "{a=" * DEEP, "1979-05-27", "0x" + "f" * 999, "1" * 9999])
     text = odd if isinstance(odd, str) and odd[:1] in ("[", "{", "1", "0") else json.dumps(odd)
     if rng.random() < 0.2:
-        lines.insert(place, rng.choice([f"x = {text}", f"[{text[:200]}]", "[[datasets]]", lines[place], "a.b.c = 1", "="]))
+        lines.insert(
+            place, rng.choice([f"x = {text}", f"[{text[:200]}]", "[[datasets]]", lines[place], "a.b.c = 1", "="])
+        )
     elif "=" in lines[place]:
         lines[place] = f"{lines[place].partition('=')[0]}= {text}"
     return "an odd value", "\n".join(lines).encode("utf-8", "surrogatepass")
@@ -131,9 +135,13 @@ def of_toml(data: bytes, rng: random.Random) -> Damaged:
 def of_text(data: bytes, rng: random.Random) -> Damaged:
     """Puts odd text into a caption, a list of prompts, or a table."""
     odd = rng.choice([odd for odd in ODD if isinstance(odd, str)])
-    odd = rng.choice([odd, " --w 999999999 --h 64", " --s 1000000000", "--d x --l nan", "{|" * 2000, '"', ",,,,,", "(:-1e400)"])
+    odd = rng.choice(
+        [odd, " --w 999999999 --h 64", " --s 1000000000", "--d x --l nan", "{|" * 2000, '"', ",,,,,", "(:-1e400)"]
+    )
     text, at = odd.encode("utf-8", "surrogatepass"), rng.randrange(len(data) + 1)
-    return "odd text", rng.choice([data[:at] + text + data[at:], text, data * 3000, b"\xff\xfe" + text, b"\n" * 100_000])
+    return "odd text", rng.choice(
+        [data[:at] + text + data[at:], text, data * 3000, b"\xff\xfe" + text, b"\n" * 100_000]
+    )
 
 
 def of_safetensors(data: bytes, rng: random.Random) -> Damaged:
@@ -152,8 +160,12 @@ def of_safetensors(data: bytes, rng: random.Random) -> Damaged:
             return "another header", len(text).to_bytes(8, "little") + text + body
         case 2:
             fields = dict(header.get("__metadata__", {}))
-            name = rng.choice([*fields, "sdxl_finetune.resume", "sdxl_finetune.config", "sdxl_finetune.stages", "format"])
-            odd = rng.choice([str(rng.choice(ODD)), "[" * DEEP, '{"log": "../../outside"}', '{"origin": 3}', '{"within": "x"}'])
+            name = rng.choice(
+                [*fields, "sdxl_finetune.resume", "sdxl_finetune.config", "sdxl_finetune.stages", "format"]
+            )
+            odd = rng.choice(
+                [str(rng.choice(ODD)), "[" * DEEP, '{"log": "../../outside"}', '{"origin": 3}', '{"within": "x"}']
+            )
             header["__metadata__"] = fields | {name: odd}
             what = "odd metadata"
         case 3:
@@ -179,27 +191,49 @@ def of_pickle(data: bytes, rng: random.Random) -> Damaged:
             torch.save({"state_dict": {"a": torch.zeros(2)}, "x": _Exploit()}, out)
             return "a pickle that runs code", out.getvalue()
         case 2:
-            torch.save({"state_dict": {"first_stage_model.x": big}, "state": {"unet.x": {"step": big}}, "groups": {}}, out)
+            torch.save(
+                {"state_dict": {"first_stage_model.x": big}, "state": {"unet.x": {"step": big}}, "groups": {}}, out
+            )
             return "a huge tensor", out.getvalue()
         case 3:
-            odd = rng.choice([1, [], {"state": 3}, {"state": {}, "groups": {}, "random": big}, {1: torch.zeros(1)}, {"a": "b"}])
+            odd = rng.choice(
+                [1, [], {"state": 3}, {"state": {}, "groups": {}, "random": big}, {1: torch.zeros(1)}, {"a": "b"}]
+            )
             torch.save(odd, out)
             return "another object", out.getvalue()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
         for one in old.infolist():
             content = old.read(one)
-            new.writestr(one.filename, of_bytes(content, rng)[1] if rng.random() < 0.02 or one.filename.endswith("data.pkl") else content)
+            new.writestr(
+                one.filename,
+                of_bytes(content, rng)[1] if rng.random() < 0.02 or one.filename.endswith("data.pkl") else content,
+            )
     return "a damaged member", out.getvalue()
 
 
 def of_tar(data: bytes, rng: random.Random) -> Damaged:
     """Adds a hostile member to a tar file."""
     out = io.BytesIO(data)
-    names = ["../../outside.png", "/tmp/outside.png", "a.png", "x" * 5000 + ".png", "a\n.txt", "a/../b.png", "..", "con.json"]
+    names = [
+        "../../outside.png",
+        "/tmp/outside.png",
+        "a.png",
+        "x" * 5000 + ".png",
+        "a\n.txt",
+        "a/../b.png",
+        "..",
+        "con.json",
+    ]
     name = rng.choice(names)
     with tarfile.open(fileobj=out, mode="a", format=rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as tar:
         member = tarfile.TarInfo(name)
-        kinds = [tarfile.REGTYPE] * 4 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
+        kinds = [tarfile.REGTYPE] * 4 + [
+            tarfile.SYMTYPE,
+            tarfile.LNKTYPE,
+            tarfile.CHRTYPE,
+            tarfile.FIFOTYPE,
+            tarfile.DIRTYPE,
+        ]
         member.type, member.linkname = rng.choice(kinds), rng.choice(["/etc/passwd", "../../x", "a.png"])
         inner = rng.choice([b"", b"x", b"[" * DEEP, _png(rng), json.dumps(rng.choice(ODD)).encode()])
         member.size = len(inner) if member.isreg() else 0
@@ -212,7 +246,9 @@ def of_tar(data: bytes, rng: random.Random) -> Damaged:
             return of_bytes(data, rng)
     content = bytearray(out.getvalue())
     if rng.random() < 0.4:
-        content[124:136] = rng.choice([b"\x80" + b"\xff" * 11, b"77777777777\0", b"-0000000001\0", b"xxxxxxxxxxx\0", bytes(12)])
+        content[124:136] = rng.choice(
+            [b"\x80" + b"\xff" * 11, b"77777777777\0", b"-0000000001\0", b"xxxxxxxxxxx\0", bytes(12)]
+        )
         total = sum(content[:148]) + 8 * 32 + sum(content[156:512])
         content[148:156] = b"%06o\0 " % total
         return "a wrong size of a member", bytes(content)
@@ -225,17 +261,31 @@ def _png(rng: random.Random) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    width, height = rng.choice([(2**31 - 1, 2**31 - 1), (60_000, 60_000), (0, 1), (2**31, 1), (13_000, 13_000), (64, 64), (1, 10**7)])
+    width, height = rng.choice(
+        [(2**31 - 1, 2**31 - 1), (60_000, 60_000), (0, 1), (2**31, 1), (13_000, 13_000), (64, 64), (1, 10**7)]
+    )
     bomb = zlib.compress(bytes(1 << 28), 9)
-    header = struct.pack(">IIBBBBB", width, height, rng.choice([1, 8, 16, 3]), rng.choice([0, 2, 3, 6, 7]), 0, 0, rng.choice([0, 1, 2]))
-    extra = rng.choice([b"", chunk(b"zTXt", b"a\0\0" + bomb), chunk(b"iCCP", b"a\0\0" + bomb), chunk(b"eXIf", b"MM\0*" + b"\xff" * 40)])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    header = struct.pack(
+        ">IIBBBBB", width, height, rng.choice([1, 8, 16, 3]), rng.choice([0, 2, 3, 6, 7]), 0, 0, rng.choice([0, 1, 2])
+    )
+    extra = rng.choice(
+        [b"", chunk(b"zTXt", b"a\0\0" + bomb), chunk(b"iCCP", b"a\0\0" + bomb), chunk(b"eXIf", b"MM\0*" + b"\xff" * 40)]
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def of_image(data: bytes, rng: random.Random) -> Damaged:
     """Puts an image that claims to be large, or a file of a format that nobody expects, in the place of an image."""
     rest = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(%stdout) (w) file pop showpage\n%%EOF\n"
-    tiff = b"II*\0\x08\0\0\0\x02\0\0\x01\x04\0\x01\0\0\0\xff\xff\xff\x7f\x01\x01\x04\0\x01\0\0\0\xff\xff\xff\x7f\0\0\0\0"
+    tiff = (
+        b"II*\0\x08\0\0\0\x02\0\0\x01\x04\0\x01\0\0\0\xff\xff\xff\x7f\x01\x01\x04\0\x01\0\0\0\xff\xff\xff\x7f\0\0\0\0"
+    )
     gif = b"GIF89a" + b"\xff" * 4 + b"\xf7\0\0" + bytes(768) + b",\0\0\0\0\xff\xff\xff\xff\0\x08\x02"
     svg = b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>"
     at = data.find(b"\xff\xc0")
@@ -243,7 +293,9 @@ def of_image(data: bytes, rng: random.Random) -> Damaged:
         return "claims to be large", data[: at + 5] + b"\xff\xff\xff\xff" + data[at + 9 :]
     if rng.random() < 0.5:
         return "a bomb", _png(rng)
-    return "another kind of image", rng.choice([rest, tiff, gif, svg, b"P6 99999 99999 255\n" + bytes(99), b"BM" + b"\xff" * 60])
+    return "another kind of image", rng.choice(
+        [rest, tiff, gif, svg, b"P6 99999 99999 255\n" + bytes(99), b"BM" + b"\xff" * 60]
+    )
 
 
 def of_parquet(data: bytes, rng: random.Random) -> Damaged:
@@ -256,7 +308,11 @@ def of_parquet(data: bytes, rng: random.Random) -> Damaged:
     except (pa.ArrowException, OverflowError):
         return of_bytes(data, rng)
     column = rng.choice([column, pa.nulls(table.num_rows), pa.array([b"\xff"] * table.num_rows)])
-    changed = [table.drop_columns([table.column_names[place]]), table.slice(0, 0), table.append_column("caption", column)]
+    changed = [
+        table.drop_columns([table.column_names[place]]),
+        table.slice(0, 0),
+        table.append_column("caption", column),
+    ]
     changed += [table.set_column(place, table.column_names[place], column)] * 4
     out = io.BytesIO()
     pa.parquet.write_table(rng.choice(changed), out)
@@ -265,7 +321,7 @@ def of_parquet(data: bytes, rng: random.Random) -> Damaged:
 
 def of_table(data: bytes, rng: random.Random) -> Damaged:
     """Changes a file of the index: an Arrow table with JSON in the metadata of its schema."""
-    table = pa.ipc.open_file(data).read_all()
+    table = pa.ipc.open_file(data[:-TAIL]).read_all()
     metadata = dict(table.schema.metadata or {})
     if metadata and rng.random() < 0.5:
         name = rng.choice(list(metadata))
@@ -274,10 +330,16 @@ def of_table(data: bytes, rng: random.Random) -> Damaged:
     else:
         place = rng.randrange(table.num_columns)
         name, kind = table.column_names[place], table.schema.field(place).type
-        columns = [pa.nulls(table.num_rows, kind), pa.nulls(table.num_rows), table.column(place).take([0] * table.num_rows)]
+        columns = [
+            pa.nulls(table.num_rows, kind),
+            pa.nulls(table.num_rows),
+            table.column(place).take([0] * table.num_rows),
+        ]
         if pa.types.is_integer(kind):
             columns += [pa.array([odd] * table.num_rows, kind) for odd in (-1, 0, (1 << kind.bit_width - 1) - 1)]
-        table = rng.choice([table.set_column(place, name, rng.choice(columns)), table.slice(1), table.drop_columns([name])])
+        table = rng.choice(
+            [table.set_column(place, name, rng.choice(columns)), table.slice(1), table.drop_columns([name])]
+        )
     out = io.BytesIO()
     with pa.ipc.new_file(out, table.schema) as writer:
         writer.write_table(table)

@@ -1,10 +1,7 @@
 """Imports what the programs import while they run, so that processes forked from this one start at once."""
 
 import bitsandbytes  # noqa: F401
-import diffusers.models.autoencoders.autoencoder_kl
-import diffusers.models.unets.unet_2d_condition
 import tensorboard.compat.tensorflow_stub  # noqa: F401
-import torch.utils.tensorboard
 import transformers.models.clip.modeling_clip  # noqa: F401
 
 import sdxl_finetune.commands.cache

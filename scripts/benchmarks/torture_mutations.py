@@ -26,6 +26,7 @@ CONFIG = ["--config", "config.toml", *RUN, "--no_memory"]
 CHECK = ("sdxl-check", *OPTIONS)
 CACHE = ("sdxl-cache", *OPTIONS, "--on_bad_image", "skip")
 TRAIN = ("sdxl-train", *OPTIONS)
+REPORT = ("sdxl-data", "report", *DATA, "--output_dir", "out", "--output", "out/report.html")
 RESUMED = (*TRAIN, "--resume")
 WRITTEN = ("out", "logs", ".cache", "converted.safetensors", "card")
 """Files and folders into which the programs may write: those of the config, and the user's cache."""
@@ -43,9 +44,9 @@ class Reader:
 
 
 READERS = (
-    Reader("image", "images/*.[pjwb][npem][gbp]*", (CACHE, CHECK, (*CACHE, "--on_bad_image", "stop"), (*TRAIN, "--no-cache_latents_to_disk")), 5),
+    Reader("image", "images/*.[pjwb][npem][gbp]*", (CACHE, CHECK, (*CACHE, "--on_bad_image", "stop"), (*TRAIN, "--no-cache_latents_to_disk"), REPORT), 5),
     Reader("mask", "masks/*.[pj][np]g", ((*TRAIN, "--masked_loss", "--conditioning_data_dir", "masks"),), 2),
-    Reader("caption", "images/*.txt", (CHECK, TRAIN, (*CACHE, "--cache_text_encoder_outputs_to_disk"), (*TRAIN, "--enable_wildcard", "--weighted_captions", "--shuffle_caption")), 3),
+    Reader("caption", "images/*.txt", (CHECK, TRAIN, (*CACHE, "--cache_text_encoder_outputs_to_disk"), (*TRAIN, "--enable_wildcard", "--weighted_captions", "--shuffle_caption"), REPORT), 3),
     Reader("caption in JSON", "images/*.json", ((*CHECK, "--caption_sources", ".json#caption:1, .json#tags:1, .txt:1"),), 2),
     Reader("metadata (JSON)", "meta.json", ((*CHECK, "--in_json", "meta.json"),), 2),
     Reader("metadata (JSON Lines)", "meta.jsonl", ((*CHECK, "--in_json", "meta.jsonl"),), 2),
@@ -101,7 +102,13 @@ def _words(program: tuple[str, ...], path: Path) -> list[str]:
     """The words of a program, with the damaged file at the end if the last option has no value yet."""
     if program[-1] in ("info", "card"):
         return [*program, str(path)]
-    lacks_value = ("--quality_scores", "--image_weights", "--caption_tag_dropout_groups", "--protected_tags_file", "--sample_prompts")
+    lacks_value = (
+        "--quality_scores",
+        "--image_weights",
+        "--caption_tag_dropout_groups",
+        "--protected_tags_file",
+        "--sample_prompts",
+    )
     return [*program, *([str(path)] if program[-1] in lacks_value else [])]
 
 

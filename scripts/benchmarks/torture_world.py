@@ -112,7 +112,7 @@ def fresh_copy(folder: Path) -> Path:
 
 def _copy(source: str, target: str) -> None:
     if os.stat(source).st_size > LINKED:  # noqa: PTH116
-        os.link(source, target)  # noqa: PTH200
+        os.link(source, target)
     else:
         shutil.copy2(source, target)
 
@@ -180,13 +180,19 @@ def _make_texts(folder: Path) -> None:
         "[general]\nresolution = 64\ncaption_extension = '.txt'\n[[datasets]]\nbatch_size = 2\n"
         "[[datasets.subsets]]\nimage_dir = 'images'\nnum_repeats = 2\nkeep_tokens = 1\n"
     )
-    (folder / "prompts.txt").write_text("a dog --n bad --w 64 --h 64 --s 1 --d 5\n# remark\na cat --l 7.5 --w 64 --h 64 --s 1\n")
+    (folder / "prompts.txt").write_text(
+        "a dog --n bad --w 64 --h 64 --s 1 --d 5\n# remark\na cat --l 7.5 --w 64 --h 64 --s 1\n"
+    )
     (folder / "prompts.toml").write_text(
         "[prompt]\nwidth = 64\nheight = 64\nsample_steps = 1\n[[prompt.subset]]\nprompt = 'a dog'\nseed = 1\n"
     )
-    (folder / "prompts.json").write_text(json.dumps([{"prompt": "a dog", "width": 64, "height": 64, "sample_steps": 1}]))
+    (folder / "prompts.json").write_text(
+        json.dumps([{"prompt": "a dog", "width": 64, "height": 64, "sample_steps": 1}])
+    )
     (folder / "groups.json").write_text(json.dumps({"a": ["b", "c"]}))
     (folder / "groups.toml").write_text("a = ['b', 'c']\n'red hair' = ['smile']\n")
     (folder / "protected.txt").write_text("1girl\nred *\n")
-    (folder / "weights.toml").write_text("[tags]\n'1girl' = { repeats = 2, loss_weight = 0.5 }\n[paths]\n'a.*' = { repeats = 3 }\n")
+    (folder / "weights.toml").write_text(
+        "[tags]\n'1girl' = { repeats = 2, loss_weight = 0.5 }\n[paths]\n'a.*' = { repeats = 3 }\n"
+    )
     (folder / "weights.csv").write_text("path,repeats,loss_weight\na.png,2,0.5\n")

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float32, Int, Int64, UInt8
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.tables import one_chunk, with_slashes
 from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.storage import Location, read
 
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "image", "name", "key", "id")
@@ -196,12 +197,12 @@ def _json_lines(path: Location, opened: Opened) -> Iterator[tuple[str, dict[str,
     with io.TextIOWrapper(opened(), "utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _named(path, f"line {number}", json.loads(line))
+                yield _named(path, f"line {number}", parse_json(line))
 
 
 def _json_objects(path: Location, opened: Opened, default: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with io.TextIOWrapper(opened(), "utf-8-sig") as file:
-        content = json.load(file)
+        content = parse_json(file.read())
     if isinstance(content, list):
         yield from (_named(path, f"entry {number}", entry) for number, entry in enumerate(content, start=1))
     elif isinstance(content, dict):

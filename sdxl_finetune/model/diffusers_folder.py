@@ -25,6 +25,7 @@ from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors, wri
 from sdxl_finetune.model.tokenizer_files import save_tokenizers
 from sdxl_finetune.model.vae import build_vae
 from sdxl_finetune.model.weights import Weights
+from sdxl_finetune.parsing import parse_json
 
 PARTS = {
     "unet": ("unet", ("diffusion_pytorch_model",)),
@@ -119,7 +120,7 @@ def _vae_tensors(tensors: Mapping[str, Source]) -> dict[str, Source]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(
             Problem(f"this is no JSON object ({error}): fetch or save the folder again", file=str(path))

@@ -29,6 +29,7 @@ from sdxl_finetune.config import Config, to_toml
 from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.colours import Drift
+from sdxl_finetune.output.console import RedactingFormatter, secrets_of
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.curve import draw_curve
 from sdxl_finetune.output.delayed_scalars import DelayedScalars
@@ -36,6 +37,7 @@ from sdxl_finetune.output.histograms import EDGES, PERIOD, TimestepCounts
 from sdxl_finetune.output.log_history import METRICS, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
+from sdxl_finetune.redaction import redacted
 from sdxl_finetune.runtime import host
 
 logger = logging.getLogger(__name__)
@@ -131,10 +133,11 @@ class Log:
         if directory:
             _make_directory(directory)
         self._trackers = build_trackers(config, directory, done, shareable(config)) if rank == 0 else []
+        self._secrets = secrets_of(config)
         if directory:
             path = directory / f"console_rank{rank}.log"
             self._file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-            self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+            self._file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", config))
             logging.getLogger().addHandler(self._file)
         if directory and rank == 0:
             _write(directory / "config.toml", to_toml(config))
@@ -294,6 +297,7 @@ class Log:
             tracker.close()
         if self._metrics and self._directory:
             self._metrics.close()
+            reason = redacted(reason, self._secrets)
             ended = {"reason": reason, "step": self._last_step, "time": datetime.now().astimezone().isoformat()}
             _write(self._directory / "ended.json", json.dumps(ended, indent=2) + "\n")
         if self._file:

@@ -4,6 +4,7 @@ At every save, the file `saves.jsonl` gets a line with the sizes of the log's gr
 files off at these sizes. This removes everything that the interrupted run wrote after the save.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sdxl_finetune.config import LoggingOptions
+from sdxl_finetune.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +56,16 @@ def go_back(directory: Path, step: int) -> bool:
 
     The function may be interrupted and called again.
     """
-    sizes, end = None, 0
+    noted, end = None, 0
     try:
         with (directory / SAVES).open("rb") as file:
             for line in iter(file.readline, b""):
-                if line.endswith(b"\n") and (save := json.loads(line))["step"] == step:
-                    sizes, end = save["sizes"], file.tell()
-    except (OSError, ValueError, KeyError):
+                if line.endswith(b"\n") and (save := parse_json(line))["step"] == step:
+                    noted, end = save["sizes"], file.tell()
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    if sizes is None or any(not (directory / name).is_file() for name in sizes):
+    sizes = _sizes_to_cut(directory, noted)
+    if sizes is None:
         return False
     for path in _event_files(directory):
         if str(path.relative_to(directory)) not in sizes:
@@ -73,15 +76,34 @@ def go_back(directory: Path, step: int) -> bool:
     return True
 
 
+def _sizes_to_cut(directory: Path, noted: object) -> dict[str, int] | None:
+    """The sizes that the record of a save notes; None if one of the log's files is shorter.
+
+    The record may be damaged. Only files of the log are cut, wherever the names in the record point.
+    """
+    lengths = {str(path.relative_to(directory)): path.stat().st_size for path in _event_files(directory)}
+    if (metrics := directory / METRICS).is_file():
+        lengths[METRICS] = metrics.stat().st_size
+    if not isinstance(noted, dict):
+        return None
+    fits = all(type(size) is int and 0 <= size <= lengths.get(name, -1) for name, size in noted.items())
+    return dict(noted) if fits else None
+
+
 def last_losses(directory: Path, count: int) -> list[float]:
-    """Returns the losses of the last `count` steps in metrics.jsonl."""
+    """Returns the losses of the last `count` steps in metrics.jsonl. Damaged lines are left out."""
     path = directory / METRICS
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8") as file:
+    losses = []
+    with path.open("rb") as file:
         # Besides its own line, a step has at most one line each of validation, tags, colours and loss weights.
-        rows = [json.loads(line) for line in file.readlines()[-5 * count - 5 :]]
-    return [row["loss"] for row in rows if "loss" in row][-count:]
+        for line in file.readlines()[-5 * count - 5 :]:
+            with contextlib.suppress(ValueError):
+                row = parse_json(line)
+                if isinstance(row, dict) and isinstance(row.get("loss"), int | float):
+                    losses.append(float(row["loss"]))
+    return losses[-count:]
 
 
 def _event_files(directory: Path) -> list[Path]:

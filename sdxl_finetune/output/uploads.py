@@ -23,6 +23,7 @@ from sdxl_finetune.errors import counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.hub import HubCall, HubError, target
 from sdxl_finetune.output.store_call import StoreCall
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
 from sdxl_finetune.storage import Address, StorageError
 
@@ -313,7 +314,7 @@ class Uploads:
 
     def _load(self) -> list[Upload]:
         try:
-            return [Upload(**values) for values in json.loads(self._list.read_text(encoding="utf-8"))]
+            return [Upload(**values) for values in parse_json(self._list.read_text(encoding="utf-8"))]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, TypeError) as error:

@@ -1,12 +1,12 @@
 """Training states and checkpoints of a run that stand in an object store. Another machine may have saved them."""
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.output.checkpoints import saved_names
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.storage import Address, StorageError, list_files, read
 from sdxl_finetune.training.saves import STATE_SUFFIX
 from sdxl_finetune.training.state import MANIFEST, STATE, TrainingState
@@ -56,6 +56,6 @@ def try_find_stored(config: Config) -> StoredSaves:
 
 def _read_state(address: Address) -> TrainingState | None:
     try:
-        return TrainingState.from_json(json.loads(read(address / STATE)))
+        return TrainingState.from_json(parse_json(read(address / STATE)))
     except (StorageError, ValueError, KeyError, TypeError, AttributeError):
         return None
