@@ -103,9 +103,9 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
 
 def _hide_secrets(config: Any) -> tuple[str, ...]:
     """Hides the secrets of a config in all that is printed to stderr from now on, and returns them."""
-    from sdxl_finetune.config.options import SECRETS
+    from sdxl_finetune.config.options import secrets_of
 
-    return hide_in_output(getattr(config, name, None) for name in SECRETS)
+    return hide_in_output(secrets_of(config))
 
 
 def _say_problems(error: UserError, argument: Any) -> None:

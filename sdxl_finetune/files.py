@@ -70,6 +70,14 @@ def remove_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> list[Path]
     return removed
 
 
+def is_plain_name(name: object) -> bool:
+    """True for the name of a file or folder that leads to no other folder, on any system, and can be printed.
+
+    Names in files of others may be `../name` or `/name`.
+    """
+    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
+
+
 def _flush(path: Path) -> None:
     """Writes a file or folder to the disk. Windows cannot do this for folders, and needs write access to files."""
     if os.name == "nt" and path.is_dir():

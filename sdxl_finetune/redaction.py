@@ -40,9 +40,21 @@ def known_secrets(given: Iterable[str | None] = ()) -> tuple[str, ...]:
 
 def redacted(text: str, secrets: Iterable[str] = ()) -> str:
     """The text with *** in the place of these secrets and of all that are known by their form."""
-    for secret in secrets:
-        text = text.replace(secret, HIDDEN)
-    return FORMS.sub(_shown_part, text)
+    return FORMS.sub(_shown_part, replaced(text, secrets))
+
+
+def replaced(value: Any, secrets: Iterable[str]) -> Any:
+    """A value of JSON or TOML with *** in the place of these secrets, which may stand in any text of it."""
+    match value:
+        case str():
+            for secret in secrets:
+                value = value.replace(secret, HIDDEN)
+            return value
+        case list():
+            return [replaced(one, secrets) for one in value]
+        case dict():
+            return {key: replaced(one, secrets) for key, one in value.items()}
+    return value
 
 
 def _shown_part(found: "re.Match[str]") -> str:

@@ -63,7 +63,7 @@ _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", "
 def open_folder(folder: Path) -> TensorFile:
     """Opens all parts of a diffusers pipeline. Raises UserError for another kind of pipeline."""
     index = folder / "model_index.json"
-    kind = _read_json(index).get("_class_name", "") if index.is_file() else "StableDiffusionXLPipeline"
+    kind = str(_read_json(index).get("_class_name", "")) if index.is_file() else "StableDiffusionXLPipeline"
     if not kind.startswith("StableDiffusionXL"):
         raise UserError(Problem(f"this is a {kind}, not an SDXL base model: choose another folder", file=str(index)))
     if not (folder / "unet").is_dir():

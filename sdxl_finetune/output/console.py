@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from sdxl_finetune.config import LoggingOptions
-from sdxl_finetune.config.options import SECRETS
-from sdxl_finetune.redaction import known_secrets, redacted
+from sdxl_finetune.config.options import secrets_of
+from sdxl_finetune.redaction import redacted
 
 
 class RedactingFormatter(logging.Formatter):
@@ -21,11 +21,6 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record), self._secrets)
-
-
-def secrets_of(options: LoggingOptions) -> tuple[str, ...]:
-    """The secrets in the config and in the environment."""
-    return known_secrets(getattr(options, name, None) for name in SECRETS)
 
 
 class _AboveProgressBar(logging.Handler):

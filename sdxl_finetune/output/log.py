@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config, to_toml
+from sdxl_finetune.config.options import secrets_of
 from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.output.colours import Drift
-from sdxl_finetune.output.console import RedactingFormatter, secrets_of
+from sdxl_finetune.output.console import RedactingFormatter
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.curve import draw_curve
 from sdxl_finetune.output.delayed_scalars import DelayedScalars

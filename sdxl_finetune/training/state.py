@@ -24,7 +24,7 @@ import torch
 
 from sdxl_finetune.config import Config, SavingOptions
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.files import atomic_path
+from sdxl_finetune.files import atomic_path, is_plain_name
 from sdxl_finetune.model.load import Format
 from sdxl_finetune.model.tensorfile import Source, write_safetensors
 from sdxl_finetune.output.checkpoints import saved_names
@@ -144,9 +144,7 @@ def _read_position(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     step, epoch = values.get("origin", (0, 0))
     order, log = values.get("order"), values.get("log")
-    if log is not None and (
-        not isinstance(log, str) or not log.isprintable() or Path(log).parts != (log,) or log == ".."
-    ):
+    if log is not None and not is_plain_name(log):
         raise ValueError(f"log = {log!r} is no name of a folder")
     if order is not None and not isinstance(order, dict):
         raise ValueError("the order of images is no table")

@@ -167,7 +167,7 @@ def _headers(file: BufferedReader, size: int, location: Location, problems: Tall
                 return
             count += 1
             yield member
-            tar.members.clear()  # it would hold millions
+            tar.members.clear()  # type: ignore[attr-defined]  # it would hold millions
         end = tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         problems.add(Problem(f"not readable as a tar file ({error}): {remedy}", file=str(location)))
