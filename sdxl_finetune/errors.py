@@ -22,6 +22,8 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and surrogates, which Python uses for bytes that are not UTF-8."""
 VARYING = re.compile(r"\d+(?:x\d+)*|'[^']*'|\"[^\"]*\"|\([^()]*\)")
 """The parts of a message that differ between problems of one kind: numbers, sizes, quotations and remarks."""
+LONGEST = 4000
+"""Letters of a problem that are shown: the first and the last ones."""
 SHOWN = 20
 """Problems of one kind that are listed; more would hide the other messages, and millions would fill the memory."""
 CONSEQUENCE_DELAY = 3600
@@ -47,6 +49,8 @@ class Problem:
         value = "" if self.value is None or is_hidden else f" = {self.value!r}"
         key = "" if self.key is None else f"{self.key}{value}: "
         text = redacted(where + key + self.message)
+        if len(text) > LONGEST:  # a damaged file may hold names and values of megabytes
+            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
         # A file name may hold line breaks and bytes that are no text, but a problem is one line.
         return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 

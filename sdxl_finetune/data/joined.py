@@ -140,7 +140,11 @@ def _columns(path: Location, there: Sequence[str], wanted: Sequence[str]) -> tup
         message = "no column names the images: rename the one with their paths to path; the columns are"
         message += f" {listed(there, SHOWN)}"
         raise UserError(Problem(message, file=str(path)))
-    return name, [column for column in wanted if column in there]
+    columns = [column for column in wanted if column in there]
+    for column in (name, *columns):
+        if there.count(column) > 1:
+            raise UserError(Problem(f"several columns are named {column}: rename all but one", file=str(path)))
+    return name, columns
 
 
 def _read_parquet(path: Location, opened: Opened, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:

@@ -6,6 +6,7 @@ that repeats one number. Both are refused here before their values are read.
 """
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,7 +33,9 @@ def load_pickle(path: Path) -> Any:
             mapped = file.read(len(ZIP)) == ZIP
         if mapped:
             _check_members(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle's version, which the error tells if it matters
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         _check_tensors(content)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -103,6 +103,8 @@ class TrainingState:
         config, seed = values["config"], values["seed"]
         if not isinstance(config, dict | None) or not isinstance(values["optimizer"], str | None):
             raise ValueError("config or optimizer is of a wrong type")
+        if values["checkpoint"] not in (None, *get_args(Format)):
+            raise ValueError("the format of checkpoints is unknown")
         return cls(
             step=_count("step", values["step"]),
             epoch=_count("epoch", values["epoch"]),
