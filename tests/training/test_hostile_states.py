@@ -28,7 +28,7 @@ def test_the_name_of_a_log_is_a_folder_in_logging_dir(log: object) -> None:
     [
         {"step": -1}, {"step": "1"}, {"epoch": 2**70}, {"epoch": True}, {"seed": -1}, {"seed": "x"}, {"config": [1]},
         {"optimizer": {}}, {"resume": {"origin": [1]}}, {"resume": {"within": None}}, {"resume": []}, {"format": "x"},
-        {"resume": {"order": "x"}}, {"stages": 3}, {"time": {}}, {"resume": {"log": "../x"}}, {"checkpoint": "x" * 9},
+        {"resume": {"order": "x"}}, {"time": {}}, {"resume": {"log": "../x"}}, {"checkpoint": "x" * 9},
     ],
 )  # fmt: skip
 def test_a_state_with_impossible_values_is_refused(tmp_path: Path, change: dict) -> None:
