@@ -1,6 +1,6 @@
 """Shows that tag reports find the tags that are not learned, and that underfitted.toml helps those tags.
 
-    python -m scripts.benchmarks.tags [--seeds 6 7 8] [--folder build/tags] [--write]
+    python -m scripts.benchmarks.tags [--seeds 9 10 11] [--folder build/tags] [--write]
 
 For each seed the small model learns ten style tags (scripts/toy/palettes.py), and a tag report measures them. Pictures
 are drawn with each tag, and plain code reads the styles off them. Then training goes on with the suggested repeats,
@@ -26,10 +26,10 @@ from sdxl_finetune.tag_report.schema import load_report, report_paths
 
 PAGE = ROOT / "docs" / "proof.md"
 BEGIN, END = "<!-- tag table -->", "<!-- end of tag table -->"
-PICTURES, GUIDANCE = 32, 2.0
+PICTURES, GUIDANCE = 64, 2.0
 """Pictures that are drawn with each tag, and their guidance scale."""
 HELD_OUT = ["--validation_split", "0.1", "--validate_every_n_steps", "0"]
-REPORT = ["--tags", "style_*", "--images", "24", "--others", "4", "--draw", "0"]
+REPORT = ["--tags", "style_*", "--images", "32", "--others", "4", "--draw", "0"]
 FIRST = ["--max_train_epochs", "5"]
 THEN = ["--max_train_epochs", "3"]
 FIGURES = ("exposures", "gain", "gain_error", "accuracy", "accuracy_error", "state")
@@ -56,7 +56,7 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[6, 7, 8])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[9, 10, 11])
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "tags")
     parser.add_argument("--first", action="store_true", help="only train and measure, without the suggested repeats")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/proof.md")

@@ -11,7 +11,7 @@ quarters of the pictures of the other, are in the palettes of other styles.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +26,9 @@ STYLES = {
 """Pictures of each style."""
 SPOILT = {"rubens": 2, "titian": 4}
 """Mislabelled styles: one picture in so many is in the palette of the style."""
+SIMILAR = ({"red", "orange"}, {"orange", "yellow"}, {"blue", "purple"})
+"""Colours that no two styles have on the same background. A report cannot tell such styles apart before both are well
+learned, and its accuracy would then say more about the pair than about the tag."""
 PLAIN = 150
 """Pictures without a style tag, whose captions name the colours."""
 
@@ -49,10 +52,14 @@ class Palette:
 
 
 def palettes(seed: int) -> dict[str, Palette]:
-    """A palette of its own for each style, by its name. The seed draws them."""
+    """A palette of its own for each style, by its name. The seed draws them until no two are similar."""
     rng = random.Random(f"palettes {seed}")
     every = [Palette(colour, ground) for colour in COLOURS for ground in GROUNDS]
-    return dict(zip(STYLES, rng.sample(every, len(STYLES)), strict=True))
+    while True:
+        drawn = rng.sample(every, len(STYLES))
+        if not any(one.ground == other.ground and {one.colour, other.colour} in SIMILAR
+                   for one, other in combinations(drawn, 2)):  # fmt: skip
+            return dict(zip(STYLES, drawn, strict=True))
 
 
 def styled_caption(scene: Scene, style: str) -> str:

@@ -5,18 +5,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sdxl_finetune import __version__
+from sdxl_finetune.card.advice import ADD_FACT, advice
 from sdxl_finetune.card.contents import Card
 from sdxl_finetune.card.facts import StageFacts
 from sdxl_finetune.card.tag_section import tag_blocks, underfitted_tags
 from sdxl_finetune.card.text import Words, bullets, code, code_block, escape, facts_table, table
-from sdxl_finetune.config.flow_options import FlowOptions, fixed_shift
 from sdxl_finetune.config.quality_options import QualityTag
 from sdxl_finetune.errors import counted
 
 PICTURES = "images"
 """Folder of the sample pictures beside the page."""
 PARTS_ZH = {"U-Net": "U-Net", "text encoder 1": "文本编码器 1", "text encoder 2": "文本编码器 2", "VAE": "VAE"}
-ADD_FACT = "add {key} to the file of --facts"
 
 
 @dataclass(frozen=True)
@@ -101,73 +100,9 @@ def _objective(card: Card, words: Words) -> str:
     )
 
 
-def _flow_advice(flow: FlowOptions, words: Words) -> str:
-    """How to draw a flow. Interfaces do not recognise flow models of SDXL (model/interfaces.py)."""
-    fixed = fixed_shift(flow)
-    by_size = f"(width × height / {flow.flow_uniform_base_pixels:.7g})"
-    shift = f"the square root of {by_size}" if fixed is None else f"{fixed:g}"
-    zh_shift = f"{by_size} 的平方根" if fixed is None else f"{fixed:g}"
-    return words.say(
-        f"**This is a flow model.** In ComfyUI put the node ModelSamplingSD3 between checkpoint and sampler, with shift"
-        f" {shift}. In reForge turn on Advanced Model Sampling, mode SD3, with shift {shift}. Use Euler or Heun with"
-        " the schedule Simple. Without this setting pictures are noise.",
-        f"**这是 flow 模型。** ComfyUI：在 checkpoint 与 sampler 之间加入节点 ModelSamplingSD3，shift 设为 {zh_shift}。"
-        f"reForge：打开 Advanced Model Sampling，选择 SD3，shift 设为 {zh_shift}。"
-        "采样器用 Euler 或 Heun，schedule 选 Simple。不做这个设置，画出来的只有噪声。",
-    )
-
-
 def _advice(card: Card, words: Words) -> Iterator[Block]:
-    say, items = words.say, []
-    if card.guidance:
-        items.append(
-            say(f"**Guidance (CFG scale): at most {card.guidance:g}.**", f"**CFG 不要超过 {card.guidance:g}。**")
-        )
-    else:
-        open_field = ("highest guidance scale (CFG)", "CFG 上限")
-        items.append(words.or_open(None, open_field, ADD_FACT.format(key="guidance")))
-    if card.quality_first:
-        first = [code(tag) for tag in card.quality_first]
-        items.append(
-            say(
-                f"**Put quality tags first:** {', '.join(first[:-1])}{' or ' * (len(first) > 1)}{first[-1]}"
-                " before all other tags.",
-                f"**质量标签写在最前面**：把 {'、'.join(first[:-1])}{' 或 ' * (len(first) > 1)}{first[-1]}"
-                " 放在其他标签之前。",
-            )
-        )
-    if card.trigger:
-        items.append(say(f"Trigger words: {code(card.trigger)}.", f"触发词：{code(card.trigger)}。"))
-    if card.resolution:
-        items.append(
-            say(f"Trained at {card.resolution} pixels", f"训练分辨率为 {card.resolution}")
-            + (
-                say(" and at other aspect ratios of about this area", "，其他宽高比请保持相近的总像素数")
-                * card.has_buckets
-            )
-            + say(".", "。")
-        )
-    if card.max_tokens:
-        items.append(
-            say(
-                f"Trained on captions of up to {card.max_tokens} tokens.",
-                f"训练时提示词最长 {card.max_tokens} 个 token。",
-            )
-        )
-    if card.file.declared.objective == "velocity":
-        items.append(
-            say(
-                "In a user interface that does not recognise the file, choose v-prediction"
-                + (" with zero terminal SNR." if card.file.declared.zero_terminal_snr else "."),
-                "如果你的界面不能自动识别，请手动选择 v-prediction"
-                + ("，并打开 zero terminal SNR。" if card.file.declared.zero_terminal_snr else "。"),
-            )
-        )
-    if card.file.declared.objective == "flow":
-        items.append(_flow_advice(card.file.declared.flow, words))
-    items += [words.of(text) for text in (card.usage_hint, *card.facts.advice) if text]
-    yield Block(say("## How to use it", "## 使用建议"))
-    yield Block(bullets(items))
+    yield Block(words.say("## How to use it", "## 使用建议"))
+    yield Block(bullets(advice(card, words)))
 
 
 def _samples(card: Card, words: Words) -> Iterator[Block]:

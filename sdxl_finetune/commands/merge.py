@@ -203,6 +203,7 @@ def _ema_recipe(models: Sequence[Model], arguments: argparse.Namespace) -> "Reci
 def _metadata(models: Sequence[Model], recipe: "Recipe", arguments: argparse.Namespace) -> dict[str, str]:
     """The metadata of the merge: that of the first model as far as it is still true, and what was merged."""
     import sdxl_finetune
+    from sdxl_finetune.model.declared import ZERO_COND
 
     is_ema = _is_ema(arguments)
     base: Mapping[str, str] = models[-1 if is_ema else 0].opened.file.metadata
@@ -215,6 +216,9 @@ def _metadata(models: Sequence[Model], recipe: "Recipe", arguments: argparse.Nam
     for model in models:
         digest = auto_v2(model.path) if model.path.is_file() else None
         described.append({"name": model.path.name, "hash": digest, "step": model.step})
+    zero_cond = None if is_ema else _zero_cond(models)
+    if zero_cond is not None:
+        metadata[ZERO_COND] = json.dumps(zero_cond)
     method = "ema" if is_ema else "average" if arguments.add_difference is None else "add difference"
     length = {name: value for name in ("ema", "ema_half_life") if (value := getattr(arguments, name)) is not None}
     said = {"method": method, **length, "models": described, "weights": recipe.parts, "block_weights": recipe.blocks}
@@ -226,6 +230,21 @@ def _metadata(models: Sequence[Model], recipe: "Recipe", arguments: argparse.Nam
         f"{PREFIX}version": sdxl_finetune.__version__,
         f"{PREFIX}merge": json.dumps(said),
     }
+
+
+def _zero_cond(models: Sequence[Model]) -> bool | None:
+    """The meaning of an empty caption in all models: zeros (True) or the encoded empty text. None: they do not agree.
+
+    Prints a remark if some of the models mean zeros and others do not say so.
+    """
+    from sdxl_finetune.model.declared import read_declared
+
+    said = [read_declared(model.opened.file).zero_cond for model in models]
+    if True in said and set(said) != {True}:
+        other = models[next(number for number, each in enumerate(said) if not each)].path
+        message = f"{models[said.index(True)].path} was trained with zeros for empty captions (use_zero_cond)"
+        print(f"{message}, and {other} does not say so. The merge says nothing of empty captions")
+    return said[0] if len(set(said)) == 1 else None
 
 
 def _print_shares(models: Sequence[Model], recipe: "Recipe") -> None:

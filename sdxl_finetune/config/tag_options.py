@@ -36,7 +36,7 @@ class TagReportOptions(Options):
     """Images that each tag is measured on at most; held-out images come first. Not in sd-scripts."""
     tag_report_others: Annotated[int | None, REPORTS] = Field(None, ge=0)
     """Other tags that compete with the right one. Default: 3, or fewer for a short list. Not in sd-scripts."""
-    tag_report_timesteps: Annotated[Timesteps, REPORTS] = (800, 850, 900, 950)
+    tag_report_timesteps: Annotated[Timesteps, REPORTS] = (900, 950, 975, 999)
     """Timesteps at which each image is measured. Not in sd-scripts."""
     tag_report_budget: Annotated[int | None, REPORTS] = Field(None, ge=1)
     """Forward passes of a report at most. Fewer images for each tag keep it. Default: no limit. Not in sd-scripts."""

@@ -41,6 +41,8 @@ EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 """Keys of the tensors of models on EDM's continuous noise levels: Playground v2.5 (the first two) and CosXL."""
 CONFIG = "sdxl_finetune.config"
 """Metadata field with the options of the run that saved the checkpoint, as JSON."""
+ZERO_COND = "sdxl_finetune.use_zero_cond"
+"""Metadata field of merges, which have no config: "true" or "false"."""
 GUIDE = "docs/objectives.md"
 """The page about turning a model of one objective into one of another."""
 KIND_NAMES: Mapping[ObjectiveKind, str] = {
@@ -143,7 +145,7 @@ def read_declared(file: TensorFile) -> Declared:
     return Declared(
         objective=objective,
         zero_terminal_snr=True if ZTSNR in file.tensors else _first(terminal_said),
-        zero_cond=options.get("use_zero_cond"),
+        zero_cond=options.get("use_zero_cond", {"true": True, "false": False}.get(file.metadata.get(ZERO_COND, ""))),
         flow=_read_shift(file, options) if objective == "flow" else FlowOptions(),
         edm=any(key in file.tensors for key in EDM),
     )

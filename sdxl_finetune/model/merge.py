@@ -121,8 +121,8 @@ def _merge_markers(models: Sequence[Ingredient], recipe: Recipe) -> Mapping[str,
     """The marker tensors of the merge. Raises UserError if the U-Nets that are mixed have different objectives.
 
     A model with an objective counts as 1, and a model without it as 0. The same sum as for the weights must give 0 or 1
-    for each block of the U-Net. `A + (B - C) * 1` may thus add v-prediction to A, if B has it and C has not. A merge of
-    flows has the shift of the first.
+    for each block of the U-Net. `A + (B - C) * 1` may thus add v-prediction to A, if B has it and C has not. It may not
+    add a second objective. A merge of flows has the shift of the first.
     """
     mixed = recipe.unet_weights()
     used = [model for number, model in enumerate(models) if any(weights[number] for weights in mixed)]
@@ -147,6 +147,10 @@ def _merge_markers(models: Sequence[Ingredient], recipe: Recipe) -> Mapping[str,
             raise UserError(Problem(f"{message}. {remedy}", file=", ".join(lack) or models[0].name))
         if sums == {1.0}:
             markers[key] = torch.empty(0)
+    if FLOW in markers and not markers.keys().isdisjoint((V_PRED, ZTSNR)):
+        names = ", ".join(model.name for model in used)
+        message = "their sum would be a flow and have v-prediction or zero terminal SNR, and a model has one objective"
+        raise UserError(Problem(f"{message}. Merge models of one objective", file=names))
     if FLOW in markers:
         first = next(model.weights.markers for model in used if FLOW in model.weights.markers)
         markers |= {key: first[key] for key in FLOW_KEYS if key in first}

@@ -120,6 +120,18 @@ def test_the_page_of_a_flow_says_what_users_set(base: Path, tmp_path: Path) -> N
         assert "加入节点 ModelSamplingSD3" in files["card.zh-CN.md"] and chinese in files["card.zh-CN.md"]
 
 
+def test_the_page_says_other_latents_and_empty_captions(base: Path, tmp_path: Path) -> None:
+    said = {
+        "sdxl_finetune.latents": json.dumps({"channels": 16, "shift": [0.1], "scale": [0.4], "padding": "zeros"}),
+        "sdxl_finetune.config": json.dumps({"use_zero_cond": True}),
+    }
+    files = write_card(with_metadata(base, tmp_path / "m.safetensors", said), tmp_path / "card")
+    for name, latents in (("card.md", "latents of 16 channels"), ("card.zh-CN.md", "latent（16 通道）")):
+        assert latents in files[name] and "ConditioningZeroOut" in files[name]
+    plain = write_card(base, tmp_path / "plain")["card.md"]
+    assert "latents" not in plain and "ConditioningZeroOut" not in plain
+
+
 def test_stages_follow_the_model_from_run_to_run(work: Path) -> None:
     """A run, its resumed rest, and a second run from its result. The card tells both, and no path."""
     quality = ["--quality_tags", "masterpiece > 0.5, low quality", "--quality_scores", "scores.csv"]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from sdxl_finetune.commands.model import auto_v2, main
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.averaging import exponential_profile, power_exponent, power_profile
-from sdxl_finetune.model.load import load_checkpoint
+from sdxl_finetune.model.declared import read_declared
+from sdxl_finetune.model.load import load_checkpoint, open_weights
 
 UNET, TE1, TE2 = "model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1."
 VAE = "first_stage_model."
@@ -37,7 +38,7 @@ def merge(*arguments: object) -> dict[str, torch.Tensor]:
     """Runs the command into `m.safetensors` beside the first model, and returns the tensors."""
     words = [str(argument) for argument in arguments]
     output = Path(words[0]).parent / "m.safetensors"
-    main(["merge", *words, "--output", str(output), "--overwrite"])
+    main(["merge", "--output", str(output), "--overwrite", *words])
     return load_file(output)
 
 
@@ -158,6 +159,33 @@ def test_models_with_and_without_v_prediction_mix_only_where_the_sum_has_one_obj
     assert {key for key in merged if "." not in key} == result
     prediction = metadata_of(tmp_path / "m.safetensors")["modelspec.prediction_type"]
     assert prediction == ("v" if result else "epsilon")
+
+
+def test_a_sum_with_two_objectives_is_refused(three, tmp_path: Path) -> None:
+    marks = {"a": {"v_pred": MARK}, "b": {"flow_model": MARK}, "c": {}}
+    paths = [tmp_path / path.name for path in three]
+    for path, marked in zip(paths, three, strict=True):
+        save_file(load_file(marked) | marks[path.stem], path)
+    with pytest.raises(UserError, match="their sum would be a flow and have v-prediction"):
+        merge(*paths, "--add_difference", "1")
+
+
+@pytest.mark.parametrize(
+    ("configs", "said"),
+    [((True, True), True), ((False, False), False), ((True, False), None), ((True, None), None), ((None, None), None)],
+)
+def test_a_merge_says_the_meaning_of_empty_captions_that_all_models_say(
+    three, tmp_path: Path, capsys, configs, said
+) -> None:
+    paths = [tmp_path / path.name for path in three[:2]]
+    for path, source, zero_cond in zip(paths, three, configs, strict=False):
+        config = {} if zero_cond is None else {"sdxl_finetune.config": json.dumps({"use_zero_cond": zero_cond})}
+        save_file(load_file(source), path, config)
+    merge(*paths)
+    assert ("zeros for empty captions" in capsys.readouterr().out) == (True in configs and said is None)
+    assert read_declared(open_weights(tmp_path / "m.safetensors").file).zero_cond is said
+    merge(tmp_path / "m.safetensors", paths[0], "--output", tmp_path / "n.safetensors")
+    assert read_declared(open_weights(tmp_path / "n.safetensors").file).zero_cond is said
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import random
 import shutil
 from collections import Counter
 from dataclasses import replace
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 from scripts.benchmarks import tags
 from scripts.benchmarks.proof_runs import TOY
 from scripts.benchmarks.tags import Row, correlations, table
-from scripts.toy.palettes import SPOILT, STYLES, palettes, write_styles
+from scripts.toy.palettes import SIMILAR, SPOILT, STYLES, palettes, write_styles
 from scripts.toy.world import draw, scenes
 
 
@@ -30,6 +30,12 @@ def test_plain_code_reads_each_palette_and_no_other() -> None:
     right = sum(count for (style, other), count in shown.items() if style == other)
     assert right >= 0.95 * 20 * len(own)
     assert shown.total() - right <= 0.02 * 20 * len(own)
+
+
+def test_no_two_styles_are_similar() -> None:
+    for seed in range(30):
+        for one, other in combinations(palettes(seed).values(), 2):
+            assert one != other and not (one.ground == other.ground and {one.colour, other.colour} in SIMILAR)
 
 
 def test_spoilt_styles_show_other_palettes(tmp_path: Path) -> None:
