@@ -26,8 +26,8 @@ VARIABLES = (
 """Environment variables that hold secrets of the libraries in use."""
 SHORTEST = 6
 """Letters: a shorter text is not hidden, because it would also be hidden within ordinary words."""
-NAME = re.compile(r"(?i)(token|passw(or)?d|secret|api_?key|access_?key|credentials?)$")
-"""Names of options that hold secrets, in this program and in others."""
+NAME = re.compile(r"(?i)(token|passw(or)?d|secret|api_?key|access_?key|credential)\w?$")
+"""Names of options that hold secrets, in this program and in others, with at most one letter more."""
 
 
 def known_secrets(given: Iterable[str | None] = ()) -> tuple[str, ...]:

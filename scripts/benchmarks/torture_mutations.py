@@ -6,6 +6,7 @@ write nothing outside the folders that the config names.
 """
 
 import hashlib
+import json
 import os
 import random
 import statistics
@@ -27,6 +28,11 @@ CHECK = ("sdxl-check", *OPTIONS)
 CACHE = ("sdxl-cache", *OPTIONS, "--on_bad_image", "skip")
 TRAIN = ("sdxl-train", *OPTIONS)
 REPORT = ("sdxl-data", "report", *DATA, "--output_dir", "out", "--output", "out/report.html")
+STOPS = (*CACHE, "--on_bad_image", "stop")
+UNCACHED = (*TRAIN, "--no-cache_latents_to_disk")
+TARS = ("--train_data_dir", "tars")
+INFO = ("sdxl-model", "info")
+CONVERT = ("sdxl-model", "convert", "diffusers", "converted.safetensors")
 RESUMED = (*TRAIN, "--resume")
 WRITTEN = ("out", "logs", ".cache", "converted.safetensors", "card")
 """Files and folders into which the programs may write: those of the config, and the user's cache."""
@@ -43,37 +49,45 @@ class Reader:
     """How often this kind is chosen."""
 
 
+CKPT = (*MODEL[:1], "base.ckpt", *DATA, *RUN)
+FOLDER = (*MODEL[:1], "diffusers", *DATA, *RUN)
+STATE = "out/run-step00000001-state"
+SAVED = "out/run-step00000001.safetensors"
+TEXT = "--cache_text_encoder_outputs_to_disk"
+ALL_CAPTION_OPTIONS = ("--enable_wildcard", "--weighted_captions", "--shuffle_caption")
+SOURCES = ".json#caption:1, .json#tags:1, .txt:1"
+DROPOUT = ("--caption_tag_dropout_rate", "0.5")
 READERS = (
-    Reader("image", "images/*.[pjwb][npem][gbp]*", (CACHE, CHECK, (*CACHE, "--on_bad_image", "stop"), (*TRAIN, "--no-cache_latents_to_disk"), REPORT), 5),
+    Reader("image", "images/*.[pjwb][npem][gbp]*", (CACHE, CHECK, STOPS, UNCACHED, REPORT), 5),
     Reader("mask", "masks/*.[pj][np]g", ((*TRAIN, "--masked_loss", "--conditioning_data_dir", "masks"),), 2),
-    Reader("caption", "images/*.txt", (CHECK, TRAIN, (*CACHE, "--cache_text_encoder_outputs_to_disk"), (*TRAIN, "--enable_wildcard", "--weighted_captions", "--shuffle_caption"), REPORT), 3),
-    Reader("caption in JSON", "images/*.json", ((*CHECK, "--caption_sources", ".json#caption:1, .json#tags:1, .txt:1"),), 2),
+    Reader("caption", "images/*.txt", (CHECK, TRAIN, (*CACHE, TEXT), (*TRAIN, *ALL_CAPTION_OPTIONS), REPORT), 3),
+    Reader("caption in JSON", "images/*.json", ((*CHECK, "--caption_sources", SOURCES),), 2),
     Reader("metadata (JSON)", "meta.json", ((*CHECK, "--in_json", "meta.json"),), 2),
     Reader("metadata (JSON Lines)", "meta.jsonl", ((*CHECK, "--in_json", "meta.jsonl"),), 2),
     Reader("metadata (Parquet)", "meta.parquet", ((*CHECK, "--in_json", "meta.parquet"),), 3),
-    Reader("tar file", "tars/data.tar", ((*CACHE, "--train_data_dir", "tars"), (*CHECK, "--train_data_dir", "tars")), 5),
+    Reader("tar file", "tars/data.tar", ((*CACHE, *TARS), (*CHECK, *TARS)), 5),
     Reader("scores", "scores.*", ((*CHECK, "--quality_tags", "good > 0.3, bad", "--quality_scores"),), 2),
     Reader("image weights", "weights.*", ((*CHECK, "--image_weights"),), 2),
-    Reader("groups of tags", "groups.*", ((*CHECK, "--caption_tag_dropout_rate", "0.5", "--caption_tag_dropout_groups"),), 1),
-    Reader("protected tags", "protected.txt", ((*CHECK, "--caption_tag_dropout_rate", "0.5", "--protected_tags_file"),), 1),
+    Reader("groups of tags", "groups.*", ((*CHECK, *DROPOUT, "--caption_tag_dropout_groups"),)),
+    Reader("protected tags", "protected.txt", ((*CHECK, *DROPOUT, "--protected_tags_file"),)),
     Reader("config", "config.toml", (("sdxl-check", *CONFIG), ("sdxl-train", *CONFIG)), 3),
     Reader("dataset config", "dataset.toml", (("sdxl-check", *MODEL, *RUN, "--dataset_config", "dataset.toml"),), 3),
     Reader("prompts", "prompts.*", ((*CHECK, "--sample_every_n_steps", "1", "--sample_prompts"),), 3),
-    Reader("checkpoint (.safetensors)", "base.safetensors", (CHECK, (*TRAIN, "--max_train_steps", "1"), ("sdxl-model", "info")), 4),
-    Reader("checkpoint (.ckpt)", "base.ckpt", (("sdxl-model", "info"), ("sdxl-check", *MODEL[:1], "base.ckpt", *DATA, *RUN), ("sdxl-train", *MODEL[:1], "base.ckpt", *DATA, *RUN)), 3),
-    Reader("diffusers folder", "diffusers/*/*[!s].[sj][as][fo]*", (("sdxl-check", *MODEL[:1], "diffusers", *DATA, *RUN), ("sdxl-model", "convert", "diffusers", "converted.safetensors")), 3),
-    Reader("diffusers index", "diffusers/*.json", (("sdxl-check", *MODEL[:1], "diffusers", *DATA, *RUN),), 1),
+    Reader("checkpoint (.safetensors)", "base.safetensors", (CHECK, (*TRAIN, "--max_train_steps", "1"), INFO), 4),
+    Reader("checkpoint (.ckpt)", "base.ckpt", (INFO, ("sdxl-check", *CKPT), ("sdxl-train", *CKPT)), 3),
+    Reader("diffusers folder", "diffusers/*/*[!s].[sj][as][fo]*", (("sdxl-check", *FOLDER), CONVERT), 3),
+    Reader("diffusers index", "diffusers/*.json", (("sdxl-check", *FOLDER),)),
     Reader("cached latents", "out/cache/latents/*/*", (CACHE, TRAIN), 4),
-    Reader("cached text outputs", "out/cache/text_outputs/*/*", ((*TRAIN, "--cache_text_encoder_outputs_to_disk"),), 3),
+    Reader("cached text outputs", "out/cache/text_outputs/*/*", ((*TRAIN, TEXT),), 3),
     Reader("dataset index", "out/cache/*.index", (CHECK, TRAIN, (*CHECK, "--skip_cache_check")), 3),
     Reader("scan", "out/cache/scans/*.scan", (CHECK, TRAIN, (*CHECK, "--skip_cache_check")), 3),
-    Reader("members of tar files", "out/cache/tars/*/*", ((*CHECK, "--train_data_dir", "tars"),), 2),
-    Reader("keys of captions", "out/cache/caption_keys/*", ((*TRAIN, "--cache_text_encoder_outputs_to_disk"),), 1),
-    Reader("training state", "out/run-step00000001-state/*.[jp]*", ((*RESUMED, "out/run-step00000001-state"), (*RESUMED, "auto")), 4),
-    Reader("weights of a state", "out/run-step00000001-state/weights.*", ((*RESUMED, "out/run-step00000001-state"),), 2),
-    Reader("saved checkpoint", "out/run-step00000001.safetensors", ((*RESUMED, "out/run-step00000001.safetensors"), (*RESUMED, "auto"), ("sdxl-model", "info"), ("sdxl-model", "card")), 4),
-    Reader("log", "logs/*/[ms]*.jsonl", ((*RESUMED, "out/run-step00000001-state"),), 2),
-)  # fmt: skip
+    Reader("members of tar files", "out/cache/tars/*/*", ((*CHECK, *TARS),), 2),
+    Reader("keys of captions", "out/cache/caption_keys/*", ((*TRAIN, TEXT),)),
+    Reader("training state", f"{STATE}/*.[jp]*", ((*RESUMED, STATE), (*RESUMED, "auto")), 4),
+    Reader("weights of a state", f"{STATE}/weights.*", ((*RESUMED, STATE),), 2),
+    Reader("saved checkpoint", SAVED, ((*RESUMED, SAVED), (*RESUMED, "auto"), INFO, ("sdxl-model", "card")), 4),
+    Reader("log", "logs/*/[ms]*.jsonl", ((*RESUMED, STATE),), 2),
+)
 """The last word of a program that ends with an option, `info` or `card` is the damaged file."""
 
 
@@ -123,8 +137,6 @@ def _replace(path: Path, content: bytes, *, keeps_time: bool) -> None:
 
 def _sign(state: Path) -> None:
     """Makes the manifest of a training state agree with its files, as whoever changes them on purpose would do."""
-    import json
-
     names = ("weights.safetensors", "optimizer.pt", "state.json")
     contents = {name: (state / name).read_bytes() for name in names}
     digests = {name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in contents.items()}
@@ -169,5 +181,6 @@ def figures(trials: Sequence[Trial]) -> str:
     rows = [f"| {kind} | {count} | {failed[kind]} |" for kind, count in sorted(kinds.items())]
     longest = max((trial.seconds for trial in trials), default=0.0)
     middle = statistics.median([trial.seconds for trial in trials] or [0.0])
-    summary = f"{len(trials):,} files, {sum(failed.values())} faults. A trial took {middle:.1f} s, the longest {longest:.1f} s."
-    return "\n".join([summary, "", "| damaged file | trials | faults |", "|---|---|---|", *rows])
+    summary = f"{len(trials):,} files, {sum(failed.values())} faults."
+    times = f"A trial took {middle:.1f} s, the longest {longest:.1f} s."
+    return "\n".join([f"{summary} {times}", "", "| damaged file | trials | faults |", "|---|---|---|", *rows])

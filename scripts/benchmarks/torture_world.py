@@ -24,8 +24,10 @@ LINKED = 1 << 18
 """Bytes: larger files are linked and not copied. No program writes into such a file."""
 ADDRESS_SPACE = 3 << 30
 """Bytes that a program may ask for beyond what its imports have taken."""
-PATIENCE = 120
-"""Seconds after which a program counts as hanging, on a machine that does much else."""
+MOST_SECONDS = 60
+"""Seconds of processor time after which a program is ended."""
+PATIENCE = 1800
+"""Seconds after which a program that waits for something is ended. A machine that does much else may be so slow."""
 CAPTIONS = ("1girl, red hair, smile", "a (small:1.2) dog {in|under} a box", "landscape, BREAK, no humans")
 IMAGES = {"a.png": (64, 64), "b.jpg": (96, 64), "c.webp": (64, 96), "d.bmp": (80, 80), "e.png": (70, 64)}
 MODEL = ["--pretrained_model_name_or_path", "base.safetensors"]
@@ -81,6 +83,7 @@ def _run(program: str, words: list[str], folder: Path, out: Path, used: Path) ->
     began, before = _seconds(), _memory("VmRSS")
     limit = _memory("VmSize") + ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS))
     try:
         getattr(cli, program.removeprefix("sdxl-"))()
     finally:
@@ -172,9 +175,10 @@ def _make_metadata(folder: Path) -> None:
 
 def _make_texts(folder: Path) -> None:
     (folder / "config.toml").write_text(
-        "pretrained_model_name_or_path = 'base.safetensors'\n[data]\ntrain_data_dir = 'images'\nresolution = '64,64'\n"
-        "enable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = 32\ncaption_extension = '.txt'\n[optimizer]\nlearning_rate = 1e-5\n"
-        "optimizer_args = ['eps=1e-7', 'betas=(0.9, 0.99)']\nlr_scheduler_num_cycles = 3\noutput_name = 'run'\n"
+        "pretrained_model_name_or_path = 'base.safetensors'\n[data]\ntrain_data_dir = 'images'\n"
+        "resolution = '64,64'\nenable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = 32\n"
+        "caption_extension = '.txt'\n[optimizer]\nlearning_rate = 1e-5\noutput_name = 'run'\n"
+        "optimizer_args = ['eps=1e-7', 'betas=(0.9, 0.99)']\nlr_scheduler_num_cycles = 3\n"
     )
     (folder / "dataset.toml").write_text(
         "[general]\nresolution = 64\ncaption_extension = '.txt'\n[[datasets]]\nbatch_size = 2\n"

@@ -21,7 +21,7 @@ class MakesFile:
         self.path = path
 
     def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)  # noqa: PTH102 (a function that a hostile file would call)
+        return os.mkdir, (str(self.path),)
 
 
 def zipped(content: object) -> bytes:
@@ -36,7 +36,7 @@ def test_code_in_a_file_is_never_run(tmp_path: Path, is_zip: bool, read) -> None
     made, path = tmp_path / "made", tmp_path / "model.ckpt"
     content = {"state_dict": {"a": torch.zeros(2)}, "code": MakesFile(made)}
     path.write_bytes(zipped(content) if is_zip else pickle.dumps(content))
-    with pytest.raises(UserError, match="could run any code: convert it to .safetensors"):
+    with pytest.raises(UserError, match="could run any code: convert it"):
         read(path)
     assert not made.exists()
     torch.load(path, weights_only=False) if is_zip else pickle.loads(path.read_bytes())
@@ -53,11 +53,11 @@ def test_tensors_that_claim_more_values_than_the_file_has_are_refused(tmp_path: 
 
 def test_members_that_unpack_to_far_more_than_the_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
-    with zipfile.ZipFile(io.BytesIO(zipped({"a": torch.zeros(2)}))) as old:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-            for member in old.infolist():
-                new.writestr(member.filename, old.read(member))
-            new.writestr("archive/data/1", bytes(50_000_000))
+    packed = io.BytesIO(zipped({"a": torch.zeros(2)}))
+    with zipfile.ZipFile(packed) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+        new.writestr("archive/data/1", bytes(50_000_000))
     with pytest.raises(UserError, match="its members would unpack to 50,"):
         load_pickle(path)
 
