@@ -352,4 +352,4 @@ INNER: dict[str, Callable[[bytes, random.Random], Damaged]] = {
     ".safetensors": of_safetensors, ".latents": of_safetensors, ".text_outputs": of_safetensors, ".ckpt": of_pickle,
     ".pt": of_pickle, ".parquet": of_parquet, ".index": of_table, ".scan": of_table, ".members": of_table,
 } | dict.fromkeys(IMAGE_ENDINGS, of_image)  # fmt: skip
-"""What is done to the structure of files, by their endings."""
+"""Functions that damage the structure of files, by the endings of the files."""

@@ -1,8 +1,8 @@
 """Damages one file of a user's folder and lets a program read it, as trials of `scripts.benchmarks.torture`.
 
 The program has to end with status 0, or with status 2 and a message that names what is wrong. It may print no
-traceback, take at most TIME of processor time, ask for no memory out of proportion, run no code from the file, and
-write nothing outside the folders that the config names.
+traceback and take at most TIME of processor time and MEMORY. It may run no code from the file, and write nothing
+outside the folders that the config names.
 """
 
 import hashlib
