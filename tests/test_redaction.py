@@ -101,13 +101,14 @@ def test_a_run_leaves_its_secrets_nowhere_and_its_files_with_ordinary_permission
 
 
 def test_a_traceback_hides_the_secrets_of_the_config(work: Path) -> None:
-    """A failure of the program itself: a library raises an error that quotes the key."""
-    (work / "sitecustomize.py").write_text(
-        "import sdxl_finetune.training.loop as loop\n"
-        "def train(config):\n    raise RuntimeError(f'no login with {config.wandb_api_key}')\n"
-        "loop.train = train\n"
+    """A failure of the program itself: what it runs raises an error that quotes the key."""
+    (work / "failing.py").write_text(
+        "def run(config):\n    raise RuntimeError(f'no login with {config.wandb_api_key}')\n"
     )
-    path = os.pathsep.join([str(work), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[1])])
+    code = "import sys; from sdxl_finetune import cli; cli._run('sdxl-train', 'failing', 'run')"
+    path = os.pathsep.join([str(work), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-c", code, *OPTIONS, "--log_with", "wandb", "--wandb_api_key", KEY]
     for rank in ({}, {"RANK": "0"}):
-        done = run(*OPTIONS, "--log_with", "wandb", "--wandb_api_key", KEY, PYTHONPATH=path, **rank)
+        variables = {**os.environ, "PYTHONPATH": path, **rank}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
         assert done.returncode == 1 and "RuntimeError: no login with ***" in done.stderr and KEY not in done.stderr

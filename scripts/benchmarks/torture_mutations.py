@@ -1,8 +1,8 @@
 """Damages one file of a user's folder and lets a program read it, as trials of `scripts.benchmarks.torture`.
 
-The program has to end with status 0, or with status 2 and a message that names what is wrong. It may print no
-traceback and take at most TIME of processor time and MEMORY. It may run no code from the file, and write nothing
-outside the folders that the config names.
+The program has to end with status 0, or with a message that says what is wrong. It may print no traceback and take at
+most TIME of processor time and MEMORY. It may run no code from the file, and write nothing outside the folders that
+the config names.
 """
 
 import hashlib
@@ -147,11 +147,11 @@ def fault(ended: Ended) -> str | None:
     """Says what is wrong with the end of a program; None if it ended as it must."""
     lines = ended.text.strip().splitlines()
     last = lines[-1][:300] if lines else ""
-    if ended.status not in (0, 2):
+    if ended.status not in (0, 1, 2):
         return f"ended with status {ended.status}: {last}"
     if any(words in ended.text for words in ("Traceback (most recent", "Exception ignored", "Fatal Python error")):
         return f"printed a traceback: {last}"
-    if ended.status == 2 and not any(line.startswith(("error: ", "problems ")) or "error:" in line for line in lines):
+    if ended.status and not any(line.startswith("problems ") or "error: " in line for line in lines):
         return f"ended without a message: {last}"
     if ended.seconds > TIME:
         return f"took {ended.seconds:.0f} s"

@@ -45,7 +45,8 @@ def test_a_program_that_fails_is_a_fault() -> None:
         return fault(Ended(**{"status": 2, "text": "error: a.png: no such file", "seconds": 1.0, "bytes": 0, **values}))
 
     assert ended() is None and ended(status=0, text="") is None
-    assert "status 1" in str(ended(status=1)) and "status -9" in str(ended(status=-9))
+    assert ended(status=1, text="error: the loss of step 1 is nan") is None
+    assert "without a message" in str(ended(status=1, text="killed")) and "status -9" in str(ended(status=-9))
     assert "without a message" in str(ended(text="usage"))
     assert "traceback" in str(ended(text="Traceback (most recent call last):\nerror: x"))
     assert "took 11 s" in str(ended(seconds=11.0)) and "2048 MiB" in str(ended(bytes=2 << 30))
