@@ -102,6 +102,5 @@ def test_a_list_of_uploads_names_only_files_in_its_folder(tmp_path: Path, name: 
     folder.mkdir()
     (folder / f"m{SUFFIX}").write_text(json.dumps([{"name": name, "repo_id": "a/b", "remove": True}]))
     deleted: list[Path] = []
-    uploads = Uploads(Config(huggingface_repo_id="a/b", huggingface_token="t"), folder, "m", deleted.append)
-    uploads.close()
+    Uploads(Config(huggingface_repo_id="a/b", huggingface_token="t"), folder, "m", deleted.append)
     assert "is no name of a saved file" in caplog.text and not deleted and (tmp_path / "outside").exists()
