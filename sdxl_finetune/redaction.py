@@ -70,14 +70,14 @@ class _Redacting:
     """A text stream that shows *** in the place of secrets."""
 
     def __init__(self, stream: Any, secrets: tuple[str, ...]) -> None:
-        self._stream, self._secrets = stream, secrets
+        self.stream, self._secrets = stream, secrets
 
     def write(self, text: str) -> int:
-        self._stream.write(redacted(text, self._secrets))
+        self.stream.write(redacted(text, self._secrets))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
 
 def hide_in_output(secrets: Iterable[str | None] = ()) -> tuple[str, ...]:
@@ -87,5 +87,6 @@ def hide_in_output(secrets: Iterable[str | None] = ()) -> tuple[str, ...]:
     program calls this at its start, and again when it knows the secrets of the config.
     """
     known = known_secrets(secrets)
-    sys.stderr = _Redacting(sys.stderr, known)
+    stream = sys.stderr.stream if isinstance(sys.stderr, _Redacting) else sys.stderr
+    sys.stderr = _Redacting(stream, known)
     return known
