@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from sdxl_finetune import OFFLINE_BY_DEFAULT
 from sdxl_finetune.errors import Problem, UserError, say_errors
 from sdxl_finetune.files import storage_failure
+from sdxl_finetune.redaction import hide_in_output, redacted
 from sdxl_finetune.runtime.signals import STOP_SIGNALS
 
 LOST_CONNECTION = (
@@ -73,11 +74,13 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
     # bitsandbytes warns about a missing CPU kernel that this program does not use.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     argument: Any = sys.argv[1:]
+    secrets = hide_in_output()
     try:
         if has_config:
             from sdxl_finetune.config import load_config
 
             argument = load_config(argument, program=program)
+            secrets = _hide_secrets(argument)
         status = 0 if argument is None else getattr(importlib.import_module(module), function)(argument)
     except UserError as error:
         _say_problems(error, argument)
@@ -94,12 +97,19 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
         elif "RANK" not in os.environ:
             raise
         else:
-            _say_failure_of_rank(error)
+            _say_failure_of_rank(error, secrets)
         status = 1
     if status > 128:  # a further signal may come while the interpreter ends
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: os._exit(status))
     sys.exit(status)
+
+
+def _hide_secrets(config: Any) -> tuple[str, ...]:
+    """Hides the secrets of a config in all that is printed to stderr from now on, and returns them."""
+    from sdxl_finetune.config.options import secrets_of
+
+    return hide_in_output(secrets_of(config))
 
 
 def _say_problems(error: UserError, argument: Any) -> None:
@@ -110,6 +120,8 @@ def _say_problems(error: UserError, argument: Any) -> None:
     """
     from sdxl_finetune.config import Config, FaultyConfig, with_options
 
+    if isinstance(error, FaultyConfig):
+        _hide_secrets(error.config)
     problems: Sequence[Problem] = error.problems
     if isinstance(config := error.config if isinstance(error, FaultyConfig) else argument, Config):
         problems = with_options(problems, config)
@@ -130,10 +142,10 @@ def _storage_problem(error: Exception, reason: str) -> Problem:
     return Problem(f"storage failed ({reason}): {advice}", file=None if where is None else os.fsdecode(where))
 
 
-def _say_failure_of_rank(error: Exception) -> None:
+def _say_failure_of_rank(error: Exception, secrets: Sequence[str]) -> None:
     """Prints the traceback of a process that failed, but not of a process that only lost its connection to it."""
     if any(words in str(error) for words in LOST_CONNECTION):
         say_errors("another process of this run has ended: see the error message of that process", cause=False)
     else:
         traceback.print_exc()
-        say_errors(f"{type(error).__name__}: {error}")
+        say_errors(redacted(f"{type(error).__name__}: {error}", secrets))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from sdxl_finetune.redaction import is_secret_name, known_secrets, redacted
+
 T = TypeVar("T")
 
 WAIT_FOR_RANK_0 = 8
@@ -19,10 +21,10 @@ WAIT_FOR_RANK_0 = 8
 as well, so that an error of all ranks is printed once."""
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and surrogates, which Python uses for bytes that are not UTF-8."""
-SECRET = re.compile(r"(://)[^/\s'\"]+(?=@)|(https?://[^\s'\"?]*\?)[^\s'\"]+")
-"""User name and password in an address, or the query of an address, which may be a signature. They are not shown."""
 VARYING = re.compile(r"\d+(?:x\d+)*|'[^']*'|\"[^\"]*\"|\([^()]*\)")
 """The parts of a message that differ between problems of one kind: numbers, sizes, quotations and remarks."""
+LONGEST = 4000
+"""Letters of a problem that are shown: the first and the last ones."""
 SHOWN = 20
 """Problems of one kind that are listed; more would hide the other messages, and millions would fill the memory."""
 CONSEQUENCE_DELAY = 3600
@@ -44,9 +46,12 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{self.file}: " if self.file else ""
-        value = "" if self.value is None else f" = {self.value!r}"
+        is_hidden = isinstance(self.value, str) and is_secret_name(self.key or "")
+        value = "" if self.value is None or is_hidden else f" = {self.value!r}"
         key = "" if self.key is None else f"{self.key}{value}: "
-        text = SECRET.sub(r"\1\2***", where + key + self.message)
+        text = redacted(where + key + self.message)
+        if len(text) > LONGEST:  # a damaged file may hold names and values of megabytes
+            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
         # A file name may hold line breaks and bytes that are no text, but a problem is one line.
         return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
@@ -152,7 +157,8 @@ def say_errors(*errors: object, cause: bool = True) -> None:
     with suppress(OSError):  # the terminal may be a file on a full disk
         for error in errors:
             print(f"error: {error}", file=sys.stderr)
+    message = redacted("\n".join(map(str, errors)), known_secrets())
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        reason = {"message": "\n".join(map(str, errors)), "timestamp": seconds}
+        reason = {"message": message, "timestamp": seconds}
         with suppress(OSError):
             Path(error_file).write_text(json.dumps(reason), encoding="utf-8")

@@ -159,6 +159,14 @@ def _flush_folder(folder: Path) -> None:
             raise
 
 
+def is_plain_name(name: object) -> bool:
+    """True for the name of a file or folder that leads to no other folder, on any system, and can be printed.
+
+    Names in files of others may be `../name` or `/name`.
+    """
+    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
+
+
 def _flush(path: Path) -> None:
     """Writes a file or folder to the disk. Windows needs write access to files for this."""
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sdxl_finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "files", "progress", "seeding", "low_bits", "clip_vocabulary", "storage"},
+    {"errors", "files", "progress", "seeding", "low_bits", "clip_vocabulary", "storage", "parsing", "redaction"},
     {"batch", "config"},
     {"data", "diffusion", "model", "optim", "runtime"},
     {"latents"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MAY_SHARE = {"errors", "files", "progress", "storage", "seeding", "low_bits", "batch", "config"}
+MAY_SHARE = {"errors", "files", "progress", "storage", "seeding", "low_bits", "batch", "config", "parsing", "redaction"}
 """Lower layers whose members may import one another."""
 MAX_FILE, MAX_FUNCTION, MAX_PACKAGE, MAX_TRAIN = 400, 60, 27000, 120
 

@@ -4,7 +4,6 @@ The author's facts win over the config, the config over the model's metadata. Wh
 page then asks its author for it.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from sdxl_finetune.model.declared import CONFIG, Declared, read_declared
 from sdxl_finetune.model.keymap import TE1, TE2, UNET, VAE
 from sdxl_finetune.model.load import inspect_checkpoint
 from sdxl_finetune.output.stages import Stage, stages_of
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.tag_report.schema import Report
 
 PARTS = {"U-Net": (UNET, "unet."), "text encoder 1": (TE1, "te1."), "text encoder 2": (TE2, "te2."), "VAE": (VAE,)}
@@ -47,7 +47,7 @@ class ModelFile:
     def options(self) -> dict[str, Any]:
         """The options of the run that saved the file; empty if the file does not say them."""
         try:
-            return dict(json.loads(self.metadata.get(CONFIG, "{}")))
+            return dict(parse_json(self.metadata.get(CONFIG, "{}")))
         except (ValueError, TypeError):
             return {}
 

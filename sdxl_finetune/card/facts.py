@@ -4,7 +4,6 @@ Every text may be written once, or once for each language: `disclaimer = {en = "
 """
 
 import difflib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sdxl_finetune.config.quality_options import QualityTags
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.output.stages import Stage
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from sdxl_finetune.parsing import parse_toml_text
 
 Language = Literal["en", "zh"]
 
@@ -114,7 +109,7 @@ def load_facts(path: Path | None) -> Facts:
     if path is None:
         return Facts()
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        values = parse_toml_text(path.read_text(encoding="utf-8-sig"))
         return Facts.model_validate(values)
     except OSError as error:
         raise UserError(Problem(f"{error.strerror}: check the path", key="facts", value=str(path))) from None

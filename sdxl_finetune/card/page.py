@@ -47,7 +47,8 @@ def page_html(
     title = html.escape(blocks[0].text.removeprefix("# "))
     code = LANGUAGES[language][0]
     links = " · ".join(
-        f'<a href="{name}" hreflang="{LANGUAGES[one][0]}">{LANGUAGES[one][1]}</a>' for one, name in others.items()
+        f'<a href="{html.escape(name)}" hreflang="{LANGUAGES[one][0]}">{LANGUAGES[one][1]}</a>'
+        for one, name in others.items()
     )
     return (
         f'<!doctype html>\n<html lang="{code}">\n<head>\n<meta charset="utf-8">\n'

@@ -15,6 +15,7 @@ from sdxl_finetune.config import Config, HubOptions, MetadataOptions
 from sdxl_finetune.config.fields import plain
 from sdxl_finetune.config.options import SECRETS
 from sdxl_finetune.output.metadata import TEXT_PATHS
+from sdxl_finetune.parsing import parse_toml_text
 from sdxl_finetune.storage import Address
 
 if sys.version_info >= (3, 11):
@@ -65,7 +66,7 @@ def _shown_value(name: str, statement: str, config: Config) -> Any:
     if name in Config.model_fields:
         value = getattr(config, name)
         return None if name in PRIVATE or isinstance(value, (PurePath, Address)) else plain(value)
-    value = tomllib.loads(statement)[name]
+    value = parse_toml_text(statement)[name]
     return value if isinstance(value, (bool, int, float)) else None
 
 
@@ -89,7 +90,7 @@ def _statements(text: str) -> Iterator[tuple[str | None, str]]:
 
 def _without_comment(statement: str) -> str:
     """The statement without a comment at its end. A # inside of a text stays."""
-    values = tomllib.loads(statement)
+    values = parse_toml_text(statement)
     if "\n" in statement and "#" in statement:  # a comment may stand on any of the lines
         return "\n".join(assignment(name, value) for name, value in values.items())
     marks = (place for place, letter in enumerate(statement) if letter == "#")
@@ -99,6 +100,6 @@ def _without_comment(statement: str) -> str:
 def _parse(statement: str) -> dict[str, Any] | None:
     """The values of a TOML text; None if it is not complete."""
     try:
-        return tomllib.loads(statement)
+        return parse_toml_text(statement)
     except tomllib.TOMLDecodeError:
         return None

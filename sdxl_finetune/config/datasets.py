@@ -11,7 +11,6 @@ this under dataset_config. Keys are the reference's. An unknown key, a wrong typ
 """
 
 import difflib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from sdxl_finetune.config.fields import expected, reasons
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.reading import parse_toml
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.storage import Address, Location, list_page, naming, parse_location
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ def _subset(
     values = {name: value for name, value in {**inherited, **keys}.items() if name in Subset.model_fields}
     if keys.get("is_reg") and "conditioning_data_dir" not in keys:
         values["conditioning_data_dir"] = None  # masks of the images that are learned, not of regularisation images
-    if "image_dir" in values:
+    if isinstance(values.get("image_dir"), Path | Address):
         values["image_dir"], values["tar_files"] = split_tars(values["image_dir"])
     subset = mistakes.build(Subset, {"num_repeats": 1, "class_tokens": None, **values}, place)
     if subset is None:
@@ -271,7 +271,7 @@ def _parse(path: Path) -> Any:
     if path.suffix.lower() != ".json":
         return parse_toml(path)[0]
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(Problem(f"not valid JSON: {error}", file=str(path))) from None
     except OSError as error:

@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.storage import Address, parse_location
 
 ScheduleName: TypeAlias = Literal[
@@ -244,7 +245,7 @@ def _tag_groups(value: object) -> object:
     """Returns the path or address of a file, or the JSON text of a table of lists of tags by tag."""
     if isinstance(value, Path | Address) or (isinstance(value, str) and not value.lstrip().startswith("{")):
         return _location(value)
-    groups = json.loads(value) if isinstance(value, str) else value
+    groups = parse_json(value) if isinstance(value, str) else value
     if not isinstance(groups, dict):
         raise ValueError
     if wrong := [tag for tag, tags in groups.items() if not _are_tags(tags)]:

@@ -29,6 +29,7 @@ from sdxl_finetune.config import (
     weight_options,
 )
 from sdxl_finetune.config.fields import Options, plain
+from sdxl_finetune.redaction import known_secrets, replaced
 from sdxl_finetune.storage import Address, LocalCopies, Location
 
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
@@ -171,16 +172,23 @@ GROUPS: tuple[type[Options], ...] = Config.__bases__
 """The option groups, in the order in which help and documentation show them."""
 
 
+def secrets_of(options: Options) -> tuple[str, ...]:
+    """The secrets in these options and in the environment, the longest first."""
+    return known_secrets(getattr(options, name, None) for name in SECRETS)
+
+
 def to_toml(config: Config, *, changed_only: bool = False) -> str:
     """Returns the text of a config file that loads as the same config, here and in the reference.
 
-    Secrets are left out. With `changed_only`, options at their defaults are left out too.
+    Secrets are left out, and replaced by *** in the values of other options. With `changed_only`, options at their
+    defaults are left out too.
     """
+    secrets = secrets_of(config)
     tables: dict[str, dict[str, Any]] = {}
     for group in GROUPS:
         title = re.sub(r"(?<=.)(?=[A-Z])", "_", group.__name__.removesuffix("Options")).lower()
         tables[title] = {
-            name: plain(value)
+            name: replaced(plain(value), secrets)
             for name, field in group.model_fields.items()
             if (value := getattr(config, name)) is not None
             and name not in SECRETS

@@ -5,6 +5,7 @@ Reading judges nothing but syntax. The schema judges which names there are and w
 
 import argparse
 import contextlib
+import difflib
 import logging
 import re
 import sys
@@ -20,6 +21,7 @@ from sdxl_finetune.config.fields import Shown, expected, kinds, plain
 from sdxl_finetune.config.options import GROUPS, SECRETS, Config
 from sdxl_finetune.config.unsupported import FOREIGN, REFERENCE
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.parsing import parse_toml_text
 from sdxl_finetune.storage import Location, read
 
 if sys.version_info >= (3, 11):
@@ -45,13 +47,14 @@ class Given:
 
 
 def problem(message: str, name: str, given: Mapping[str, Given], file: str | None = None) -> Problem:
-    """Returns a problem that shows the option's value, unless it is secret, and its place.
+    """Returns a problem that shows the option's value and its place. A secret stays hidden, also under a misspelt name.
 
     The place is `file` if the option is not given.
     """
     if name not in given:
         return Problem(message, name, file=file)
-    return Problem(message, name, None if name in SECRETS else given[name].value, given[name].place)
+    is_secret = name in SECRETS or difflib.get_close_matches(name, SECRETS, n=1, cutoff=0.75)
+    return Problem(message, name, None if is_secret else given[name].value, given[name].place)
 
 
 def config_path(name: str) -> Path:
@@ -110,7 +113,7 @@ def parse_toml(path: Location) -> tuple[dict[str, Any], str]:
     """Returns the content of a TOML file and its text. Raises UserError if the file cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig") if isinstance(path, Path) else read(path).decode("utf-8-sig")
-        return tomllib.loads(text), text
+        return parse_toml_text(text), text
     except tomllib.TOMLDecodeError as error:
         with contextlib.suppress(Exception):  # the reference's parser reads numbers as 1.e-5, which are not valid TOML
             content = toml.loads(text)
@@ -124,6 +127,8 @@ def parse_toml(path: Location) -> tuple[dict[str, Any], str]:
         raise UserError(Problem(f"not valid TOML: {message}", file=f"{path}{numbers}")) from None
     except UnicodeDecodeError:
         raise UserError(Problem("not a UTF-8 text file: save it as UTF-8", file=str(path))) from None
+    except ValueError as error:  # a number of thousands of digits, or thousands of brackets in one another
+        raise UserError(Problem(f"not valid TOML: {error}", file=str(path))) from None
     except OSError as error:
         raise UserError(Problem(f"cannot be read: {_reason(error)}", file=str(path))) from None
 

@@ -21,6 +21,7 @@ from sdxl_finetune.config.dataset import (
 )
 from sdxl_finetune.config.fields import LR_SCHEDULES, OnlyWith
 from sdxl_finetune.config.hub import AUTO, hub_problems, hub_remarks
+from sdxl_finetune.config.name_rules import name_problems
 from sdxl_finetune.config.noise_rules import noise_problems, noise_remarks
 from sdxl_finetune.config.numbers_rules import numbers_problems
 from sdxl_finetune.config.options import Config
@@ -336,8 +337,9 @@ def _output(config: Config) -> Findings:
     for option, value in config:
         if isinstance(value, str | Path) and not is_text(str(value)) and option not in ANY_BYTES:
             yield option, "is not UTF-8, which only folders of images may be: rename it, or choose another"
-    if config.output_name and (set(config.output_name) & set("/\\") or not config.output_name.strip(". ")):
-        yield "output_name", "must be a file name without folders: set output_dir to the folder"
+        if "\0" in str(value):
+            yield option, "holds a null character, which no name and no text has: remove it"
+    yield from name_problems(config)
     if config.save_fallback_dir and config.save_fallback_dir == config.output_dir:
         yield "save_fallback_dir output_dir", "is output_dir: name a folder on another disk, or remove it"
     for option in ("output_dir", "logging_dir", "cache_dir", "cache_dir_local", "save_fallback_dir"):

@@ -7,7 +7,6 @@ as lacking.
 
 import bisect
 import itertools
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,13 @@ from typing import Any, NamedTuple
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.faces import FACE_NAME
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.parsing import parse_json
 
 Texts = Sequence[str | None]
 """The text of each source, or of the only source; None for a source that the image lacks."""
+
+LARGEST_TEXT = 1 << 20
+"""Bytes: a larger file is no caption."""
 
 
 class Chosen(NamedTuple):
@@ -113,12 +116,17 @@ def clean_lines(text: str) -> str:
 
 def _read_file(path: str) -> bytes | None:
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:  # noqa: PTH123 (Path is slower, and there may be millions)
+            content = file.read(LARGEST_TEXT + 1)
     except (FileNotFoundError, IsADirectoryError):
         return None
     except OSError as error:
         message = f"the caption file cannot be read ({error}): check its permissions"
         raise UserError(Problem(message, file=path)) from error
+    if len(content) > LARGEST_TEXT:
+        message = f"the file has more than {LARGEST_TEXT} bytes, which no caption has: check caption_extension"
+        raise UserError(Problem(message, file=path))
+    return content
 
 
 def _decode(content: bytes, path: str) -> str:
@@ -159,7 +167,7 @@ class _CaptionFile:
     @cached_property
     def _values(self) -> dict[str, Any]:
         try:
-            values = json.loads(_decode(self.content, self.path))
+            values = parse_json(_decode(self.content, self.path))
         except ValueError as error:
             message = f"the caption file is not valid JSON ({error}): correct it"
             raise UserError(Problem(message, file=self.path)) from None

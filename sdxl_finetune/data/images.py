@@ -32,6 +32,8 @@ for _plugin in PLUGINS:
 
 USUAL = ("JPEG", "PNG", "WEBP", "BMP")
 """Formats that Pillow tries first. Some of its other plugins parse a file before they refuse it."""
+RUNS_PROGRAM = ("EPS",)
+"""Formats that are programs themselves: Pillow lets Ghostscript run an EPS file, whatever the name of the file says."""
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -117,7 +119,14 @@ def _open(file: Path | io.BytesIO) -> Image.Image:
     try:
         return Image.open(file, formats=USUAL)
     except UnidentifiedImageError:
-        return Image.open(file)
+        return Image.open(file, formats=_others())
+
+
+@lru_cache
+def _others() -> tuple[str, ...]:
+    """All formats that Pillow knows, but those that it reads with another program."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in RUNS_PROGRAM)
 
 
 def load_image(

@@ -36,7 +36,7 @@ from sdxl_finetune.data.remarks import (
     report_bad_images,
 )
 from sdxl_finetune.data.scan import digest_of, scan
-from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
+from sdxl_finetune.data.tables import fixed_binary, is_sound, map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally, UserError, counted
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ class Index:
 
     @cached_property
     def _table(self) -> pa.Table:
-        return map_table(self.path)
+        return map_table(self.path, checked=False)
 
     def captions(self, start: int, end: int) -> list[list[str | None]]:
         """The whole texts of the caption sources of the rows from `start` to `end`."""
@@ -314,7 +314,7 @@ def _write(table: pa.Table, subsets: Sequence[Subset], cache_dir: Path) -> Path:
     )
     parts = (FORMAT, metadata[b"digest"], metadata[b"buckets"], digest_of(table, added).encode())
     path = cache_dir / f"{hashlib.blake2b(b' '.join(parts), digest_size=12).hexdigest()}.index"
-    if not path.exists():
+    if not is_sound(path):
         saved = {"digests": _digests(table), "captions": count_captions(table, subsets)}
         write_table(path, table.replace_schema_metadata(metadata | {b"saved": json.dumps(saved).encode()}))
     return path

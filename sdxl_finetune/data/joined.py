@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float32, Int, Int64, UInt8
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.tables import one_chunk, with_slashes
 from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.storage import Location, read
 
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "image", "name", "key", "id")
@@ -139,7 +140,11 @@ def _columns(path: Location, there: Sequence[str], wanted: Sequence[str]) -> tup
         message = "no column names the images: rename the one with their paths to path; the columns are"
         message += f" {listed(there, SHOWN)}"
         raise UserError(Problem(message, file=str(path)))
-    return name, [column for column in wanted if column in there]
+    columns = [column for column in wanted if column in there]
+    for column in (name, *columns):
+        if there.count(column) > 1:
+            raise UserError(Problem(f"several columns are named {column}: rename all but one", file=str(path)))
+    return name, columns
 
 
 def _read_parquet(path: Location, opened: Opened, wanted: Sequence[str]) -> tuple[pa.Table, list[str]]:
@@ -196,12 +201,12 @@ def _json_lines(path: Location, opened: Opened) -> Iterator[tuple[str, dict[str,
     with io.TextIOWrapper(opened(), "utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _named(path, f"line {number}", json.loads(line))
+                yield _named(path, f"line {number}", parse_json(line))
 
 
 def _json_objects(path: Location, opened: Opened, default: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with io.TextIOWrapper(opened(), "utf-8-sig") as file:
-        content = json.load(file)
+        content = parse_json(file.read())
     if isinstance(content, list):
         yield from (_named(path, f"entry {number}", entry) for number, entry in enumerate(content, start=1))
     elif isinstance(content, dict):

@@ -4,7 +4,6 @@ The scores are kept in `cache_dir` with the size and modification time of each f
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from jaxtyping import Int64
 from sdxl_finetune.data.joined import MISSING, Images, Numbers, absolute, read_numbers
 from sdxl_finetune.data.tables import map_table, write_table
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.progress import track
 
 READ = pa.schema({"name": pa.large_binary(), "stat": pa.int64(), "score": pa.float32(), "kind": pa.uint8()})
@@ -96,7 +96,7 @@ def _read(path: bytes, key: str) -> str | None:
     """The text of the score; None without a file. Text that cannot be read is no number."""
     try:
         text = Path(os.fsdecode(path)).read_text(encoding="utf-8-sig").strip()
-        entry = json.loads(text) if text.startswith("{") else None
+        entry = parse_json(text) if text.startswith("{") else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -5,6 +5,7 @@ Paths are passed to Arrow as bytes, because it refuses text that is not UTF-8.
 
 import contextlib
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from jaxtyping import UInt8
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.storage.copies import touch
+
+MARK = b"crc32 1 "
+"""Begins the last bytes of a file, behind the table."""
+TAIL = len(MARK) + 4
+"""Bytes behind the table: the mark, and the CRC-32 of all bytes before the mark."""
 
 
 @contextlib.contextmanager
@@ -36,21 +42,46 @@ def kept_file(path: Path) -> Iterator[Path]:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Writes a table to a file that appears under its name when it is complete. Raises UserError."""
-    with (
-        kept_file(path) as temporary,
-        pa.OSFile(os.fsencode(temporary), "wb") as file,
-        pa.ipc.new_file(file, table.schema) as writer,
-    ):
-        writer.write_table(table)
+    with kept_file(path) as temporary:
+        with pa.OSFile(os.fsencode(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        with pa.memory_map(os.fsencode(temporary)) as content:
+            checksum = zlib.crc32(content.read_buffer())
+        with temporary.open("ab") as file:
+            file.write(MARK + checksum.to_bytes(4, "little"))
 
 
-def map_table(path: Path, *, mapped: bool = True) -> pa.Table:
+def map_table(path: Path, *, mapped: bool = True, checked: bool = True) -> pa.Table:
     """Returns the table of a file, memory-mapped or read into memory. Raises OSError or ArrowException if damaged.
 
-    The modification time of the file becomes the time of this use.
+    A table whose bytes have changed is damaged: it could make Arrow read outside of the file. `checked` is False for a
+    file that this or another process of the run has checked. The modification time of the file becomes the time of this
+    use.
     """
     touch(path)
-    return pa.ipc.open_file(pa.memory_map(os.fsencode(path)) if mapped else path.read_bytes()).read_all()
+    content = (pa.memory_map(os.fsencode(path)) if mapped else pa.OSFile(os.fsencode(path))).read_buffer()
+    size, has_checksum = len(content) - TAIL, has_mark(content)
+    if has_checksum and checked and zlib.crc32(content[:size]) != int.from_bytes(content[-4:].to_pybytes(), "little"):
+        raise pa.ArrowInvalid("the file differs from its checksum")
+    table = pa.ipc.open_file(content[:size] if has_checksum else content).read_all()
+    if not has_checksum:
+        table.validate(full=True)
+    return table
+
+
+def has_mark(content: pa.Buffer) -> bool:
+    """True if the bytes of a file end in a checksum. Older versions of this program wrote none."""
+    return len(content) > TAIL and content[-TAIL:-4].to_pybytes() == MARK
+
+
+def is_sound(path: Path) -> bool:
+    """True if a file of `write_table` has the content that was written."""
+    try:
+        with pa.memory_map(os.fsencode(path)) as file:
+            content = file.read_buffer()
+            return has_mark(content) and map_table(path) is not None
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:

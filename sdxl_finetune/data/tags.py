@@ -6,21 +6,15 @@ matches any text, and `\\*` is a star.
 """
 
 import functools
-import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.errors import Problem, Problems, UserError
+from sdxl_finetune.parsing import parse_json, parse_toml_text
 from sdxl_finetune.storage import Location, StorageError, read
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 BREAK = "BREAK"
 """Word at which a new chunk of tokens starts, with `caption_break`."""
@@ -152,12 +146,12 @@ def _read(path: Location, option: str) -> str:
 def _read_groups(groups: Location | str) -> Mapping[str, Any]:
     """Returns the tags that are dropped together with each tag. The schema has checked a table of the config."""
     if isinstance(groups, str):
-        table: Mapping[str, Any] = json.loads(groups)
+        table: Mapping[str, Any] = parse_json(groups)
         return table
     option = "caption_tag_dropout_groups"
     text = _read(groups, option)
     try:
-        content = json.loads(text) if groups.suffix.lower() == ".json" else tomllib.loads(text)
+        content = parse_json(text) if groups.suffix.lower() == ".json" else parse_toml_text(text)
     except ValueError as error:
         message = f"neither valid TOML nor JSON ({error}): correct the file. Its name must end in .toml or .json"
         raise UserError(Problem(message, option, str(groups))) from None

@@ -18,6 +18,7 @@ import numpy as np
 
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.latents.shards import LEFT_OVER, TABLES, Kind, NewerShard, Shard, read_shard
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.storage import Address, Found, Location, StorageError, delete, list_files
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class Shelf:
         except NewerShard as error:
             logger.warning("%s: %s", path, error)
             return None
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError) as error:
             return f"not readable as a shard ({error})"
         return shard
 
@@ -147,11 +148,11 @@ class Shelf:
             data = np.fromfile(self.catalogue, np.uint8)
             end = len(data) - 12
             size, crc = (int.from_bytes(data[a:b].tobytes(), "little") for a, b in ((end, end + 8), (end + 8, None)))
-            about = json.loads(data[end - size : end].tobytes())
+            about = parse_json(data[end - size : end].tobytes())
             if about["version"] != VERSION or about["kind"] != self.kind.format or zlib.crc32(data[:end].data) != crc:
                 return {}
             return dict(self._split(data, about["shards"]))
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
             return {}
 
     def _split(self, data: np.ndarray, rows: list[list]) -> Iterable[tuple[str, Known]]:
@@ -210,6 +211,6 @@ def _table(shard: Shard, name: str) -> np.ndarray:
 def _checked_before(folder: Location) -> dict[str, list[int]]:
     """Size and modification time of the files that a version without catalogues has checked, by name."""
     try:
-        return {} if isinstance(folder, Address) else dict(json.loads((folder / "checked.json").read_text()))
+        return {} if isinstance(folder, Address) else dict(parse_json((folder / "checked.json").read_text()))
     except (OSError, ValueError, TypeError):
         return {}

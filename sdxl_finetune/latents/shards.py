@@ -9,7 +9,7 @@ have the same key, the oldest shard counts, on every process. Damaged and foreig
 
 import atexit
 import contextlib
-import json
+import math
 import os
 import secrets
 import tempfile
@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.storage import Address, LocalCopies, Location, StorageError, read, write
 
 L = TypeVar("L", Path, Address, Location)
@@ -96,7 +97,7 @@ def read_shard(path: Location, kind: Kind, size: int, reads: Callable[[int, int]
     if begin > size:
         raise ValueError("it is cut short")
     head += part(len(head), begin - len(head)) if begin > len(head) else b""
-    header = json.loads(head[8:begin])
+    header = parse_json(head[8:begin])
     try:
         about, spans = header["__metadata__"], [tuple(header[name]["data_offsets"]) for name in TABLES]
         records, shapes = header[kind.name], [header[name]["shape"] for name in TABLES]
@@ -110,6 +111,8 @@ def read_shard(path: Location, kind: Kind, size: int, reads: Callable[[int, int]
         raise ValueError(f"it holds no {kind.name.replace('_', ' ')} of this encoder")
     if begin + max(end for _, end in [*spans, records["data_offsets"]]) != size:
         raise ValueError("it is cut short")
+    if records["data_offsets"][1] - records["data_offsets"][0] != 2 * math.prod(records["shape"]):
+        raise ValueError("its records are not of the size that it says")
     behind = [span for span in spans if begin + span[1] > len(head)]
     first = min(start for start, _ in behind) if behind else 0
     tail = part(begin + first, max(end for _, end in behind) - first) if behind else b""
@@ -120,7 +123,9 @@ def read_shard(path: Location, kind: Kind, size: int, reads: Callable[[int, int]
     tables = [np.frombuffer(one, dtype).reshape(shape) for one, dtype, shape in zip(data, DTYPES, shapes, strict=True)]
     if about.get("tables") != _crc_of(tables):
         raise ValueError("its tables are damaged")
-    return Shard(path, begin + records["data_offsets"][0], int(np.prod(records["shape"][1:])) * 2, *tables)
+    if [len(table) for table in tables] != [records["shape"][0]] * 2 + [len(tables[3])] * 2:
+        raise ValueError("its tables are of different lengths")
+    return Shard(path, begin + records["data_offsets"][0], math.prod(records["shape"][1:]) * 2, *tables)
 
 
 class ShardWriter:

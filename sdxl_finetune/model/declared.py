@@ -13,7 +13,6 @@ Loading keeps the markers in `SDXL.markers`, training replaces them by those of 
 them into every format.
 """
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from sdxl_finetune.config.flow_options import FlowOptions
 from sdxl_finetune.config.training_options import ObjectiveKind
 from sdxl_finetune.errors import Problem
 from sdxl_finetune.model.tensorfile import TensorFile
+from sdxl_finetune.parsing import parse_json
 
 V_PRED, ZTSNR = "v_pred", "ztsnr"
 """Keys of the empty tensors by which user interfaces recognise v-prediction and zero terminal SNR."""
@@ -235,6 +235,6 @@ def _scheduler_kind(scheduler: Mapping[str, Any]) -> ObjectiveKind | None:
 def _trained_with(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The options of the run that saved the checkpoint; empty if it does not say them."""
     try:
-        return dict(json.loads(metadata.get(CONFIG, "{}")))
+        return dict(parse_json(metadata.get(CONFIG, "{}")))
     except (ValueError, TypeError):
         return {}

@@ -25,6 +25,7 @@ from sdxl_finetune.model.tensorfile import Source, TensorFile, open_tensors, wri
 from sdxl_finetune.model.tokenizer_files import save_tokenizers
 from sdxl_finetune.model.vae import build_vae
 from sdxl_finetune.model.weights import Weights
+from sdxl_finetune.parsing import parse_json
 
 PARTS = {
     "unet": ("unet", ("diffusion_pytorch_model",)),
@@ -62,7 +63,7 @@ _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", "
 def open_folder(folder: Path) -> TensorFile:
     """Opens all parts of a diffusers pipeline. Raises UserError for another kind of pipeline."""
     index = folder / "model_index.json"
-    kind = _read_json(index).get("_class_name", "") if index.is_file() else "StableDiffusionXLPipeline"
+    kind = str(_read_json(index).get("_class_name", "")) if index.is_file() else "StableDiffusionXLPipeline"
     if not kind.startswith("StableDiffusionXL"):
         raise UserError(Problem(f"this is a {kind}, not an SDXL base model: choose another folder", file=str(index)))
     if not (folder / "unet").is_dir():
@@ -119,7 +120,7 @@ def _vae_tensors(tensors: Mapping[str, Source]) -> dict[str, Source]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(
             Problem(f"this is no JSON object ({error}): fetch or save the folder again", file=str(path))

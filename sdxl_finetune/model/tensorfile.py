@@ -8,7 +8,6 @@ The writer puts the bytes where the safetensors library would put them.
 import functools
 import json
 import math
-import pickle
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.model.pickles import load_pickle
 
 _DTYPES = {
     "U8": torch.uint8,
@@ -132,20 +132,11 @@ def _open_safetensors(path: Path) -> TensorFile:
 
 
 def _open_pickle(path: Path) -> TensorFile:
-    try:
-        content = _unpickle(path)
-    except pickle.UnpicklingError:
-        message = (
-            "the file holds more than tensors and is not unpickled, because that could run any code: "
-            "convert it to .safetensors with a tool that you trust"
-        )
-        raise UserError(Problem(message, file=str(path))) from None
-    except (RuntimeError, EOFError, KeyError, OSError, ValueError) as error:
-        message = f"the file is damaged or is no checkpoint ({str(error).splitlines()[0]}): fetch or save it again"
-        raise UserError(Problem(message, file=str(path))) from None
+    content = load_pickle(path)
     outer = content if isinstance(content, dict) else {}
     inner = outer.get("state_dict", outer)
-    tensors = {key: source_of(value) for key, value in inner.items() if isinstance(value, Tensor)}
+    named = inner.items() if isinstance(inner, Mapping) else ()
+    tensors = {key: source_of(value) for key, value in named if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         raise UserError(Problem("the file holds no named tensors: it is no checkpoint", file=str(path)))
     epoch, step = (value if isinstance(value := outer.get(name), int) else None for name in ("epoch", "global_step"))
@@ -154,13 +145,6 @@ def _open_pickle(path: Path) -> TensorFile:
 
 def _unwrapped(tensors: Mapping[str, Source]) -> dict[str, Source]:
     return {".".join(word for word in key.split(".") if word not in _WRAPPERS): tensors[key] for key in tensors}
-
-
-def _unpickle(path: Path) -> Any:
-    """Unpickles a file. Its tensors are mapped if it has torch's zip format, which torch writes since 1.6."""
-    with path.open("rb") as file:
-        mapped = file.read(4) == b"PK\x03\x04"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> None:

@@ -9,8 +9,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdxl_finetune.config import LoggingOptions
+from sdxl_finetune.config.options import secrets_of
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.output.log_file import MessageFile
+from sdxl_finetune.redaction import redacted
+
+
+class RedactingFormatter(logging.Formatter):
+    """Formats messages and tracebacks with *** in the place of secrets, those of the config among them."""
+
+    def __init__(self, layout: str, options: LoggingOptions, datefmt: str | None = None) -> None:
+        super().__init__(layout, datefmt)
+        self._secrets = secrets_of(options)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record), self._secrets)
 
 
 class _AboveProgressBar(logging.Handler):
@@ -47,7 +60,7 @@ def console(options: LoggingOptions, rank: int) -> Iterator[None]:
     level = logging.getLevelName(options.console_log_level or "INFO")
     where = f"[rank {rank}] " if rank else ""
     layout = "%(message)s" if options.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s"
-    handler.setFormatter(logging.Formatter(where + layout, datefmt="%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(RedactingFormatter(where + layout, options, "%Y-%m-%d %H:%M:%S"))
     handler.setLevel(max(level, logging.WARNING) if rank else level)
     root, ours = logging.getLogger(), logging.getLogger("sdxl_finetune")
     previous = root.level, ours.level

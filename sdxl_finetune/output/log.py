@@ -27,8 +27,10 @@ from tqdm import tqdm
 from sdxl_finetune import __version__
 from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config, to_toml
+from sdxl_finetune.config.options import secrets_of
 from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.output.colours import Drift
+from sdxl_finetune.output.console import RedactingFormatter
 from sdxl_finetune.output.contact_sheet import contact_sheet
 from sdxl_finetune.output.curve import draw_curve
 from sdxl_finetune.output.delayed_scalars import Arrived, DelayedScalars
@@ -38,6 +40,7 @@ from sdxl_finetune.output.log_history import METRICS, SAVES, last_losses, note_s
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
 from sdxl_finetune.output.watch import Watch, WrongNumbers
+from sdxl_finetune.redaction import redacted
 from sdxl_finetune.runtime import host
 
 logger = logging.getLogger(__name__)
@@ -122,9 +125,10 @@ class Log:
         if directory:
             _make_directory(directory)
         self._trackers = build_trackers(config, directory, done, shareable(config)) if rank == 0 else []
+        self._secrets = secrets_of(config)
         if directory:
             self._file = MessageFile(directory / f"console_rank{rank}.log")
-            self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+            self._file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", config))
             logging.getLogger().addHandler(self._file)
         if directory and rank == 0:
             write_text(directory / "config.toml", f"# sdxl_finetune {__version__}\n{to_toml(config)}")
@@ -288,6 +292,7 @@ class Log:
             tracker.close()
         if self._metrics and self._directory:
             self._metrics.close()
+            reason = redacted(reason, self._secrets)
             ended = {"reason": reason, "step": self._last_step, "time": datetime.now().astimezone().isoformat()}
             write_text(self._directory / "ended.json", json.dumps(ended, indent=2) + "\n")
         if self._file:

@@ -4,6 +4,7 @@ At every save, the file `saves.jsonl` gets a line with the sizes of the log's gr
 files off at these sizes. This removes everything that the interrupted run wrote after the save.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sdxl_finetune.config import LoggingOptions
+from sdxl_finetune.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +58,16 @@ def go_back(directory: Path, step: int) -> bool:
 
     The function may be interrupted and called again.
     """
-    sizes, end = None, 0
+    noted, end = None, 0
     try:
         with (directory / SAVES).open("rb") as file:
             for line in iter(file.readline, b""):
-                if line.endswith(b"\n") and (save := json.loads(line))["step"] == step:
-                    sizes, end = save["sizes"], file.tell()
-    except (OSError, ValueError, KeyError):
+                if line.endswith(b"\n") and (save := parse_json(line))["step"] == step:
+                    noted, end = save["sizes"], file.tell()
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    if sizes is None or any(not (directory / name).is_file() for name in sizes):
+    sizes = _sizes_to_cut(directory, noted)
+    if sizes is None:
         return False
     try:
         for path in _event_files(directory):
@@ -79,18 +82,40 @@ def go_back(directory: Path, step: int) -> bool:
     return True
 
 
+def _sizes_to_cut(directory: Path, noted: object) -> dict[str, int] | None:
+    """The sizes that the record of a save notes; None if one of the log's files is shorter.
+
+    The record may be damaged. Only files of the log are cut, wherever the names in the record point.
+    """
+    lengths = {str(path.relative_to(directory)): path.stat().st_size for path in _event_files(directory)}
+    if (metrics := directory / METRICS).is_file():
+        lengths[METRICS] = metrics.stat().st_size
+    if not isinstance(noted, dict):
+        return None
+    fits = all(type(size) is int and 0 <= size <= lengths.get(name, -1) for name, size in noted.items())
+    return dict(noted) if fits else None
+
+
 def last_losses(directory: Path, count: int) -> list[float]:
-    """Returns the losses of the last `count` steps in metrics.jsonl; none if the file cannot be read."""
-    path = directory / METRICS
+    """Returns the losses of the last `count` steps in metrics.jsonl; none if the file cannot be read.
+
+    Damaged lines are left out.
+    """
+    path, losses = directory / METRICS, []
     try:
-        # Besides its own line, a step has at most one line each of validation, tags, colours and loss weights.
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[-5 * count - 5 :]]
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:
         logger.warning("%s cannot be read (%s): its losses are missing in the mean loss", path, error.strerror)
         return []
-    return [row["loss"] for row in rows if row.get("loss") is not None][-count:]
+    # Besides its own line, a step has at most one line each of validation, tags, colours and loss weights.
+    for line in lines[-5 * count - 5 :]:
+        with contextlib.suppress(ValueError):
+            row = parse_json(line)
+            if isinstance(row, dict) and isinstance(row.get("loss"), int | float):
+                losses.append(float(row["loss"]))
+    return losses[-count:]
 
 
 def _event_files(directory: Path) -> list[Path]:

@@ -20,10 +20,11 @@ from typing import Any
 import sdxl_finetune
 from sdxl_finetune.config import Config, MetadataOptions
 from sdxl_finetune.config.fields import plain
-from sdxl_finetune.config.options import SECRETS
+from sdxl_finetune.config.options import SECRETS, secrets_of
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.declared import MODELSPEC
 from sdxl_finetune.output.stages import Stage, stages_json
+from sdxl_finetune.redaction import replaced
 
 PREFIX = "sdxl_finetune."
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "bitsandbytes", "numpy", "pydantic")
@@ -81,7 +82,8 @@ def modelspec(config: Config, *, now: datetime, thumbnail: str | None = None) ->
     }
     if config.min_timestep is not None or config.max_timestep is not None:
         fields["timestep_range"] = ",".join(map(str, config.timestep_range))
-    return {f"modelspec.{name}": value for name, value in fields.items() if value is not None}
+    secrets = secrets_of(config)
+    return {f"modelspec.{name}": replaced(value, secrets) for name, value in fields.items() if value is not None}
 
 
 def load_thumbnail(thumbnail: str | None) -> str | None:
@@ -103,9 +105,13 @@ def load_thumbnail(thumbnail: str | None) -> str | None:
 
 
 def shareable(config: Config) -> dict[str, Any]:
-    """Returns the options that are set, with values as in a config file, but without secrets, paths and addresses."""
+    """Returns the options that are set, with values as in a config file, but without secrets, paths and addresses.
+
+    A secret that stands in the value of another option, for example in a description, is replaced by ***.
+    """
+    secrets = secrets_of(config)
     return {
-        name: plain(value)
+        name: replaced(plain(value), secrets)
         for name, value in config
         if value is not None and not isinstance(value, PurePath) and name not in SECRETS | TEXT_PATHS
     }

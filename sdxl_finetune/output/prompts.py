@@ -6,10 +6,8 @@ TOML or JSON, with the same options under their long names. Formats and file nam
 reported with file and line.
 """
 
-import json
 import logging
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,11 +16,7 @@ from typing import Any, get_args
 
 from sdxl_finetune.config.output_options import Sampler
 from sdxl_finetune.errors import Problem, UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from sdxl_finetune.parsing import parse_json, parse_toml_text
 
 LINE_OPTIONS = {
     "n": "negative_prompt",
@@ -99,9 +93,9 @@ def load_prompts(path: Path, default: Prompt | None = None) -> tuple[Prompt, ...
             case ".txt":
                 entries = list(_text_entries(path, text))
             case ".toml":
-                entries = list(_entries(path, _toml_prompts(tomllib.loads(text))))
+                entries = list(_entries(path, _toml_prompts(parse_toml_text(text))))
             case ".json":
-                entries = list(_entries(path, json.loads(text)))
+                entries = list(_entries(path, parse_json(text)))
             case _:
                 raise ValueError("the name of a prompt file must end in .txt, .toml or .json")
     except (OSError, ValueError) as error:

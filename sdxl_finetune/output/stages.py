@@ -5,7 +5,6 @@ earlier stages from the file that it starts from, and adds its own. `sdxl-model 
 Nothing here names a machine, a user or a folder.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -13,6 +12,8 @@ from pathlib import PurePath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sdxl_finetune.parsing import parse_json
 
 FIELD = "sdxl_finetune.stages"
 """Metadata field of a checkpoint that holds its stages as JSON, the first stage first."""
@@ -116,7 +117,7 @@ def stages_of(metadata: Mapping[str, str]) -> tuple[Stage, ...]:
 def recorded_stages(metadata: Mapping[str, str]) -> tuple[Stage, ...]:
     """The stages that this program has written into a checkpoint's metadata; none in other files."""
     try:
-        return parse_stages(json.loads(metadata.get(FIELD, "[]")))
+        return parse_stages(parse_json(metadata.get(FIELD, "[]")))
     except ValueError:
         return ()
 

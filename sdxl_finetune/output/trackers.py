@@ -74,10 +74,13 @@ def _load_arguments(options: LoggingOptions) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
     try:
-        return toml.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        arguments = toml.loads(path.read_text(encoding="utf-8"))
+        if wrong := [name for name in ("tensorboard", "wandb") if not isinstance(arguments.get(name, {}), dict)]:
+            raise ValueError(f"{wrong[0]} must be a table of arguments")
+    except Exception as error:  # the parser, which is that of the reference, raises errors of any kind
         message = f"the file cannot be read: {error}"
         raise UserError(Problem(message, key="log_tracker_config", value=str(path))) from error
+    return arguments
 
 
 class TensorBoard:

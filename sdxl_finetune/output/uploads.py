@@ -19,9 +19,10 @@ from typing import Any
 
 from sdxl_finetune.config import HubOptions
 from sdxl_finetune.errors import counted
-from sdxl_finetune.files import atomic_path, free_bytes
+from sdxl_finetune.files import atomic_path, free_bytes, is_plain_name
 from sdxl_finetune.output.hub import HubCall, HubError, target
 from sdxl_finetune.output.store_call import StoreCall
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
 from sdxl_finetune.storage import Address, StorageError
 
@@ -312,7 +313,10 @@ class Uploads:
 
     def _load(self) -> list[Upload]:
         try:
-            return [Upload(**values) for values in json.loads(self._list.read_text(encoding="utf-8"))]
+            uploads = [Upload(**values) for values in parse_json(self._list.read_text(encoding="utf-8"))]
+            if wrong := [upload.name for upload in uploads if not is_plain_name(upload.name)]:
+                raise ValueError(f"{wrong[0]!r} is no name of a saved file")
+            return uploads
         except FileNotFoundError:
             return []
         except (OSError, ValueError, TypeError) as error:

@@ -57,7 +57,7 @@ class Rows:
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self.table = map_table(index.path)
+        self.table = map_table(index.path, checked=False)
         """The table of the index."""
 
     def has(self, column: str) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -41,6 +42,8 @@ def fetch_to(address: Address, path: Path, files: Sequence[Found] | None = None)
             if path.exists():
                 return
             files = files_at(address) if files is None else files
+            if wrong := [found.name for found in files if not _stays_below(found.name)]:
+                raise StorageError(address, f"holds an object whose name leads out of a folder: {wrong[0]!a}")
             size = sum(found.size for found in files)
             logger.info("downloading %s (%s) to %s", address, size_text(size), path)
             with atomic_path(path) as temporary:
@@ -48,6 +51,12 @@ def fetch_to(address: Address, path: Path, files: Sequence[Found] | None = None)
                     download(address / found.name, temporary / found.name if found.name else temporary, found.size)
     except OSError as error:
         raise StorageError(address, f"cannot be downloaded to {path} ({error.strerror})") from None
+
+
+def _stays_below(name: str) -> bool:
+    """True if a file of this name is in the folder to which the name is relative. On Windows, `\\` and `:` lead out."""
+    parts = name.split("/")
+    return name == "" or not ({"", ".."} & set(parts) or (os.name == "nt" and set(name) & set("\\:")))
 
 
 def files_at(address: Address) -> list[Found]:

@@ -18,6 +18,7 @@ from jaxtyping import Float32
 
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.model.sdxl import SDXL
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.tag_report.choice import Choice
 
 Losses = Float32[np.ndarray, "timesteps captions"]
@@ -75,6 +76,6 @@ def _read(path: Path) -> dict[int, Losses]:
     if path.is_file():
         for line in path.read_bytes().splitlines():
             with suppress(ValueError, TypeError):  # a killed process left an incomplete line
-                number, values = json.loads(line)
+                number, values = parse_json(line)
                 found[int(number)] = np.array(values, np.float32)
     return found

@@ -116,7 +116,7 @@ def _find_images(index: Index, names: Sequence[str], most: int) -> Listed:
 
     The order of an image does not depend on the other images.
     """
-    patterns, captions = TagPatterns(names, exact=True), one_chunk(map_table(index.path)["captions"])
+    patterns, captions = TagPatterns(names, exact=True), one_chunk(map_table(index.path, checked=False)["captions"])
     used, own = np.flatnonzero(index.used), [separators_of(one) for one in index.subsets]
     per_epoch, images, own_repeats = np.zeros((3, len(names)), np.int64)
     num_repeats = np.array([subset.num_repeats for subset in index.subsets])

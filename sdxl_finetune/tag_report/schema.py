@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path
+from sdxl_finetune.parsing import parse_json
 
 STATES = ("learned", "underfitted", "contradictory", "unclear")
 """States of a tag. A contradictory tag was seen often and is told worse than rarer tags: its images show several
@@ -126,7 +127,7 @@ def load_report(path: Path) -> Report:
     try:
         tags = pa.parquet.read_table(path)
         images = pa.parquet.read_table(path.with_name(path.name.removesuffix(TAGS_ENDING) + IMAGES_ENDING))
-        facts = Facts(**json.loads((tags.schema.metadata or {})[FACTS]))
+        facts = Facts(**parse_json((tags.schema.metadata or {})[FACTS]))
         tags, images = tags.replace_schema_metadata(None), images.replace_schema_metadata(None)
         check_tables(tags, images)
     except OSError as error:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_finetune.errors import counted
+from sdxl_finetune.errors import Problem, UserError, counted
+from sdxl_finetune.model.pickles import load_pickle
 from sdxl_finetune.optim.parameters import Group, named_parameters, part_of
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,11 @@ def restore_optimizer_state(
     if left_out := [name for name in saved["state"] if name not in trained]:
         count = counted(len(left_out), "parameter")
         logger.info("frozen now, so their saved optimizer state is left out: %s, for example %s", count, left_out[0])
-    torch.set_rng_state(saved["random"].clone())
+    try:
+        torch.set_rng_state(saved["random"].clone())
+    except (RuntimeError, TypeError) as error:
+        message = f"the state of the random numbers is damaged ({error}): use another training state"
+        raise UserError(Problem(message, file=str(file))) from None
     if saved["random_cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(saved["random_cuda"].clone())
     return saved["scaler"], unknown if saved["state"] else []
@@ -116,7 +121,27 @@ def load_ema(file: Path) -> Mapping[str, Tensor]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    """The content of `optimizer.pt`. Raises UserError for a file that this program has not written."""
+    saved = load_pickle(file)
+    of_names: dict[str, Any] = {
+        "state": Mapping,
+        "groups": Mapping,
+        "average": Mapping | None,
+        "scaler": Mapping | None,
+    }
+    of_names |= {"loss_weights": Mapping | None, "random": Tensor, "random_cuda": Tensor | None}
+    wrong = [name for name, kind in of_names.items() if not isinstance(_part(saved, name), kind)]
+    if not wrong:
+        inner = [(name, *item) for name in ("state", "groups") for item in saved[name].items()]
+        wrong = [name for name, key, value in inner if not isinstance(key, str) or not isinstance(value, Mapping)]
+    if wrong:
+        message = f"this is no optimizer state of this program, because of {wrong[0]}: use another training state"
+        raise UserError(Problem(message, file=str(file)))
+    return dict(saved)
+
+
+def _part(saved: Any, name: str) -> Any:
+    return saved.get(name) if isinstance(saved, Mapping) else None
 
 
 def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str, value: Any, group: Mapping[str, Any]) -> Any:

@@ -4,7 +4,6 @@ Files whose effect the index knows, such as images, captions and `image_weights`
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.config.reading import parse_toml
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.output.metadata import shareable
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.storage import Address, Location, parse_location, read
 
 TAG_RULES = ("protected_tags_file", "caption_tag_dropout_groups")
@@ -37,7 +37,7 @@ def _digests(config: Config) -> Iterator[tuple[str, str]]:
 def _named_in(path: Path) -> Iterator[Location]:
     """Yields the files of tag rules that a `dataset_config` file names, in order."""
     try:
-        content = json.loads(path.read_bytes()) if path.suffix.lower() == ".json" else parse_toml(path)[0]
+        content = parse_json(path.read_bytes()) if path.suffix.lower() == ".json" else parse_toml(path)[0]
     except (ValueError, UserError):
         return
     tables = [content] if isinstance(content, dict) else []

@@ -18,16 +18,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sdxl_finetune.config import Config, SavingOptions
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.files import atomic_path
+from sdxl_finetune.files import atomic_path, is_plain_name
 from sdxl_finetune.model.load import Format
 from sdxl_finetune.model.tensorfile import Source, write_pickle, write_safetensors
 from sdxl_finetune.output.checkpoints import saved_names
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.output.stages import Stage, parse_stages, stages_json
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.training.saves import STATE_SUFFIX
 
 FORMAT = 1
@@ -97,13 +98,18 @@ class TrainingState:
         if values["format"] > FORMAT:
             message = f"{STATE} has format {values['format']}, and this version of the program reads up to {FORMAT}"
             raise ValueError(f"{message}; update the program")
+        config, seed = values["config"], values["seed"]
+        if not isinstance(config, dict | None) or not isinstance(values["optimizer"], str | None):
+            raise ValueError("config or optimizer is of a wrong type")
+        if values["checkpoint"] not in (None, *get_args(Format)):
+            raise ValueError("the format of checkpoints is unknown")
         return cls(
-            step=int(values["step"]),
-            epoch=int(values["epoch"]),
-            seed=values["seed"],
+            step=_count("step", values["step"]),
+            epoch=_count("epoch", values["epoch"]),
+            seed=None if seed is None else _count("seed", seed),
             saved_at=float(values["time"]),
             optimizer=values["optimizer"],
-            config=values["config"],
+            config=config,
             checkpoint_format=values["checkpoint"],
             is_interrupted=values["interrupted"],
             stages=parse_stages(values.get("stages")),
@@ -117,7 +123,10 @@ class TrainingState:
     @classmethod
     def from_metadata(cls, *, step: int, epoch: int, seed: int | None, position: str | None) -> "TrainingState":
         """The state that a saved checkpoint tells; `position` is its metadata field `resume`."""
-        return cls(step=step, epoch=epoch, seed=seed, **_read_position(json.loads(position or "{}")))
+        counted = {"step": step, "epoch": epoch} | ({} if seed is None else {"seed": seed})
+        for name, value in counted.items():
+            _count(name, value)
+        return cls(step=step, epoch=epoch, seed=seed, **_read_position(parse_json(position or "{}")))
 
     def _position(self) -> dict[str, Any]:
         return {
@@ -129,14 +138,30 @@ class TrainingState:
 
 
 def _read_position(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a position. Raises ValueError, TypeError or AttributeError for values that no run has saved.
+
+    The name of the log becomes a folder in `logging_dir`. A file of somebody else must not name a folder elsewhere.
+    """
     step, epoch = values.get("origin", (0, 0))
+    order, log = values.get("order"), values.get("log")
+    if log is not None and not is_plain_name(log):
+        raise ValueError(f"log = {log!r} is no name of a folder")
+    if order is not None and not isinstance(order, dict):
+        raise ValueError("the order of images is no table")
     return {
-        "steps_into_epoch": values.get("within", 0),
-        "origin": (step, epoch),
-        "data_order": values.get("order"),
-        "log": values.get("log"),
-        "holds_ema": values.get("averaged", False),
+        "steps_into_epoch": _count("within", values.get("within", 0)),
+        "origin": (_count("origin", step), _count("origin", epoch)),
+        "data_order": order,
+        "log": log,
+        "holds_ema": bool(values.get("averaged", False)),
     }
+
+
+def _count(name: str, value: Any) -> int:
+    """A number of steps or epochs, or a seed. Raises ValueError for any other value."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{name} = {value!r:.100} is no whole number from 0 to 2^63")
+    return value
 
 
 def save_state(
@@ -156,12 +181,12 @@ def save_state(
 def load_state(directory: Path) -> TrainingState:
     """The TrainingState of a directory that agrees with its manifest. Raises UserError for any other directory."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
+        manifest = parse_json((directory / MANIFEST).read_bytes())
         damaged = [name for name in (WEIGHTS, OPTIMIZER, STATE) if not _agrees(directory / name, manifest[name])]
         if damaged:
             message = f"this training state is damaged: {', '.join(damaged)} differs from {MANIFEST}; use another state"
             raise UserError(Problem(message, file=str(directory)))
-        return TrainingState.from_json(json.loads((directory / STATE).read_bytes()))
+        return TrainingState.from_json(parse_json((directory / STATE).read_bytes()))
     except FileNotFoundError as error:
         message = f"this is not a complete training state, {Path(error.filename).name} is missing: use another state"
         raise UserError(Problem(message, file=str(directory))) from None
@@ -174,7 +199,7 @@ def load_state(directory: Path) -> TrainingState:
 def peek_state(directory: Path) -> TrainingState | None:
     """The TrainingState of a directory, without checking the manifest; None if state.json cannot be read."""
     try:
-        return TrainingState.from_json(json.loads((directory / STATE).read_bytes()))
+        return TrainingState.from_json(parse_json((directory / STATE).read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -1,6 +1,5 @@
 """Training states and checkpoints of a run that stand in an object store. Another machine may have saved them."""
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from accelerate import Accelerator
 from sdxl_finetune.config import Config
 from sdxl_finetune.output.checkpoints import final_name, remove, saved_names
 from sdxl_finetune.output.uploads import Uploads
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.storage import Address, StorageError, list_files, read
 from sdxl_finetune.training.saves import STATE_SUFFIX
 from sdxl_finetune.training.state import MANIFEST, STATE, TrainingState
@@ -68,6 +68,6 @@ def build_uploads(config: Config, accelerator: Accelerator) -> tuple[Uploads, St
 
 def _read_state(address: Address) -> TrainingState | None:
     try:
-        return TrainingState.from_json(json.loads(read(address / STATE)))
+        return TrainingState.from_json(parse_json(read(address / STATE)))
     except (StorageError, ValueError, KeyError, TypeError, AttributeError):
         return None

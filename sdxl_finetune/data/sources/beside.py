@@ -4,7 +4,6 @@ A text is named as in `caption_sources`: `.txt` is a file as a whole, `.json#key
 JSON file may also hold a score and the image's size.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +12,11 @@ import pyarrow as pa
 import pyarrow.compute
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.caption_sources import clean_lines
+from sdxl_finetune.data.caption_sources import LARGEST_TEXT, clean_lines
 from sdxl_finetune.data.sources.chunks import as_lists, column_names, joined_captions, without_empty
 from sdxl_finetune.data.sources.entries import score_of
+from sdxl_finetune.parsing import parse_json
 
-LARGEST_TEXT = 1 << 20
-"""Bytes: a larger file is no caption."""
 USUAL_TEXTS = (".txt", ".caption", ".json#caption", ".json#tags")
 """Texts of a WebDataset tar file that may be the caption."""
 
@@ -98,7 +96,7 @@ def read_text(ending: str, data: bytes, wanted: Wanted, beside: Texts) -> None:
         beside.texts[ending] = clean_lines(text)
         return
     try:
-        entry = json.loads(text)
+        entry = parse_json(text)
     except ValueError as error:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(entry, dict):

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -25,6 +25,7 @@ import pyarrow as pa
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.sources.chunks import ENTRIES, Chunk, Fields, joined_caption
 from sdxl_finetune.errors import SHOWN, Problem, UserError, listed
+from sdxl_finetune.parsing import TOO_DEEP, parse_json
 from sdxl_finetune.storage import Location, open_location
 
 CHUNK = 1 << 14
@@ -49,7 +50,7 @@ def read_entries(subset: Subset, path: Location, fields: Fields) -> Iterator[Chu
     except UnicodeDecodeError as error:
         message = f"not a UTF-8 text file (byte {error.start}): save it as UTF-8"
         raise UserError(Problem(message, file=str(path))) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(Problem(f"not valid JSON ({error}): correct the file", file=str(path))) from None
     except OSError as error:
         raise UserError(Problem(f"the file cannot be read: {error.strerror}", file=str(path))) from None
@@ -72,7 +73,7 @@ def _check_keys(fields: Fields, keys: Iterable[str], path: Location, *, is_lines
 def _lines(file: Iterable[str], fields: Fields) -> Iterator[Named]:
     for number, line in enumerate(file, start=1):
         if line.strip():
-            entry = json.loads(line)
+            entry = parse_json(line)
             name = entry.get(fields.one("path")) if isinstance(entry, dict) else None
             yield number, str(name) if type(name) is int else name, entry
 
@@ -82,7 +83,7 @@ def _members(text: str, path: Location) -> Iterator[Named]:
     decode = json.JSONDecoder().raw_decode
     place = _after_space(text, 0)
     if text[place : place + 1] != "{":
-        json.loads(text)
+        parse_json(text)
         message = "the top level must be an object of images by name; a list of lines needs the ending .jsonl"
         raise UserError(Problem(message, file=str(path)))
     place = _after_space(text, place + 1)
@@ -90,11 +91,11 @@ def _members(text: str, path: Location) -> Iterator[Named]:
     while text[place : place + 1] != "}" or number:
         if text[place : place + 1] != '"':
             raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, place)
-        name, place = decode(text, place)
+        name, place = _decoded(decode, text, place)
         place = _after_space(text, place)
         if text[place : place + 1] != ":":
             raise json.JSONDecodeError("Expecting ':' delimiter", text, place)
-        entry, place = decode(text, _after_space(text, place + 1))
+        entry, place = _decoded(decode, text, _after_space(text, place + 1))
         number += 1
         yield number, name, entry
         place = _after_space(text, place)
@@ -105,6 +106,14 @@ def _members(text: str, path: Location) -> Iterator[Named]:
         place = _after_space(text, place + 1)
     if (rest := _after_space(text, place + 1)) != len(text):
         raise json.JSONDecodeError("Extra data", text, rest)
+
+
+def _decoded(decode: Callable[[str, int], tuple[Any, int]], text: str, place: int) -> tuple[Any, int]:
+    """The JSON value that begins at a place, and the place behind it. Raises ValueError."""
+    try:
+        return decode(text, place)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
 
 
 def _after_space(text: str, place: int) -> int:

@@ -96,6 +96,11 @@ def find_columns(schema: pa.Schema, fields: Fields, path: Location) -> Columns:
         for name in sources
         if name not in schema.names
     ]
+    for name in dict.fromkeys([*names.values(), *sources]):
+        if schema.names.count(name) > 1:
+            problems.append(Problem(f"several columns are named {name}: rename all but one", file=str(path)))
+    if problems:
+        raise UserError(problems)
     if sources or fields.ignores_captions:
         names = {what: name for what, name in names.items() if what not in ("caption", "tags")}
     for what, name in [*names.items(), *(("caption", name) for name in sources if name in schema.names)]:

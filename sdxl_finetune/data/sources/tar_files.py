@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
+from typing import Any
 
 import pyarrow as pa
 
+from sdxl_finetune.data.caption_sources import LARGEST_TEXT
 from sdxl_finetune.data.faces import FACE_NAME
 from sdxl_finetune.data.images import ImageError, image_extensions, image_size, size_of_start
-from sdxl_finetune.data.sources.beside import LARGEST_TEXT, Texts, Wanted, read_text
+from sdxl_finetune.data.sources.beside import Texts, Wanted, read_text
 from sdxl_finetune.errors import Problem, Tally
 from sdxl_finetune.storage import Location, open_location
 
@@ -132,14 +134,33 @@ def _read_members(
                 problems.add(Problem(error.reason, file=place))
 
 
+class _Headers:
+    """A tar file as `tarfile` reads it: headers alone. It seeks behind the data of members, and never reads them."""
+
+    def __init__(self, file: BufferedReader) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def read(self, size: int) -> bytes:
+        """Reads a header. Raises ReadError for a long name that claims to have more than LARGEST_TEXT bytes.
+
+        Python takes the memory for all of these bytes before it reads any.
+        """
+        if not 0 <= size <= LARGEST_TEXT:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
 def _headers(file: BufferedReader, size: int, location: Location, problems: Tally) -> Iterator[tarfile.TarInfo]:
     """The members of a tar file in order. A damaged file ends early, with a problem."""
     file.seek(0)
     remedy = "pack or copy it again"
     try:
-        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        headers: Any = _Headers(file)
+        tar = tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         count = 0
         for member in iter(tar.next, None):
+            if member.size < 0:
+                raise tarfile.ReadError("a member has a negative size")
             if member.offset_data + member.size > size:
                 message = f"the tar file ends within a member, after {count} whole ones: {remedy}"
                 problems.add(Problem(message, file=str(location)))
@@ -148,7 +169,7 @@ def _headers(file: BufferedReader, size: int, location: Location, problems: Tall
             yield member
             tar.members.clear()  # type: ignore[attr-defined]  # it would hold millions
         end = tar.offset
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         problems.add(Problem(f"not readable as a tar file ({error}): {remedy}", file=str(location)))
         return
     file.seek(end)

@@ -35,6 +35,7 @@ from sdxl_finetune.data.sources.names import prefixed
 from sdxl_finetune.data.sources.tar_files import Members, read_members, schema
 from sdxl_finetune.data.tables import map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally, UserError, listed
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.progress import track
 from sdxl_finetune.storage import Found, Location, StorageError
 
@@ -177,15 +178,15 @@ def load_members(job: Job) -> Members | None:
     """The members of a tar file as they are kept. None if they are not, or if the tar file has changed since then."""
     try:
         table = map_table(job.kept)
-        about = json.loads((table.schema.metadata or {}).get(b"about", b"{}"))
-    except (OSError, pa.ArrowException, ValueError):
+        about = parse_json((table.schema.metadata or {}).get(b"about", b"{}"))
+        if about["tar"] != [job.tar.size, job.tar.version] or not table.schema.equals(schema(job.wanted)):
+            return None
+        problems = Tally()
+        for message, file, count in about["problems"]:
+            problems.add(Problem(message, file=file), count)
+        return Members(table, problems, Counter(about["others"]))
+    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError):
         return None
-    if about.get("tar") != [job.tar.size, job.tar.version] or not table.schema.equals(schema(job.wanted)):
-        return None
-    problems = Tally()
-    for message, file, count in about["problems"]:
-        problems.add(Problem(message, file=file), count)
-    return Members(table, problems, Counter(about["others"]))
 
 
 def run_ahead(pool: Executor | None, jobs: Sequence[Job]) -> Iterator[Members]:
