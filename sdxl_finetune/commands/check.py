@@ -48,7 +48,7 @@ from sdxl_finetune.output.prompts import Prompt, load_prompts, with_size
 from sdxl_finetune.runtime.processes import trained_dtype
 from sdxl_finetune.storage import Address
 from sdxl_finetune.training.checks import Outline, index_images, read_inputs
-from sdxl_finetune.training.every import Timeline, first_step, previews_every
+from sdxl_finetune.training.every import Timeline, first_step, previews_every, total_steps
 from sdxl_finetune.training.resume import (
     Start,
     check_options,
@@ -57,7 +57,6 @@ from sdxl_finetune.training.resume import (
     may_be_undecodable,
     resumed_origin,
 )
-from sdxl_finetune.training.setup import total_steps
 
 logger = logging.getLogger(__name__)
 

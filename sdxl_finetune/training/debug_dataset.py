@@ -29,7 +29,8 @@ from sdxl_finetune.latents.captions import Captions
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.contact_sheet import contact_sheet, stack
 from sdxl_finetune.runtime.processes import build_accelerator, shared_seed
-from sdxl_finetune.training.setup import shared_index, total_steps
+from sdxl_finetune.training.every import total_steps
+from sdxl_finetune.training.setup import shared_index
 
 logger = logging.getLogger(__name__)
 

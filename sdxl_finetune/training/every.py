@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sdxl_finetune.config import (
     ColourOptions,
     LearnedWeightOptions,
+    LengthOptions,
     PreviewOptions,
     ResumeOptions,
     SavingOptions,
@@ -60,6 +61,13 @@ class Timeline:
         if step and (is_last or steps_into_epoch == 0):
             epoch = epochs + (steps_into_epoch > 0)
         return Moment(step=step, epoch=epoch, is_first=is_first, is_last=is_last)
+
+
+def total_steps(options: LengthOptions, plan: Plan) -> int:
+    """Optimizer steps of the whole run: from `max_train_epochs` if it is set, else `max_train_steps`."""
+    if options.max_train_epochs is None:
+        return options.max_train_steps
+    return plan.steps_until(options.max_train_epochs)
 
 
 def first_step(options: ResumeOptions, plan: Plan, steps: int) -> int:

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from sdxl_finetune.batch import Batch
-from sdxl_finetune.config import Config, HardwareOptions, LengthOptions, with_local_models
-from sdxl_finetune.data.batch_plan import Plan, build_plan
+from sdxl_finetune.config import Config, HardwareOptions, with_local_models
+from sdxl_finetune.data.batch_plan import build_plan
 from sdxl_finetune.data.caption_lengths import measure_captions
 from sdxl_finetune.data.index import Index
 from sdxl_finetune.data.kept_files import publish_index, remove_unused
@@ -67,7 +67,7 @@ from sdxl_finetune.training import resume
 from sdxl_finetune.training.checks import Inputs, index_images, read_inputs
 from sdxl_finetune.training.colours import ColourCheck, build_colour_check
 from sdxl_finetune.training.dumps import build_watch
-from sdxl_finetune.training.every import Timeline, first_step, saves_every
+from sdxl_finetune.training.every import Timeline, first_step, saves_every, total_steps
 from sdxl_finetune.training.failed_saves import FailedSaves
 from sdxl_finetune.training.guards import guarded
 from sdxl_finetune.training.learned_weights import build_learned_weights
@@ -180,13 +180,8 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     index, latents, masks = prepare_latents(config, index, loaded.vae, accelerator, requests.stop)
     text = _prepare_text(config, index, loaded.model, tokenizer, accelerator, requests.stop)
     ranks = accelerator.num_processes
-    plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
-    order = resume.data_order(index, plan)
-    if start:
-        plan = replace(plan, origin=resume.resumed_origin(start, order, config))
-    steps = total_steps(config, plan)
-    timeline = Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps))
-    learner = build_restored_learner(config, loaded, accelerator, start, steps)
+    timeline, order = _timeline(config, index, start, ranks=ranks, seed=seed)
+    learner = build_restored_learner(config, loaded, accelerator, start, timeline.steps)
     dataset = TrainingDataset(
         index=index,
         read_latents=latents.read if latents else None,
@@ -233,6 +228,18 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
     )
 
 
+def _timeline(
+    config: Config, index: Index, start: Start | None, *, ranks: int, seed: int
+) -> tuple[Timeline, Mapping[str, Any]]:
+    """The steps of the run, and the facts that the order of its images depends on."""
+    plan = build_plan(index, ranks=ranks, accumulation=config.gradient_accumulation_steps, seed=seed)
+    order = resume.data_order(index, plan)
+    if start:
+        plan = replace(plan, origin=resume.resumed_origin(start, order, config))
+    steps = total_steps(config, plan)
+    return Timeline(plan, steps, start.state.step if start else first_step(config, plan, steps)), order
+
+
 def _run_seed(config: Config, start: Start | None) -> int:
     """The seed of the config, or of the run that is resumed, or one that all ranks draw together."""
     if start and config.seed is None and start.state.seed is not None:
@@ -264,13 +271,6 @@ def _share_index(config: Config, accelerator: Accelerator, build: Callable[[], I
         if accelerator.is_local_main_process:
             remove_unused(config.cache_folder)
     return index if accelerator.is_main_process else with_folders_of_this_machine(index, config)
-
-
-def total_steps(options: LengthOptions, plan: Plan) -> int:
-    """Optimizer steps of the whole run: from `max_train_epochs` if it is set, else `max_train_steps`."""
-    if options.max_train_epochs is None:
-        return options.max_train_steps
-    return plan.steps_until(options.max_train_epochs)
 
 
 def _open_log(config: Config, accelerator: Accelerator, start: Start | None) -> Log:
