@@ -123,7 +123,7 @@ def choose(number: int, seed: int) -> Fault:
     way, file = files[(number + seed) % len(files)]
     count = rng.choice([1, 1, 3, -1])
     if way == "read":
-        return Fault(file, "read error", "read", errno.EIO, READERS[file], rng.choice([0, 1, 5, 20]), count)
+        return Fault(file, "read error", "read", errno.EIO, READERS[file], rng.choice([0, 0, 1, 3]), count)
     kinds = [
         kind
         for kind, (call, _) in WRITE_FAULTS.items()

@@ -188,7 +188,7 @@ def test_a_full_disk_comes_before_an_upload(hub: HubServer, tmp_path: Path, monk
             each.add(tmp_path / name)
         each.remove(tmp_path / "a")
         assert (tmp_path / "a").exists()
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+        monkeypatch.setattr(module, "free_bytes", lambda _: 100)
         each.remove(tmp_path / "b")
         assert list(tmp_path.iterdir()) == []
     assert "a is deleted before its upload, because the disk is nearly full" in caplog.text
