@@ -31,23 +31,22 @@ def test_a_second_run_waits_until_the_cache_is_filled(work, caplog, monkeypatch)
     (folder,) = {path.parent for path in Path("cache").rglob("*.latents")}
     for shard in folder.glob("*.latents"):
         shard.unlink()
-    holder = hold(folder / alone.LOCK)
     said = threading.Event()
+    with hold(folder / alone.LOCK) as holder:
 
-    class Listener:
-        def filter(self, record) -> bool:
-            if "which encodes into this folder" in record.getMessage():
+        def end_holder(record) -> bool:
+            if "which encodes into this folder" in record.getMessage() and not said.is_set():
                 assert holder.stdin and f"process {holder.pid}" in record.getMessage()
                 holder.stdin.close()
                 said.set()
             return True
 
-    alone.logger.addFilter(listener := Listener())
-    try:
-        assert run("two", *SHORT, "--cache_dir", "cache") == 0
-    finally:
-        alone.logger.removeFilter(listener)
-        holder.communicate()
+        alone.logger.addFilter(end_holder)
+        try:
+            assert run("two", *SHORT, "--cache_dir", "cache") == 0
+        finally:
+            alone.logger.removeFilter(end_holder)
+            holder.kill()
     assert said.is_set() and list(folder.glob("*.latents")) and not (folder / alone.LOCK).exists()
 
 
