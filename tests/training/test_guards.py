@@ -1,5 +1,6 @@
 """Two runs are kept apart: by the names under which they save, and by the folder into which they encode."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -58,8 +59,9 @@ def test_a_killed_process_of_the_scan_ends_the_run_with_one_message(work, monkey
     def kill_children() -> None:
         while not ended.wait(0.01):
             for child in psutil.Process().children():
-                if "--multiprocessing-fork" in child.cmdline():
-                    child.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "--multiprocessing-fork" in child.cmdline():
+                        child.kill()
 
     killer = threading.Thread(target=kill_children)
     killer.start()
