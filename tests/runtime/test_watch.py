@@ -42,7 +42,7 @@ watch.BEAT = 0.5
 import sdxl_finetune.data.loader as loader
 read = loader.TrainingDataset.__getitem__
 def slow(self, micro_batch):
-    if micro_batch.position.step == 2:
+    if micro_batch.position.step == 1:
         watch.MARGIN = 570
         time.sleep(3600 * self.rank)
     return read(self, micro_batch)
@@ -56,7 +56,9 @@ if __name__ == "__main__":
 def test_a_rank_that_hangs_in_a_read_takes_the_run_down_and_is_named(work) -> None:
     """The limit of torch is 10 minutes. Here, a process reports after it has waited for 30 seconds."""
     Path("late.py").write_text(LATE)
-    process = launch("--ddp_timeout", "10", program=["late.py"], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")
+    process = launch(
+        "--ddp_timeout", "10", "--max_train_epochs", "20", program=["late.py"], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5"
+    )
     printed = output(process, seconds=600)
     assert process.returncode == 1
     assert printed.count("error: ") == 1, printed

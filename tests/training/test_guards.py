@@ -1,5 +1,6 @@
 """Two runs are kept apart: by the names under which they save, and by the folder into which they encode."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -31,23 +32,22 @@ def test_a_second_run_waits_until_the_cache_is_filled(work, caplog, monkeypatch)
     (folder,) = {path.parent for path in Path("cache").rglob("*.latents")}
     for shard in folder.glob("*.latents"):
         shard.unlink()
-    holder = hold(folder / alone.LOCK)
     said = threading.Event()
+    with hold(folder / alone.LOCK) as holder:
 
-    class Listener:
-        def filter(self, record) -> bool:
-            if "which encodes into this folder" in record.getMessage():
+        def end_holder(record) -> bool:
+            if "which encodes into this folder" in record.getMessage() and not said.is_set():
                 assert holder.stdin and f"process {holder.pid}" in record.getMessage()
                 holder.stdin.close()
                 said.set()
             return True
 
-    alone.logger.addFilter(listener := Listener())
-    try:
-        assert run("two", *SHORT, "--cache_dir", "cache") == 0
-    finally:
-        alone.logger.removeFilter(listener)
-        holder.communicate()
+        alone.logger.addFilter(end_holder)
+        try:
+            assert run("two", *SHORT, "--cache_dir", "cache") == 0
+        finally:
+            alone.logger.removeFilter(end_holder)
+            holder.kill()
     assert said.is_set() and list(folder.glob("*.latents")) and not (folder / alone.LOCK).exists()
 
 
@@ -59,8 +59,9 @@ def test_a_killed_process_of_the_scan_ends_the_run_with_one_message(work, monkey
     def kill_children() -> None:
         while not ended.wait(0.01):
             for child in psutil.Process().children():
-                if "--multiprocessing-fork" in child.cmdline():
-                    child.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "--multiprocessing-fork" in child.cmdline():
+                        child.kill()
 
     killer = threading.Thread(target=kill_children)
     killer.start()
