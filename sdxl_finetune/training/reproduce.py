@@ -56,7 +56,7 @@ class Findings:
     module: str | None = None
     """The first module in the forward pass with such an output."""
     gradients: list[str] = field(default_factory=list)
-    """Parameters with such a gradient, in the order of the backward pass as far as it is known."""
+    """Parameters with such a gradient or gradient norm, in the order of the backward pass as far as it is known."""
 
     @property
     def is_wrong(self) -> bool:
@@ -127,22 +127,26 @@ def examine(learner: Learner, batches: Sequence[DumpedBatch]) -> Findings:
     for dumped in batches:
         findings.inputs += [name for name, value in vars(dumped.batch).items() if not _is_finite(value)]
         with _first_wrong_output(learner.sdxl, findings):
-            gradients = _gradients(learner, dumped, findings)
-        found = {name for (name, _), gradient in zip(named, gradients, strict=True) if not _is_finite(gradient)}
+            norms = _gradient_norms(learner, dumped, findings)
+        found = {name for (name, _), norm in zip(named, norms, strict=True) if not _is_finite(norm)}
         findings.gradients += [name for name, _ in reversed(named) if name in found - set(findings.gradients)]
     _say_findings(findings, len(named))
     return findings
 
 
-def _gradients(learner: Learner, dumped: DumpedBatch, findings: Findings) -> Sequence[Tensor | None]:
-    """The gradients of a micro-batch. They are returned and not accumulated: the update never sees them."""
+def _gradient_norms(learner: Learner, dumped: DumpedBatch, findings: Findings) -> Sequence[Tensor | None]:
+    """The norm of each gradient of a micro-batch, in float32 as in a step. The update never sees these gradients.
+
+    A norm may overflow although all elements are finite.
+    """
     batch = dumped.batch.to(learner.accelerator.device)
     model = Autocast(learner.sdxl, learner.autocast)  # without DDP, which expects all ranks to compute the same layers
     losses = image_losses(model, batch, batch_latents(batch, learner.vae), learner.objective, learner.config)
     findings.losses += zip(dumped.images, batch.timesteps.tolist(), losses.tolist(), strict=True)
     loss, scale = (losses * batch.weights).sum(), learner.update.loss_scale
     parameters = [parameter for _, parameter in learner.parameters.named()]
-    return torch.autograd.grad(scale.scaled(loss) if scale else loss, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(scale.scaled(loss) if scale else loss, parameters, allow_unused=True)
+    return [each if each is None else torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients]
 
 
 @contextmanager
