@@ -122,7 +122,7 @@ def _copy(source: str, target: str) -> None:
 
 def _make(folder: Path) -> None:
     _make_images(folder / "images", IMAGES)
-    _make_images(folder / "masks", {name: size for name, size in IMAGES.items() if name[0] in "ab"})
+    _make_images(folder / "masks", IMAGES)
     _make_metadata(folder)
     tars = folder / "tars"
     tars.mkdir()
