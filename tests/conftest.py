@@ -23,6 +23,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402  (after the hook)
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from scripts.toy.photos import write_photos  # noqa: E402
@@ -32,6 +33,9 @@ from tests.hub_server import HubServer  # noqa: E402
 from tests.s3_server import S3Server, environment, running_server  # noqa: E402
 
 torch.set_num_threads(1)  # a plugin may have imported torch before the variable was set
+
+settings.register_profile("any machine", deadline=None)  # no test depends on the speed of the machine
+settings.load_profile("any machine")
 
 GOLDEN = Path(__file__).parent / "golden"
 
