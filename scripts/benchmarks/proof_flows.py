@@ -29,7 +29,7 @@ def flow_times(folder: Path, plan: Plan | None = None) -> Row:
         f"a flow with logit-normal timesteps, and with uniform ones; {plan.steps} steps, three seeds",
         "the middle of the path is trained more and the ends less, so that errors fall in the middle against those at"
         " little noise",
-        f"{compared(other, base, plan)}; {middle} at timestep 450, {ends} at 50",
+        f"{compared(other, base, plan)}; held-out loss at timestep 450 {middle}, at 50 {ends}",
         ends.above(middle),
     )
 
@@ -44,7 +44,7 @@ def flow_pairing(folder: Path, plan: Plan | None = None) -> Row:
         f"a flow with noise paired to latents (flow_use_ot), and with unpaired noise; {plan.steps} steps, three seeds",
         "paired paths cross less, so that the training loss falls; held-out images have unpaired noise, so that theirs"
         " need not",
-        f"training loss {less} more than unpaired; {compared(other, base, plan)}",
+        f"training loss {less} against unpaired; {compared(other, base, plan)}",
         Mean(-less.value, less.error).is_significant,
     )
 
@@ -58,7 +58,7 @@ def flow_weights(folder: Path, plan: Plan | None = None) -> Row:
     return Row(
         f"a flow with learned loss weights (edm2_loss_weighting), and with none; {plan.steps} steps, three seeds",
         "every timestep counts alike, so that errors where the loss is small fall against those where it is large",
-        f"{compared(other, base, plan)}; {small} at timestep 450, {large} at 50",
+        f"{compared(other, base, plan)}; held-out loss at timestep 450 {small}, at 50 {large}",
         large.above(small),
     )
 
@@ -97,6 +97,6 @@ def compared(results: Sequence[Result], base: Sequence[Result], plan: Plan) -> s
     )
     at = " and ".join(map(str, steps))
     return (
-        f"held-out loss {average(losses):.4f} against {average(base_losses):.4f}: {increase(losses, base_losses)} more;"
-        f" right objects after {at} steps: {right} against {base_right}"
+        f"held-out loss {average(losses):.4f} against {average(base_losses):.4f}, a difference of"
+        f" {increase(losses, base_losses)}; right objects after {at} steps: {right} against {base_right}"
     )

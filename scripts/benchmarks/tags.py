@@ -5,6 +5,7 @@
 For each seed the small model learns ten style tags (scripts/toy/palettes.py), and a tag report measures them. Pictures
 are drawn with each tag, and plain code reads the styles off them. Then training goes on with the suggested repeats,
 and all is measured again. Finished parts are kept in the folder. `--write` puts the tables into docs/proof.md.
+`--timesteps` prints instead how well the report agrees with the pictures at each timestep: the table of docs/tags.md.
 """
 
 import argparse
@@ -30,6 +31,8 @@ PICTURES, GUIDANCE = 64, 2.0
 """Pictures that are drawn with each tag, and their guidance scale."""
 HELD_OUT = ["--validation_split", "0.1", "--validate_every_n_steps", "0"]
 REPORT = ["--tags", "style_*", "--images", "32", "--others", "4", "--draw", "0"]
+TIMESTEPS = ["500", "600", "700", "800", "850", "900", "950", "975", "999", "800,850,900,950", "900,950,975,999"]
+ONE_TIMESTEP = ["--tags", "style_*", "--images", "16", "--others", "4", "--draw", "0"]
 FIRST = ["--max_train_epochs", "5"]
 THEN = ["--max_train_epochs", "3"]
 FIGURES = ("exposures", "gain", "gain_error", "accuracy", "accuracy_error", "state")
@@ -60,7 +63,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "tags")
     parser.add_argument("--first", action="store_true", help="only train and measure, without the suggested repeats")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/proof.md")
+    parser.add_argument("--timesteps", action="store_true", help="print the agreement at each timestep")
     arguments = parser.parse_args()
+    if arguments.timesteps:
+        print(timestep_table([arguments.folder.resolve() / str(seed) for seed in arguments.seeds]))
+        return
     then = () if arguments.first else THEN
     results = {seed: measure(arguments.folder.resolve() / str(seed), seed, then=then) for seed in arguments.seeds}
     text = "\n\n".join(
@@ -114,15 +121,34 @@ def measure(
     return rows
 
 
-def report_on(folder: Path, model: Path, *options: str) -> Path:
-    """Measures a model with sdxl-model tags, and returns its tag report. A report that exists is not made again."""
-    reports = model.parent / "tags"
+def timestep_table(folders: Sequence[Path]) -> str:
+    """The rank correlations of gain and accuracy with the drawn pictures, if the report measures at these timesteps."""
+    lines = ["| timesteps | rank correlation of gain | of accuracy |", "|---|--:|--:|"]
+    for timesteps in TIMESTEPS:
+        rows = []
+        for folder in folders:
+            model = folder / "first" / "model.safetensors"
+            name, asked = f"at-{timesteps}", [*ONE_TIMESTEP, "--timesteps", timesteps]
+            figures, drawn = by_tag(report_on(folder, model, name=name, asked=asked)), shares(model, int(folder.name))
+            rows += [[figures[style]["gain"], figures[style]["accuracy"], drawn[style]] for style in drawn]
+        gains, accuracies, shown_in = zip(*rows, strict=True)
+        agreements = [spearmanr(values, shown_in)[0] for values in (gains, accuracies)]
+        lines.append(f"| {timesteps} | {agreements[0]:.2f} | {agreements[1]:.2f} |")
+    return "\n".join(lines)
+
+
+def report_on(folder: Path, model: Path, *options: str, name: str = "tags", asked: Sequence[str] | None = None) -> Path:
+    """Measures a model with sdxl-model tags, and returns its tag report. A report that exists is not made again.
+
+    `name` is that of the folder of the report, and `asked` its options (default: REPORT).
+    """
+    reports = model.parent / name
     if not (found := report_paths(reports)):
         data = ["--config", str(CONFIG), "--train_data_dir", str(folder / "pictures"), "--logging_dir", str(reports)]
-        data += ["--output_dir", str(model.parent), *HELD_OUT, *options]
+        data += ["--output_dir", str(model.parent), "--output", str(reports), *HELD_OUT, *options]
         main = "from sdxl_finetune.cli import model; model()"
-        with (model.parent / "tags.log").open("w") as log:
-            command = [sys.executable, "-c", main, "tags", str(model), *data, *REPORT]
+        with (model.parent / f"{name}.log").open("w") as log:
+            command = [sys.executable, "-c", main, "tags", str(model), *data, *(REPORT if asked is None else asked)]
             subprocess.run(command, check=True, cwd=ROOT, stdout=log, stderr=log)
         found = report_paths(reports)
     return found[-1]
