@@ -26,8 +26,11 @@ VARIABLES = (
 """Environment variables that hold secrets of the libraries in use."""
 SHORTEST = 6
 """Letters: a shorter text is not hidden, because it would also be hidden within ordinary words."""
-NAME = re.compile(r"(?i)(token|passw(or)?d|secret|api_?key|access_?key|credential)\w?$")
-"""Names of options that hold secrets, in this program and in others, with at most one letter more."""
+NAME = re.compile(r"(?i)((?<!keep_)token|passw(or)?d|secret|api_?key|access_?key|credential)\w?$")
+"""Names of options that hold secrets, in this program and in others, with at most one letter more.
+
+The option `keep_tokens` counts tags.
+"""
 
 
 def known_secrets(given: Iterable[str | None] = ()) -> tuple[str, ...]:
