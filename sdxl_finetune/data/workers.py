@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing import connection
 from typing import Any, TypeVar
 
@@ -46,16 +46,20 @@ def make_ahead(
 ) -> Generator[Any, None, None]:
     """Yields the item of each place in order. Up to `workers` processes make them ahead; with 0 this process does.
 
-    If a worker dies, all workers are started again, from the first item that was not yielded. `describe` names an item
-    in messages. Raises WorkersDied. Close the generator to end the workers.
+    If a worker dies, one worker makes the first item that was not yielded, and then all workers are started again. An
+    item that kills its worker is therefore known. `describe` names it. Raises WorkersDied. Close the generator to end
+    the workers.
     """
-    left, unfinished = iter(places), deque[T]()
+    left: Iterator[T] = iter(places)
+    unfinished = deque[T]()
     deaths = 0
     while True:
-        again = list(unfinished)
+        left, is_alone = chain(list(unfinished), left), deaths > 0
         unfinished.clear()
-        noted = _noted(chain(again, left), unfinished)
-        with contextlib.closing(_make(dataset, noted, workers=workers, pin_memory=pin_memory)) as items:
+        noted = _noted(islice(left, 1) if is_alone else left, unfinished)
+        ahead = min(workers, 1) if is_alone else 2 * workers
+        making = _make(dataset, noted, workers=min(workers, ahead), ahead=ahead, pin_memory=pin_memory)
+        with contextlib.closing(making) as items:
             while True:
                 try:
                     item = next(items, None)
@@ -68,13 +72,15 @@ def make_ahead(
                 unfinished.popleft()
                 deaths = 0
                 yield item
+                if is_alone:
+                    break
 
 
 def _check_deaths(deaths: int, how: str, item: str) -> None:
     """Warns of a death. Raises WorkersDied for one too many."""
     advice = "If memory runs out, lower max_data_loader_n_workers"
     if deaths < MOST_DEATHS:
-        logger.warning("%s; all workers are started again. %s", how, advice)
+        logger.warning("%s; workers are started again. %s", how, advice)
         return
     message = f"{how}, {deaths} times in a row, while it made {item}. {advice}, or look at these images"
     raise WorkersDied(message)
@@ -87,14 +93,15 @@ def _noted(places: Iterator[T], unfinished: deque[T]) -> Iterator[T]:
 
 
 def _make(
-    dataset: "Dataset[Any]", places: Iterator[Any], *, workers: int, pin_memory: bool
+    dataset: "Dataset[Any]", places: Iterator[Any], *, workers: int, ahead: int, pin_memory: bool
 ) -> Generator[Any, None, None]:
-    """Yields the items of one start of the workers. Raises _WorkerDied."""
+    """Yields the items of one start of the workers, which make `ahead` items ahead. Raises _WorkerDied."""
     loader: DataLoader[Any] = DataLoader(
         dataset,
         sampler=places,
         batch_size=None,
         num_workers=workers,
+        prefetch_factor=ahead // workers if workers else None,
         pin_memory=pin_memory,
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_start_worker,

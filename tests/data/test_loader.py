@@ -280,19 +280,22 @@ class Deadly(TrainingDataset):
         return super().__getitem__(micro_batch)
 
 
-@pytest.mark.parametrize("deaths", [2, 3])
+@pytest.mark.parametrize("deaths", [2, 4])
 def test_a_killed_worker_is_replaced_until_a_batch_kills_each(
     index: Index, cached: TrainingDataset, loaded, tmp_path: Path, caplog, deaths: int
 ) -> None:
-    """The batches are those of a run without a death. SIGCHLD raises no error in the main process."""
+    """The batches are those of a run without a death. SIGCHLD raises no error in the main process.
+
+    The first of four deaths may come before an earlier batch has left the worker, and is then counted for that one.
+    """
     (tmp_path / "lives").write_bytes(b"x" * deaths)
     values = {field.name: getattr(cached, field.name) for field in fields(cached)}
     dataset = Deadly(**values, lives=tmp_path / "lives")
     handler = signal.getsignal(signal.SIGCHLD)
-    if deaths < 3:
+    if deaths == 2:
         for one, other in zip(loaded(dataset, 8, workers=1), loaded(cached, 8), strict=True):
             assert same(one, other)
-        assert caplog.text.count("was killed by SIGKILL; all workers are started again") == deaths
+        assert caplog.text.count("was killed by SIGKILL; workers are started again") == deaths
     else:
         with pytest.raises(WorkersDied) as caught:
             loaded(dataset, 8, workers=1)
