@@ -91,7 +91,7 @@ def test_a_run_leaves_its_secrets_nowhere_and_its_files_with_ordinary_permission
     assert not any(secret in done.stdout + done.stderr for secret in secrets)
     new = [path for path in work.rglob("*") if path not in before]
     assert {path.relative_to(work).parts[0] for path in new} == {"out", "logs"}
-    assert sum(path.name == "optimizer.pt" for path in new) == 2
+    assert sum(path.name == "optimizer.pt" for path in new) == 3
     for path in new:
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == (0o750 if path.is_dir() else 0o640), f"{path}: {mode:o}"

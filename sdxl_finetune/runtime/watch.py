@@ -40,7 +40,10 @@ TURN = 15.0
 MOST_TURNS = 4
 """Turns after which all other processes say their message, as on machines with launchers of their own."""
 PACKAGE = str(Path(__file__).parents[1])
-WAITING = ("torch/distributed/", "torch/autograd/", "accelerate/utils/operations.py", "output/delayed_scalars.py")
+WAITING = (
+    *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/"),
+    *("accelerate/utils/operations.py", "output/delayed_scalars.py"),
+)
 """Parts of the paths of files in which a main thread waits for other processes, or for the device."""
 
 
