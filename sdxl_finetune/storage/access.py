@@ -1,5 +1,6 @@
 """Read, write, list and delete at any location."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -55,13 +56,19 @@ def exists(location: Location) -> bool:
 
 
 def list_files(folder: Location) -> Iterator[Found]:
-    """Yields all files in a folder and in its subfolders, in any order. A missing folder holds no files."""
+    """Yields all files in a folder and in its subfolders, in any order. A missing folder holds no files.
+
+    A file that goes away meanwhile is left out, as a temporary file that another process renames.
+    """
     if isinstance(folder, Address):
         yield from objects.list_files(folder)
         return
     try:
         for found in _walk(folder):
-            entry = found.stat()
+            try:
+                entry = found.stat()
+            except FileNotFoundError:
+                continue
             name = os.path.relpath(found.path, folder).replace(os.sep, "/")
             yield Found(entry.st_size, modified(entry), name, entry.st_mtime)
     except FileNotFoundError:
@@ -103,7 +110,8 @@ def _walk(folder: Path) -> Iterator["os.DirEntry[str]"]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
-                yield from _walk(Path(entry.path))
+                with contextlib.suppress(FileNotFoundError):
+                    yield from _walk(Path(entry.path))
             else:
                 yield entry
 

@@ -86,7 +86,7 @@ def test_a_contrast_compares_runs_of_the_same_folder(
     monkeypatch.setattr(proof_flows, "measure_all", measured_slice)
     row = proof_flows.flow_times(folder.with_name("proof"), SLICE)
     assert set(asked) == {(name, seed) for name in ("flow", "flow-uniform") for seed in (0, 1, 2)}
-    assert not row.holds and "0.0% ± 0.0 more" in row.measured
+    assert not row.holds and "a difference of 0.0% ± 0.0" in row.measured
     row = proof_flows.flow_weights(folder.with_name("proof"), SLICE)
     assert not row.holds and "after 2 steps" in row.measured
 

@@ -306,3 +306,11 @@ def test_clients_of_google_and_azure_are_made_from_the_environment(monkeypatch) 
         assert isinstance(place, Address) and place.key == "a"
         assert isinstance(objects._store(place.store), kind)
     objects.forget_stores()
+
+
+def test_a_file_that_goes_away_hides_no_other_file(tmp_path: Path) -> None:
+    """A link without a target is listed by the system, and then not found, as a file that was just renamed."""
+    for number in range(20):
+        (tmp_path / f"{number}").write_text("x")
+        (tmp_path / f"{number} gone").symlink_to(tmp_path / "nowhere")
+    assert {found.name for found in list_files(tmp_path)} == {f"{number}" for number in range(20)}
