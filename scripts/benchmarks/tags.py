@@ -32,7 +32,7 @@ PICTURES, GUIDANCE = 64, 2.0
 HELD_OUT = ["--validation_split", "0.1", "--validate_every_n_steps", "0"]
 REPORT = ["--tags", "style_*", "--images", "32", "--others", "4", "--draw", "0"]
 TIMESTEPS = ["500", "600", "700", "800", "850", "900", "950", "975", "999", "800,850,900,950", "900,950,975,999"]
-ONE_TIMESTEP = ["--tags", "style_*", "--images", "16", "--others", "4", "--draw", "0"]
+"""Timesteps of the reports that `--timesteps` compares."""
 FIRST = ["--max_train_epochs", "5"]
 THEN = ["--max_train_epochs", "3"]
 FIGURES = ("exposures", "gain", "gain_error", "accuracy", "accuracy_error", "state")
@@ -128,8 +128,9 @@ def timestep_table(folders: Sequence[Path]) -> str:
         rows = []
         for folder in folders:
             model = folder / "first" / "model.safetensors"
-            name, asked = f"at-{timesteps}", [*ONE_TIMESTEP, "--timesteps", timesteps]
-            figures, drawn = by_tag(report_on(folder, model, name=name, asked=asked)), shares(model, int(folder.name))
+            options = ["--images", "16", "--timesteps", timesteps]
+            figures = by_tag(report_on(folder, model, *options, name=f"at-{timesteps}"))
+            drawn = shares(model, int(folder.name))
             rows += [[figures[style]["gain"], figures[style]["accuracy"], drawn[style]] for style in drawn]
         gains, accuracies, shown_in = zip(*rows, strict=True)
         agreements = [spearmanr(values, shown_in)[0] for values in (gains, accuracies)]
@@ -137,18 +138,18 @@ def timestep_table(folders: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def report_on(folder: Path, model: Path, *options: str, name: str = "tags", asked: Sequence[str] | None = None) -> Path:
+def report_on(folder: Path, model: Path, *options: str, name: str = "tags") -> Path:
     """Measures a model with sdxl-model tags, and returns its tag report. A report that exists is not made again.
 
-    `name` is that of the folder of the report, and `asked` its options (default: REPORT).
+    `options` win over REPORT. `name` is that of the folder of the report.
     """
     reports = model.parent / name
     if not (found := report_paths(reports)):
         data = ["--config", str(CONFIG), "--train_data_dir", str(folder / "pictures"), "--logging_dir", str(reports)]
-        data += ["--output_dir", str(model.parent), "--output", str(reports), *HELD_OUT, *options]
+        data += ["--output_dir", str(model.parent), "--output", str(reports), *HELD_OUT]
         main = "from sdxl_finetune.cli import model; model()"
         with (model.parent / f"{name}.log").open("w") as log:
-            command = [sys.executable, "-c", main, "tags", str(model), *data, *(REPORT if asked is None else asked)]
+            command = [sys.executable, "-c", main, "tags", str(model), *data, *REPORT, *options]
             subprocess.run(command, check=True, cwd=ROOT, stdout=log, stderr=log)
         found = report_paths(reports)
     return found[-1]
