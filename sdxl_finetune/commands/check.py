@@ -37,7 +37,7 @@ from sdxl_finetune.errors import UserError, counted
 from sdxl_finetune.files import size_text
 from sdxl_finetune.model.declared import read_declared
 from sdxl_finetune.model.load import inspect_checkpoint
-from sdxl_finetune.optim.lr import Rate, build_lr
+from sdxl_finetune.optim.lr import Rate, build_lr, steps_of
 from sdxl_finetune.optim.optimizer import state_bytes
 from sdxl_finetune.optim.parameters import Group
 from sdxl_finetune.output.checkpoints import format_to_save, overwritten
@@ -96,7 +96,7 @@ def check(config: Config) -> int:
             found.say("steps", *_steps(config, index, timeline))
             lr = found.attempt(build_lr, config, timeline.steps)
             if lr and groups:
-                found.say("learning rate", *_rates(lr, groups, timeline))
+                found.say("learning rate", *_rates(lr, groups, timeline), *_endless_warmup(config, lr, timeline.steps))
             if inputs.model and groups and per_element is not None:
                 found.say("freezing", *saving_lines(config, inputs.model, per_element))
                 found.say("optimizer", *optimizer_lines(config, groups, per_element))
@@ -221,6 +221,14 @@ def _rates(lr: Rate, groups: Sequence[Group], timeline: Timeline) -> Iterator[st
     for step in chosen:
         rates = ", ".join(f"{name} {lr(step, base):.3g}" for name, base in names.items())
         yield f"step {step + 1} (epoch {timeline.plan.place(step)[0] + 1}): {rates}"
+
+
+def _endless_warmup(config: Config, lr: Rate, steps: int) -> Iterator[str]:
+    """Yields a line if the rate still rises when the run ends."""
+    warmup, base = steps_of(config.lr_warmup_steps, steps), config.learning_rate
+    if 0 < steps <= warmup and math.isclose(lr(steps - 1, base), base * (steps - 1) / warmup):
+        warmups = f"lr_warmup_steps = {config.lr_warmup_steps}: the warm-up lasts longer than the run"
+        yield f"{warmups} of {counted(steps, 'step')}, so that the learning rate never gets to {base:g}"
 
 
 def _sign(difference: float) -> int:

@@ -25,7 +25,8 @@ from sdxl_finetune.commands.said_objective import check_options, drawn_objective
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.errors import Problem, UserError, counted
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.model.load import load_checkpoint, open_base_model
+from sdxl_finetune.model.declared import read_declared
+from sdxl_finetune.model.load import inspect_checkpoint, load_checkpoint, open_base_model
 from sdxl_finetune.output.previews import (
     Drawing,
     PreviewModel,
@@ -34,7 +35,7 @@ from sdxl_finetune.output.previews import (
     save_image,
     to_image,
 )
-from sdxl_finetune.output.prompts import MAX_SEED, MAX_STEPS, Prompt, load_prompts
+from sdxl_finetune.output.prompts import MAX_SEED, MAX_STEPS, Prompt, load_prompts, with_size
 from sdxl_finetune.output.samplers import sampler_remarks, used_sampler
 from sdxl_finetune.progress import track
 
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 RANDOM_SEEDS = 2**32
 """Seeds to choose from if no seed is given. Web UIs use this range as well."""
+SAMPLER = "euler_a"
+"""Sampler if none is asked for. A flow is drawn with euler then."""
+SDXL_SIZE = (1024, 1024)
 MIN_STEPS = {"pndm": 4}
 """Samplers that need more than one step."""
 IMAGE_NAME = re.compile(r"(\d{5,})-\d+\.png")
@@ -54,8 +58,8 @@ thead th { position: sticky; top: 0; background: #fff } img { display: block; wi
 
 def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
     """Draws `images` images of each prompt into the folder `output`. Raises UserError."""
-    requests = _read_requests(arguments)
     _check_models([arguments.model], arguments.vae)
+    requests = _read_requests(arguments, arguments.model)
     _make_folder(arguments.output)
     matches = (IMAGE_NAME.fullmatch(path.name) for path in arguments.output.iterdir())
     first_number = max((int(match[1]) for match in matches if match), default=-1) + 1
@@ -72,8 +76,8 @@ def draw_requested(
 
     Raises UserError.
     """
-    requests = _read_requests(arguments)
     _check_models([arguments.model], arguments.vae)
+    requests = _read_requests(arguments, arguments.model)
     if len(requests) > most:
         logger.warning("the first %d of %d images are drawn", most, len(requests))
     for drawing, image in _draw(arguments.model, requests[:most], arguments):
@@ -86,10 +90,10 @@ def compare(arguments: argparse.Namespace) -> None:
     Raises UserError for wrong arguments before anything is drawn. If a checkpoint gives infinite values or NaN, its
     column says so.
     """
-    requests = _read_requests(arguments)
     if arguments.output.is_dir():
         raise UserError(Problem("is a folder. Give the name of a file", key="output", value=str(arguments.output)))
     _check_models(arguments.models, arguments.vae)
+    requests = _read_requests(arguments, arguments.models[0])
     _make_folder(arguments.output.parent)
     columns = [_draw_column(model, requests, arguments) for model in arguments.models]
     head = "".join(f"<th>{html.escape(str(model))}</th>" for model in arguments.models)
@@ -138,9 +142,10 @@ def _make_folder(folder: Path) -> None:
         raise UserError(Problem(message, key="output", value=str(folder))) from error
 
 
-def _read_requests(arguments: argparse.Namespace) -> list[Drawing]:
+def _read_requests(arguments: argparse.Namespace, model: Path) -> list[Drawing]:
     """Reads the images to draw from the command line and the prompt file. Raises UserError.
 
+    A size that neither gives is that of the training of `model`.
     The first image of a prompt gets the prompt's own seed, the option `seed`, or a random seed. Each further image of
     this prompt gets the next seed.
     """
@@ -156,8 +161,9 @@ def _read_requests(arguments: argparse.Namespace) -> list[Drawing]:
         raise UserError(Problem("is missing. Say what to draw with --prompt or --prompts", key="prompt"))
     first_seed = secrets.randbelow(RANDOM_SEEDS) if arguments.seed is None else arguments.seed
     requests = []
-    for prompt in prompts:
-        sampler, seed = prompt.sampler or arguments.sampler, first_seed if prompt.seed is None else prompt.seed
+    for prompt in with_size(prompts, trained_size(model)):
+        sampler = prompt.sampler or arguments.sampler or SAMPLER
+        seed = first_seed if prompt.seed is None else prompt.seed
         least = MIN_STEPS.get(sampler, 1)
         if not least <= prompt.steps <= MAX_STEPS:
             message = f"must be from {least} to {MAX_STEPS} for the sampler {sampler}"
@@ -167,6 +173,11 @@ def _read_requests(arguments: argparse.Namespace) -> list[Drawing]:
         _warn_if_too_long(prompt.prompt, arguments.max_token_length)
         requests += [Drawing(prompt=prompt, seed=seed + number, sampler=sampler) for number in range(arguments.images)]
     return requests
+
+
+def trained_size(model: Path) -> tuple[int, int]:
+    """Width and height at which a checkpoint says that it was trained; SDXL's if it says nothing."""
+    return read_declared(inspect_checkpoint(model).file).size or SDXL_SIZE
 
 
 def _warn_if_too_long(prompt: str, max_tokens: int) -> None:
@@ -202,7 +213,8 @@ def _draw(
     Raises UserError if the model gives infinite values or NaN.
     """
     model = _load(path, arguments)
-    for remark in sampler_remarks([request.sampler for request in requests], model.objective):
+    asked = filter(None, (request.prompt.sampler or arguments.sampler for request in requests))
+    for remark in sampler_remarks(set(asked), model.objective):
         logger.warning("%s", remark)
     with track(progress_label, len(requests), "images") as progress:
         for _, group in groupby(requests, _batch_key):

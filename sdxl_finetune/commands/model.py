@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 CHUNK = 75
 """Tokens that the text encoders read at once."""
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "float": "float32"}
+MOST_OF_A_VALUE = 160
+"""Characters of a value of the metadata that info shows."""
 FORMATS = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
 
 
@@ -74,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="describe a checkpoint: format, architecture, data types and metadata")
     info.set_defaults(run=_info)
     info.add_argument("model", type=Path, help="file or diffusers folder")
+    info.add_argument("--all", action="store_true", help="show long values of the metadata whole")
     convert = commands.add_parser("convert", help="save a checkpoint in another format or precision")
     convert.set_defaults(run=_convert)
     convert.add_argument("model", type=Path, help="file or diffusers folder to read")
@@ -110,7 +113,7 @@ def _add_tags(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--min_images", metavar="N", help="measure all tags that at least N images have")
     add("--images", metavar="N", help="images that each tag is measured on at most; default: 16")
     add("--others", metavar="K", help="other tags that compete with the right one; default: 3")
-    add("--timesteps", metavar="LIST", help="timesteps at which each image is measured; default: 350,550,750,950")
+    add("--timesteps", metavar="LIST", help="timesteps at which each image is measured; default: 900,950,975,999")
     add("--budget", metavar="N", help="forward passes at most; fewer images for each tag keep it")
     add("--base", type=Path, metavar="PATH", help="model, or earlier report (.parquet), to compare with")
     add("--output", type=Path, metavar="FOLDER", help="folder of the report; default: tags in output_dir")
@@ -128,17 +131,18 @@ def _add_image_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     compare.add_argument("--output", type=Path, default=Path("compare.html"), help="page (default: compare.html)")
     compare.add_argument("--overwrite", action="store_true", help="replace the page if it exists")
     card = _add_card(commands)
-    positive, samplers = partial(_integer, 1), f"{', '.join(SAMPLERS)} (default: euler_a)"
+    positive, samplers = partial(_integer, 1), f"{', '.join(SAMPLERS)} (default: euler_a, euler for a flow)"
+    trained_at = "what the metadata says of the training, or 1024"
     for command in (generate, compare, card):
         add = command.add_argument
         add("--prompts", type=Path, metavar="FILE", help="prompt file, as for sample_prompts. Options in the file win")
         add("--prompt", action="append", default=[], help="what to draw. May be given several times")
         add("--negative_prompt", help="what the images should not show")
         for side in ("width", "height"):
-            add(f"--{side}", type=_side, default=1024, help="pixels, a multiple of 8 (default: 1024)")
+            add(f"--{side}", type=_side, help=f"pixels, a multiple of 8 (default: {trained_at})")
         add("--steps", type=positive, default=28, help="sampling steps (default: 28)")
         add("--scale", type=float, default=5.0, help="strength of classifier-free guidance (default: 5)")
-        add("--sampler", choices=SAMPLERS, default="euler_a", metavar="NAME", help=samplers)
+        add("--sampler", choices=SAMPLERS, metavar="NAME", help=samplers)
         add("--seed", type=partial(_integer, 0), help="seed of each prompt's first image (default: a random seed)")
         add("--images", type=positive, default=1, help="images of each prompt, with consecutive seeds (default: 1)")
         add("--batch_size", type=positive, default=1, help="images that are drawn at once (default: 1)")
@@ -343,6 +347,7 @@ def _info(arguments: argparse.Namespace) -> None:
     if checkpoint.architecture:
         for field in dataclasses.fields(checkpoint.architecture):
             print(f"  {field.name} = {getattr(checkpoint.architecture, field.name)}")
+    _print_metadata(checkpoint.file.metadata, most=None if arguments.all else MOST_OF_A_VALUE)
     if checkpoint.kind is None:
         for line in describe_interfaces(path, checkpoint.file):
             print(line)
@@ -350,8 +355,14 @@ def _info(arguments: argparse.Namespace) -> None:
             print(line)
         for line in describe_unconditional(read_declared(checkpoint.file).zero_cond):
             print(line)
-    for key, value in sorted(checkpoint.file.metadata.items()):
-        print(f"metadata {key}: {value}")
+
+
+def _print_metadata(metadata: "Mapping[str, str]", *, most: int | None) -> None:
+    """Prints all fields, and of each value the first `most` characters."""
+    for key, value in sorted(metadata.items()):
+        is_cut = most is not None and len(value) > most
+        text = f"{value[:most]}... ({len(value):,} characters, --all shows them)" if is_cut else value
+        print(f"metadata {key}: {text}")
 
 
 def _group_by_part(tensors: "Mapping[str, Source]") -> "dict[str, list[Source]]":

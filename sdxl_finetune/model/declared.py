@@ -13,6 +13,7 @@ Loading keeps the markers in `SDXL.markers`, training replaces them by those of 
 them into every format.
 """
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ CONFIG = "sdxl_finetune.config"
 """Metadata field with the options of the run that saved the checkpoint, as JSON."""
 ZERO_COND = "sdxl_finetune.use_zero_cond"
 """Metadata field of merges, which have no config: "true" or "false"."""
+SIZE = re.compile(r"(\d{2,4})x(\d{2,4})")
 GUIDE = "docs/objectives.md"
 """The page about turning a model of one objective into one of another."""
 KIND_NAMES: Mapping[ObjectiveKind, str] = {
@@ -79,6 +81,8 @@ class Declared:
     """True if empty captions were trained as zeros, False if as the encoded empty text."""
     flow: FlowOptions = field(default_factory=FlowOptions)
     """The shift of a flow, in its three options. No shift if the checkpoint says none."""
+    size: tuple[int, int] | None = None
+    """Width and height in pixels of the training (`modelspec.resolution`)."""
     edm: bool = False
     """True for a model on EDM's noise levels, of which SDXL's noise schedule knows nothing."""
 
@@ -142,9 +146,11 @@ def read_declared(file: TensorFile) -> Declared:
     kinds: list[ObjectiveKind | None] = [None if marked == "noise" else marked]
     kinds += [*map(_kind, words), _scheduler_kind(file.scheduler)]
     objective = next((kind for kind in kinds if kind), None)
+    size = SIZE.fullmatch(file.metadata.get("modelspec.resolution", ""))
     return Declared(
         objective=objective,
         zero_terminal_snr=True if ZTSNR in file.tensors else _first(terminal_said),
+        size=(int(size[1]), int(size[2])) if size else None,
         zero_cond=options.get("use_zero_cond", {"true": True, "false": False}.get(file.metadata.get(ZERO_COND, ""))),
         flow=_read_shift(file, options) if objective == "flow" else FlowOptions(),
         edm=any(key in file.tensors for key in EDM),

@@ -44,7 +44,7 @@ CAUSES = (
     "Likely causes: zero_terminal_snr or v_parameterization differ from how the model was trained before; noise_offset"
     " or multires noise is too strong; the learning rate is too high; the VAE is not the model's"
 )
-BEFORE_TRAINING = "Before the first step, a style that the model has yet to learn may also explain it"
+BEFORE_TRAINING = "Before the first step, a style or an objective that the model has yet to learn may also explain it"
 
 
 @dataclass(kw_only=True)

@@ -376,8 +376,9 @@ def _log_beginning(
         size = "x".join(map(str, index.resolution))
         prompts_text = counted(unsized, "preview prompt")
         logger.info("%s without a size: drawn at the training resolution, %s", prompts_text, size)
-    samplers = [prompt.sampler or config.sample_sampler for prompt in prompts]
-    samplers += [config.sample_sampler] * bool(config.colour_check_every_n_epochs or config.colour_check_every_n_steps)
+    samplers = {prompt.sampler or config.sample_sampler for prompt in prompts}
+    if config.colour_check_every_n_epochs or config.colour_check_every_n_steps:
+        samplers.add(config.sample_sampler)
     for remark in sampler_remarks(samplers, learner.objective):
         logger.info("%s", remark)
     for group in learner.parameters.groups:

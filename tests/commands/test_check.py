@@ -208,6 +208,17 @@ def test_a_resumed_run_without_undecodable_images_is_no_other_run(work, capsys, 
     assert train(config("sdxl-train", *resumed, "--max_train_steps", "5")) == 0 and not decoded
 
 
+@pytest.mark.parametrize(
+    ("options", "said"), [((), True), (("--lr_warmup_steps", "1"), False), (("--lr_scheduler", "constant"), False)]
+)
+def test_a_warm_up_longer_than_the_run_is_named(work, capsys, options, said) -> None:
+    settings = {"lr_scheduler": "cosine", "lr_warmup_steps": 100, "max_train_epochs": 1}
+    given = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    check(config("sdxl-check", *given, *options))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("lr_warmup_steps = 100: the warm-up lasts longer than the run of" in printed) == said
+
+
 def test_counts_of_one_are_singular(work, capsys) -> None:
     Path("prompts.txt").write_text("a cat")
     asked = ["--max_train_epochs", "1", "--train_batch_size", "100", "--sample_every_n_epochs", "1", "--no_memory"]

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sdxl_finetune.commands.generate import trained_size
 from sdxl_finetune.commands.model import auto_v2, main
 from sdxl_finetune.errors import UserError
 
@@ -72,6 +73,25 @@ def test_an_image_file_says_how_it_was_drawn(models, tmp_path: Path) -> None:
     assert size_and_parameters(first) == ((64, 64), f"a cat\nNegative prompt: blurry\n{said}, {model}")
     said = "Steps: 3, Sampler: Euler a, CFG scale: 5.0, Seed: 4, Size: 64x96"
     assert size_and_parameters(second) == ((64, 96), f"rocket\nNegative prompt: low\n{said}, {model}")
+
+
+@pytest.mark.parametrize(
+    ("said", "size"), [("64x128", (64, 128)), ("1024x1024", (1024, 1024)), ("9x9", (1024, 1024)), (None, (1024, 1024))]
+)
+def test_the_size_is_that_of_the_training_unless_asked_otherwise(models, tmp_path: Path, said, size) -> None:
+    model = tmp_path / "m.safetensors"
+    save_file(load_file(models[0]), model, {"modelspec.resolution": said} if said else {})
+    assert trained_size(model) == size
+
+
+def test_a_flow_is_drawn_in_its_size_and_only_a_sampler_that_is_asked_for_is_remarked(models, tmp_path, caplog) -> None:
+    model = tmp_path / "m.safetensors"
+    marks = {"flow_model": torch.empty(0)}
+    save_file(load_file(models[0]) | marks, model, {"modelspec.resolution": "64x128"})
+    for asked, remarks in (([], 0), (["--sampler", "euler_a"], 1)):
+        main(["generate", str(model), "--output", str(tmp_path / "o"), "--prompt", "a cat", "--steps", "2", *asked])
+        assert caplog.text.count("are drawn with Euler instead") == remarks
+    assert [size_and_parameters(path)[0] for path in sorted((tmp_path / "o").iterdir())] == [(64, 128)] * 2
 
 
 def test_long_prompts_are_used_to_the_end(models, tmp_path: Path, caplog) -> None:

@@ -110,6 +110,16 @@ def test_info_describes_models_and_loras(tiny_path: Path, tmp_path: Path, capsys
     assert "ss_network_dim: 4" in output
 
 
+def test_info_cuts_long_values_of_the_metadata_unless_asked(tiny_path: Path, tmp_path: Path, capsys) -> None:
+    model, value = tmp_path / "m.safetensors", "x" * 1000
+    save_file(load_file(tiny_path), model, {"long": value, "short": "y" * 160})
+    main(["info", str(model)])
+    output = capsys.readouterr().out
+    assert "xxx... (1,000 characters, --all shows them)" in output and value not in output and "y" * 160 in output
+    main(["info", str(model), "--all"])
+    assert f"metadata long: {value}" in capsys.readouterr().out.splitlines()
+
+
 def test_auto_v2_is_the_start_of_the_sha256_hash(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert auto_v2(tmp_path / "f") == "BA7816BF8F"
