@@ -82,6 +82,8 @@ def torn(name: str) -> list[str]:
         try:
             if path.suffix == ".png":
                 with Image.open(path) as image:
+                    image.verify()
+                with Image.open(path) as image:
                     image.load()
             elif path.is_dir():
                 load_state(path)

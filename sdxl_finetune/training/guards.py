@@ -1,7 +1,7 @@
 """Guards of a run: its processes watch one another, and no other run saves under its `output_name`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from accelerate import Accelerator
 
@@ -15,8 +15,12 @@ from sdxl_finetune.runtime.watch import watched
 
 @contextmanager
 def guarded(config: Config, accelerator: Accelerator, problems: Problems) -> Iterator[None]:
-    """Within the context, both guards are on. Adds a problem if another run saves under the same names."""
-    with watched(config, accelerator), _own_output(config, accelerator, problems):
+    """Within the context, both guards are on. Adds a problem if another run saves under the same names.
+
+    A run with `reproduce` saves nothing. It may stand beside the run that wrote the dump.
+    """
+    names = nullcontext() if config.reproduce else _own_output(config, accelerator, problems)
+    with watched(config, accelerator), names:
         yield
 
 

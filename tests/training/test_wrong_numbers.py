@@ -17,6 +17,7 @@ from sdxl_finetune.config import Config, load_config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.training.dumps import read_dump
 from sdxl_finetune.training.loop import train
+from tests.runtime.test_locks import hold
 from tests.training.toy_runs import OPTIONS, config, read_rows
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -123,7 +124,9 @@ def test_steps_between_the_last_save_and_the_fault_are_made_again(work, capsys, 
     number = read_rows("logs")[-1]["step"]
     assert 1 < number < 8
     (folder,) = Path("out/dumps").iterdir()
-    report = reproduce(folder, capsys)
+    with hold(Path("out/.last.lock")) as run_that_goes_on:
+        report = reproduce(folder, capsys)
+        run_that_goes_on.kill()
     assert f"all numbers are finite; training steps 1 to {number - 1} again" in report
     again = report.partition("again, and then the step:\n")[2]
     assert again.endswith("\nreproduced\n") and "gradients are not finite, the first in unet." in again
