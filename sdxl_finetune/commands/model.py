@@ -362,7 +362,7 @@ def _print_metadata(metadata: "Mapping[str, str]", *, most: int | None) -> None:
     for key, value in sorted(metadata.items()):
         is_cut = most is not None and len(value) > most
         text = f"{value[:most]}... ({len(value):,} characters, --all shows them)" if is_cut else value
-        print(f"metadata {key}: {text}")
+        print(f"metadata {key[:most]}: {text}")
 
 
 def _group_by_part(tensors: "Mapping[str, Source]") -> "dict[str, list[Source]]":

@@ -41,6 +41,8 @@ ScheduleName: TypeAlias = Literal[
     "warmup_stable_decay",
     "piecewise_constant",
 ]
+LARGEST = 2**31 - 1
+"""Largest value of an option that is an integer. Counts and sizes are kept in 32 bits."""
 LR_SCHEDULES: dict[str, tuple[str, ...]] = {
     "constant": (),
     "constant_with_warmup": (),
@@ -78,6 +80,19 @@ class Options(BaseModel):
             value == "" or (type(value) in (int, float) and value == 0 and _is_positive(field))
         ):
             return None
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _bounded(cls, value: object, info: ValidationInfo) -> object:
+        """Refuses integers that no 32-bit number holds, unless the field is a seed or has a bound of its own."""
+        name = info.field_name or ""
+        has_bound = any(hasattr(note, "le") for note in cls.model_fields[name].metadata)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not has_bound and not name.endswith("seed"):
+            for number in numbers:
+                if type(number) is int and abs(number) > LARGEST:
+                    raise Refused(f"{number} does not fit into 32 bits")
         return value
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Int, Int64
 
 from sdxl_finetune.config.dataset import Subset
-from sdxl_finetune.data.tables import kept_file, one_chunk
+from sdxl_finetune.data.tables import kept_file, map_array, one_chunk
 from sdxl_finetune.storage.copies import touch
 
 CHUNK = 1 << 16
@@ -55,13 +55,10 @@ def _kept(
 ) -> Int[np.ndarray, " k"]:
     """The result of `hold_out`, from a file of an earlier start if there is one."""
     path = folder / f"{hashlib.blake2b(question.encode(), digest_size=12).hexdigest()}.npy"
-    try:
-        found = np.load(path)
-        if found.dtype == np.int64 and found.ndim == 1 and len(found) == max(1, round(share * count)):
-            touch(path)
-            return found
-    except (OSError, ValueError, EOFError):
-        pass
+    found = map_array(path)
+    if found is not None and found.dtype == np.int64 and found.shape == (max(1, round(share * count)),):
+        touch(path)
+        return np.array(found)
     chosen = hold_out(names, share, seed).astype(np.int64)
     with kept_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, chosen)

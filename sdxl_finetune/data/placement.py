@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Int, Int32, Int64
+from jaxtyping import Bool, Int, Int64
 
 from sdxl_finetune.config.dataset import Dataset
 from sdxl_finetune.data.buckets import fill_buckets, place_images
@@ -28,6 +28,8 @@ PLACED = ("repeats", "held_out", "resized_width", "resized_height", "bucket")
 """Columns that the index adds to those of the scan."""
 MARKED = ("quality", "loss_weight")
 """Columns that the index has if options ask for quality tags or weights."""
+MOST_IN_AN_EPOCH = 1_000_000_000
+"""Images in an epoch, with repeats. The order of so many takes some 12 GB of memory."""
 MAX_RESIZED_PIXELS = 1 << 27
 """Largest size of an image before the crop: 400 MB. Only a very narrow image becomes larger."""
 
@@ -44,13 +46,13 @@ def place(
     sizes = np.stack([one_chunk(table[side]).to_numpy() for side in ("width", "height")], axis=1).astype(np.int64)
     owner = np.repeat(np.arange(len(datasets)), [len(dataset.subsets) for dataset in datasets])[subset]
     named = _named_buckets(table, datasets, owner)
-    repeats = np.array([subset.num_repeats for subset in subsets], np.int32)[subset]
+    repeats = np.array([subset.num_repeats for subset in subsets], np.int64)[subset]
     regularization = np.array([subset.is_reg for subset in subsets])[subset]
     bucket, resized = np.zeros_like(sizes), np.zeros_like(sizes)
     held_out = find_held_out(table, subsets, cache_dir)
     if marks is not None:
         factors = one_chunk(marks["repeats"]).to_numpy()
-        repeats = np.rint(repeats * factors).astype(np.int32)
+        repeats = np.minimum(np.rint(repeats * factors), MOST_IN_AN_EPOCH + 1).astype(np.int64)
         held_out &= factors > 0
     repeats[held_out] = 0
     kept = np.ones(len(sizes), bool)
@@ -67,6 +69,7 @@ def place(
             path = subsets[subset[row]].image_dir / os.fsdecode(table["name"][row].as_py())
             message = _misfit(*(tuple(array[row].tolist()) for array in (sizes, bucket, resized)))
             problems.add(Problem(message, file=str(path)), 1 if number < SHOWN else len(rows) - SHOWN)
+    _check_size(repeats[kept])
     keys = (owner.astype(np.int64) << 48) + (bucket[:, 0] << 24) + bucket[:, 1]
     keys, numbers = np.unique(keys[kept], return_inverse=True)
     buckets = json.dumps([(key >> 48, key >> 24 & 0xFFFFFF, key & 0xFFFFFF) for key in keys.tolist()])
@@ -83,9 +86,16 @@ def place(
     return table.replace_schema_metadata({"digest": digest, "buckets": buckets})
 
 
+def _check_size(repeats: Int64[np.ndarray, " n"]) -> None:
+    """Raises UserError if an epoch is too long for the order of its images to fit into memory."""
+    if (total := int(repeats.sum())) > MOST_IN_AN_EPOCH:
+        message = f"an epoch would have {total:,} images with repeats, and {MOST_IN_AN_EPOCH:,} are possible"
+        raise UserError(Problem(f"{message}: lower num_repeats, or the factors of image_weights"))
+
+
 def regularized_repeats(
-    repeats: Int32[np.ndarray, " n"], regularization: Bool[np.ndarray, " n"]
-) -> Int32[np.ndarray, " n"]:
+    repeats: Int64[np.ndarray, " n"], regularization: Bool[np.ndarray, " n"]
+) -> Int64[np.ndarray, " n"]:
     """The reference's rule for the repeats of regularisation images.
 
     They are taken in order, each with its repeats, until they are as many as the training images. If all of them are

@@ -1,4 +1,4 @@
-"""Arrow tables in files: written as a whole, and read through the page cache that all processes share.
+"""Arrow tables and arrays in files: written as a whole, and read through the page cache that all processes share.
 
 Paths are passed to Arrow as bytes, because it refuses text that is not UTF-8.
 """
@@ -67,6 +67,17 @@ def map_table(path: Path, *, mapped: bool = True, checked: bool = True) -> pa.Ta
     if not has_checksum:
         table.validate(full=True)
     return table
+
+
+def map_array(path: Path) -> np.ndarray | None:
+    """Maps a file that `np.save` wrote; None if it does not exist or is damaged.
+
+    numpy parses the header of such a file as Python. Damage to it raises errors of many classes.
+    """
+    try:
+        return np.load(path, mmap_mode="r").view(np.ndarray)
+    except Exception:
+        return None
 
 
 def has_mark(content: pa.Buffer) -> bool:

@@ -32,7 +32,7 @@ from sdxl_finetune.config import Config, Subset
 from sdxl_finetune.data.caption_sources import Texts, choose_text
 from sdxl_finetune.data.captions import AS_WRITTEN, caption
 from sdxl_finetune.data.index import Index
-from sdxl_finetune.data.tables import kept_file
+from sdxl_finetune.data.tables import kept_file, map_array
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.latents.alone import again_if_filled
 from sdxl_finetune.latents.keys import hash16
@@ -259,9 +259,8 @@ def _forget_old(folder: Path) -> None:
 
 def _load(path: Path, captions: Captions) -> UInt8[np.ndarray, "rows v 16"] | None:
     """The keys of a file; None if there is no such file, or if it does not hold the keys that would be made now."""
-    try:
-        keys = np.load(path, mmap_mode="r").view(np.ndarray)
-    except (OSError, ValueError, EOFError):
+    keys = map_array(path)
+    if keys is None:
         return None
     used = np.flatnonzero(captions.used)
     if keys.dtype != np.uint8 or keys.shape != (len(captions.used), captions.variants, 16):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdxl_finetune.config import Config, load_config, to_toml
-from sdxl_finetune.config.fields import Shown, kinds
+from sdxl_finetune.config.fields import LARGEST, Shown, kinds
 from sdxl_finetune.config.options import SECRETS
 from sdxl_finetune.config.reading import read_file, tomllib
 from sdxl_finetune.errors import UserError
@@ -371,7 +371,7 @@ def _values() -> dict[str, st.SearchStrategy]:
         else:
             strategies[name] = {
                 bool: st.booleans(),
-                int: st.integers(least, most),
+                int: st.integers(-LARGEST if least is None else least, LARGEST if most is None else most),
                 Shown("a path"): path,
                 Shown("a path, or an address as s3://bucket/folder"): st.one_of(path, address),
             }.get(kind, text)

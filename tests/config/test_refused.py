@@ -64,3 +64,15 @@ def test_a_password_in_an_address_is_not_printed(tmp_path, monkeypatch):
     Path("c.toml").write_text('cache_dir = "s3://me:hidden@bucket/x"\n')
     (message,) = [text for text in problems("--config", "c.toml") if "cache_dir" in text]
     assert "hidden" not in message and "s3://***@bucket/x" in message and "no user name, password" in message
+
+
+def test_integers_fit_into_32_bits_but_for_seeds(tmp_path, monkeypatch) -> None:
+    """Counts and sizes are kept in arrays of 32 bits, whose libraries know no clear message."""
+    monkeypatch.chdir(tmp_path)
+    size, large = 2**31, 2**62
+    Path("c.toml").write_text(f"dataset_repeats = {size}\nseed = {large}\nresolution = [{size}, 64]\n")
+    numbers = [text.rpartition(" does not fit into 32 bits: must be ")[0] for text in problems("--config", "c.toml")]
+    assert [text for text in numbers if text] == [
+        f"c.toml:1: dataset_repeats = {size}: {size}",
+        f"c.toml:3: resolution = [{size}, 64]: {size}",
+    ]

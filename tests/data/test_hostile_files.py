@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,7 +18,7 @@ from sdxl_finetune.data.caption_sources import LARGEST_TEXT
 from sdxl_finetune.data.images import ImageError, image_size, load_image
 from sdxl_finetune.data.index import build_index
 from sdxl_finetune.data.listing import list_all
-from sdxl_finetune.data.tables import TAIL, is_sound, map_table
+from sdxl_finetune.data.tables import TAIL, is_sound, map_array, map_table
 from sdxl_finetune.errors import UserError
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
@@ -170,3 +171,36 @@ def test_changed_bytes_in_files_of_the_index_are_noticed(tmp_path: Path, write_i
     for damaged in (b"", content[:-1], json.dumps([1]).encode()):
         path.write_bytes(damaged)
         assert start() == (path, captions)
+
+
+def header(text: str) -> bytes:
+    """The start of a file of `np.save` with this header."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (9000000000000000, 16), }\n",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }\n",
+        "{'descr': (\n",
+        "(" * 9000,
+        "",
+    ],
+)
+def test_damaged_arrays_are_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.npy"
+    assert map_array(path) is None
+    np.save(path, np.arange(3))
+    assert np.array_equal(map_array(path), [0, 1, 2])
+    path.write_bytes(header(text))
+    assert map_array(path) is None
+
+
+def test_an_epoch_of_too_many_images_is_refused(tmp_path: Path, subset, dataset, write_images) -> None:
+    folder = tmp_path / "images"
+    write_images(folder, {"a.png": (64, 64), "b.png": (64, 64)})
+    for repeats, fits in ((500_000_000, True), (500_000_001, False)):
+        asked = [dataset(subset(folder, num_repeats=repeats))]
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="lower num_repeats"):
+            assert int(build_index(asked, tmp_path / "cache", "stop").repeats.sum()) == 2 * repeats

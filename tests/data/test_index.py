@@ -205,7 +205,7 @@ def test_golden_two_datasets(tmp_path: Path, golden, subset, dataset) -> None:
     [([3] * 5, 60, [12] * 5), ([1, 1, 1], 4, [2, 1, 1]), ([2, 2, 2], 3, [2, 2, 0]), ([2, 1], 0, [0, 0])],
 )
 def test_regularization_images(own: list[int], wanted: int, expected: list[int]) -> None:
-    repeats = np.array([wanted, *own], np.int32)
+    repeats = np.array([wanted, *own], np.int64)
     is_regularization = np.array([False] + [True] * len(own))
     assert regularized_repeats(repeats, is_regularization).tolist() == [wanted, *expected]
 

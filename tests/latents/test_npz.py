@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,15 @@ def change(path: Path, **arrays: object) -> None:
     np.savez(path, **{name: array for name, array in kept.items() if array is not None})
 
 
+def rezip(path: Path, name: str, member: bytes) -> None:
+    """Rewrites an .npz file with other bytes for one array, compressed."""
+    with zipfile.ZipFile(path) as file:
+        members = {info.filename: file.read(info) for info in file.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for each, data in (members | {f"{name}.npy": member}).items():
+            file.writestr(each, data)
+
+
 def rewrite(path: Path, **options: object) -> None:
     with Image.open(path) as image:
         copy = image.convert(options.pop("mode", "RGB"))
@@ -98,6 +108,8 @@ def turned(path: Path) -> None:
 HALF = np.full((4, 8, 8), 1e6, np.float32)
 CASES = {
     "damaged": lambda npz, image: npz.write_bytes(npz.read_bytes()[:900]),
+    "damaged (": lambda npz, image: rezip(npz, "latents", b"\x93NUMPY\x01\x00\x09\x00{'descr':"),
+    "far too large": lambda npz, image: rezip(npz, "latents", bytes(257 << 20)),
     "no latents of SDXL": lambda npz, image: change(npz, crop_ltrb=None),
     "made for another bucket": lambda npz, image: change(npz, latents=HALF[:, :4]),
     "made of an image of another size": lambda npz, image: change(npz, original_size=np.array([60, 100])),
