@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import signal
 import subprocess
 import sys
@@ -220,7 +219,7 @@ import pathlib, resource, sys
 import sdxl_finetune.training.loop
 from sdxl_finetune.cli import train
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + (5 << 27),) * 2)
 train()
 """
     large = ["--resolution", "512", "--max_bucket_reso", "512", "--train_batch_size", "8", "--sample_prompts", ""]
@@ -230,5 +229,5 @@ train()
     done = subprocess.run([sys.executable, "-c", start, *asked], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert re.match(r"error: out of memory in step \d: \d images? of bucket 512x\d+, ", last), last
+    assert last.startswith("error: out of memory in step 1: ") and "of bucket 512x512" in last
     assert "gradient_checkpointing = true" in last and "train_batch_size = 1" in last
