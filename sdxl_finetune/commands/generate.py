@@ -23,10 +23,11 @@ from PIL import Image
 from sdxl_finetune.commands.latents import vae_options
 from sdxl_finetune.commands.said_objective import check_options, drawn_objective
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
-from sdxl_finetune.errors import Problem, UserError, counted
+from sdxl_finetune.errors import Problem, Problems, UserError, counted
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.model.declared import read_declared
-from sdxl_finetune.model.load import inspect_checkpoint, load_checkpoint, open_base_model
+from sdxl_finetune.model.load import load_checkpoint, open_base_model
+from sdxl_finetune.model.tensorfile import TensorFile
 from sdxl_finetune.output.previews import (
     Drawing,
     PreviewModel,
@@ -58,8 +59,8 @@ thead th { position: sticky; top: 0; background: #fff } img { display: block; wi
 
 def generate(arguments: argparse.Namespace, model_hash: str | None) -> None:
     """Draws `images` images of each prompt into the folder `output`. Raises UserError."""
-    _check_models([arguments.model], arguments.vae)
-    requests = _read_requests(arguments, arguments.model)
+    (file,) = _open_models([arguments.model], arguments.vae)
+    requests = _read_requests(arguments, trained_size(file))
     _make_folder(arguments.output)
     matches = (IMAGE_NAME.fullmatch(path.name) for path in arguments.output.iterdir())
     first_number = max((int(match[1]) for match in matches if match), default=-1) + 1
@@ -76,8 +77,8 @@ def draw_requested(
 
     Raises UserError.
     """
-    _check_models([arguments.model], arguments.vae)
-    requests = _read_requests(arguments, arguments.model)
+    (file,) = _open_models([arguments.model], arguments.vae)
+    requests = _read_requests(arguments, trained_size(file))
     if len(requests) > most:
         logger.warning("the first %d of %d images are drawn", most, len(requests))
     for drawing, image in _draw(arguments.model, requests[:most], arguments):
@@ -92,8 +93,8 @@ def compare(arguments: argparse.Namespace) -> None:
     """
     if arguments.output.is_dir():
         raise UserError(Problem("is a folder. Give the name of a file", key="output", value=str(arguments.output)))
-    _check_models(arguments.models, arguments.vae)
-    requests = _read_requests(arguments, arguments.models[0])
+    file, *_ = _open_models(arguments.models, arguments.vae)
+    requests = _read_requests(arguments, trained_size(file))
     _make_folder(arguments.output.parent)
     columns = [_draw_column(model, requests, arguments) for model in arguments.models]
     head = "".join(f"<th>{html.escape(str(model))}</th>" for model in arguments.models)
@@ -120,18 +121,12 @@ def _draw_column(model: Path, requests: Sequence[Drawing], arguments: argparse.N
         return [html.escape(str(error))] * len(requests)
 
 
-def _check_models(models: Sequence[Path], vae: Path | None) -> None:
-    """Checks the names and shapes of the models' tensors. Raises UserError with the problems of all models."""
-    if problems := [problem for model in models for problem in _find_problems(model, needs_vae=vae is None)]:
-        raise UserError(problems)
-
-
-def _find_problems(model: Path, *, needs_vae: bool) -> Sequence[Problem]:
-    try:
-        open_base_model(model, needs_vae=needs_vae)
-    except UserError as error:
-        return error.problems
-    return ()
+def _open_models(models: Sequence[Path], vae: Path | None) -> list[TensorFile]:
+    """Opens the models, and checks the names of their tensors. Raises UserError with the problems of all models."""
+    problems = Problems()
+    opened = [problems.attempt(open_base_model, model, needs_vae=vae is None) for model in models]
+    problems.raise_if_any()
+    return [each[0] for each in opened if each]
 
 
 def _make_folder(folder: Path) -> None:
@@ -142,10 +137,10 @@ def _make_folder(folder: Path) -> None:
         raise UserError(Problem(message, key="output", value=str(folder))) from error
 
 
-def _read_requests(arguments: argparse.Namespace, model: Path) -> list[Drawing]:
+def _read_requests(arguments: argparse.Namespace, default_size: tuple[int, int]) -> list[Drawing]:
     """Reads the images to draw from the command line and the prompt file. Raises UserError.
 
-    A size that neither gives is that of the training of `model`.
+    An image for which neither gives a width or a height gets that of `default_size`.
     The first image of a prompt gets the prompt's own seed, the option `seed`, or a random seed. Each further image of
     this prompt gets the next seed.
     """
@@ -161,7 +156,7 @@ def _read_requests(arguments: argparse.Namespace, model: Path) -> list[Drawing]:
         raise UserError(Problem("is missing. Say what to draw with --prompt or --prompts", key="prompt"))
     first_seed = secrets.randbelow(RANDOM_SEEDS) if arguments.seed is None else arguments.seed
     requests = []
-    for prompt in with_size(prompts, trained_size(model)):
+    for prompt in with_size(prompts, default_size):
         sampler = prompt.sampler or arguments.sampler or SAMPLER
         seed = first_seed if prompt.seed is None else prompt.seed
         least = MIN_STEPS.get(sampler, 1)
@@ -175,9 +170,9 @@ def _read_requests(arguments: argparse.Namespace, model: Path) -> list[Drawing]:
     return requests
 
 
-def trained_size(model: Path) -> tuple[int, int]:
-    """Width and height at which a checkpoint says that it was trained; SDXL's if it says nothing."""
-    return read_declared(inspect_checkpoint(model).file).size or SDXL_SIZE
+def trained_size(file: TensorFile) -> tuple[int, int]:
+    """Width and height in pixels at which a checkpoint says that it was trained; SDXL's if it says nothing."""
+    return read_declared(file).size or SDXL_SIZE
 
 
 def _warn_if_too_long(prompt: str, max_tokens: int) -> None:
@@ -213,8 +208,8 @@ def _draw(
     Raises UserError if the model gives infinite values or NaN.
     """
     model = _load(path, arguments)
-    asked = filter(None, (request.prompt.sampler or arguments.sampler for request in requests))
-    for remark in sampler_remarks(set(asked), model.objective):
+    asked = [name for request in requests if (name := request.prompt.sampler or arguments.sampler)]
+    for remark in sampler_remarks(asked, model.objective):
         logger.warning("%s", remark)
     with track(progress_label, len(requests), "images") as progress:
         for _, group in groupby(requests, _batch_key):

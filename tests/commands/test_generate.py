@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sdxl_finetune.commands.generate import trained_size
 from sdxl_finetune.commands.model import auto_v2, main
 from sdxl_finetune.errors import UserError
+from sdxl_finetune.model.load import open_base_model
 
 SMALL = ["--width", "64", "--height", "96", "--steps", "3"]
 
@@ -81,7 +82,7 @@ def test_an_image_file_says_how_it_was_drawn(models, tmp_path: Path) -> None:
 def test_the_size_is_that_of_the_training_unless_asked_otherwise(models, tmp_path: Path, said, size) -> None:
     model = tmp_path / "m.safetensors"
     save_file(load_file(models[0]), model, {"modelspec.resolution": said} if said else {})
-    assert trained_size(model) == size
+    assert trained_size(open_base_model(model)[0]) == size
 
 
 def test_a_flow_is_drawn_in_its_size_and_only_a_sampler_that_is_asked_for_is_remarked(models, tmp_path, caplog) -> None:
