@@ -36,7 +36,7 @@ NOT_DRAWN = {
     *FIXED, "pretrained_model_name_or_path", "train_data_dir", "output_dir", "output_name", "resolution", "cache_dir",
     "dataset_config", "max_train_epochs", "resume", "console_log_file", "log_with", "log_tracker_config",
     "tokenizer_cache_dir", "ddp_timeout", "metadata_thumbnail", "caption_extention", "debug_dataset",
-    "lr_scheduler_type", "lr_scheduler_args", "optimizer_args",
+    "lr_scheduler_type", "lr_scheduler_args", "optimizer_args", "reproduce",
 }  # fmt: skip
 """Options that every set needs, that name other files, or that end a run before it trains."""
 OPTIMIZERS = [
@@ -45,6 +45,7 @@ OPTIMIZERS = [
 VALUES: dict[str, list[Any]] = {
     "train_batch_size": [2, 3],
     "vae_batch_size": [0, 2],
+    "max_train_hours": [5.0],
     "learning_rate": [1e-3, 1e-5, 0.0],
     "learning_rate_te1": [1e-4, 0.0],
     "learning_rate_te2": [1e-4, 0.0],

@@ -54,6 +54,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.model.load import inspect_checkpoint
 from sdxl_finetune.model.tensorfile import write_safetensors
 from sdxl_finetune.output.metadata import versions
+from sdxl_finetune.training.setup import build_run
 
 TFLOP_PER_IMAGE = 20.6
 """Forward and backward pass of full-size SDXL for one image of 1024 x 1024 pixels with 227 tokens.
@@ -191,32 +192,31 @@ def check_speed(bench: Bench) -> Iterator[Line]:
         return
     model = full_size_model(bench.folder) if bench.cuda else bench.folder / "start.safetensors"
     what = "full-size SDXL, 1024 px" if bench.cuda else "model that draws, 64 px"
-    sizes = [1, 2, 4, 8, 16, 32] if bench.cuda else [1, 4]
-    plain = speeds(bench, model, sizes)
-    best = max(plain, key=lambda row: row["images_per_second"])
+    rows = speeds(bench, model, [1, 2, 4, 8, 16, 32] if bench.cuda else [1, 4])
+    plain = [row for row in rows if not row["compiled"]]
     yield speed_line(bench, what, plain)
     yield memory_line(bench, model, plain)
-    with_blocks = speeds(bench, model, sorted({1, best["batch"]}), backend=bench.backend)
-    yield speed_line(bench, f"{what}, compiled blocks", with_blocks)
+    yield speed_line(bench, f"{what}, compiled blocks", [row for row in rows if row["compiled"]])
 
 
-def speeds(bench: Bench, model: Path, sizes: Sequence[int], backend: str | None = None) -> list[dict[str, Any]]:
+def speeds(bench: Bench, model: Path, sizes: Sequence[int]) -> list[dict[str, Any]]:
     """Measures the batch sizes in a new process, and returns the results of those that fit."""
     shape = (1024, 225) if bench.cuda else (64, 75)
     if bench.quick:
         config = gpu_speed.build_config(
-            model, bench.folder / "pictures", bench.folder / "speed", resolution=shape[0], tokens=shape[1],
-            backend=backend,
-        )  # fmt: skip
-        rows = list(gpu_speed.measure(config, sizes[:1], steps=2))
+            model, bench.folder / "pictures", bench.folder / "speed", resolution=shape[0], tokens=shape[1]
+        )
+        with build_run(config) as run:
+            first = next(run.batches())
+            rows = list(gpu_speed.measure(run.learner, first, sizes[:1], steps=2))
+            rows += gpu_speed.measure_compiled(run.learner, first, rows, steps=2, backend=bench.backend)
         AcceleratorState._reset_state(reset_partial_state=True)
     else:
         command = ["-m", "scripts.benchmarks.gpu_speed", str(model), str(bench.folder / "pictures")]
         command += ["--resolution", str(shape[0]), "--tokens", str(shape[1]), "--batches", *map(str, sizes)]
-        command += ["--seconds", "120", *(["--backend", backend] if backend else [])]
-        rows = [
-            json.loads(line) for line in run_python(command, cpu=not bench.cuda).splitlines() if line.startswith("{")
-        ]
+        command += ["--seconds", "60", "--backend", bench.backend]
+        output = run_python(command, cpu=not bench.cuda)
+        rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     results = [row for row in rows if "out_of_memory" not in row]
     if not results:
         raise RuntimeError(f"out of memory with batch {sizes[0]}")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -265,20 +266,35 @@ def write_config(config: Config) -> list[str]:
 
 
 def run_python(command: Sequence[str], *, cpu: bool) -> str:
-    """Runs a Python program and returns its output. Raises RuntimeError with its last line if it fails."""
+    """Runs a Python program, shows its output on the terminal as it comes, and returns it.
+
+    Raises RuntimeError with the last line of its messages if it fails.
+    """
     environment = {**os.environ, **({"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} if cpu else {})}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=600)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()
-        raise RuntimeError(f"status {done.returncode}: {errors[-1] if errors else 'no message'}")
-    return done.stdout
+    lines = []
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as messages,
+        subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=messages, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            print(line, end="", file=sys.stderr, flush=True)
+        if process.wait():
+            messages.seek(0)
+            said = messages.read()
+            print(said, file=sys.stderr)
+            errors = [line for line in said.splitlines() if line.startswith("error: ")] or said.splitlines()
+            raise RuntimeError(f"status {process.returncode}: {errors[-1] if errors else 'no message'}")
+    return "".join(lines)
 
 
 def check_waiting(bench: Bench) -> Iterator[Line]:
     """Checks that no step waits for the device, as far as torch notices.
 
-    The steps use torch's AdamW, because bitsandbytes itself waits.
+    The steps use torch's AdamW: torch would not notice if bitsandbytes waited.
     """
     ways = {"float32 weights": ["--mixed_precision", "bf16"], "full_bf16": BF16}
     for way, more in {**ways, "full_bf16, fused": [*BF16, "--fused_backward_pass"]}.items():

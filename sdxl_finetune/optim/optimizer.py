@@ -8,6 +8,7 @@ one optimizer needs is imported when the optimizer is built. A missing package i
 import difflib
 import importlib
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -111,7 +112,24 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[Group]) -> torch
         raise UserError(Problem(message, key="optimizer_args", value=given)) from error
     if hasattr(optimizer, "train"):
         optimizer.train()  # schedule-free optimizers refuse to step before this call
+    _let_host_run_ahead(optimizer)
     return optimizer
+
+
+def _let_host_run_ahead(optimizer: torch.optim.Optimizer) -> None:
+    """Keeps bitsandbytes from waiting for the device after each tensor, unless the optimizer's states are paged.
+
+    Its kernels run in torch's stream, one after the other, so that nothing needs the wait. SDXL has 2,400 tensors.
+    """
+    module = sys.modules.get("bitsandbytes.optim.optimizer")
+    if module is not None and isinstance(optimizer, module.Optimizer8bit):
+        from bitsandbytes.utils import sync_gpu
+
+        module.sync_gpu = sync_gpu if optimizer.is_paged else _do_not_wait  # type: ignore[attr-defined]
+
+
+def _do_not_wait(tensor: torch.Tensor) -> None:
+    """Takes the place of bitsandbytes' sync_gpu."""
 
 
 def trial_optimizer(options: OptimizerOptions, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:

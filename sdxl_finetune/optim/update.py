@@ -130,6 +130,8 @@ class Slice:
     buffer: Parameter
     """float32 buffer that the optimizer updates. With low bits it is filled just before the step and released after it.
     Without a master weight it is the parameter itself."""
+    released: Tensor
+    """Data of the buffer between two steps: with low bits a tensor of this shape in 4 bytes."""
 
 
 class ExactUpdate:
@@ -171,8 +173,6 @@ class ExactUpdate:
         self.sums: dict[Parameter, Tensor] = {}
         """Gradients in float32, summed over micro-batches and ranks."""
         self._in_flight: deque[tuple[Parameter, Any]] = deque()
-        self._squared_norms: dict[int, Tensor] = {}
-        """Squared gradient norms of a fused step, by the number of the group."""
         self._fused_norms: dict[Parameter, Tensor] = {}
         """Gradient norms of a fused step."""
         self._last = self._only = True
@@ -190,10 +190,13 @@ class ExactUpdate:
     def step(self) -> Norms:
         """Clips all gradients together. A fused step is made already; it clipped the gradient of each tensor alone."""
         if self._fused:
-            squares, self._squared_norms = self._squared_norms, {}
-            none = torch.zeros((), device=next(iter(squares.values())).device)
+            none = torch.zeros((), device=next(iter(self._fused_norms.values())).device)
             self.parameter_norms = torch.stack([self._fused_norms.pop(each, none) for each in self._slices])
-            return {self._groups[number].name: squares[number].sqrt() for number in sorted(squares)}
+            of_groups = self.parameter_norms.split([len(group.parameters) for group in self._groups])
+            return {
+                group.name: torch.linalg.vector_norm(norms)
+                for group, norms in zip(self._groups, of_groups, strict=True)
+            }
         norms, self.parameter_norms = _norms(self._groups, self._gradient, self.loss_scale)
         factor = gradient_factor(total_norm(norms), self._max_norm, self.loss_scale)
         if accepts_step(total_norm(norms), self.loss_scale, self._numbers):
@@ -238,6 +241,7 @@ class ExactUpdate:
         elif self._fused:
             self._step_on_parameter(parameter)
 
+    @torch.no_grad()
     def _finish_reduction(self) -> None:
         """Waits for the oldest sum over ranks."""
         parameter, work = self._in_flight.popleft()
@@ -246,14 +250,12 @@ class ExactUpdate:
         if self._fused:
             self._step_on_parameter(parameter)
 
-    @torch.no_grad()
     def _step_on_parameter(self, parameter: Parameter) -> None:
-        """Makes the fused step on one parameter and frees its gradient."""
+        """Makes the fused step on one parameter and frees its gradient. Is called for each tensor of each step."""
         gradient = self._gradient(parameter)
         assert gradient is not None
-        self._fused_norms[parameter] = norm = torch.linalg.vector_norm(_each_norm([gradient]))
-        number = self._slices[parameter][0].group
-        self._squared_norms[number] = self._squared_norms.get(number, 0) + norm.square()
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self._fused_norms[parameter] = norm
         factor = gradient_factor(norm, self._max_norm)
         for part in self._slices[parameter]:
             self.step_on([part], factor)
@@ -279,7 +281,7 @@ class ExactUpdate:
         for part, _ in stepped:
             if self._masters.has_low_bits(part.parameter):
                 self._masters.write(part.parameter, part.elements, part.buffer.data)
-                part.buffer.data = _placeholder(part.buffer.device, part.buffer.shape)
+                part.buffer.data = part.released
             else:
                 self._masters.round_into(part.parameter)
             part.buffer.grad = None
@@ -357,11 +359,13 @@ def _slices(number: int, group: Group, masters: MasterWeights, size: int | None)
         assert parameter.is_contiguous()
         if masters.has_low_bits(parameter):
             for index, elements in enumerate(_cuts(parameter.numel(), size)):
-                buffer = Parameter(_placeholder(parameter.device, elements_of(parameter, elements).shape))
-                slices.append(Slice(f"{name}#{index}" if index else name, number, parameter, elements, buffer))
+                released = torch.zeros((), device=parameter.device).expand(elements_of(parameter, elements).shape)
+                slice_name = f"{name}#{index}" if index else name
+                slices.append(Slice(slice_name, number, parameter, elements, Parameter(released), released))
         else:
             master = masters.kept(parameter)
-            slices.append(Slice(name, number, parameter, None, parameter if master is None else Parameter(master)))
+            buffer = parameter if master is None else Parameter(master)
+            slices.append(Slice(name, number, parameter, None, buffer, buffer.data))
     return slices
 
 
@@ -370,11 +374,6 @@ def _cuts(count: int, size: int | None) -> list[slice | None]:
     if size is None or count < 2 * size:
         return [None]
     return [slice(start, stop) for start, stop in pairwise([*range(0, count - size + 1, size), count])]
-
-
-def _placeholder(device: torch.device, shape: torch.Size) -> Tensor:
-    """Returns a float32 tensor of this shape in 4 bytes, for a buffer between two steps."""
-    return torch.zeros((), device=device).expand(shape)
 
 
 def _optimizer_calls(slices: Sequence[Slice], unit: StepUnit) -> list[list[Slice]]:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from sdxl_finetune.config import Config
@@ -130,3 +131,18 @@ def test_averaged_weights_changes_nothing_for_a_plain_optimizer() -> None:
     with averaged_weights(optimizer):
         after = [parameter for group in groups for parameter in group.parameters.values()]
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "waits"), [("AdamW8bit", False), ("Lion8bit", False), ("PagedAdamW8bit", True), ("AdEMAMix8bit", False)]
+)
+def test_bitsandbytes_waits_for_the_device_only_if_its_states_are_paged(name: str, waits: bool, monkeypatch) -> None:
+    from bitsandbytes.optim import optimizer as library
+
+    monkeypatch.setattr(library, "sync_gpu", library.sync_gpu)  # the test leaves the library as it was
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(name))
+    build(Config(optimizer_type=name))
+    with FakeTensorMode():
+        library.sync_gpu(torch.empty(1, device="cuda"))
+    assert bool(waited) == waits
