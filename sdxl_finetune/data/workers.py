@@ -1,7 +1,8 @@
 """Data-loader workers: processes that make items ahead of the training loop. A worker that dies is replaced.
 
 An item depends on nothing but its place, so that another worker makes the same item again. torch's DataLoader sends
-the items. Its own handler of SIGCHLD is not used: it raises an error wherever the main process is, as within a step.
+the items. Its own handler of SIGCHLD is not used: it raises an error wherever the main process is, as within a step or
+while the workers are started.
 """
 
 import atexit
@@ -10,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def _make(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # without it the loader draws from the main process's global generator
     )
+    signal_handling._SIGCHLD_handler_set = True  # torch then installs none
     with _signals_apart() if workers else contextlib.nullcontext():
         running = iter(loader)
     # Workers ignore SIGTERM, by which an exiting process would end them, and the exit would wait for ever. torch ends
@@ -155,7 +157,7 @@ def _death(process: Any) -> str:
 
 @contextlib.contextmanager
 def _signals_apart() -> Iterator[None]:
-    """Processes that are started in this context never receive SIGINT and SIGTERM. Their deaths raise no error.
+    """Processes that are started in this context never receive SIGINT and SIGTERM.
 
     Launchers and terminals send these signals to all processes. Only the main process acts on them: it ends its workers
     after the step.
@@ -168,13 +170,10 @@ def _signals_apart() -> Iterator[None]:
     # Otherwise the first worker would start the resource tracker, which unblocks both signals.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    of_children = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if of_children is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, of_children)
 
 
 def _start_worker(_number: int) -> None:

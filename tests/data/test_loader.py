@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data._utils import signal_handling
 
 from sdxl_finetune.batch import Batch, Position, to_images
 from sdxl_finetune.config import Config, NoiseOptions, PairingOptions
@@ -24,7 +26,7 @@ from sdxl_finetune.data.images import load_image, resize_and_crop
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import LoadedBatch, TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
-from sdxl_finetune.data.workers import WorkersDied
+from sdxl_finetune.data.workers import WorkersDied, make_ahead
 from sdxl_finetune.diffusion.pairing import draw_paired_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps as draw_timesteps_of_options
 from sdxl_finetune.errors import UserError
@@ -304,6 +306,29 @@ def test_a_killed_worker_is_replaced_until_a_batch_kills_each(
         assert "killed by SIGKILL, 3 times in a row, while it made the batch of step 4" in said
         assert str(index[int(micro_batch.rows[0])].path) in said and "max_data_loader_n_workers" in said
     assert not spawned() and signal.getsignal(signal.SIGCHLD) is handler
+
+
+class Tenfold(torch.utils.data.Dataset):
+    def __getitem__(self, place: int) -> Tensor:
+        return torch.tensor(10 * place)
+
+
+def test_a_worker_that_is_killed_while_workers_are_started_is_replaced(monkeypatch) -> None:
+    """torch asks for the first places while it starts the workers, and has an own handler of SIGCHLD by then."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as in a new process
+
+    def places() -> Iterator[int]:
+        for place in range(6):
+            if place == 1:
+                worker = spawned()[0]
+                worker.kill()
+                while worker.status() != psutil.STATUS_ZOMBIE:  # the library of the workers takes its exit status
+                    time.sleep(0.01)
+            yield place
+
+    items = make_ahead(Tenfold(), places(), workers=2, pin_memory=False, describe=str)
+    assert [int(item) for item in items] == [0, 10, 20, 30, 40, 50]
+    assert not spawned()
 
 
 def test_an_unreadable_image_stops_the_run(index: Index, loaded) -> None:
