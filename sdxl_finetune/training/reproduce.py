@@ -25,6 +25,7 @@ from sdxl_finetune.model.vae import batch_latents
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.log import Step
 from sdxl_finetune.output.watch import WrongNumbers
+from sdxl_finetune.printable import printable
 from sdxl_finetune.runtime.processes import Autocast, build_accelerator, on_every_rank
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
 from sdxl_finetune.training.dumps import Dump, DumpedBatch, read_dump
@@ -193,4 +194,4 @@ def _say_findings(findings: Findings, parameters: int) -> None:
 
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(printable(text), flush=True)
