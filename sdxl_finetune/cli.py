@@ -3,6 +3,7 @@
     0          done
     1          a failure of the program or of the machine
     2          the user's input is wrong: each problem is printed on a line, without a traceback
+    3          sdxl-train --reproduce: all numbers are finite, the fault does not come back
     130, 143   stopped by SIGINT, SIGTERM
 
 torch takes seconds to import. It is imported only after the config has been checked, so that --help and a mistake in
