@@ -35,6 +35,11 @@ def printable_lines(text: str) -> str:
     return IN_LINES.sub(_visible, text)
 
 
+def encodable(text: str) -> str:
+    """A text that every file can hold as UTF-8. Surrogates are written as \\u...., and all else stays."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _visible(found: "re.Match[str]") -> str:
     return found[0].encode("unicode_escape").decode()
 

@@ -34,6 +34,7 @@ from sdxl_finetune.optim.parameters import TrainedParameters
 from sdxl_finetune.output.checkpoints import step_name
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.output.watch import Watch
+from sdxl_finetune.printable import encodable
 from sdxl_finetune.training.every import Timeline
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def _describe(dumped: DumpedBatch) -> dict[str, Any]:
         "position": dataclasses.asdict(batch.position),
         "images_in_step": batch.images_in_step,
         "first_slot": batch.first_slot,
-        "images": [name.encode("utf-8", "backslashreplace").decode() for name in dumped.images],
+        "images": [encodable(name) for name in dumped.images],
         "timesteps": batch.timesteps.tolist(),
         "losses": [loss if math.isfinite(loss) else None for loss in dumped.losses],
     }
