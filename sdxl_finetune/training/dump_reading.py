@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from jaxtyping import jaxtyped
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,6 +29,8 @@ MOST_TEXT = 64 << 20
 """Bytes of step.json that are read at most: 64 MiB, which is 100,000 images with long names."""
 LARGEST = (1 << 31) - 1
 """Largest number of steps, epochs, images and processes, as of the options of this kind."""
+NORM_GROUPS = 32
+"""Groups of a group norm. A level of so few channels cannot normalize a single image of one pixel."""
 PAIRS = ("latents", "images"), ("hidden", "tokens1"), ("pooled", "tokens2")
 """Tensors of which a batch has one or the other."""
 OPTIONAL = ("encoding_noise", "input_noise", "negative_latents", "negative_noise", "token_weights", "mask")
@@ -59,17 +62,20 @@ def read_dump(folder: Path) -> Dump:
 def check_fit(dump: Dump, folder: Path, config: Config, architecture: Architecture, latent: LatentSize) -> None:
     """Raises UserError if the model, or the config, cannot compute the dump's batches."""
     text = {"hidden": architecture.te1.width + architecture.te2.width, "pooled": architecture.te2.projection}
+    smallest = 2 ** (len(architecture.unet_widths) - 1)
     for number, each in enumerate(dump.batches):
         batch, fault = each.batch, None
         channels, *sides = batch.noise.shape[1:]
         if channels != latent.channels:
             fault = f"noise has {channels} channels, and the latents of the model have {latent.channels}"
-        elif batch.images is not None and [side // latent.pixels for side in batch.images.shape[2:]] != sides:
+        elif batch.images is not None and list(batch.images.shape[2:]) != [side * latent.pixels for side in sides]:
             fault = f"images have the size {list(batch.images.shape[2:])}, which does not fit noise of {sides}"
         elif batch.tokens1 is not None and config.cache_text_encoder_outputs:
             fault = "it holds tokens, and cache_text_encoder_outputs leaves out the text encoders"
+        elif len(batch.weights) == 1 and max(sides) <= smallest and NORM_GROUPS in architecture.unet_widths:
+            fault = f"noise has the size {sides}, which the normalization of a model of this width cannot compute"
         elif config.objective != "flow" and not _are_timesteps(batch.timesteps):
-            fault = f"timesteps must be whole numbers from 0 to {TIMESTEPS - 1}, or flow_model = true must be set"
+            fault = f"timesteps must be int64 from 0 to {TIMESTEPS - 1}, or flow_model = true must be set"
         for name, width in text.items():
             tensor: Tensor | None = getattr(batch, name)
             if tensor is not None and tensor.shape[-1] != width:
@@ -152,6 +158,8 @@ def _check_values(number: int, found: Mapping[str, Tensor], images: int) -> None
         raise ValueError(f"{number} has only one of hidden and pooled")
     if len(found["weights"]) != images:
         raise ValueError(f"{number} has the tensors of {len(found['weights'])} images and the names of {images}")
+    if found["timesteps"].dtype not in (torch.int64, torch.float32):
+        raise ValueError(f"{number}.timesteps are neither int64 nor float32")
     for name in ("tokens1", "tokens2"):
         if name in found and not 0 <= int(found[name].min()) <= int(found[name].max()) <= END:
             raise ValueError(f"{number}.{name} has tokens outside of the vocabulary")
@@ -159,8 +167,7 @@ def _check_values(number: int, found: Mapping[str, Tensor], images: int) -> None
 
 def _are_timesteps(tensor: Tensor) -> bool:
     """True for timesteps of SDXL's noise schedule."""
-    is_whole = not tensor.is_floating_point() and not tensor.is_complex()
-    return is_whole and bool(((tensor >= 0) & (tensor < TIMESTEPS)).all())
+    return tensor.dtype == torch.int64 and bool(((tensor >= 0) & (tensor < TIMESTEPS)).all())
 
 
 def _table(value: Any, name: str) -> dict[str, Any]:
