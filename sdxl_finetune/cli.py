@@ -3,6 +3,7 @@
     0          done
     1          a failure of the program or of the machine
     2          the user's input is wrong: each problem is printed on a line, without a traceback
+    3          sdxl-train --reproduce: all numbers are finite, the fault does not come back
     130, 143   stopped by SIGINT, SIGTERM
 
 torch takes seconds to import. It is imported only after the config has been checked, so that --help and a mistake in
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 from sdxl_finetune import OFFLINE_BY_DEFAULT
 from sdxl_finetune.errors import Problem, UserError, say_errors
 from sdxl_finetune.files import storage_failure
+from sdxl_finetune.printable import PrintableFormatter, PrintableStream
 from sdxl_finetune.redaction import hide_in_output, redacted
 from sdxl_finetune.runtime.signals import STOP_SIGNALS
 
@@ -61,9 +63,6 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
 
     The function takes the config of the command line, or the arguments themselves if the program has no config.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console or file of Windows may have no letter for each of ours
-            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "HF_HUB_OFFLINE" not in os.environ:  # keeps libraries from downloading anything; output/hub.py goes without it
         os.environ |= {"HF_HUB_OFFLINE": "1", OFFLINE_BY_DEFAULT: "1"}
@@ -73,6 +72,10 @@ def _run(program: str, module: str, function: str, *, has_config: bool = True) -
             stream.reconfigure(errors="backslashreplace")
     # bitsandbytes warns about a missing CPU kernel that this program does not use.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    if not isinstance(sys.stdout, PrintableStream):
+        sys.stdout = PrintableStream(sys.stdout)
+    if logging.lastResort:  # shows the warnings of programs and moments without a console of their own
+        logging.lastResort.setFormatter(PrintableFormatter())
     argument: Any = sys.argv[1:]
     secrets = hide_in_output()
     try:

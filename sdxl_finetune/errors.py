@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from sdxl_finetune.printable import printable, printable_lines
 from sdxl_finetune.redaction import is_secret_name, known_secrets, redacted
 
 T = TypeVar("T")
@@ -19,8 +20,6 @@ T = TypeVar("T")
 WAIT_FOR_RANK_0 = 8
 """Seconds that other ranks wait before they print their errors. The launcher ends them within this time if rank 0 fails
 as well, so that an error of all ranks is printed once."""
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters and surrogates, which Python uses for bytes that are not UTF-8."""
 VARYING = re.compile(r"\d+(?:x\d+)*|'[^']*'|\"[^\"]*\"|\([^()]*\)")
 """The parts of a message that differ between problems of one kind: numbers, sizes, quotations and remarks."""
 LONGEST = 4000
@@ -49,11 +48,11 @@ class Problem:
         is_hidden = isinstance(self.value, str) and is_secret_name(self.key or "")
         value = "" if self.value is None or is_hidden else f" = {self.value!r}"
         key = "" if self.key is None else f"{self.key}{value}: "
-        text = redacted(where + key + self.message)
+        # A file name may hold line breaks and bytes that are no text, but a problem is one line.
+        text = printable(redacted(where + key + self.message))
         if len(text) > LONGEST:  # a damaged file may hold names and values of megabytes
             text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
-        # A file name may hold line breaks and bytes that are no text, but a problem is one line.
-        return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        return text
 
 
 class UserError(Exception):
@@ -156,8 +155,8 @@ def say_errors(*errors: object, cause: bool = True) -> None:
         time.sleep(WAIT_FOR_RANK_0)
     with suppress(OSError):  # the terminal may be a file on a full disk
         for error in errors:
-            print(f"error: {error}", file=sys.stderr)
-    message = redacted("\n".join(map(str, errors)), known_secrets())
+            print(printable_lines(f"error: {error}"), file=sys.stderr)
+    message = printable_lines(redacted("\n".join(map(str, errors)), known_secrets()))
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": message, "timestamp": seconds}
         with suppress(OSError):

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from sdxl_finetune.printable import printable
+
 logger = logging.getLogger(__name__)
 
 PERIOD = 60
@@ -22,10 +24,10 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int, unit: str, *, shown: bool = True) -> None:
-        self._what, self._total, self._unit = what, total, unit
+        self._what, self._total, self._unit = printable(what), total, unit
         self._done, self._began = 0, time.monotonic()
         is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=what, unit=f" {unit}", disable=not (shown and is_terminal))
+        self._bar = tqdm(total=total, desc=self._what, unit=f" {unit}", disable=not (shown and is_terminal))
         self._next_line = self._began + PERIOD if shown and not is_terminal else float("inf")
 
     def update(self, count: int = 1) -> None:

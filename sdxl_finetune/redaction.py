@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from sdxl_finetune.printable import PrintableMessages
+
 HIDDEN = "***"
 FORMS = re.compile(
     r"(?P<before>://)[^/\s'\"]+(?=@)"  # user name and password in an address
@@ -69,18 +71,16 @@ def is_secret_name(name: str) -> bool:
     return bool(NAME.search(name))
 
 
-class _Redacting:
-    """A text stream that shows *** in the place of secrets."""
+class _Redacting(PrintableMessages):
+    """A text stream that shows *** in the place of secrets, and no control characters."""
 
     def __init__(self, stream: Any, secrets: tuple[str, ...]) -> None:
-        self.stream, self._secrets = stream, secrets
+        super().__init__(stream)
+        self._secrets = secrets
 
     def write(self, text: str) -> int:
-        self.stream.write(redacted(text, self._secrets))
+        super().write(redacted(text, self._secrets))
         return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def hide_in_output(secrets: Iterable[str | None] = ()) -> tuple[str, ...]:

@@ -13,7 +13,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sdxl_finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "files", "progress", "seeding", "low_bits", "clip_vocabulary", "storage", "parsing", "redaction"},
+    {
+        "errors",
+        "files",
+        "progress",
+        "seeding",
+        "low_bits",
+        "clip_vocabulary",
+        "storage",
+        "parsing",
+        "redaction",
+        "printable",
+    },
     {"batch", "config"},
     {"data", "diffusion", "model", "optim", "runtime"},
     {"latents"},
@@ -27,6 +38,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MAY_SHARE = {"errors", "files", "progress", "storage", "seeding", "low_bits", "batch", "config", "parsing", "redaction"}
+MAY_SHARE |= {"printable"}
 """Lower layers whose members may import one another."""
 MAX_FILE, MAX_FUNCTION, MAX_PACKAGE, MAX_TRAIN = 400, 60, 27000, 120
 

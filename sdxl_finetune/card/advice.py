@@ -1,6 +1,5 @@
 """Advice of the release page on how to draw with the model. Each sentence stands beside its translation."""
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -9,6 +8,7 @@ from sdxl_finetune.card.contents import Card, ModelFile
 from sdxl_finetune.card.text import Words, code
 from sdxl_finetune.config.flow_options import FlowOptions, fixed_shift
 from sdxl_finetune.model.vae_file import LATENTS
+from sdxl_finetune.parsing import parse_json
 
 ADD_FACT = "add {key} to the file of --facts"
 
@@ -81,8 +81,8 @@ def _of_the_file(file: ModelFile, words: Words) -> Iterator[str]:
 def _latents_advice(said: str, words: Words) -> str:
     """The warning that interfaces decode SDXL's own latents only (commands/latents.py, `latent_lines`)."""
     channels = ""
-    with suppress(ValueError, KeyError, TypeError):
-        channels = f"{int(json.loads(said)['channels'])}"
+    with suppress(ValueError, KeyError, TypeError, OverflowError):
+        channels = f"{int(parse_json(said)['channels'])}"
     en, zh = (f" of {channels} channels", f"（{channels} 通道）") if channels else ("", "")
     return words.say(
         f"**This model has latents{en} other than those of SDXL.** Interfaces decode SDXL's latents with"

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdxl_finetune.card.escaping import escape
 from sdxl_finetune.card.facts import Count, Facts, StageFacts, Text, all_stages
 from sdxl_finetune.card.samples import Sample
-from sdxl_finetune.card.text import escape
 from sdxl_finetune.config import Config
+from sdxl_finetune.config.fields import Refused
 from sdxl_finetune.config.quality_options import QualityTag, parse_quality_tags
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.declared import CONFIG, Declared, read_declared
@@ -26,6 +27,10 @@ from sdxl_finetune.tag_report.schema import Report
 
 PARTS = {"U-Net": (UNET, "unet."), "text encoder 1": (TE1, "te1."), "text encoder 2": (TE2, "te2."), "VAE": (VAE,)}
 """Prefixes of the keys of each part's tensors, in single files and in diffusers folders."""
+
+
+MOST_DIGITS = 18
+"""Digits of a number of steps or epochs at most. A longer number is none that a run has written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +52,15 @@ class ModelFile:
     def options(self) -> dict[str, Any]:
         """The options of the run that saved the file; empty if the file does not say them."""
         try:
-            return dict(parse_json(self.metadata.get(CONFIG, "{}")))
-        except (ValueError, TypeError):
+            options = parse_json(self.metadata.get(CONFIG, "{}"))
+        except ValueError:
             return {}
+        return options if isinstance(options, dict) else {}
 
     def number(self, name: str) -> int | None:
         """A number in this program's metadata, `step` or `epoch`; None if the file does not say it."""
         text = self.metadata.get(f"sdxl_finetune.{name}", "")
-        return int(text) if text.isdecimal() else None
+        return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,23 +134,25 @@ def collect(
     first = next((stage for stage in recorded if stage.base.name), last)
 
     def said(name: str) -> str | None:
-        return getattr(config, f"metadata_{name}") or file.metadata.get(f"modelspec.{name}")
+        """The author's own Markdown in the config, or else what the file says, without markup."""
+        return getattr(config, f"metadata_{name}") or _foreign(file.metadata.get(f"modelspec.{name}"))
 
     quality = _quality_tags(facts, config, file.options)
     better = [tag.tag for tag in quality[: len(quality) // 2]]
     set_here = config.model_dump(include={"max_token_length", "enable_bucket"}) if config.model_fields_set else {}
     options = set_here | file.options
+    max_tokens = options.get("max_token_length")
     return Card(
         file=file,
         facts=facts,
-        title=facts.title or said("title") or Path(file.name).stem,
+        title=facts.title or said("title") or escape(Path(file.name).stem),
         author=facts.author or said("author"),
         license=facts.license or said("license"),
         description=facts.description or said("description"),
         usage_hint=facts.usage_hint or said("usage_hint"),
-        trigger=said("trigger_phrase"),
+        trigger=config.metadata_trigger_phrase or file.metadata.get("modelspec.trigger_phrase"),
         base_name=facts.base.name or _foreign(first.base.name),
-        base_author=facts.base.author or first.base.author,
+        base_author=facts.base.author or _foreign(first.base.author),
         base_license=facts.base.license or _foreign(first.base.license),
         base_hash=base_hash if first is last else None,
         stages=all_stages(facts, recorded),
@@ -155,9 +163,9 @@ def collect(
         quality_images=last.quality,
         quality_first=facts.quality_first if facts.quality_first is not None else better,
         guidance=facts.guidance or scale,
-        resolution=file.metadata.get("modelspec.resolution"),
+        resolution=_foreign(file.metadata.get("modelspec.resolution")),
         has_buckets=bool(options.get("enable_bucket")),
-        max_tokens=options.get("max_token_length"),
+        max_tokens=max_tokens if type(max_tokens) is int else None,
         parameters=parameters,
     )
 
@@ -170,4 +178,9 @@ def _foreign(text: str | None) -> str | None:
 def _quality_tags(facts: Facts, config: Config, options: Mapping[str, Any]) -> tuple[QualityTag, ...]:
     recorded = options.get("quality_tags")
     found = facts.data.quality_tags or config.quality_tags
-    return found or (parse_quality_tags(recorded) if isinstance(recorded, str) else ())
+    if found or not isinstance(recorded, str):
+        return found or ()
+    try:
+        return parse_quality_tags(recorded)
+    except Refused:
+        return ()

@@ -4,12 +4,14 @@ Every text may be written once, or once for each language: `disclaimer = {en = "
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from sdxl_finetune.card.escaping import escape
 from sdxl_finetune.config.quality_options import QualityTags
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.output.stages import Stage
@@ -140,10 +142,10 @@ def all_stages(facts: Facts, recorded: Sequence[Stage]) -> list[StageFacts]:
     """
     own = {_names(stage): stage for stage in facts.stages}
     known = [_of_record(stage) for stage in recorded]
-    taken = {names for names in own for stage in known if stage.name in names}
+    taken = {names for names in own for stage in known if stage.recorded in names}
     stages = [stage for names, stage in own.items() if names not in taken]
     for stage in known:
-        said = next((one for names, one in own.items() if stage.name in names), None)
+        said = next((one for names, one in own.items() if stage.recorded in names), None)
         stages.append(stage.model_copy(update=_said(said)) if said else stage)
     return stages
 
@@ -162,14 +164,17 @@ def _said(stage: StageFacts) -> dict[str, Any]:
 
 
 def _of_record(stage: Stage) -> StageFacts:
+    """The facts of a recorded stage. Its texts come from the file of the model, and are shown letter for letter."""
     seconds = sum(stage.seconds.values())
+    hardware, base = ", ".join(filter(None, stage.seconds)), stage.base.name
     return StageFacts(
-        name=stage.name or "",
-        hardware=", ".join(filter(None, stage.seconds)) or None,
-        hours=seconds / 3600 if seconds > 0 else None,
+        name=escape(stage.name or ""),
+        recorded=stage.name or "",
+        hardware=escape(hardware) or None,
+        hours=seconds / 3600 if 0 < seconds < math.inf else None,
         at_least=stage.unrecorded_steps > 0,
         images=stage.images if stage.images is not None else stage.images_with_repeats,
         steps=stage.steps,
         epochs=stage.epochs,
-        base=stage.base.name,
+        base=escape(base) if base else None,
     )

@@ -7,6 +7,7 @@ as text, and the page's Content-Security-Policy forbids all scripts.
 import base64
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import groupby
@@ -44,7 +45,7 @@ def page_html(
     body = "".join(parts)
     for path, picture in pictures.items():
         body = body.replace(f'src="{path}"', f'src="{_data_url(picture)}"')
-    title = html.escape(blocks[0].text.removeprefix("# "))
+    title = re.sub(r"<[^<>]*>", "", _render(blocks[0].text)).strip()
     code = LANGUAGES[language][0]
     links = " · ".join(
         f'<a href="{html.escape(name)}" hreflang="{LANGUAGES[one][0]}">{LANGUAGES[one][1]}</a>'

@@ -4,6 +4,7 @@ The model's metadata say which values the run had. A line whose value the run di
 and options of the command line are added. Comments are left out, because they may name people and machines.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
@@ -47,7 +48,8 @@ def parameters_toml(text: str | None, config: Config, recorded: Mapping[str, Any
             shown.add(name)
             run = recorded.get(name, defaults.get(name)) if recorded and name in Config.model_fields else value
             lines.append(statement if run == value else assignment(name, run) if run is not None else "")
-    others = {name: value for name, value in recorded.items() if name not in PRIVATE | shown}
+    hidden = PRIVATE | shown
+    others = {name: value for name, value in recorded.items() if name not in hidden and _is_option(name, value)}
     added = [assignment(name, value) for name, value in others.items() if value != defaults.get(name)]
     # Options after the heading of a table belong to that table, which makes no difference: tables only group options.
     return "\n".join([*filter(None, lines), *sorted(added)]) + "\n"
@@ -56,6 +58,12 @@ def parameters_toml(text: str | None, config: Config, recorded: Mapping[str, Any
 def assignment(name: str, value: Any) -> str:
     """A line of TOML that sets an option."""
     return str(toml.dumps({name: value})).rstrip("\n")
+
+
+def _is_option(name: str, value: Any) -> bool:
+    """True for a name and a value that an option can have. The metadata of a foreign file may hold anything."""
+    values = value if isinstance(value, list) else [value]
+    return bool(re.fullmatch(r"\w+", name)) and all(isinstance(one, (str, bool, int, float)) for one in values)
 
 
 def _shown_value(name: str, statement: str, config: Config) -> Any:

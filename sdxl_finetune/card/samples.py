@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 MOST = 12
 """Pictures on a page. More of them make the page too heavy for model sites."""
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""Formats that a sample may have, whatever its name says. Pillow would start other programs for some other formats."""
 SETTING = re.compile(r'\s*([\w ]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 PREVIEW = re.compile(r"(?P<moment>e?\d{6,})_(?P<index>\d{2,})_(?P<time>\d{14})(?:_\d+)?\.png")
 """The name of a preview after the name of the run (PreviewFiles.path)."""
@@ -62,9 +64,9 @@ def load_samples(paths: list[Path]) -> list[Sample]:
 
 def _load_sample(path: Path) -> Sample:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return Sample(image.convert("RGB"), str(image.info.get("parameters", "")))
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         message = f"the picture cannot be read ({error}): remove it or draw it again"
         raise UserError(Problem(message, key="samples", value=str(path))) from None
 

@@ -7,9 +7,10 @@ from typing import Literal
 from sdxl_finetune import __version__
 from sdxl_finetune.card.advice import ADD_FACT, advice
 from sdxl_finetune.card.contents import Card
+from sdxl_finetune.card.escaping import escape
 from sdxl_finetune.card.facts import StageFacts
 from sdxl_finetune.card.tag_section import tag_blocks, underfitted_tags
-from sdxl_finetune.card.text import Words, bullets, code, code_block, escape, facts_table, table
+from sdxl_finetune.card.text import Words, bullets, code, code_block, facts_table, table
 from sdxl_finetune.config.quality_options import QualityTag
 from sdxl_finetune.errors import counted
 
@@ -117,7 +118,7 @@ def _samples(card: Card, words: Words) -> Iterator[Block]:
             parts += [words.say("Negative prompt:", "反向提示词："), code_block(sample.negative_prompt)]
         shown = {"Seed": "种子", "Steps": "步数", "Sampler": "采样器", "CFG scale": "CFG", "Size": "尺寸"}
         found = [
-            words.say(f"{name} {sample.settings[name]}", f"{chinese} {sample.settings[name]}")
+            words.say(f"{name} {escape(sample.settings[name])}", f"{chinese} {escape(sample.settings[name])}")
             for name, chinese in shown.items()
             if name in sample.settings
         ]
@@ -130,7 +131,7 @@ def _base(card: Card, words: Words) -> Iterator[Block]:
     yield Block(say("## Base model", "## 底模"))
     rows = [(say("name", "名称"), ask(card.base_name, ("base model", "底模"), "add base.name to the file of --facts"))]
     if card.base_author:
-        rows.append((say("author", "作者"), escape(card.base_author)))
+        rows.append((say("author", "作者"), card.base_author))
     remedy = "add base.license to the file of --facts"
     licence = ask(card.base_license, ("licence of the base model", "底模的许可协议"), remedy)
     rows.append((say("licence", "许可协议"), licence))
@@ -159,7 +160,7 @@ def _data(card: Card, words: Words) -> Iterator[Block]:
             (say("style tags", "画风标签"), words.or_open(None, ("number of style tags", "画风标签数量"), remedy))
         )
     for least, count in card.tag_counts.items():
-        if count:
+        if count and least.isdecimal():
             english = "different tags" if least == "1" else f"tags in at least {int(least):,} images"
             rows.append(
                 (say(english, "标签种类" if least == "1" else f"至少出现在 {int(least):,} 张图里的标签"), f"{count:,}")
@@ -235,7 +236,8 @@ def _stage(number: int, stage: StageFacts, words: Words) -> list[str]:
     hours = None if stage.hours is None else _duration(stage.hours, words)
     if hours and stage.at_least:
         hours = say(f"at least {hours}", f"至少 {hours}")
-    remedy = f'add a [[stages]] table with name = "{name}" and this key to the file of --facts'
+    recorded = stage.recorded or name
+    remedy = f'add a [[stages]] table with name = "{recorded}" and this key to the file of --facts'
     return [
         name,
         words.or_open(stage.hardware, (f"hardware of {name}", f"{name} 的硬件"), remedy),

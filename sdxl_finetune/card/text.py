@@ -1,6 +1,7 @@
 """The two languages of a page, its open fields, and pieces of Markdown.
 
-Text from outside, such as prompts and tags, stands in code spans and code blocks, where nothing in it is markup.
+Text of foreign files, such as prompts, tags and metadata, is shown letter for letter. It stands in code spans and code
+blocks, or passes through `escaping.escape`, so that nothing in it is markup. Its control characters are visible.
 """
 
 import re
@@ -8,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sdxl_finetune.card.facts import Count, InLanguages, Language, Text
+from sdxl_finetune.printable import printable, printable_lines
 
 FENCE = re.compile(r"`{3,}")
 PIPE = re.compile(r"(?<!\\)\|")
-MARKUP = re.compile(r"[\\`*\[\]<>]")
 
 
 @dataclass
@@ -43,8 +44,8 @@ class Words:
 
 
 def code(text: str) -> str:
-    """Text as a code span that may stand in a table."""
-    line = " ".join(text.split()).replace("|", "\\|")
+    """Text as a code span. `table` escapes the bars in it, which elsewhere stand for themselves."""
+    line = printable(" ".join(text.split()))
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     if not longest:
         return f"`{line}`"
@@ -54,6 +55,7 @@ def code(text: str) -> str:
 
 def code_block(text: str, language: str = "text") -> str:
     """Text as a code block, whatever stands in it."""
+    text = printable_lines("\n".join(text.splitlines()))
     longest = max((len(run) for run in FENCE.findall(text)), default=2)
     marks = "`" * (longest + 1)
     return f"{marks}{language}\n{text.rstrip()}\n{marks}"
@@ -71,11 +73,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[
 def facts_table(rows: Iterable[tuple[str, str]], words: Words) -> str:
     """A table of names and values."""
     return table((words.say("what", "项目"), words.say("value", "内容")), rows)
-
-
-def escape(text: str) -> str:
-    """Text from a foreign file, in which no letter is markup."""
-    return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def bullets(items: Iterable[str]) -> str:

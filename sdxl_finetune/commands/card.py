@@ -24,6 +24,7 @@ from sdxl_finetune.files import atomic_path, auto_v2
 from sdxl_finetune.output.metadata import TEXT_PATHS
 from sdxl_finetune.output.previews import save_image
 from sdxl_finetune.output.prompts import load_prompts
+from sdxl_finetune.printable import printable
 from sdxl_finetune.tag_report.schema import FOLDER, Report, load_report, report_paths
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def _write(made: Card, folder: Path) -> None:
         fields = list(dict.fromkeys(fields))
         are = "is" if len(fields) == 1 else "are"
         print(f"{counted(len(fields), 'field')} of the page {are} still open. Only the author can fill them in:")
-        print("\n".join(f"  {field}" for field in fields))
+        print("\n".join(f"  {printable(field)}" for field in fields))
 
 
 def _save(path: Path, text: str) -> None:

@@ -25,11 +25,12 @@ from sdxl_finetune.commands.said_objective import check_options, drawn_objective
 from sdxl_finetune.data.tokens import Tokenizer, build_tokenizer
 from sdxl_finetune.errors import Problem, Problems, UserError, counted
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.model.declared import read_declared
+from sdxl_finetune.model.declared import LEAST_SIDE, MOST_SIDE, SDXL_SIZE, read_declared
 from sdxl_finetune.model.load import load_checkpoint, open_base_model
 from sdxl_finetune.model.tensorfile import TensorFile
 from sdxl_finetune.output.previews import (
     Drawing,
+    NotFinite,
     PreviewModel,
     draw_latents,
     generation_parameters,
@@ -38,15 +39,17 @@ from sdxl_finetune.output.previews import (
 )
 from sdxl_finetune.output.prompts import MAX_SEED, MAX_STEPS, Prompt, load_prompts, with_size
 from sdxl_finetune.output.samplers import sampler_remarks, used_sampler
+from sdxl_finetune.printable import printable, printable_lines
 from sdxl_finetune.progress import track
 
 logger = logging.getLogger(__name__)
 
+MOST_SHOWN = 100
+"""Characters of a foreign value that a message shows."""
 RANDOM_SEEDS = 2**32
 """Seeds to choose from if no seed is given. Web UIs use this range as well."""
 SAMPLER = "euler_a"
 """Sampler if none is asked for. A flow is drawn with euler then."""
-SDXL_SIZE = (1024, 1024)
 MIN_STEPS = {"pndm": 4}
 """Samplers that need more than one step."""
 IMAGE_NAME = re.compile(r"(\d{5,})-\d+\.png")
@@ -97,13 +100,12 @@ def compare(arguments: argparse.Namespace) -> None:
     requests = _read_requests(arguments, trained_size(file))
     _make_folder(arguments.output.parent)
     columns = [_draw_column(model, requests, arguments) for model in arguments.models]
-    head = "".join(f"<th>{html.escape(str(model))}</th>" for model in arguments.models)
+    head = "".join(f"<th>{html.escape(printable(model))}</th>" for model in arguments.models)
     rows = []
     for request, *images in zip(requests, *columns, strict=True):
         cells = "".join(f"<td>{image}</td>" for image in images)
-        rows.append(
-            f"<tr><td>{html.escape(generation_parameters(request, None)).replace(chr(10), '<br>')}</td>{cells}</tr>"
-        )
+        text = html.escape(printable_lines(generation_parameters(request, None)))
+        rows.append(f"<tr><td>{text.replace(chr(10), '<br>')}</td>{cells}</tr>")
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     page = f'<!doctype html><meta charset="utf-8"><title>Checkpoints compared</title><style>{STYLE}</style>{table}\n'
     with atomic_path(arguments.output) as temporary:
@@ -117,7 +119,7 @@ def _draw_column(model: Path, requests: Sequence[Drawing], arguments: argparse.N
     try:
         return [_to_html(image) for _, image in _draw(model, requests, arguments, progress_label=model.name)]
     except UserError as error:
-        logger.error("%s: %s", model, error)
+        logger.error("%s", error)
         return [html.escape(str(error))] * len(requests)
 
 
@@ -171,8 +173,17 @@ def _read_requests(arguments: argparse.Namespace, default_size: tuple[int, int])
 
 
 def trained_size(file: TensorFile) -> tuple[int, int]:
-    """Width and height in pixels at which a checkpoint says that it was trained; SDXL's if it says nothing."""
-    return read_declared(file).size or SDXL_SIZE
+    """Width and height in pixels at which a checkpoint says that it was trained; SDXL's if it says nothing usual."""
+    size, said = read_declared(file).size, file.metadata.get("modelspec.resolution")
+    if size is None and said:
+        usual = f"sides from {LEAST_SIDE} to {MOST_SIDE} pixels, such as 1024x1024"
+        message = (
+            "modelspec.resolution = %s in the model is not believed, because it does not name %s: images have %dx%d"
+        )
+        logger.warning(
+            f"{message} pixels unless --width and --height say another size", said[:MOST_SHOWN], usual, *SDXL_SIZE
+        )
+    return size or SDXL_SIZE
 
 
 def _warn_if_too_long(prompt: str, max_tokens: int) -> None:
@@ -218,12 +229,14 @@ def _draw(
                 batch = similar[start : start + arguments.batch_size]
                 prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
                 latents = draw_latents(model, batch[0].sampler, prompts, seeds)
-                if not latents.isfinite().all():
-                    message = "the model gives values that are infinite or not a number"
-                    is_exact = next(model.sdxl.parameters()).dtype == torch.float32
-                    raise UserError(message if is_exact else f"{message}. Try --precision float")
                 for request, latent in zip(batch, latents, strict=True):
-                    yield _as_drawn(request, model), to_image(model.vae, latent[None])
+                    try:
+                        image = to_image(model.vae, latent[None])
+                    except NotFinite as error:
+                        is_exact = next(model.sdxl.parameters()).dtype == torch.float32
+                        advice = "use another model" if is_exact else "try --precision float"
+                        raise UserError(Problem(f"{error}: {advice}", file=str(path))) from None
+                    yield _as_drawn(request, model), image
                 progress.update(len(batch))
 
 

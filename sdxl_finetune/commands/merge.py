@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path, auto_v2
+from sdxl_finetune.printable import printable
 
 if TYPE_CHECKING:
     import torch
@@ -243,14 +244,14 @@ def _zero_cond(models: Sequence[Model]) -> bool | None:
     if True in said and set(said) != {True}:
         other = models[next(number for number, each in enumerate(said) if not each)].path
         message = f"{models[said.index(True)].path} was trained with zeros for empty captions (use_zero_cond)"
-        print(f"{message}, and {other} does not say so. The merge says nothing of empty captions")
+        print(printable(f"{message}, and {other} does not say so. The merge says nothing of empty captions"))
     return said[0] if len(set(said)) == 1 else None
 
 
 def _print_shares(models: Sequence[Model], recipe: "Recipe") -> None:
     for heading, weights in (*recipe.parts.items(), *recipe.blocks.items()):
         used = [f"{weight:.4g} x {model.path.name}" for model, weight in zip(models, weights, strict=True) if weight]
-        print(f"{heading}: {' + '.join(used).replace('+ -', '- ')}")
+        print(printable(f"{heading}: {' + '.join(used).replace('+ -', '- ')}"))
 
 
 def _text(numbers: tuple[float, ...]) -> str:

@@ -25,6 +25,7 @@ from sdxl_finetune.commands.said_objective import add_drawn_objective, add_writt
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.files import atomic_path, auto_v2
 from sdxl_finetune.output.prompts import SAMPLERS
+from sdxl_finetune.printable import printable
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ CHUNK = 75
 """Tokens that the text encoders read at once."""
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "float": "float32"}
 MOST_OF_A_VALUE = 160
-"""Characters of a value of the metadata that info shows."""
+"""Characters of a value of the metadata that info shows, after control characters are made visible."""
 FORMATS = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
 
 
@@ -337,7 +338,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
     path = arguments.model
     checkpoint = inspect_checkpoint(path)
-    print(f"{path}: {checkpoint.format}, {checkpoint.kind or 'an SDXL base model'}")
+    print(printable(f"{path}: {checkpoint.format}, {checkpoint.kind or 'an SDXL base model'}"))
     if path.is_file():
         print(f"size: {path.stat().st_size:,} bytes, AutoV2 hash {auto_v2(path)}")
     for part, sources in _group_by_part(checkpoint.file.tensors).items():
@@ -350,7 +351,7 @@ def _info(arguments: argparse.Namespace) -> None:
     _print_metadata(checkpoint.file.metadata, most=None if arguments.all else MOST_OF_A_VALUE)
     if checkpoint.kind is None:
         for line in describe_interfaces(path, checkpoint.file):
-            print(line)
+            print(printable(line))
         for line in latent_lines(checkpoint.architecture) if checkpoint.architecture else ():
             print(line)
         for line in describe_unconditional(read_declared(checkpoint.file).zero_cond):
@@ -360,9 +361,10 @@ def _info(arguments: argparse.Namespace) -> None:
 def _print_metadata(metadata: "Mapping[str, str]", *, most: int | None) -> None:
     """Prints all fields, and of each value the first `most` characters."""
     for key, value in sorted(metadata.items()):
-        is_cut = most is not None and len(value) > most
-        text = f"{value[:most]}... ({len(value):,} characters, --all shows them)" if is_cut else value
-        print(f"metadata {key[:most]}: {text}")
+        text = printable(value)
+        if most is not None and len(text) > most:
+            text = f"{text[:most]}... ({len(value):,} characters, --all shows them)"
+        print(f"metadata {printable(key)[:most]}: {text}")
 
 
 def _group_by_part(tensors: "Mapping[str, Source]") -> "dict[str, list[Source]]":

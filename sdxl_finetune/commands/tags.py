@@ -26,6 +26,7 @@ from sdxl_finetune.model.vae import latent_size
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.metadata import PREFIX
 from sdxl_finetune.output.previews import PreviewModel
+from sdxl_finetune.printable import printable
 from sdxl_finetune.runtime.processes import autocast, build_accelerator, weight_dtype
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
 from sdxl_finetune.tag_report.choice import choose
@@ -95,7 +96,7 @@ def _run(config: Config, arguments: argparse.Namespace, stop: StopRequest) -> No
         page = write_page_of(job, report, model, DrawOptions(tags=arguments.draw))
         log_scalars(config, tag_rows(report.tags), report.facts.step or 0)
         for line in describe(report, job.folder):
-            print(line)
+            print(printable(line))
         if page:
             print(f"page: {page}")
     accelerator.end_training()

@@ -19,4 +19,4 @@ class NumbersOptions(Options):
     rank_check_every_n_steps: int = Field(100, ge=0)
     """Several processes: compare their weights every N steps, end if they differ. 0: never. Not in sd-scripts."""
     reproduce: FilePath | None = None
-    """Folder in `dumps` of a run whose loss became NaN or infinite: run that step again. Not in sd-scripts."""
+    """Folder in `dumps` of a run with NaN: run that step again. Exit status 3 if all is finite. Not in sd-scripts."""

@@ -29,6 +29,7 @@ from sdxl_finetune.config import (
     weight_options,
 )
 from sdxl_finetune.config.fields import Options, plain
+from sdxl_finetune.printable import encodable
 from sdxl_finetune.redaction import known_secrets, replaced
 from sdxl_finetune.storage import Address, LocalCopies, Location
 
@@ -199,4 +200,4 @@ def to_toml(config: Config, *, changed_only: bool = False) -> str:
     encoder.dump_funcs[str] = lambda text: json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
     text = toml.dumps({title: table for title, table in tables.items() if table}, encoder)
     # TOML has no way to write a path that is not UTF-8. Its bytes are shown for a reader.
-    return text.encode("utf-8", "backslashreplace").decode()
+    return encodable(text)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -38,6 +38,7 @@ from sdxl_finetune.data.remarks import (
 from sdxl_finetune.data.scan import digest_of, scan
 from sdxl_finetune.data.tables import fixed_binary, is_sound, map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem, Tally, UserError, counted
+from sdxl_finetune.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ class Index:
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
-        return tuple(Bucket(*bucket) for bucket in json.loads(self._table.schema.metadata[b"buckets"]))
+        return tuple(Bucket(*bucket) for bucket in parse_json(self._table.schema.metadata[b"buckets"]))
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -247,7 +248,7 @@ class Index:
     @cached_property
     def saved(self) -> dict[str, dict]:
         """Digests of columns, and counts of captions by subset, which take long to compute for millions of images."""
-        saved: dict[str, dict] = json.loads(self._table.schema.metadata[b"saved"])
+        saved: dict[str, dict] = parse_json(self._table.schema.metadata[b"saved"])
         return saved
 
     @cached_property
@@ -314,10 +315,30 @@ def _write(table: pa.Table, subsets: Sequence[Subset], cache_dir: Path) -> Path:
     )
     parts = (FORMAT, metadata[b"digest"], metadata[b"buckets"], digest_of(table, added).encode())
     path = cache_dir / f"{hashlib.blake2b(b' '.join(parts), digest_size=12).hexdigest()}.index"
-    if not is_sound(path):
+    if not _is_complete(path, metadata, len(subsets)):
         saved = {"digests": _digests(table), "captions": count_captions(table, subsets)}
         write_table(path, table.replace_schema_metadata(metadata | {b"saved": json.dumps(saved).encode()}))
     return path
+
+
+def _is_complete(path: Path, metadata: Mapping[bytes, bytes], subsets: int) -> bool:
+    """True if a file is that of an index with this metadata, and `Index.saved` can be read."""
+    if not is_sound(path):
+        return False
+    table = map_table(path, checked=False)
+    found = table.schema.metadata or {}
+    try:
+        saved = parse_json(found[b"saved"])
+        examples = saved["captions"].get("first without", [])
+        counts = [saved["captions"][name] for name in ("images", "without caption", "of several lines")]
+        return (
+            metadata.items() <= found.items()
+            and all(isinstance(digest, str) for digest in saved["digests"].values())
+            and all(len(each) == subsets and set(map(type, each)) == {int} for each in counts)
+            and all(type(row) is int and 0 <= row < table.num_rows for row in examples)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def _digests(table: pa.Table) -> dict[str, str]:

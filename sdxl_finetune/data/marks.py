@@ -30,6 +30,7 @@ from sdxl_finetune.data.tables import map_table, one_chunk, write_table
 from sdxl_finetune.data.tag_columns import TagPatterns, find_tags, separators_of
 from sdxl_finetune.data.weights import find_weights
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.storage import naming, parse_location, stat
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def find_marks(
     if marks is None:
         marks = _mark(table, subsets, beside)
         write_table(path, marks.replace_schema_metadata(marks.schema.metadata | {b"digest": digest_of(marks).encode()}))
-    for level, remark in json.loads(marks.schema.metadata[b"remarks"]):
+    for level, remark in _remarks(marks):
         logger.log(level, "%s", remark)
     return marks
 
@@ -95,10 +96,16 @@ def _load(path: Path) -> pa.Table | None:
         marks = map_table(path, mapped=False)
         metadata = marks.schema.metadata or {}
         if marks.schema == MARKS and metadata.get(b"digest") == digest_of(marks).encode():
+            _remarks(marks)
             return marks
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         pass
     return None
+
+
+def _remarks(marks: pa.Table) -> list[tuple[int, str]]:
+    """Levels and texts of what has to be logged. Raises KeyError, TypeError or ValueError if they are damaged."""
+    return [(int(level), str(remark)) for level, remark in parse_json(marks.schema.metadata[b"remarks"])]
 
 
 def _mark(table: pa.Table, subsets: Sequence[Subset], beside: Mapping[Source, Numbers]) -> pa.Table:

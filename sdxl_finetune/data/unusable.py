@@ -19,6 +19,7 @@ from PIL import Image
 from sdxl_finetune.data.images import image_extensions
 from sdxl_finetune.data.tables import fixed_binary, map_table, one_chunk, write_table
 from sdxl_finetune.errors import Problem
+from sdxl_finetune.parsing import parse_json
 
 NUMBERS = ("bytes", "mtime", "text_stat")
 """Numbers by which a changed image, or a changed text beside it, is known."""
@@ -88,10 +89,8 @@ class Unusable:
             is_same &= one_chunk(self.last[name]).to_numpy()[row] == numbers[name]
         places = np.flatnonzero(is_same)
         texts = self.last["problems"].take(pa.array(row[places])).to_pylist()
-        return {
-            place: tuple(Problem(message, file=file) for message, file in json.loads(text))
-            for place, text in zip(places.tolist(), texts, strict=True)
-        }
+        found = {place: _read_problems(text) for place, text in zip(places.tolist(), texts, strict=True)}
+        return {place: problems for place, problems in found.items() if problems}
 
     def add(self, subset: int, name: bytes, numbers: Sequence[int], problems: Sequence[Problem]) -> None:
         """Notes an image that cannot be used, with its numbers in the order of NUMBERS."""
@@ -105,6 +104,16 @@ class Unusable:
         table = pa.table(arrays, schema=FILES)
         if not table.equals(self.last):
             write_table(self.path, table.replace_schema_metadata({"reader": _reader()}))
+
+
+def _read_problems(text: str | None) -> tuple[Problem, ...]:
+    """The kept problems of an image; none if they cannot be read. The image is then read again."""
+    try:
+        return tuple(
+            Problem(str(message), file=None if file is None else str(file)) for message, file in parse_json(text or "")
+        )
+    except (ValueError, TypeError):
+        return ()
 
 
 def load_undecodable(cache_dir: Path, stat_hashes: np.ndarray) -> dict[int, str]:

@@ -44,7 +44,11 @@ CONFIG = "sdxl_finetune.config"
 """Metadata field with the options of the run that saved the checkpoint, as JSON."""
 ZERO_COND = "sdxl_finetune.use_zero_cond"
 """Metadata field of merges, which have no config: "true" or "false"."""
-SIZE = re.compile(r"(\d{2,4})x(\d{2,4})")
+SIZE = re.compile(r"([0-9]{2,4})x([0-9]{2,4})")
+SDXL_SIZE = (1024, 1024)
+"""Width and height in pixels that SDXL is trained at."""
+LEAST_SIDE, MOST_SIDE = 64, 2048
+"""Pixels of a side that `modelspec.resolution` is believed to say. An image of 9999x9999 takes all memory."""
 GUIDE = "docs/objectives.md"
 """The page about turning a model of one objective into one of another."""
 KIND_NAMES: Mapping[ObjectiveKind, str] = {
@@ -82,7 +86,7 @@ class Declared:
     flow: FlowOptions = field(default_factory=FlowOptions)
     """The shift of a flow, in its three options. No shift if the checkpoint says none."""
     size: tuple[int, int] | None = None
-    """Width and height in pixels of the training (`modelspec.resolution`)."""
+    """Width and height in pixels of the training (`modelspec.resolution`); None also if it says an unusual one."""
     edm: bool = False
     """True for a model on EDM's noise levels, of which SDXL's noise schedule knows nothing."""
 
@@ -146,12 +150,11 @@ def read_declared(file: TensorFile) -> Declared:
     kinds: list[ObjectiveKind | None] = [None if marked == "noise" else marked]
     kinds += [*map(_kind, words), _scheduler_kind(file.scheduler)]
     objective = next((kind for kind in kinds if kind), None)
-    size = SIZE.fullmatch(file.metadata.get("modelspec.resolution", ""))
     return Declared(
         objective=objective,
         zero_terminal_snr=True if ZTSNR in file.tensors else _first(terminal_said),
-        size=(int(size[1]), int(size[2])) if size else None,
-        zero_cond=options.get("use_zero_cond", {"true": True, "false": False}.get(file.metadata.get(ZERO_COND, ""))),
+        size=_believed_size(file.metadata.get("modelspec.resolution", "")),
+        zero_cond=_first([options.get("use_zero_cond"), _SWITCHES.get(file.metadata.get(ZERO_COND, ""))]),
         flow=_read_shift(file, options) if objective == "flow" else FlowOptions(),
         edm=any(key in file.tensors for key in EDM),
     )
@@ -212,6 +215,7 @@ def _read_shift(file: TensorFile, options: Mapping[str, Any]) -> FlowOptions:
     return _shift(flow_uniform_static_ratio=[said] if isinstance(said, int | float) and said != 1 else [])
 
 
+_SWITCHES = {"true": True, "false": False}
 _SHIFT_OPTIONS = ("flow_uniform_static_ratio", "flow_uniform_shift", "flow_uniform_base_pixels")
 
 
@@ -223,8 +227,16 @@ def _shift(**values: list[Any]) -> FlowOptions:
         return FlowOptions()
 
 
-def _first(said: Iterable[bool | None]) -> bool | None:
-    return next((each for each in said if each is not None), None)
+def _first(said: Iterable[Any]) -> bool | None:
+    """The first of these values that is true or false. The metadata of a foreign file may hold anything."""
+    return next((each for each in said if isinstance(each, bool)), None)
+
+
+def _believed_size(text: str) -> tuple[int, int] | None:
+    """Width and height of `modelspec.resolution`; None if it says none that a model of SDXL is trained at."""
+    found = SIZE.fullmatch(text)
+    sides = tuple(map(int, found.groups())) if found else (0, 0)
+    return (sides[0], sides[1]) if all(LEAST_SIDE <= side <= MOST_SIDE for side in sides) else None
 
 
 def _kind(word: Any) -> ObjectiveKind | None:

@@ -89,7 +89,8 @@ def _folder_kind(file: TensorFile) -> str:
     declared = read_declared(file)
     if declared.objective == "flow":
         said = file.scheduler.get("flow_shift", file.scheduler.get("shift", 1))
-        name = file.scheduler.get("_class_name", "no scheduler")
+        said = said if isinstance(said, (int, float)) else 1
+        name = str(file.scheduler.get("_class_name", "no scheduler"))
         if name.startswith("FlowMatch"):
             return f"a flow with shift {said:g} ({name}), with which its own SDXL pipeline cannot draw"
         if file.scheduler.get("use_flow_sigmas"):

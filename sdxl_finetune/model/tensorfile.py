@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.model.pickles import load_pickle
+from sdxl_finetune.printable import encodable
 
 _DTYPES = {
     "U8": torch.uint8,
@@ -110,6 +111,9 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 def _open_safetensors(path: Path) -> TensorFile:
+    if encodable(str(path)) != str(path):
+        message = "the path is not UTF-8, and the safetensors library opens no such file: rename the file or its folder"
+        raise UserError(Problem(message, file=str(path)))
     try:
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -12,10 +12,11 @@ from sdxl_finetune.config import LoggingOptions
 from sdxl_finetune.config.options import secrets_of
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.output.log_file import MessageFile
+from sdxl_finetune.printable import PrintableFormatter
 from sdxl_finetune.redaction import redacted
 
 
-class RedactingFormatter(logging.Formatter):
+class RedactingFormatter(PrintableFormatter):
     """Formats messages and tracebacks with *** in the place of secrets, those of the config among them."""
 
     def __init__(self, layout: str, options: LoggingOptions, datefmt: str | None = None) -> None:

@@ -18,6 +18,7 @@ import sdxl_finetune
 from sdxl_finetune.config import Config, HubOptions
 from sdxl_finetune.config.hub import parse_place
 from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +76,14 @@ class HubCall:
         if not text:
             late = f"no answer within {seconds:g} seconds" if seconds and status else f"its process ended with {status}"
             raise HubError(FAILED, late)
-        answer = json.loads(text)
-        if "error" in answer:
-            raise HubError(answer["error"], answer["message"])
-        return answer["result"]
+        try:
+            answer = parse_json(text)
+            if "error" not in answer:
+                return answer["result"]
+            kind, message = str(answer["error"]), str(answer["message"])
+        except (ValueError, KeyError, TypeError):  # it was killed while it wrote
+            raise HubError(FAILED, "its answer cannot be read") from None
+        raise HubError(kind if kind in ADVICE else FAILED, message)
 
     def stop(self) -> None:
         """Ends the call. `result` then raises HubError."""

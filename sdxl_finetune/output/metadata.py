@@ -22,7 +22,7 @@ from sdxl_finetune.config import Config, MetadataOptions
 from sdxl_finetune.config.fields import plain
 from sdxl_finetune.config.options import SECRETS, secrets_of
 from sdxl_finetune.errors import Problem, UserError
-from sdxl_finetune.model.declared import MODELSPEC
+from sdxl_finetune.model.declared import MODELSPEC, SDXL_SIZE
 from sdxl_finetune.output.stages import Stage, stages_json
 from sdxl_finetune.redaction import replaced
 
@@ -68,7 +68,7 @@ def modelspec(config: Config, *, now: datetime, thumbnail: str | None = None) ->
 
     `modelspec.date` is written without the time zone, as sd-scripts does.
     """
-    width, height = config.resolution or (1024, 1024)
+    width, height = config.resolution or SDXL_SIZE
     fields = {name.removeprefix("metadata_"): getattr(config, name) for name in MetadataOptions.model_fields} | {
         "sai_model_spec": "1.0.1",
         "architecture": "stable-diffusion-xl-v1-base",

@@ -30,9 +30,14 @@ from sdxl_finetune.model.sdxl import SDXL, evaluating
 from sdxl_finetune.model.vae import decode, latent_scale, latent_size
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt
 from sdxl_finetune.output.samplers import SAMPLERS, build_sampler, denoise, used_sampler
+from sdxl_finetune.printable import encodable
 from sdxl_finetune.seeding import position_sequence
 
 logger = logging.getLogger(__name__)
+
+
+class NotFinite(ValueError):
+    """The model, or its VAE, gave values that are infinite or not a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,18 +156,24 @@ def draw_previews(
 
 
 def to_image(vae: AutoencoderKL, latents: Float[Tensor, "1 c h w"]) -> Image.Image:
-    """Decodes scaled latents in float32. Raises ValueError if they contain infinite values or NaN."""
+    """Decodes scaled latents in float32. Raises NotFinite if latents or pixels are infinite or NaN."""
     if not latents.isfinite().all():
-        raise ValueError("the model gave values that are infinite or not a number")
+        raise NotFinite("the model gave values that are infinite or not a number")
     pixels = decode(vae, latent_scale(vae).unscaled(latents.float()))[0]
+    if not pixels.isfinite().all():
+        raise NotFinite("the VAE gave values that are infinite or not a number")
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
 def save_image(path: Path, image: Image.Image, text: str) -> None:
-    """Writes a PNG file, complete or not at all. Web UIs read `text` back from its field `parameters`."""
+    """Writes a PNG file, complete or not at all. Web UIs read `text` back from its field `parameters`.
+
+    A prompt of a JSON file may hold half of a surrogate pair, and a file name bytes that are not UTF-8. No PNG file can
+    hold these, and they are written as \\u....
+    """
     information = PngInfo()
-    information.add_text("parameters", text)
+    information.add_text("parameters", encodable(text))
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=information)
 

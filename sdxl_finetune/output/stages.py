@@ -5,6 +5,7 @@ earlier stages from the file that it starts from, and adds its own. `sdxl-model 
 Nothing here names a machine, a user or a folder.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -171,11 +172,16 @@ def _from_reference(metadata: Mapping[str, str]) -> tuple[Stage, ...]:
 
 
 def _number(text: str | None) -> float | None:
+    """The number that a text says; None if it says none, or one that is not finite."""
     try:
-        return None if text is None else float(text)
+        number = math.nan if text is None else float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _date(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).date().isoformat()
+    try:
+        return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).date().isoformat()
+    except (OSError, OverflowError, ValueError):  # beyond the years of a calendar
+        return None

@@ -19,6 +19,7 @@ from PIL.Image import Image
 from sdxl_finetune.config import LoggingOptions
 from sdxl_finetune.errors import Problem, UserError
 from sdxl_finetune.output.log_file import LogFile, said_if_it_fails
+from sdxl_finetune.printable import encodable
 
 DEFAULT_NAME = "finetuning"
 SETTINGS = {"log_dir", "comment", "purge_step", "max_queue", "flush_secs", "filename_suffix"}
@@ -109,7 +110,7 @@ class TensorBoard:
             self._write(step=purge, file_version="brain.Event:2")
             self._write(step=purge, session_log=SessionLog(status=SessionLog.START))
         if options and not done:
-            self._write(summary=summary.text("config", f"```toml\n{toml.dumps(options)}\n```"))
+            self._write(summary=summary.text("config", encodable(f"```toml\n{toml.dumps(options)}\n```")))
 
     def _write(self, **values: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **values).SerializeToString())
@@ -138,7 +139,7 @@ class TensorBoard:
     def image(self, tag: str, image: Image, prompt: str, step: int) -> None:
         self._write(summary=self._summary.image(tag, np.asarray(image), dataformats="HWC"), step=step)
         if prompt:
-            self._write(summary=self._summary.text(f"{tag}/prompt", prompt), step=step)
+            self._write(summary=self._summary.text(f"{tag}/prompt", encodable(prompt)), step=step)
 
     def flush(self) -> None:
         self._records.flush()
@@ -194,7 +195,7 @@ class WeightsAndBiases:
 
     def image(self, tag: str, image: Image, prompt: str, step: int) -> None:
         with said_if_it_fails("a picture at Weights & Biases"):  # wandb writes pictures to files
-            self._send({tag: self._wandb.Image(image, caption=prompt)}, step)
+            self._send({tag: self._wandb.Image(image, caption=encodable(prompt))}, step)
 
     def flush(self) -> None:
         """Does nothing: wandb sends its data by itself and cannot take steps back."""

@@ -1,6 +1,6 @@
 """Numbers and foreign text as readers of a page see them."""
 
-from sdxl_finetune.errors import UNPRINTABLE
+from sdxl_finetune.printable import printable
 
 
 def percent(share: float) -> str:
@@ -19,5 +19,4 @@ def number(count: int, one: str, several: str | None = None) -> str:
 
 def shown(text: object, letters: int | None = None) -> str:
     """Foreign text in one line. Control characters and bytes that are not UTF-8 are shown as \\x.. or \\u...."""
-    line = UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
-    return line if letters is None or len(line) <= letters else line[: letters - 1] + "…"
+    return printable(text, letters)

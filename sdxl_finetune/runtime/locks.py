@@ -13,7 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from sdxl_finetune.parsing import parse_json
+
 logger = logging.getLogger(__name__)
+
+MOST_BYTES = 10_000
+"""Letters of a lock that are read at most. The file may be anything that somebody has put there."""
 
 
 class Locked(Exception):
@@ -83,7 +88,7 @@ def _about() -> dict[str, Any]:
 def _describe(file: IO[Any]) -> str:
     try:
         file.seek(0)
-        about = json.loads(file.read())
+        about = parse_json(file.read(MOST_BYTES))
         return "another run (process {process} on {host}, since {since})".format(**about)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         return "another run"

@@ -24,6 +24,7 @@ from sdxl_finetune.data.tags import comparable
 from sdxl_finetune.data.unchanged import image_id
 from sdxl_finetune.errors import SHOWN, Problem, UserError, counted
 from sdxl_finetune.errors import listed as shown
+from sdxl_finetune.printable import encodable
 from sdxl_finetune.seeding import position_rng
 from sdxl_finetune.tag_report.listing import Listed, list_tags
 from sdxl_finetune.tag_report.wording import Wording, trained_options, wordings
@@ -146,7 +147,7 @@ def image_name(index: Index, row: int) -> str:
     """The folder and the name of an image, joined by a /."""
     entry = index[row]
     name = entry.path.relative_to(entry.subset.image_dir).as_posix()
-    return f"{entry.subset.image_dir.name}/{name}".encode("utf-8", "backslashreplace").decode()
+    return encodable(f"{entry.subset.image_dir.name}/{name}")
 
 
 def _number_of_others(options: TagReportOptions, tags: int) -> int:

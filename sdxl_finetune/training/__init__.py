@@ -20,5 +20,5 @@ Modules:
     tag_reports      which tags are learned so far
     colours          compares drawn pictures with the images of the same captions
     rank_check       compares the weights of all processes
-    dumps, reproduce    steps whose numbers went wrong: written to files, and run again
+    dumps, dump_reading, reproduce    steps whose numbers went wrong: written to files, and run again
 """

@@ -22,24 +22,25 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sdxl_finetune.batch import Batch, Position
+from sdxl_finetune.batch import Batch
 from sdxl_finetune.config import Config, to_toml
 from sdxl_finetune.data.loader import TrainingDataset
-from sdxl_finetune.errors import Problem, UserError
+from sdxl_finetune.errors import UserError
 from sdxl_finetune.files import atomic_path
 from sdxl_finetune.optim.parameters import TrainedParameters
 from sdxl_finetune.output.checkpoints import step_name
 from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.output.watch import Watch
+from sdxl_finetune.printable import encodable
 from sdxl_finetune.training.every import Timeline
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Version of step.json. Raise it when a field changes its meaning, and keep `read_dump` reading older ones."""
+"""Version of step.json. Raise it when a field changes its meaning, and keep dump_reading.py reading older ones."""
 FOLDER, STEP, CONFIG, BATCHES = "dumps", "step.json", "config.toml", "batches.safetensors"
 MOST_DUMPS = 3
 """Dumps that a run writes at most: each further step that is skipped would only repeat what they show."""
@@ -132,29 +133,6 @@ def build_watch(
     return Watch(config, StepFiles(config, seed, dataset, timeline), names, timeline.first)
 
 
-def read_dump(folder: Path) -> Dump:
-    """Reads a dump. Raises UserError if it is none, if it is damaged, or if a newer version wrote it."""
-    try:
-        values = json.loads((folder / STEP).read_bytes())
-        if values["format"] > FORMAT:
-            message = f"the dump has format {values['format']}, and this version of the program reads up to {FORMAT}"
-            raise UserError(Problem(f"{message}: update the program", key="reproduce", value=str(folder)))
-        tensors = load_file(folder / BATCHES)
-        return Dump(
-            step=int(values["step"]),
-            steps=int(values["steps"]),
-            seed=int(values["seed"]),
-            ranks=int(values["processes"]),
-            batches=[_read_batch(number, each, tensors) for number, each in enumerate(values["batches"])],
-        )
-    except FileNotFoundError as error:
-        message = f"this is not a dump of a step, {Path(error.filename).name} is missing: name a folder in {FOLDER}"
-        raise UserError(Problem(message, key="reproduce", value=str(folder))) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        message = f"this dump cannot be read ({type(error).__name__}: {error}): use another one"
-        raise UserError(Problem(message, key="reproduce", value=str(folder))) from None
-
-
 def _write(folder: Path, config: Config, dump: Dump) -> None:
     tensors = {
         f"{number}.{name}": tensor.contiguous()
@@ -183,24 +161,10 @@ def _describe(dumped: DumpedBatch) -> dict[str, Any]:
         "position": dataclasses.asdict(batch.position),
         "images_in_step": batch.images_in_step,
         "first_slot": batch.first_slot,
-        "images": [name.encode("utf-8", "backslashreplace").decode() for name in dumped.images],
+        "images": [encodable(name) for name in dumped.images],
         "timesteps": batch.timesteps.tolist(),
         "losses": [loss if math.isfinite(loss) else None for loss in dumped.losses],
     }
-
-
-def _read_batch(number: int, values: dict[str, Any], tensors: dict[str, Tensor]) -> DumpedBatch:
-    own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
-    names = {field.name for field in dataclasses.fields(Batch)}
-    fields: dict[str, Any] = dict.fromkeys(["latents", "images", "encoding_noise", "input_noise"])
-    batch = Batch(
-        position=Position(**values["position"]),
-        images_in_step=values["images_in_step"],
-        first_slot=values["first_slot"],
-        **(fields | {name: tensor for name, tensor in own.items() if name in names}),
-    )
-    losses = [math.nan if loss is None else float(loss) for loss in values["losses"]]
-    return DumpedBatch(batch, [str(name) for name in values["images"]], losses)
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

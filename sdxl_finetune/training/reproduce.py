@@ -21,13 +21,15 @@ from sdxl_finetune.batch import Batch
 from sdxl_finetune.config import Config, with_local_models
 from sdxl_finetune.diffusion.image_loss import image_losses
 from sdxl_finetune.errors import counted, listed
-from sdxl_finetune.model.vae import batch_latents
+from sdxl_finetune.model.vae import batch_latents, latent_size
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.log import Step
 from sdxl_finetune.output.watch import WrongNumbers
+from sdxl_finetune.printable import printable
 from sdxl_finetune.runtime.processes import Autocast, build_accelerator, on_every_rank
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
-from sdxl_finetune.training.dumps import Dump, DumpedBatch, read_dump
+from sdxl_finetune.training.dump_reading import check_fit, read_dump
+from sdxl_finetune.training.dumps import Dump, DumpedBatch
 from sdxl_finetune.training.learner import Learner
 from sdxl_finetune.training.resume import Start, find_start_before
 from sdxl_finetune.training.setup import build_restored_learner, build_run, load_model
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 TrainingSteps = Callable[[Learner, Iterable[Batch], StopRequest], Iterator[Step]]
 """The function `training_steps` of loop.py, which imports this module."""
+NOT_REPRODUCED = 3
+"""Exit status if all numbers are finite. A script can tell it from 1, a failure, and from 2, wrong input."""
 WITHOUT_EFFECTS: dict[str, Any] = {
     **dict.fromkeys(["logging_dir", "log_with", "sample_prompts", "huggingface_repo_id"]),
     "torch_compile": False,
@@ -66,7 +70,8 @@ class Findings:
 def reproduce(config: Config, training_steps: TrainingSteps) -> int:
     """Runs the step of the dump `config.reproduce` again and prints what it finds; returns the exit status.
 
-    Raises UserError if the dump, the weights or, for the steps between, the images cannot be read.
+    The status is 0 if numbers go wrong again, and NOT_REPRODUCED if all of them are finite. Raises UserError if the
+    dump, the weights or, for the steps between, the images cannot be read.
     """
     assert config.reproduce is not None
     dump = read_dump(config.reproduce)
@@ -78,11 +83,12 @@ def reproduce(config: Config, training_steps: TrainingSteps) -> int:
             if not findings.is_wrong and made < dump.step - 1:
                 findings = _after_the_steps_between(config, dump, start, training_steps, stop)
             _say("reproduced" if findings.is_wrong else "not reproduced: all numbers are finite")
+            return 0 if findings.is_wrong else NOT_REPRODUCED
     except WrongNumbers as error:
         _say(f"the numbers go wrong before step {dump.step}: {error}")
+        return 0
     except Interrupt as interrupt:
         return interrupt.exit_status
-    return 0
 
 
 def _with_saved_weights(config: Config, dump: Dump) -> tuple[Findings, Start | None]:
@@ -92,6 +98,8 @@ def _with_saved_weights(config: Config, dump: Dump) -> tuple[Findings, Start | N
         config = on_every_rank(partial(with_local_models, config))
         start = find_start_before(config, dump.step)
         loaded = load_model(config, start)
+        assert config.reproduce is not None
+        check_fit(dump, config.reproduce, config, loaded.model.architecture, latent_size(loaded.vae))
         if config.cache_text_encoder_outputs:
             loaded.model.detach_text_encoders()
         learner = build_restored_learner(config, loaded, accelerator, start, dump.steps)
@@ -193,4 +201,4 @@ def _say_findings(findings: Findings, parameters: int) -> None:
 
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(printable(text), flush=True)

@@ -351,7 +351,9 @@ def test_the_page_shows_the_tag_report_of_the_model(base: Path, tmp_path: Path, 
     files = write_card(model, tmp_path / "card", "--config", "run.toml")
     text = files["card.md"]
     assert "| `` `c` `` | underfitted | 1,200 | 25.0% | 50% | 12% |" in text and "50.0%" not in text
-    assert "`a\\|b`" in text and ["style tags", "3"] in rows(text) and ["learned", "1"] in rows(text)
+    assert (
+        "### Learned tags\n\n`a|b`\n" in text and ["style tags", "3"] in rows(text) and ["learned", "1"] in rows(text)
+    )
     assert "1 of 3 measured tags is underfitted: `` `c` ``." in text and "欠拟合" in files["card.zh-CN.md"]
     shutil.rmtree("out/tags")
     assert "## Tags" not in write_card(model, tmp_path / "other", "--config", "run.toml")["card.md"]

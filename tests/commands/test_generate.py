@@ -85,6 +85,23 @@ def test_the_size_is_that_of_the_training_unless_asked_otherwise(models, tmp_pat
     assert trained_size(open_base_model(model)[0]) == size
 
 
+@pytest.mark.parametrize(
+    ("said", "size", "remarks"),
+    [
+        ("9999x9999", (1024, 1024), 1), ("2056x1024", (1024, 1024), 1), ("16x1024", (1024, 1024), 1),
+        ("99999x99999", (1024, 1024), 1), ("-64x64", (1024, 1024), 1), ("a\x1b[2J", (1024, 1024), 1),
+        ("2048x64", (2048, 64), 0), ("1000x1000", (1000, 1000), 0), (None, (1024, 1024), 0),
+    ],
+)  # fmt: skip
+def test_only_a_usual_size_is_believed(models, tmp_path: Path, caplog, said, size, remarks: int) -> None:
+    """An image of 9999x9999 pixels would take all memory."""
+    model = tmp_path / "m.safetensors"
+    save_file(load_file(models[0]), model, {"modelspec.resolution": said} if said else {})
+    assert trained_size(open_base_model(model)[0]) == size
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * remarks
+    assert not remarks or ("is not believed" in caplog.text and "1024x1024" in caplog.text)
+
+
 def test_a_flow_is_drawn_in_its_size_and_only_a_sampler_that_is_asked_for_is_remarked(models, tmp_path, caplog) -> None:
     model = tmp_path / "m.safetensors"
     marks = {"flow_model": torch.empty(0)}
@@ -198,8 +215,13 @@ def test_wrong_arguments_and_models_are_refused(models, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "nan.safetensors", metadata)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "1girl-2.png").touch()
-    with pytest.raises(UserError, match="not a number"):
+    with pytest.raises(UserError, match=r"/nan\.safetensors: the model gave .*not a number: use another model"):
         draw(tmp_path / "nan.safetensors", tmp_path / "out", "--prompt", "a")
+    tensors = load_file(models[0])
+    tensors["first_stage_model.decoder.conv_out.bias"][0] = torch.nan
+    save_file(tensors, tmp_path / "vae.safetensors", metadata)
+    with pytest.raises(UserError, match=r"/vae\.safetensors: the VAE gave .*not a number"):
+        draw(tmp_path / "vae.safetensors", tmp_path / "out", "--prompt", "a")
 
 
 def test_compare_checks_all_models_and_the_output_before_it_draws(models, tmp_path: Path, monkeypatch) -> None:

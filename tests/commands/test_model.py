@@ -120,6 +120,17 @@ def test_info_cuts_long_values_of_the_metadata_unless_asked(tiny_path: Path, tmp
     assert f"metadata long: {value}" in capsys.readouterr().out.splitlines()
 
 
+def test_info_counts_the_characters_that_it_shows(tiny_path: Path, tmp_path: Path, capsys) -> None:
+    """A control character is shown as four."""
+    save_file(load_file(tiny_path), tmp_path / "m.safetensors", {"long": "\x1b" * 100, "\n" * 200: "x"})
+    main(["info", str(tmp_path / "m.safetensors")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("metadata ")]
+    assert lines == [
+        f"metadata {chr(92)}n{f'{chr(92)}n' * 79}: x",
+        f"metadata long: {(chr(92) + 'x1b') * 40}... (100 characters, --all shows them)",
+    ]
+
+
 def test_auto_v2_is_the_start_of_the_sha256_hash(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert auto_v2(tmp_path / "f") == "BA7816BF8F"

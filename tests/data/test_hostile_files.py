@@ -10,16 +10,17 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from sdxl_finetune.data import images
 from sdxl_finetune.data.caption_sources import LARGEST_TEXT
 from sdxl_finetune.data.images import ImageError, image_size, load_image
-from sdxl_finetune.data.index import build_index
+from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.listing import list_all
-from sdxl_finetune.data.tables import TAIL, is_sound, map_array, map_table
-from sdxl_finetune.errors import UserError
+from sdxl_finetune.data.tables import TAIL, is_sound, map_array, map_table, write_table
+from sdxl_finetune.errors import Tally, UserError
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -204,3 +205,66 @@ def test_an_epoch_of_too_many_images_is_refused(tmp_path: Path, subset, dataset,
         asked = [dataset(subset(folder, num_repeats=repeats))]
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="lower num_repeats"):
             assert int(build_index(asked, tmp_path / "cache", "stop").repeats.sum()) == 2 * repeats
+
+
+DAMAGED = [b"[", b"[" * 100_000, b"3", b"[3]", b"{}", b'[["a"]]', b"\xff", b'{"digests": 3, "captions": {}}']
+
+
+def with_metadata(path: Path, name: str, value: bytes | None) -> None:
+    """Writes a file of the index again, with another value in its metadata. Its checksum agrees."""
+    table = map_table(path, mapped=False)
+    metadata = {key: each for key, each in table.schema.metadata.items() if key != name.encode()}
+    write_table(path, table.replace_schema_metadata(metadata | ({} if value is None else {name: value})))
+
+
+@pytest.mark.parametrize("value", [None, *DAMAGED])
+@pytest.mark.parametrize("name", ["saved", "buckets"])
+def test_an_index_with_damaged_metadata_is_made_again(tmp_path, write_images, subset, dataset, name, value) -> None:
+    write_images(tmp_path / "images", {"a.png": (64, 64)})
+
+    def build() -> Index:
+        return build_index([dataset(subset(tmp_path / "images"))], tmp_path / "cache", "stop")
+
+    first = build()
+    whole = first.path.read_bytes()
+    with_metadata(first.path, name, value)
+    again = build()
+    assert (again.facts(), again.buckets) == (first.facts(), first.buckets) and again.path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("value", [None, *DAMAGED])
+def test_marks_with_damaged_remarks_are_made_again(tmp_path, write_images, subset, dataset, value) -> None:
+    write_images(tmp_path / "images", {"a.png": (64, 64), "b.png": (64, 64)})
+    (tmp_path / "scores.csv").write_text("path,score\na.png,0.9\n")
+    options = {"quality_tags": "good > 0.5, bad", "quality_scores": str(tmp_path / "scores.csv")}
+
+    def build() -> Index:
+        own = subset(tmp_path / "images", **options, quality_missing="none")
+        return build_index([dataset(own)], tmp_path / "cache", "stop")
+
+    first = build()
+    (path,) = (tmp_path / "cache" / "marks").iterdir()
+    whole = path.read_bytes()
+    with_metadata(path, "remarks", value)
+    assert build().facts() == first.facts()
+    assert value in (b"{}",) or path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", ["[", "[" * 100_000, "3", "[3]", '[["a"]]', "{}", ""])
+def test_an_image_with_damaged_kept_problems_is_read_again(tmp_path, write_images, subset, dataset, text) -> None:
+    write_images(tmp_path / "images", {"a.png": (64, 64)})
+    (tmp_path / "images" / "b.png").write_bytes(b"no image")
+
+    def problems() -> list[str]:
+        found = Tally()
+        build_index([dataset(subset(tmp_path / "images"))], tmp_path / "cache", "skip", bad_files=found)
+        return list(map(str, found.problems()))
+
+    first = problems()
+    tables = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and is_sound(path)]
+    (path,) = (path for path in tables if "problems" in map_table(path, mapped=False).column_names)
+    table = map_table(path, mapped=False)
+    column = table.column_names.index("problems")
+    damaged = table.set_column(column, table.schema.field("problems"), pa.array([text], pa.large_string()))
+    write_table(path, damaged)
+    assert problems() == first and "b.png" in first[0]

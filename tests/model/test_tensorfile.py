@@ -1,7 +1,9 @@
 """Written files equal the safetensors library's byte for byte, and damaged files are named as such."""
 
 import json
+import os
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,12 @@ def test_a_dtype_that_cannot_be_trained_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0\0")
     with pytest.raises(UserError, match="F8_E8M0"):
         open_tensors(tmp_path / "m.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf8_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"m\xff.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "m.safetensors")
+    (tmp_path / "m.safetensors").rename(path)
+    with pytest.raises(UserError, match=r"m\\udcff\.safetensors: the path is not UTF-8.*rename"):
+        open_tensors(path)

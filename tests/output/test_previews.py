@@ -1,6 +1,7 @@
 """Previews use the samplers of sd-scripts on the noise schedule of the training. They equal the images of diffusers'
 pipeline and leave no trace in the training."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -20,6 +21,7 @@ from sdxl_finetune.data.tokens import build_tokenizer
 from sdxl_finetune.diffusion.objective import build_objective
 from sdxl_finetune.model.random_model import TINY, build_random_model
 from sdxl_finetune.output.previews import (
+    NotFinite,
     PreviewModel,
     draw_latents,
     draw_previews,
@@ -244,7 +246,7 @@ def test_a_prompt_that_fails_is_reported_in_one_line(tiny, tmp_path: Path, caplo
     previews = draw(tiny, tmp_path, prompts)
     assert [preview.index for preview in previews] == [1]
     (record,) = caplog.records
-    assert record.getMessage().startswith("no preview of prompt 0 (too much): ValueError: ")
+    assert record.getMessage().startswith("no preview of prompt 0 (too much): NotFinite: the model gave values")
     assert "\n" not in record.getMessage()
     assert len(list((tmp_path / "sample").iterdir())) == 1
 
@@ -273,3 +275,21 @@ def test_a_preview_drawn_by_epoch_has_the_epoch_in_its_name(tiny, tmp_path: Path
     options = PreviewOptions(sample_sampler="dpmsolver++")
     (preview,) = draw(model, tmp_path, [Prompt(prompt="a", **SMALL)], options=options, output_name=None, epoch=3)
     assert preview.path.name == "e000003_00_20260102030405.png"
+
+
+def test_half_of_a_surrogate_pair_in_a_prompt_is_written_out(tiny, tmp_path: Path, caplog) -> None:
+    """A prompt file in JSON may hold it. No PNG file can."""
+    (preview,) = draw(tiny, tmp_path, [Prompt(prompt="a \ud83d cat", negative_prompt="\udcff", **SMALL)])
+    with Image.open(preview.path) as image:
+        text = image.info["parameters"]
+    assert text.startswith("a \\ud83d cat\nNegative prompt: \\udcff\nSteps: 2") and not caplog.records
+
+
+def test_pixels_that_are_not_finite_are_no_image(tiny) -> None:
+    """The latents are sound, and the VAE makes NaN of them."""
+    broken = copy.deepcopy(tiny.vae)
+    torch.nn.init.constant_(broken.decoder.conv_out.bias, torch.nan)
+    latents = torch.zeros(1, 4, 8, 8)
+    assert to_image(tiny.vae, latents).size == (64, 64)
+    with pytest.raises(NotFinite, match="the VAE gave values"):
+        to_image(broken, latents)

@@ -15,7 +15,7 @@ from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.output import uploads as module
 from sdxl_finetune.output.checkpoints import remove
-from sdxl_finetune.output.hub import check_access, check_token, download_start
+from sdxl_finetune.output.hub import FAILED, HubCall, HubError, check_access, check_token, download_start
 from sdxl_finetune.output.uploads import Uploads, open_uploads
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest
 from tests.hub_server import TOKEN, HubServer, Repository
@@ -267,3 +267,18 @@ def test_parts_of_a_killed_download_are_removed(hub: HubServer, tmp_path: Path) 
     part.write_bytes(b"part")
     download_start(config)
     assert not part.exists() and (path / "w").read_bytes() == b"all"
+
+
+@pytest.mark.parametrize(
+    "answer", ["[", "[" * 100_000, "3", "[]", "{}", '{"error": 3}', '{"error": "x", "message": [1]}']
+)
+def test_an_answer_that_cannot_be_read_is_a_failed_call(tmp_path: Path, monkeypatch, answer: str) -> None:
+    """The process that talks to the hub was killed while it wrote, or something else has written."""
+    program = tmp_path / "python"
+    (tmp_path / "answer").write_text(answer)
+    program.write_text(f"#!/bin/sh\nread request\ncat {tmp_path / 'answer'}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(HubError) as caught:
+        HubCall("check_access", "token").result(60)
+    assert caught.value.kind == FAILED and "check the network" in str(caught.value)

@@ -23,6 +23,7 @@ from sdxl_finetune.errors import Problem, Tally, UserError
 from sdxl_finetune.pages.rendering import script_json
 from sdxl_finetune.pages.thumbnails import thumbnail
 from sdxl_finetune.pages.words import shown
+from sdxl_finetune.printable import CONTROL
 from sdxl_finetune.report.collect import Report, collect, find_unusable
 from tests.browser import CHROMIUM, Page
 
@@ -236,3 +237,44 @@ def test_help_needs_no_library() -> None:
     code = "import sys; from sdxl_finetune.cli import data; sys.argv[1:] = ['report', '--help']; data()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, "--rare" in done.stdout) == (0, True), done.stderr
+
+
+def test_hostile_names_and_tags_from_the_command_line(tmp_path) -> None:
+    """Names of files and folders, and tags, may hold markup, quotes, line breaks, escape sequences, and other bytes."""
+    markup = b"<img src=x onerror=alert(1)>"
+    folder = os.fsencode(tmp_path / "images") + b"/1_" + markup
+    Path(os.fsdecode(folder)).mkdir(parents=True)
+    names = [b"\xff", markup, b"\"quoted'", b"new\nline", "\u202eevil".encode(), b"\x1b[2J", b"&lt;b&gt;", b"{{ 7*7 }}"]
+    tags = [
+        markup.decode(),
+        '"><script>alert(1)</script>',
+        "\u202eevil",
+        "\x1b]0;t\x07",
+        "</script>",
+        "' onclick='",
+        "\0",
+    ]
+    for number, name in enumerate(names):
+        picture = Image.new("RGB", (64 + 8 * (number % 3), 64), (number * 20, 0, 0))
+        picture.save(os.fsdecode(folder + b"/" + name + b".png"))
+        Path(os.fsdecode(folder + b"/" + name + b".txt")).write_text(", ".join(tags[:number]) + ", 1girl\nsecond")
+    Path(os.fsdecode(folder + b"/\xfe<b>.png")).write_bytes(b"no image")
+    command = [sys.executable, "-c", "from sdxl_finetune.cli import data; data()", "report", "--on_bad_image", "skip"]
+    command += ["--train_data_dir", "images", "--cache_dir", "cache", "--resolution", "64", "--output", "page.html"]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(
+        [*command, "--caption_extension", ".txt"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("wrote page.html: 8 images"), done.stderr
+    assert r"\udcfe<b>.png: not an image of a known format" in done.stderr
+    assert not CONTROL.search((done.stdout + done.stderr).replace("\n", ""))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    text = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not CONTROL.search(text.replace("\n", "")) and "\u202e" not in page and "\x1b" not in page
+    elements = re.findall(r"<([a-z0-9]+)([^>]*)>", text)
+    assert not [given for _, given in elements if re.search(r"\son\w+=", re.sub(r'"[^"]*"', '""', given))]
+    assert all(given.startswith(' src="data:') for name, given in elements if name == "img")
+    for words in (r"\udcfe&lt;b&gt;.png", "&lt;img src=x onerror=alert(1)&gt;.png", r"new\nline.png", "&amp;lt;b"):
+        assert words in text, words
+    assert "{{ 7*7 }}.png" in text and r"\u202eevil" in text

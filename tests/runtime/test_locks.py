@@ -54,3 +54,14 @@ def test_a_folder_without_locks_is_named(tmp_path: Path, caplog) -> None:
     lock.acquire()
     lock.release()
     assert "cannot be locked" in caplog.text and "no other run uses it" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "[" * 9_000, "[1]", "3", '{"process": 1}', "\xff", '{"a": ' * 5_000])
+def test_a_lock_with_a_damaged_text_still_holds(tmp_path: Path, content: str) -> None:
+    lock = Lock(tmp_path / ".lock")
+    lock.acquire()
+    (tmp_path / ".lock").write_text(content, encoding="latin-1")
+    with pytest.raises(Locked) as caught:
+        Lock(tmp_path / ".lock").acquire()
+    assert str(caught.value) == "another run"
+    lock.release()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sdxl_finetune.config import Config, load_config
 from sdxl_finetune.errors import UserError
-from sdxl_finetune.training.dumps import read_dump
+from sdxl_finetune.training.dump_reading import read_dump
 from sdxl_finetune.training.loop import train
 from tests.runtime.test_locks import hold
 from tests.training.toy_runs import OPTIONS, config, read_rows
