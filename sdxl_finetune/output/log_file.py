@@ -149,7 +149,12 @@ def said_if_it_fails(what: object) -> Iterator[None]:
         logger.warning("%s cannot be written (%s): training goes on", what, error.strerror or error)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file of the log, complete or not at all. A failure is a warning."""
-    with said_if_it_fails(path), atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str, mount: Path | None = None) -> None:
+    """Writes a small file of the log, complete or not at all. A failure is a warning.
+
+    `mount` is the place where the disk of the log was mounted at the start.
+    """
+    with said_if_it_fails(path):
+        check_mounted(mount) if mount else None
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -82,6 +82,18 @@ class Lock:
         logger.warning("%s cannot be locked (%s): make sure that no other run uses it", self.path, error.strerror)
 
 
+def holder(path: Path) -> str:
+    """Names the process that holds the lock at this path; empty if none does."""
+    lock = Lock(path)
+    try:
+        if path.exists():
+            lock.acquire()
+    except Locked as other:
+        return str(other)
+    lock.release()
+    return ""
+
+
 def _about() -> dict[str, Any]:
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     return {"host": socket.gethostname(), "process": os.getpid(), "since": since}
