@@ -121,6 +121,29 @@ def existing_folder(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
+def mount_of(folder: Path) -> Path:
+    """Returns the place where the file system of this folder is mounted. The folder need not exist yet."""
+    resolved = Path(os.path.realpath(folder))
+    return next((path for path in (resolved, *resolved.parents) if os.path.ismount(path)), Path(resolved.anchor))
+
+
+def check_mounted(mount: Path) -> None:
+    """Raises OSError if nothing is mounted any more at a place that `mount_of` returned.
+
+    The empty folder that is then left takes files, on a disk where nobody looks for them.
+    """
+    if not os.path.ismount(mount):
+        raise OSError(errno.ENODEV, f"nothing is mounted at {mount} any more")
+
+
+def is_same_folder(one: Path, other: Path) -> bool:
+    """True if two paths are one folder by different spellings, as through `..` or a symbolic link."""
+    try:
+        return os.path.realpath(one) == os.path.realpath(other) or one.samefile(other)
+    except (OSError, ValueError):  # one of them does not exist yet, or is no path
+        return False
+
+
 def auto_v2(path: Path) -> str:
     """Returns the short hash that model sites use: the first ten hex digits of the SHA-256 hash, in upper case."""
     digest = hashlib.sha256()

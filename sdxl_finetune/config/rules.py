@@ -27,6 +27,7 @@ from sdxl_finetune.config.numbers_rules import numbers_problems
 from sdxl_finetune.config.options import Config
 from sdxl_finetune.config.timestep_rules import timestep_problems, timestep_remarks
 from sdxl_finetune.config.training_options import LrOptions
+from sdxl_finetune.files import is_same_folder
 
 Findings = Iterator[tuple[str, str]]
 """Pairs: names of options, separated by spaces; what is wrong with the first option, and what to do."""
@@ -340,7 +341,8 @@ def _output(config: Config) -> Findings:
         if "\0" in str(value):
             yield option, "holds a null character, which no name and no text has: remove it"
     yield from name_problems(config)
-    if config.save_fallback_dir and config.save_fallback_dir == config.output_dir:
+    fallback = config.save_fallback_dir
+    if fallback and config.output_dir and is_same_folder(fallback, config.output_folder):
         yield "save_fallback_dir output_dir", "is output_dir: name a folder on another disk, or remove it"
     for option in ("output_dir", "logging_dir", "cache_dir", "cache_dir_local", "save_fallback_dir"):
         folder = getattr(config, option)

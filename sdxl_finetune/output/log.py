@@ -29,6 +29,7 @@ from sdxl_finetune.batch import Position
 from sdxl_finetune.config import Config, to_toml
 from sdxl_finetune.config.options import secrets_of
 from sdxl_finetune.errors import Problem, UserError, counted
+from sdxl_finetune.files import mount_of
 from sdxl_finetune.output.colours import Drift
 from sdxl_finetune.output.console import RedactingFormatter
 from sdxl_finetune.output.contact_sheet import contact_sheet
@@ -36,12 +37,13 @@ from sdxl_finetune.output.curve import draw_curve
 from sdxl_finetune.output.delayed_scalars import Arrived, DelayedScalars
 from sdxl_finetune.output.histograms import EDGES, PERIOD, TimestepCounts
 from sdxl_finetune.output.log_file import LogFile, MessageFile, said_if_it_fails, write_text
-from sdxl_finetune.output.log_history import METRICS, SAVES, last_losses, note_save
+from sdxl_finetune.output.log_history import LOCK, METRICS, SAVES, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
 from sdxl_finetune.output.watch import Watch, WrongNumbers
 from sdxl_finetune.redaction import redacted
 from sdxl_finetune.runtime import host
+from sdxl_finetune.runtime.locks import Lock, Locked
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +138,9 @@ class Log:
             with said_if_it_fails(directory / "ended.json"):
                 (directory / "ended.json").unlink(missing_ok=True)
             self._metrics = LogFile(directory / METRICS)
+            self._mount, self._lock = mount_of(directory), Lock(directory / LOCK)
+            with suppress(Locked):  # two runs have resumed from one state in the same instant
+                self._lock.acquire()
 
     def __enter__(self) -> "Log":
         return self
@@ -294,7 +299,8 @@ class Log:
             self._metrics.close()
             reason = redacted(reason, self._secrets)
             ended = {"reason": reason, "step": self._last_step, "time": datetime.now().astimezone().isoformat()}
-            write_text(self._directory / "ended.json", json.dumps(ended, indent=2) + "\n")
+            write_text(self._directory / "ended.json", json.dumps(ended, indent=2) + "\n", self._mount)
+            self._lock.release()
         if self._file:
             logging.getLogger().removeHandler(self._file)
             self._file.close()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdxl_finetune.files import atomic_path
+from sdxl_finetune.files import atomic_path, check_mounted, mount_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class LogFile:
 
     def __init__(self, path: Path, *, every: float = 0.0) -> None:
         """`every` is the number of seconds for which records are collected; 0 writes each record at once."""
-        self._path, self._every = path, every
+        self._path, self._every, self._mount = path, every, mount_of(path.parent)
         self._descriptor: int | None = None
         self._size: int | None = None
         self._waiting: list[bytes] = []
@@ -77,6 +77,7 @@ class LogFile:
         if self._descriptor is not None and not self._is_same_file(self._descriptor):
             self._leave()  # deleted, or another file system is mounted there now
         if self._descriptor is None:
+            check_mounted(self._mount)  # what is written beneath would be lost, and would cut the file of the disk
             self._path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)
             self._descriptor = os.open(self._path, flags, 0o666)
@@ -148,7 +149,12 @@ def said_if_it_fails(what: object) -> Iterator[None]:
         logger.warning("%s cannot be written (%s): training goes on", what, error.strerror or error)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file of the log, complete or not at all. A failure is a warning."""
-    with said_if_it_fails(path), atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str, mount: Path | None = None) -> None:
+    """Writes a small file of the log, complete or not at all. A failure is a warning.
+
+    `mount` is the place where the disk of the log was mounted at the start.
+    """
+    with said_if_it_fails(path):
+        check_mounted(mount) if mount else None
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ files off at these sizes. This removes everything that the interrupted run wrote
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -13,10 +14,11 @@ from pathlib import Path
 
 from sdxl_finetune.config import LoggingOptions
 from sdxl_finetune.parsing import parse_json
+from sdxl_finetune.runtime.locks import holder
 
 logger = logging.getLogger(__name__)
 
-SAVES, METRICS = "saves.jsonl", "metrics.jsonl"
+SAVES, METRICS, LOCK = "saves.jsonl", "metrics.jsonl", ".lock"
 
 
 def run_directory(config: LoggingOptions, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
@@ -24,15 +26,36 @@ def run_directory(config: LoggingOptions, now: datetime, *, resumed: tuple[str, 
 
     `resumed` is the name of an old log folder, and the step from which the run resumes. If this folder has a record of
     the save, the run continues in it, and the log is cut back to that step. Only one rank calls this function.
+
+    A log that another run is writing is left alone. Runs that start in the same second get folders of their own.
     """
     if config.logging_dir is None:
         return None
     if resumed:
         name, step = resumed
-        if go_back(config.logging_dir / name, step):
-            return config.logging_dir / name
-        logger.warning("%s has no log of the run up to step %d; a new log is started", config.logging_dir / name, step)
-    return config.logging_dir / f"{config.log_prefix or ''}{now:%Y%m%d%H%M%S}"
+        old = config.logging_dir / name
+        if other := holder(old / LOCK):
+            logger.warning("%s is the log of %s; a new log is started", old, other)
+        elif go_back(old, step):
+            return old
+        else:
+            logger.warning("%s has no log of the run up to step %d; a new log is started", old, step)
+    return _new_directory(config.logging_dir / f"{config.log_prefix or ''}{now:%Y%m%d%H%M%S}")
+
+
+def _new_directory(path: Path) -> Path:
+    """Makes a folder of this name, or with a number after the name if there is one, and returns its path."""
+    for number in itertools.count(1):
+        new = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            new.mkdir(parents=True)
+        except FileExistsError:
+            if new.is_dir():
+                continue
+        except OSError:  # Log names what is wrong
+            break
+        return new
+    return path
 
 
 def note_save(directory: Path, step: int) -> None:

@@ -57,9 +57,8 @@ class Lock:
                 file.close()
                 self._warn(error)
                 return
-            with suppress(OSError):
-                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                    break
+            if self._stands_at_path(file):
+                break
             file.close()  # its holder has removed the file since it was opened here
         self._file = file
         with suppress(OSError):  # a full disk: other runs then learn less of this one
@@ -68,16 +67,36 @@ class Lock:
             file.flush()
 
     def release(self) -> None:
-        """Frees the lock and removes its file."""
+        """Frees the lock and removes its file. A file that another run has made there since stays."""
         if self._file is None:
             return
         with suppress(OSError):
-            self.path.unlink()
+            if self._stands_at_path(self._file):
+                self.path.unlink()
         self._file.close()
         self._file = None
 
+    def _stands_at_path(self, file: IO[Any]) -> bool:
+        """True if this file is the one at the lock's path: not removed, and its folder not replaced since."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+        except OSError:
+            return False
+
     def _warn(self, error: OSError) -> None:
         logger.warning("%s cannot be locked (%s): make sure that no other run uses it", self.path, error.strerror)
+
+
+def holder(path: Path) -> str:
+    """Names the process that holds the lock at this path; empty if none does."""
+    lock = Lock(path)
+    try:
+        if path.exists():
+            lock.acquire()
+    except Locked as other:
+        return str(other)
+    lock.release()
+    return ""
 
 
 def _about() -> dict[str, Any]:

@@ -40,7 +40,12 @@ class Interrupt(BaseException):
         super().__init__(number, reason)
 
     def __str__(self) -> str:
-        return f"stopped by {self.reason if self.number is None else signal.Signals(self.number).name}"
+        return f"stopped by {self.source}"
+
+    @property
+    def source(self) -> str:
+        """Name of the signal, request or limit."""
+        return self.reason if self.number is None else signal.Signals(self.number).name
 
     @property
     def exit_status(self) -> int:

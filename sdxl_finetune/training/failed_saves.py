@@ -1,28 +1,31 @@
 """Saves that storage refuses: said with the space that is needed, written elsewhere if the options name a place, and
 tried again.
 
-A refused save never ends training. It is tried again at the next save and after a few minutes, with the weights of
-that moment. All ranks must save together, so the time of the next attempt is a number of steps that the first rank
-chooses. Nothing has to be shared in between. At the end of a run the weights do not change any more. The same saves are
-then tried again for `save_retry_minutes`.
+A refused save never ends training. It is tried again at the next save and every few minutes, with the weights of that
+moment. Checkpoints and training states have clocks of their own. All ranks must save together, so the time of the next
+attempt is a number of steps that the first rank chooses. Nothing has to be shared in between. At the end of a run the
+weights do not change any more. The same saves are then tried again for `save_retry_minutes`, until a file `stop`, a
+signal or `max_train_hours` ends the wait.
 """
 
 import errno
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from sdxl_finetune.config import Config
 from sdxl_finetune.errors import listed
-from sdxl_finetune.files import free_bytes, size_text
+from sdxl_finetune.files import check_mounted, free_bytes, mount_of, size_text
 from sdxl_finetune.output.checkpoints import Save, step_name
-from sdxl_finetune.training.saves import STATE_SUFFIX
+from sdxl_finetune.runtime.signals import LOOK_EVERY, Interrupt, Wish
+from sdxl_finetune.training.saves import STATE_SUFFIX, Due, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ RETRY_AFTER = 180.0
 """Seconds after a refused save until the next attempt during training: 3 minutes."""
 RETRY_MINUTES = 30.0
 """Default of save_retry_minutes: time for a person to read the message and to free space."""
+OPTION = "save_retry_minutes"
+"""Name of the option, and of what ends the wait for storage if nothing else does."""
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts at the end of a run. The first pauses are shorter: 1, 2, 4, ... seconds."""
 
@@ -41,15 +46,18 @@ class SaveFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Refused:
-    """The saves of one step that storage refused, by name, and the step of the next attempt. Equal on all ranks."""
+class _Pending:
+    """Saves of one kind, checkpoints or training states, that storage refused when this kind was saved last."""
 
-    weights: Sequence[str] = ()
-    states: Sequence[str] = ()
+    is_refused: bool = False
     retry_at: int = 0
+    """Step of the next attempt."""
+    is_asked: bool = False
+    """True if a file `save` asked for them."""
 
-    def __bool__(self) -> bool:
-        return bool(self.weights or self.states)
+    def is_due(self, step: int, is_saving: bool) -> bool:
+        """True if the next attempt is made at this step. `is_saving` is true if something else is saved now."""
+        return self.is_refused and (is_saving or step >= self.retry_at)
 
 
 class FailedSaves:
@@ -60,8 +68,8 @@ class FailedSaves:
         self._config, self._first_step, self._began = config, first_step, time.monotonic()
         asked = config.save_retry_minutes
         self._minutes = RETRY_MINUTES if asked is None else asked
-        self._mount = mount_of(config.output_folder)
-        self._refused = Refused()
+        self._mounts = {folder: mount_of(folder) for folder in config.save_folders}
+        self._weights = self._states = _Pending()
 
     def write(self, name: str, size: float, write: Callable[[Path], T]) -> T | None:
         """Calls `write` with the folder of `output_dir`, and if storage refuses, with `save_fallback_dir`.
@@ -97,63 +105,86 @@ class FailedSaves:
             )
             return None
 
-    def note(self, step: int, weights: Sequence[Save], states: Sequence[Save], refused: Refused) -> Refused:
+    def note(self, step: int, due: Due, refused: Refused) -> Refused:
         """Notes what became of the saves of a step on the first rank. All ranks call it, and receive the same."""
         seconds = (time.monotonic() - self._began) / max(1, step - self._first_step)
-        retry_at = step + max(1, round(RETRY_AFTER / max(seconds, 1e-6)))
-        shared = [Refused(refused.weights, refused.states, retry_at)]
+        shared = [(refused, step + max(1, round(RETRY_AFTER / max(seconds, 1e-6))))]
         broadcast_object_list(shared)
-        (refused,) = shared
-        before = self._refused
-        self._refused = Refused(
-            refused.weights if weights else before.weights,
-            refused.states if states else before.states,
-            refused.retry_at,
-        )
-        if before and not self._refused:
+        refused, retry_at = shared[0]
+        was_refused = self._weights.is_refused or self._states.is_refused
+        if due.weights:
+            self._weights = _Pending(bool(refused.weights), retry_at)
+        if due.states:
+            self._states = _Pending(bool(refused.states), retry_at, due.is_asked and bool(refused.states))
+        if was_refused and not (self._weights.is_refused or self._states.is_refused):
             logger.info("storage takes saves again: the run is saved up to step %d", step)
         return refused
 
-    def retries_due(self, step: int) -> tuple[list[Save], list[Save]]:
-        """The checkpoints and training states that stand in at this step for saves that were refused before."""
-        if not self._refused or step < self._refused.retry_at:
-            return [], []
-        name = step_name(self._config, step)
-        weights = [Save(name=name)] if self._refused.weights else []
-        return weights, [Save(name=name + STATE_SUFFIX)] if self._refused.states else []
+    def with_retries(self, due: Due, step: int) -> Due:
+        """Adds the saves that stand in at this step for those that were refused before.
 
-    def wait(self, attempt: int, began: float) -> bool:
-        """Waits before another attempt at the end of the run. False once `save_retry_minutes` are over.
-
-        `attempt` counts from 0, and the first attempt was made at the time `began`. All ranks call this together.
+        They are due at the next save, and some minutes after the last attempt for this kind of save.
         """
-        left = began + 60 * self._minutes - time.monotonic()
-        pause = [min(2.0 ** min(attempt, 10), LONGEST_PAUSE, left) if left > 0 else None]
-        broadcast_object_list(pause)
-        if pause[0] is None:
-            return False
-        if not attempt:
-            message = "the run waits at most %g minutes for storage to take its last saves (save_retry_minutes)"
-            logger.info(message, self._minutes)
-        time.sleep(pause[0])
-        return True
+        name, is_saving, is_asked = step_name(self._config, step), bool(due), due.is_asked
+        weights, states = due.weights, due.states
+        if not weights and self._weights.is_due(step, is_saving):
+            weights = [Save(name=name)]
+        if self._states.is_due(step, is_saving):
+            states = states or [Save(name=name + STATE_SUFFIX)]
+            is_asked |= self._states.is_asked
+        return Due(weights, states, is_temporary=due.is_temporary and not is_asked, is_asked=is_asked)
 
-    def failure(self, refused: Refused) -> SaveFailed:
-        """The error that ends a run whose last saves were refused to the end."""
-        names = listed([*refused.states, *refused.weights])
-        message = f"{names} could not be saved within {self._minutes:g} minutes"
-        message = f"{message} in {self._config.output_folder}: free space or repair the disk, and resume"
-        return SaveFailed(f"{message} from the last save with resume = auto")
+    def at_the_stop(self, step: int, wish: Wish, written: Due) -> Due:
+        """All that a run that is stopped has still to save: its training state, and what was asked for or refused.
+
+        `written` is what was saved at this step already.
+        """
+        name, is_asked = step_name(self._config, step), wish is Wish.CHECKPOINT or self._states.is_asked
+        has_weights = any(save.name == name for save in written.weights)
+        has_state = written.states and not (is_asked and written.is_temporary)
+        weights = [Save(name=name)] if self._weights.is_refused or (wish is Wish.CHECKPOINT and not has_weights) else []
+        states = [] if has_state else [Save(name=name + STATE_SUFFIX)]
+        return Due(weights, states, is_temporary=not is_asked, is_asked=is_asked)
+
+    def at_the_end(self, step: int, final: Due) -> Due:
+        """The last saves of a run, and a training state that a file `save` asked for and storage refused."""
+        if final.states or not self._states.is_asked:
+            return final
+        return replace(final, states=[Save(name=step_name(self._config, step) + STATE_SUFFIX)], is_asked=True)
+
+    def wait(self, attempt: int, began: float, end_of_wait: Callable[[], str]) -> str:
+        """Waits before another attempt at the end of the run. Returns what ended the wait; empty to try again.
+
+        `attempt` counts from 0, and the first attempt was made at the time `began`. `end_of_wait` is asked every
+        LOOK_EVERY seconds what ends the wait on this rank. All ranks call this together.
+        """
+        next_attempt = time.monotonic() + min(2.0 ** min(attempt, 10), LONGEST_PAUSE)
+        end, is_said = began + 60 * self._minutes, attempt > 0
+        while True:
+            now, asked = time.monotonic(), end_of_wait()
+            answers = gather_object([(asked or (OPTION if now >= end else ""), now >= next_attempt)])
+            source, is_over = next((answer for answer in answers if answer[0]), answers[0])
+            if source or is_over:
+                return str(source)
+            if not is_said:
+                most = "" if self._minutes == math.inf else f" at most {self._minutes:g} minutes"
+                logger.info("the run waits%s for storage to take its last saves (%s)", most, OPTION)
+                is_said = True
+            time.sleep(max(0.0, min(LOOK_EVERY, next_attempt - now, end - now)))
+
+    def failure(self, refused: Refused, end: str, cause: Interrupt | None) -> SaveFailed:
+        """The error that ends a run whose last saves were refused until `end` ended the wait for storage.
+
+        `cause` is what stopped the run; None for a run that has made all its steps.
+        """
+        where = f"in {' or '.join(map(str, self._config.save_folders))}"
+        until = f"within {self._minutes:g} minutes {where}" if end == OPTION else f"{where} before {end} ended the wait"
+        message = f"{listed([*refused.states, *refused.weights])} could not be saved {until}"
+        message += ": free space or repair the disk, and resume from the last save with resume = auto"
+        return SaveFailed(f"{cause}: {message}" if cause else message)
 
     def _check(self, folder: Path, size: float) -> None:
-        """Raises OSError if the disk has too little room, or if the disk of `output_dir` is not mounted any more."""
-        if folder == self._config.output_folder and not os.path.ismount(self._mount):
-            raise OSError(errno.ENODEV, f"nothing is mounted at {self._mount} any more")
+        """Raises OSError if the folder's disk has too little room, or is not mounted any more."""
+        check_mounted(self._mounts[folder])
         if free_bytes(folder) < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def mount_of(folder: Path) -> Path:
-    """The place where the file system of this folder is mounted."""
-    resolved = folder.absolute().resolve()
-    return next((path for path in (resolved, *resolved.parents) if os.path.ismount(path)), Path(resolved.anchor))

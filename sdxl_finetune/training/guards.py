@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 from accelerate import Accelerator
 
@@ -28,19 +29,21 @@ def guarded(config: Config, accelerator: Accelerator, problems: Problems) -> Ite
 def _own_output(config: Config, accelerator: Accelerator, problems: Problems) -> Iterator[None]:
     """Within the context, no other run saves under these names. Adds a problem if another run does so already.
 
-    All processes call this together. The first one holds the lock.
+    All processes call this together. The first one holds a lock in each folder into which the run saves.
     """
-    lock = Lock(config.output_folder / f".{final_name(config)}.lock")
+    locks = [Lock(folder / f".{final_name(config)}.lock") for folder in config.save_folders]
 
-    def acquire() -> None:
+    def acquire(lock: Lock, option: str) -> None:
         try:
             lock.acquire()
         except Locked as other:
             message = f"{other} saves there under this output_name: end that run, or set another output_name"
-            raise UserError(Problem(message, key="output_dir", value=str(config.output_dir))) from None
+            raise UserError(Problem(message, key=option, value=str(getattr(config, option)))) from None
 
     try:
-        problems.attempt(on_first_rank, accelerator, acquire)
+        for lock, option in zip(locks, ("output_dir", "save_fallback_dir"), strict=False):
+            problems.attempt(on_first_rank, accelerator, partial(acquire, lock, option))
         yield
     finally:
-        lock.release()
+        for lock in locks:
+            lock.release()

@@ -22,11 +22,20 @@ from sdxl_finetune.output.checkpoints import Save, overwritten
 from sdxl_finetune.output.previews import PreviewModel, draw_previews
 from sdxl_finetune.output.prompts import PreviewFiles, Prompt, load_prompts, with_size
 from sdxl_finetune.runtime.processes import on_first_rank
-from sdxl_finetune.runtime.signals import Wish
+from sdxl_finetune.runtime.signals import Interrupt
 from sdxl_finetune.training.every import Moment, colours_every, previews_every, validation_every, weights_every
-from sdxl_finetune.training.failed_saves import Refused
+from sdxl_finetune.training.failed_saves import SaveFailed
 from sdxl_finetune.training.resume import Start
-from sdxl_finetune.training.saves import STATE_SUFFIX, checkpoints_due, final_state, states_due, with_wish
+from sdxl_finetune.training.saves import (
+    NOTHING,
+    STATE_SUFFIX,
+    Due,
+    Refused,
+    checkpoints_due,
+    final_state,
+    saves_due,
+    states_due,
+)
 from sdxl_finetune.training.setup import Run
 from sdxl_finetune.training.space import check_space
 from sdxl_finetune.training.state import is_saved_name
@@ -81,10 +90,16 @@ def _has_checkpoint(run: Run, name: str, start: Start) -> bool:
 
     Checkpoints are saved after the training state of the same step.
     """
-    paths = checkpoints.checkpoint_paths(run.output_dir, name, run.save_as)
+    paths = [path for folder in _places(run) for path in checkpoints.checkpoint_paths(folder, name, run.save_as)]
     times = [path.stat().st_mtime for path in paths if path.exists()]
     times += [run.stored.checkpoints[path.name] for path in paths if path.name in run.stored.checkpoints]
     return bool(times) and (not start.is_state or max(times) >= start.state.saved_at)
+
+
+def _places(run: Run) -> list[Path]:
+    """The folders in which a save of an earlier run counts. What is uploaded has to stand in `output_dir`."""
+    config = run.config
+    return [run.output_dir] if config.output_address or config.huggingface_repo_id else config.save_folders
 
 
 def preview_if_due(run: Run, moment: Moment) -> None:
@@ -162,22 +177,21 @@ def _epoch_of(run: Run, moment: Moment) -> int:
     return run.timeline.plan.place(moment.step - 1)[0] + 1 if moment.step else 0
 
 
-def save_if_due(run: Run, moment: Moment) -> bool:
-    """Saves the checkpoints and training states that are due or asked for. Returns True if a state was saved.
+def save_if_due(run: Run, moment: Moment) -> Due:
+    """Saves the checkpoints and training states that are due or asked for. Returns what storage has taken.
 
     What storage refused before is due too, after a while.
     """
-    epochs, began, wish = run.timeline.epochs, time.monotonic(), run.requests.wish
-    weights, states = checkpoints_due(run.config, moment, epochs), states_due(run.config, moment, epochs)
-    is_temporary = wish is not Wish.CHECKPOINT and not states
-    if not (weights or states or wish or moment.is_last):
-        weights, states = run.failed_saves.retries_due(moment.step)
-    weights, states = with_wish(run.config, moment, weights, states, wish)
-    refused = _save(run, weights, states, step=moment.step, is_interrupted=is_temporary)
-    is_saved = bool(states) and not refused.states
-    if is_saved:
+    began, wish = time.monotonic(), run.requests.wish
+    if moment.is_last:
+        wish = max(wish, run.requests.late_wish())
+    due = saves_due(run.config, moment, run.timeline.epochs, wish)
+    if not moment.is_last:
+        due = run.failed_saves.with_retries(due, moment.step)
+    written = due.without(_save(run, due, step=moment.step))
+    if written.states:
         run.requests.note_save(time.monotonic() - began)
-    return is_saved
+    return written
 
 
 def save_final(run: Run) -> None:
@@ -186,16 +200,18 @@ def save_final(run: Run) -> None:
     Raises SaveFailed if storage does not take them until the end of `save_retry_minutes`.
     """
     state = final_state(run.config)
-    weights, states = [Save(name=checkpoints.final_name(run.config))], [state] if state else []
-    if refused := _save_at_the_end(run, weights, states, step=run.timeline.steps):
-        raise run.failed_saves.failure(refused)
+    final = Due([Save(name=checkpoints.final_name(run.config))], [state] if state else [])
+    _save_at_the_end(run, run.failed_saves.at_the_end(run.timeline.steps, final), run.timeline.steps)
 
 
-def save_interrupted(run: Run, moment: Moment) -> None:
-    """Saves the training state of a run that is stopped at this moment."""
-    state = Save(name=checkpoints.step_name(run.config, moment.step) + STATE_SUFFIX)
-    if refused := _save_at_the_end(run, [], [state], step=moment.step, is_interrupted=True):
-        logger.error("%s", run.failed_saves.failure(refused))
+def save_stopped(run: Run, moment: Moment, written: Due = NOTHING, cause: Interrupt | None = None) -> None:
+    """Saves the training state of a run that is stopped at this moment, and what was asked for or refused before.
+
+    `written` is what was saved at this moment already. Raises SaveFailed if storage does not take the saves until the
+    end of `save_retry_minutes`.
+    """
+    due = run.failed_saves.at_the_stop(moment.step, run.requests.late_wish(), written)
+    _save_at_the_end(run, due, moment.step, cause)
 
 
 @contextmanager
@@ -212,7 +228,10 @@ def saved_if_data_fails(run: Run) -> Iterator[None]:
         if run.accelerator.num_processes == 1 and not moment.is_first:
             name = checkpoints.step_name(run.config, moment.step) + STATE_SUFFIX
             if not any((folder / name).exists() for folder in run.config.save_folders):
-                save_interrupted(run, moment)
+                try:
+                    save_stopped(run, moment)
+                except SaveFailed as failure:
+                    logger.error("%s", failure)
         raise
 
 
@@ -244,14 +263,15 @@ def _save_missing(run: Run, start: Start) -> None:
     weights = checkpoints_due(run.config, moment, epochs)
     states = states_due(run.config, moment, epochs) if start.is_state else []
     missing = [save for save in weights if not _has_checkpoint(run, save.name, start)]
-    existing = {save.name for save in states if (run.output_dir / save.name).exists()} | run.stored.states.keys()
+    existing = {path.name for folder in _places(run) for save in states if (path := folder / save.name).exists()}
+    existing |= run.stored.states.keys()
     missing_states = [save for save in states if save.name not in existing]
     shared = [(start.is_in(run.config), missing, missing_states)]
     broadcast_object_list(shared)
     is_own, missing, missing_states = shared[0]
     if not is_own:
         return
-    _save(run, missing, missing_states, step=step)
+    _save(run, Due(missing, missing_states), step=step)
     if run.accelerator.is_main_process:
         for save in weights:
             remove_replaced(run, save)
@@ -259,40 +279,41 @@ def _save_missing(run: Run, start: Start) -> None:
             remove_old_states(run, states, step)
 
 
-def _save_at_the_end(
-    run: Run, weights: Sequence[Save], states: Sequence[Save], *, step: int, is_interrupted: bool = False
-) -> Refused:
-    """Saves, and tries what storage refuses again and again. Returns what it refuses to the end."""
-    began, attempt = time.monotonic(), 0
-    while refused := _save(run, weights, states, step=step, is_interrupted=is_interrupted):
-        if not run.failed_saves.wait(attempt, began):
-            return refused
-        attempt += 1
-        weights = [save for save in weights if save.name in refused.weights]
-        states = [save for save in states if save.name in refused.states]
-    return refused
+def _save_at_the_end(run: Run, due: Due, step: int, cause: Interrupt | None = None) -> None:
+    """Saves, and tries what storage refuses again and again. `cause` is what stopped the run; None at its last step.
+
+    Raises SaveFailed if the wait for storage ends. A second signal ends it too.
+    """
+    began, attempt, refused = time.monotonic(), 0, Refused()
+    try:
+        while refused := _save(run, due, step=step):
+            if end := run.failed_saves.wait(attempt, began, run.requests.end_of_wait):
+                raise run.failed_saves.failure(refused, end, cause)
+            attempt, due = attempt + 1, due.only(refused)
+    except Interrupt as interrupt:
+        if not refused:
+            raise
+        raise run.failed_saves.failure(refused, interrupt.source, cause) from None
 
 
-def _save(
-    run: Run, weights: Sequence[Save], states: Sequence[Save], *, step: int, is_interrupted: bool = False
-) -> Refused:
+def _save(run: Run, due: Due, *, step: int) -> Refused:
     """Saves on the first rank while the other ranks wait. Raises WrongNumbers if a number so far went wrong.
 
     Returns what storage refuses. Old checkpoints and states are deleted only after the new ones are complete.
     """
-    if not (weights or states):
+    if not due:
         return Refused()
     run.log.note_save(step)
     with run.log.pause():
         refused = Refused()
         if run.accelerator.is_main_process:
-            if weights:  # not for a state alone: a run that is being stopped has little time
+            if due.weights:  # not for a state alone: a run that is being stopped has little time
                 run.stages.count_tags()
-            state = training_state(run, step, is_interrupted)
+            state = training_state(run, step, due.is_temporary)
             # States first: a run that is killed in between resumes from the state, and then saves the checkpoint.
-            unsaved_states = [save.name for save in states if not write_state(run, save, state)]
-            unsaved = [save.name for save in weights if not write_checkpoint(run, save, state)]
+            unsaved_states = [save.name for save in due.states if not write_state(run, save, state)]
+            unsaved = [save.name for save in due.weights if not write_checkpoint(run, save, state)]
             refused = Refused(unsaved, unsaved_states)
-            complete = [save for save in states if save.name not in unsaved_states]
+            complete = due.without(refused).states
             remove_old_states(run, complete, step if complete else 0)
-        return run.failed_saves.note(step, weights, states, refused)
+        return run.failed_saves.note(step, due, refused)

@@ -74,12 +74,12 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
         hooks.validate_if_due(run, moment)
         hooks.check_colours_if_due(run, moment)
         hooks.draw_weights_if_due(run, moment)
-        state_is_saved = hooks.save_if_due(run, moment)
+        written = hooks.save_if_due(run, moment)
         tag_reports.report_tags_if_due(run, reports, moment, stop)
         if run.requests.is_stop_due:
-            if not state_is_saved:
-                hooks.save_interrupted(run, moment)
-            run.requests.end()
+            cause = run.requests.cause()
+            hooks.save_stopped(run, moment, written, cause)
+            raise cause
     hooks.save_final(run)
 
 

@@ -5,6 +5,9 @@ Numbered checkpoints are saved every N epochs and every N steps. The last epoch 
 Times, names and removals are the reference's (golden checkpoint_keys.json.gz: names, removal, save_runs).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 from sdxl_finetune.config import Config, SavingOptions
 from sdxl_finetune.output.checkpoints import Save, epoch_name, final_name, step_name
 from sdxl_finetune.runtime.signals import Wish
@@ -12,6 +15,45 @@ from sdxl_finetune.training.every import Moment, saves_every
 
 STATE_SUFFIX = "-state"
 """A training state's directory is named as the checkpoint that is saved with it, and this suffix."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The saves of one step that storage refused, by name. Equal on all ranks."""
+
+    weights: Sequence[str] = ()
+    states: Sequence[str] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.weights or self.states)
+
+
+@dataclass(frozen=True)
+class Due:
+    """The checkpoints and training states of one moment. Equal on all ranks."""
+
+    weights: Sequence[Save] = ()
+    states: Sequence[Save] = ()
+    is_temporary: bool = False
+    """True if the next training state replaces these states."""
+    is_asked: bool = False
+    """True if a file `save` asked for the states. Nothing replaces them."""
+
+    def __bool__(self) -> bool:
+        return bool(self.weights or self.states)
+
+    def only(self, refused: Refused) -> "Due":
+        """Returns the saves that storage refused."""
+        weights = [save for save in self.weights if save.name in refused.weights]
+        return replace(self, weights=weights, states=[save for save in self.states if save.name in refused.states])
+
+    def without(self, refused: Refused) -> "Due":
+        """Returns the saves that storage took."""
+        weights = [save for save in self.weights if save.name not in refused.weights]
+        return replace(self, weights=weights, states=[save for save in self.states if save.name not in refused.states])
+
+
+NOTHING = Due()
 
 
 def checkpoints_due(options: SavingOptions, moment: Moment, epochs: int) -> list[Save]:
@@ -48,16 +90,16 @@ def _due(
     return due
 
 
-def with_wish(
-    options: SavingOptions, moment: Moment, weights: list[Save], states: list[Save], wish: Wish
-) -> tuple[list[Save], list[Save]]:
-    """The checkpoints and training states to save at this moment, with those that a request asks for."""
-    name = step_name(options, moment.step)
-    if wish is Wish.CHECKPOINT and all(save.name != name for save in weights):
+def saves_due(config: Config, moment: Moment, epochs: int, wish: Wish = Wish.NOTHING) -> Due:
+    """All that is saved at this moment of a run of `epochs` epochs, with what a request asks for."""
+    weights, states = checkpoints_due(config, moment, epochs), states_due(config, moment, epochs)
+    name, is_asked = step_name(config, moment.step), wish is Wish.CHECKPOINT
+    is_temporary = not (states or is_asked)
+    if is_asked and all(save.name != name for save in weights):
         weights = [*weights, Save(name=name)]
     if wish and not states:
         states = [Save(name=name + STATE_SUFFIX)]
-    return weights, states
+    return Due(weights, states, is_temporary=is_temporary, is_asked=is_asked)
 
 
 def final_state(config: Config) -> Save | None:

@@ -1,5 +1,7 @@
 """Checks over several options refuse what the reference refuses and accept what it accepts."""
 
+import math
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -377,3 +379,21 @@ def test_parameters_of_another_timestep_distribution_are_named():
     assert "has no effect unless" in remarks(flow_model=True, flow_beta_alpha=2.0)["flow_beta_alpha"]
     assert "flow_logit_mean" not in remarks(flow_model=True, flow_logit_mean=0.5)
     assert "flow_logit_mean" in remarks(flow_logit_mean=0.5)
+
+
+@pytest.mark.parametrize("fallback", ["out", "./other/../out", "link", "{}/out"])
+def test_output_dir_by_another_spelling_is_no_fallback(tmp_path, monkeypatch, fallback: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to("out")
+    named = Path(fallback.format(tmp_path))
+    assert "save_fallback_dir" in refused(output_dir=Path("out"), save_fallback_dir=named)
+    assert "save_fallback_dir" not in refused(output_dir=Path("out"), save_fallback_dir=Path("other"))
+
+
+def test_the_wait_for_storage_may_have_no_end() -> None:
+    assert Config(save_retry_minutes=math.inf).save_retry_minutes == math.inf
+    for value in (math.nan, -1.0):
+        with pytest.raises(ValidationError, match="save_retry_minutes"):
+            Config(save_retry_minutes=value)

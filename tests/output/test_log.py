@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -197,6 +198,26 @@ def test_the_directory_is_named_as_the_references(tmp_path: Path) -> None:
     now = datetime(2026, 1, 2, 3, 4, 5)
     assert run_directory(Config(logging_dir=tmp_path), now) == tmp_path / "20260102030405"
     assert run_directory(Config(logging_dir=tmp_path, log_prefix="a_"), now) == tmp_path / "a_20260102030405"
+
+
+def test_runs_that_start_in_the_same_second_get_logs_of_their_own(tmp_path: Path) -> None:
+    config, now = Config(logging_dir=tmp_path), datetime(2026, 1, 2, 3, 4, 5)
+    names = [path.name for _ in range(3) if (path := run_directory(config, now))]
+    assert names == ["20260102030405", "20260102030405-2", "20260102030405-3"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
+def test_the_log_of_a_run_that_goes_on_is_not_cut_by_a_run_that_resumes_from_its_state(tmp_path: Path, caplog) -> None:
+    config, now = Config(logging_dir=tmp_path), datetime(2026, 1, 2, 3, 4, 5)
+    with Log(config, tmp_path / "old", rank=0) as log:
+        log.begin(steps=2, steps_per_epoch=2)
+        log.note_save(0)
+        log.record(step(0, loss=torch.ones(())))
+        assert run_directory(config, now, resumed=("old", 0)) == tmp_path / "20260102030405"
+        assert f"old is the log of another run (process {os.getpid()} on" in caplog.text
+    assert [row["step"] for row in rows(tmp_path / "old")] == [1]
+    assert run_directory(config, now, resumed=("old", 0)) == tmp_path / "old" and not rows(tmp_path / "old")
+    assert not (tmp_path / "old" / ".lock").exists()
 
 
 def test_trackers_take_their_name_and_arguments(tmp_path: Path) -> None:

@@ -65,3 +65,16 @@ def test_a_lock_with_a_damaged_text_still_holds(tmp_path: Path, content: str) ->
         Lock(tmp_path / ".lock").acquire()
     assert str(caught.value) == "another run"
     lock.release()
+
+
+def test_a_lock_whose_folder_was_replaced_leaves_the_lock_of_another_run(tmp_path: Path) -> None:
+    """As after a mount that was away: the file of the lock is elsewhere, and another run has locked a new one."""
+    path = tmp_path / "out" / ".lock"
+    lock = Lock(path)
+    lock.acquire()
+    path.parent.rename(tmp_path / "away")
+    with hold(path) as process:
+        lock.release()
+        with pytest.raises(Locked, match=f"process {process.pid} "):
+            Lock(path).acquire()
+        process.kill()

@@ -1,14 +1,19 @@
 """Storage that fails: a disk that fills up, a folder that is gone. Training goes on, and no earlier save is lost."""
 
+import errno
 import logging
+import math
+import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -16,8 +21,13 @@ from scripts.benchmarks.interrupt import OPTIONS, STYLE, differences, same, save
 from sdxl_finetune.config import Config, load_config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.files import free_bytes
+from sdxl_finetune.output.checkpoints import Save
+from sdxl_finetune.output.log_file import LogFile
+from sdxl_finetune.runtime import signals
 from sdxl_finetune.training import failed_saves
 from sdxl_finetune.training.loop import train
+from sdxl_finetune.training.requests import Requests
+from sdxl_finetune.training.saves import Due, Refused
 from sdxl_finetune.training.state import load_state
 
 DISK = 480 << 20
@@ -201,6 +211,9 @@ def test_saves_go_to_another_disk_and_a_resume_finds_them_there(work, on_message
     out.give_back()
     assert run("one", "--save_fallback_dir", "other", "--resume", "auto") == 0
     assert "from the training state other/style-state" in caplog.text
+    assert "nothing to do: all 4 steps are made and the final checkpoint is saved" in caplog.text
+    assert not list(Path("one/out").glob("style-step00000004*")) and not Path("one/out/style.safetensors").exists()
+    assert run("one", "--resume", "other/style-state") == 0
     assert same(load_file("one/out/style.safetensors"), load_file("other/style.safetensors"))
 
 
@@ -225,6 +238,105 @@ def test_a_run_that_cannot_save_its_end_says_so_and_fails(work, on_message, caps
     assert message in capsys.readouterr().err
 
 
+def stop_by_signal() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_is_stopped_and_cannot_save_its_state_says_so_and_fails(work, on_message, capsys) -> None:
+    on_message("training unet:", Vanishing(Path("one/out")).hide)
+    on_message("style-step00000002 could not be saved", stop_by_signal)
+    assert run("one", "--save_retry_minutes", "0") == 1
+    message = (
+        "error: stopped by SIGTERM: style-step00000002-state, style-step00000002 could not be saved within 0 minutes"
+    )
+    assert f"{message} in one/out: free space or repair the disk, and resume" in capsys.readouterr().err
+
+
+def test_a_second_signal_ends_the_wait_of_a_stopped_run(work, on_message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(signals, "SAME_SIGNAL", 0.0)
+    on_message("training unet:", Vanishing(Path("one/out")).hide)
+    on_message("style-step00000002 could not be saved", stop_by_signal)
+    on_message("the run waits for storage", stop_by_signal)
+    assert run("one", "--save_retry_minutes", "inf") == 1
+    message = "error: stopped by SIGTERM: style-step00000002-state, style-step00000002 could not be saved in one/out"
+    assert f"{message} before SIGTERM ended the wait: free space" in capsys.readouterr().err
+
+
+def test_a_file_stop_ends_the_wait_of_a_finished_run(filling, on_message, capsys) -> None:
+    on_message("saved disk/out/style-step00000002.safetensors", filling.fill)
+    on_message("the run waits at most 0.5 minutes", Path("disk/out/style.stop").touch)
+    assert run("disk", "--save_retry_minutes", "0.5") == 1
+    message = (
+        "error: style-state, style could not be saved in disk/out before the file disk/out/style.stop ended the wait"
+    )
+    assert message in capsys.readouterr().err and not Path("disk/out/style.stop").exists()
+
+
+def test_a_signal_and_max_train_hours_end_the_wait(tmp_path) -> None:
+    """They end it even if there is no bound of minutes. Before, the run waits until the next attempt is due."""
+    config = Config(output_dir=tmp_path, save_retry_minutes=math.inf)
+    saves, stop = failed_saves.FailedSaves(config, 0), signals.StopRequest()
+    try:
+        accelerator = Accelerator(cpu=True)
+        requests = Requests(config, accelerator, stop)
+        assert saves.wait(0, time.monotonic(), requests.end_of_wait) == ""
+        stop.number = signal.SIGINT
+        assert saves.wait(9, time.monotonic(), requests.end_of_wait) == "SIGINT"
+        assert str(requests.cause()) == "stopped by SIGINT"
+        assert requests.end_of_wait() == "", "the signal that stopped the run does not end its wait"
+        limited = config.model_copy(update={"max_train_hours": 1e-9})
+        requests = Requests(limited, accelerator, signals.StopRequest())
+        assert saves.wait(9, time.monotonic(), requests.end_of_wait) == "max_train_hours = 1e-09"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_states_that_are_saved_do_not_put_off_a_refused_checkpoint(work, on_message, monkeypatch, caplog) -> None:
+    """A folder stands where the checkpoint after step 2 belongs. A training state is saved after each step."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(signals, "LOOK_EVERY", 0.0)
+    in_the_way = Path("one/out/style-step00000002.safetensors/folder")
+    on_message("training unet:", lambda: in_the_way.mkdir(parents=True))
+    assert run("one", "--save_state_every_minutes", "1e-9") == 0
+    assert "style-step00000002 could not be saved in one/out (Is a directory)" in caplog.text
+    said = [text for text in caplog.messages if text.startswith("saved") and "step00000003" in text]
+    assert said == [f"saved one/out/style-step00000003{ending}" for ending in ("-state", ".safetensors")]
+
+
+def test_each_kind_of_refused_save_has_its_own_clock(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(failed_saves, "RETRY_AFTER", 0.0)
+    saves = failed_saves.FailedSaves(Config(output_dir=tmp_path, output_name="m"), 0)
+    both = Due([Save(name="m-step00000010")], [Save(name="m-step00000010-state")])
+    try:
+        Accelerator(cpu=True)
+        saves.note(10, both, Refused(["m-step00000010"], []))
+        monkeypatch.setattr(failed_saves, "RETRY_AFTER", 1e9)
+        saves.note(11, Due(states=[Save(name="m-step00000011-state")]), Refused([], ["m-step00000011-state"]))
+        due = saves.with_retries(Due(is_temporary=True), 12)
+        assert [save.name for save in due.weights] == ["m-step00000012"] and not due.states
+        saves.note(12, due, Refused(["m-step00000012"], []))
+        assert not saves.with_retries(Due(), 13), "both clocks are far from their next attempt"
+        due = saves.with_retries(Due(weights=[Save(name="m-000001")]), 13)
+        assert [save.name for save in due.states] == ["m-step00000013-state"], (
+            "a save is a new attempt for the other kind"
+        )
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_refused_save_that_a_file_asked_for_stays_once_it_is_made(work, on_message, monkeypatch) -> None:
+    """Storage refuses the save after step 1 and takes it after step 2. The state after step 4 replaces neither."""
+    monkeypatch.setattr(failed_saves, "RETRY_AFTER", 0.0)
+    out = Vanishing(Path("one/out"))
+    on_message("training unet:", Path("one/out/save").touch)
+    on_message("one/out/save: a checkpoint and a training state are saved", out.hide)
+    on_message("style-step00000001 could not be saved", out.give_back)
+    assert run("one", "--save_every_n_steps", "4") == 0
+    assert {"style-step00000002-state", "style-step00000002.safetensors"} <= {*saved_names(Path("one"))}
+    assert not load_state(Path("one/out/style-step00000002-state")).is_interrupted
+    assert load_state(Path("one/out/style-step00000004-state")).step == 4
+
+
 def test_a_disk_without_room_for_one_save_is_named_before_the_first_step(disk) -> None:
     (disk / "ballast").write_bytes(bytes(DISK - (60 << 20)))
     wanted = r"output_dir = 'disk/out': the disk has \d\d\.\d MiB free, and one save takes 114\.\d MiB: free space"
@@ -243,3 +355,40 @@ def test_a_mount_that_is_gone_is_not_written_beneath(disk) -> None:
     finally:
         subprocess.run(["mount", "-t", "tmpfs", "none", str(disk)], check=True)
     assert saves.write("m", 10, lambda folder: folder) == disk / "out"
+
+
+def test_a_fallback_whose_mount_is_gone_is_not_written_beneath(disk, work) -> None:
+    config = Config(output_dir=work / "out", save_fallback_dir=disk / "saves")
+    saves = failed_saves.FailedSaves(config, 0)
+
+    def write(folder: Path) -> Path:
+        if folder == config.output_dir:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        folder.mkdir()
+        return folder
+
+    subprocess.run(["umount", str(disk)], check=True)
+    try:
+        assert saves.write("m", 10, write) is None
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(disk)], check=True)
+    assert saves.write("m", 10, write) == disk / "saves"
+
+
+def test_a_log_whose_mount_is_gone_for_a_while_keeps_all_its_records(disk) -> None:
+    """What is written beneath would be lost. The file of the disk would then be cut to the size of the other one."""
+    place = disk.with_name("place")
+    place.mkdir()
+    subprocess.run(["mount", "--bind", str(disk), str(place)], check=True)
+    file = LogFile(place / "logs" / "log")
+    file.write(b"1\n" * 100)
+    subprocess.run(["umount", "-l", str(place)], check=True)
+    file.write(b"2\n")
+    assert list(place.iterdir()) == []
+    subprocess.run(["mount", "--bind", str(disk), str(place)], check=True)
+    try:
+        file.close()
+        assert (disk / "logs" / "log").read_bytes() == b"1\n" * 100 + b"2\n"
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)

@@ -25,6 +25,15 @@ def test_a_second_run_under_the_same_names_is_refused(work) -> None:
     assert not list(Path("one/out").glob(".*"))
 
 
+def test_a_second_run_with_the_same_fallback_is_refused(work) -> None:
+    with hold(Path("other/.style.lock")) as process:
+        said = refusal("one", *SHORT, "--save_fallback_dir", "other")
+        assert "save_fallback_dir = 'other': another run (process " in said and str(process.pid) in said
+        process.kill()
+    assert run("one", *SHORT, "--save_fallback_dir", "other") == 0
+    assert not list(Path("other").iterdir()) and not list(Path("one/out").glob(".*"))
+
+
 def test_a_second_run_waits_until_the_cache_is_filled(work, caplog, monkeypatch) -> None:
     """The other process holds the lock of the cache until this run has said that it waits."""
     monkeypatch.setattr(alone, "WAIT", 0.1)

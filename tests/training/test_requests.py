@@ -14,6 +14,7 @@ from scripts.benchmarks.interrupt import read_metrics, same, saved_names
 from sdxl_finetune.output.log import Log
 from sdxl_finetune.runtime import signals
 from sdxl_finetune.training import requests
+from sdxl_finetune.training.state import load_state
 from tests.runtime.test_processes import launch, output, wait_for
 from tests.training.test_resume import run
 
@@ -62,6 +63,37 @@ def test_files_save_and_stop_a_run(work, act, caplog) -> None:
     assert (OUT / "style-step00000003-state").exists() and not (OUT / "style-step00000004-state").exists()
     assert read_metrics(Path("one")) == read_metrics(Path("two")) and len(read_metrics(Path("two"))) == 6
     assert same(*(load_file(f"{folder}/out/style.safetensors") for folder in ("one", "two")))
+
+
+def test_files_save_and_stop_that_come_together_are_both_followed(work, act) -> None:
+    """Step 2 is being looked at already when both files appear. The run then stops after step 2."""
+
+    def ask() -> None:
+        (OUT / "save").touch()
+        (OUT / "stop").touch()
+
+    act[2] = ask
+    assert run("one", *ALONE) == 0
+    assert saved_names(Path("one")) == ["style-step00000002-state", "style-step00000002.safetensors"]
+    assert not load_state(OUT / "style-step00000002-state").is_interrupted
+    assert reason("one").endswith("out/stop")
+
+
+def test_a_file_save_in_the_last_step_is_followed(work, act) -> None:
+    act[6] = (OUT / "save").touch
+    assert run("one", *ALONE) == 0
+    last = ["style-step00000006-state", "style-step00000006.safetensors"]
+    assert saved_names(Path("one")) == [*last, "style.safetensors"]
+
+
+def test_a_folder_in_the_place_of_a_request_is_named_once(work, act, caplog) -> None:
+    OUT.mkdir(parents=True)
+    (OUT / "save").mkdir()
+    act[1] = (OUT / "stop").mkdir
+    assert run("one", *ALONE) == 0
+    assert saved_names(Path("one")) == ["save", "stop", "style.safetensors"]
+    for name in ("save", "stop"):
+        assert caplog.text.count(f"one/out/{name} is no request, because a request is a file") == 1
 
 
 @pytest.mark.skipif(not shutil.which("chattr") or os.geteuid() != 0, reason="needs root and chattr")
@@ -127,3 +159,27 @@ def test_two_ranks_save_and_stop_after_the_same_step(work) -> None:
     (log,) = Path("logs").iterdir()
     ended = json.loads((log / "ended.json").read_text())
     assert ended["step"] == steps[-1] and ended["reason"].endswith("stopped by the file out/stop")
+
+
+def test_two_ranks_save_what_is_asked_for_when_they_stop_already(work) -> None:
+    """The file `stop` is there after step 2, and `save` after step 3, which is the last one."""
+    program = [str(Path(__file__).parent / "ask_late.py")]
+    process = launch("--max_train_epochs", "500", "--logging_dir", "logs", program=program)
+    printed = output(process)
+    assert process.returncode == 0 and "Traceback" not in printed, printed
+    names = [path.name for path in Path("out").glob("*-step*")]
+    assert sorted(names) == ["style-step00000003-state", "style-step00000003.safetensors"], printed
+    assert not load_state(Path("out/style-step00000003-state")).is_interrupted
+
+
+def test_two_ranks_wait_for_storage_until_a_file_stop_ends_the_wait(work) -> None:
+    """A folder stands where the final checkpoint belongs."""
+    Path("out/style.safetensors/folder").mkdir(parents=True)
+    process = launch("--max_train_epochs", "1", "--save_retry_minutes", "5", "--console_log_file", "said.log")
+    while not (Path("said.log").exists() and "the run waits at most 5 minutes" in Path("said.log").read_text()):
+        assert process.poll() is None, output(process)
+        time.sleep(0.1)
+    Path("out/stop").touch()
+    printed = output(process, 60)
+    assert process.returncode == 1 and printed.count("Traceback (most") == 1, "only the launcher's: " + printed
+    assert "error: style could not be saved in out before the file out/stop ended the wait" in printed
