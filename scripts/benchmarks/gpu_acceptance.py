@@ -44,10 +44,10 @@ from scripts.benchmarks.gpu_checks import (
     check_trajectory,
     check_waiting,
     reason,
-    run_python,
 )
 from scripts.benchmarks.proof_models import as_bf16
 from scripts.benchmarks.proof_runs import TOY
+from scripts.benchmarks.running import run_python
 from scripts.toy.style import write_pictures
 from sdxl_finetune.commands.memory_estimate import BatchShape, estimate
 from sdxl_finetune.config import Config
@@ -196,7 +196,11 @@ def check_speed(bench: Bench) -> Iterator[Line]:
     plain = [row for row in rows if not row["compiled"]]
     yield speed_line(bench, what, plain)
     yield memory_line(bench, model, plain)
-    yield speed_line(bench, f"{what}, compiled blocks", [row for row in rows if row["compiled"]])
+    compiled = [row for row in rows if row["compiled"]]
+    if failure := next((row["failure"] for row in compiled if "failure" in row), None):
+        yield Line(f"speed, {what}, compiled blocks", failure, "FAIL")
+    else:
+        yield speed_line(bench, f"{what}, compiled blocks", compiled)
 
 
 def speeds(bench: Bench, model: Path, sizes: Sequence[int]) -> list[dict[str, Any]]:
@@ -218,7 +222,7 @@ def speeds(bench: Bench, model: Path, sizes: Sequence[int]) -> list[dict[str, An
         output = run_python(command, cpu=not bench.cuda)
         rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     results = [row for row in rows if "out_of_memory" not in row]
-    if not results:
+    if not any(not row["compiled"] for row in results):
         raise RuntimeError(f"out of memory with batch {sizes[0]}")
     return results
 

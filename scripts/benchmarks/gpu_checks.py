@@ -1,12 +1,9 @@
 """Checks of scripts/benchmarks/gpu_acceptance.py that train and compare. Each check yields lines of its report."""
 
 import importlib.util
-import os
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scripts.benchmarks import precision
+from scripts.benchmarks.running import run_python
 from sdxl_finetune.batch import Tokens
 from sdxl_finetune.config import Config, load_config, to_toml
 from sdxl_finetune.low_bits import MasterWeights, split
@@ -263,32 +261,6 @@ def write_config(config: Config) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_toml(config), encoding="utf-8")
     return ["--config", str(path)]
-
-
-def run_python(command: Sequence[str], *, cpu: bool) -> str:
-    """Runs a Python program, shows its output on the terminal as it comes, and returns it.
-
-    Raises RuntimeError with the last line of its messages if it fails.
-    """
-    environment = {**os.environ, **({"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} if cpu else {})}
-    lines = []
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as messages,
-        subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=messages, text=True, env=environment
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            print(line, end="", file=sys.stderr, flush=True)
-        if process.wait():
-            messages.seek(0)
-            said = messages.read()
-            print(said, file=sys.stderr)
-            errors = [line for line in said.splitlines() if line.startswith("error: ")] or said.splitlines()
-            raise RuntimeError(f"status {process.returncode}: {errors[-1] if errors else 'no message'}")
-    return "".join(lines)
 
 
 def check_waiting(bench: Bench) -> Iterator[Line]:

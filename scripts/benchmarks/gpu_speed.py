@@ -29,7 +29,7 @@ from torch import Tensor
 from sdxl_finetune.batch import Batch, Position
 from sdxl_finetune.config import Config, load_config
 from sdxl_finetune.errors import UserError, say_errors
-from sdxl_finetune.model.compilation import compile_blocks
+from sdxl_finetune.model.compilation import check_compiler, compile_blocks, compiler_failures
 from sdxl_finetune.output.log import peak_memory_bytes
 from sdxl_finetune.runtime.out_of_memory import OutOfMemory
 from sdxl_finetune.runtime.signals import StopRequest
@@ -113,30 +113,41 @@ def repeat(batch: Batch, steps: int) -> Iterator[Batch]:
 
 
 def measure(
-    learner: Learner, first: Batch, sizes: Sequence[int], steps: int, seconds: float = 1e9
+    learner: Learner, first: Batch, sizes: Sequence[int], steps: int, seconds: float = 1e9, *, compiled: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Yields the results of each batch size, until one does not fit or the time is over. `first` has one image."""
+    """Yields the results of each batch size, until one does not fit or the time is over. `first` has one image.
+
+    `compiled` says whether the blocks are compiled.
+    """
     began = time.perf_counter()
     for size in sizes:
         if size != sizes[0] and time.perf_counter() - began > seconds:
             return
         try:
-            yield {**measure_batch(learner, enlarge(first, size), steps), "compiled": False}
+            yield {**measure_batch(learner, enlarge(first, size), steps), "compiled": compiled}
         except OutOfMemory:
-            yield {"batch": size, "out_of_memory": True, "compiled": False}
+            yield {"batch": size, "out_of_memory": True, "compiled": compiled}
             return
 
 
 def measure_compiled(
     learner: Learner, first: Batch, rows: Sequence[Mapping[str, Any]], steps: int, backend: str
 ) -> Iterator[dict[str, Any]]:
-    """Compiles the blocks, and yields the results of batch size 1 and of the fastest in `rows`."""
+    """Compiles the blocks, and yields the results of batch size 1 and of the fastest in `rows`.
+
+    A compiler that does not work gives a row with the key `failure`.
+    """
     fitting = [row for row in rows if "out_of_memory" not in row]
     if not fitting:
         return
-    compile_blocks(learner.sdxl, backend)
-    for size in sorted({1, max(fitting, key=lambda row: row["images_per_second"])["batch"]}):
-        yield {**measure_batch(learner, enlarge(first, size), steps), "compiled": True}
+    sizes = sorted({1, max(fitting, key=lambda row: row["images_per_second"])["batch"]})
+    try:
+        check_compiler(backend, learner.accelerator.device)
+        with compiler_failures(backend):
+            compile_blocks(learner.sdxl, backend)
+            yield from measure(learner, first, sizes, steps, compiled=True)
+    except UserError as error:
+        yield {"failure": str(error), "compiled": True}
 
 
 def measure_batch(learner: Learner, batch: Batch, steps: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.benchmarks import gpu_acceptance, gpu_checks
+from scripts.benchmarks import gpu_acceptance, gpu_checks, gpu_speed, running
 from scripts.benchmarks.gpu_acceptance import (
     head,
     memory_line,
@@ -24,6 +24,7 @@ from scripts.benchmarks.gpu_acceptance import (
 from scripts.benchmarks.gpu_checks import Bench, Line, guarded_steps
 from scripts.benchmarks.gpu_speed import enlarge
 from sdxl_finetune.optim import update
+from sdxl_finetune.runtime.out_of_memory import OutOfMemory
 from sdxl_finetune.training.setup import build_run
 
 NEED_CUDA = {"xformers against SDPA", "peak memory against the estimate"}
@@ -110,3 +111,30 @@ def test_a_batch_is_enlarged_by_repeating_its_images(bench: Bench) -> None:
     larger = enlarge(batch, 3)
     assert larger.latents.shape == (3, *batch.latents.shape[1:]) and larger.images_in_step == 3
     assert larger.weights.sum().item() == pytest.approx(1) and torch.equal(larger.tokens1[2], batch.tokens1[0])
+
+
+def test_a_compiler_that_does_not_work_costs_no_other_figure(bench: Bench, monkeypatch) -> None:
+    """The uncompiled blocks have their lines, and the compiled blocks one that says why they have failed."""
+    monkeypatch.setattr(Bench, "backend", "no_such_backend")
+    plain, _, compiled = gpu_acceptance.check_speed(bench)
+    assert plain.outcome == "pass" and "batch 1: " in plain.measured
+    assert compiled.outcome == "FAIL" and "no_such_backend does not work here" in compiled.measured
+
+
+def test_batches_of_compiled_blocks_stop_where_memory_ends(bench: Bench, monkeypatch) -> None:
+    def measured(_, batch, steps: int) -> dict[str, float]:
+        if batch.images_in_step > 1:
+            raise OutOfMemory("too much")
+        return {"batch": 1, "images_per_second": 1.0}
+
+    monkeypatch.setattr(gpu_speed, "measure_batch", measured)
+    with build_run(bench.build_config("--train_batch_size", "1", steps=1)) as run:
+        rows = list(gpu_speed.measure(run.learner, next(run.batches()), [1, 2, 4], 1, compiled=True))
+    assert [(row["batch"], "out_of_memory" in row) for row in rows] == [(1, False), (2, True)]
+    assert all(row["compiled"] for row in rows)
+
+
+def test_a_program_that_does_not_end_is_ended(monkeypatch) -> None:
+    monkeypatch.setattr(running, "LONGEST", 1)
+    with pytest.raises(RuntimeError, match="not ended after 1 seconds"):
+        running.run_python(["-c", "import time; print('begun', flush=True); time.sleep(600)"], cpu=True)
