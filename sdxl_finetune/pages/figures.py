@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from sdxl_finetune.pages.words import shown
+from sdxl_finetune.printable import printable
 
 CHART_HEIGHT = 320
 """Pixels of a chart without horizontal bars."""
@@ -18,7 +18,7 @@ LETTERS, HOVER_LETTERS = 26, 120
 
 def label(text: str, letters: int | None = None) -> str:
     """Foreign text as a label: in one line, escaped, and cut to this number of letters."""
-    return html.escape(shown(text, letters), quote=False)
+    return html.escape(printable(text, letters), quote=False)
 
 
 def log_axis(ticks: Mapping[float, str]) -> dict:

@@ -15,7 +15,8 @@ from typing import Any
 
 from sdxl_finetune import __version__
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.pages.words import number, percent, shown
+from sdxl_finetune.pages.words import number, percent
+from sdxl_finetune.printable import printable
 
 FOLDER = Path(__file__).parent
 LIBRARIES = ("plotly", "jinja2")
@@ -48,7 +49,7 @@ def render(template: Path, figures: Mapping[str, Any], context: Mapping[str, Any
     loader = jinja2.FileSystemLoader([template.parent, FOLDER])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters |= {"shown": shown, "percent": percent, "count": "{:,}".format}
+    environment.filters |= {"shown": printable, "percent": percent, "count": "{:,}".format}
     styles = [FOLDER / "page.css", template.with_suffix(".css")]
     sources = [get_plotlyjs(), *(_read(path) for path in (FOLDER / "charts.js", *scripts))]
     return environment.get_template(template.name).render(

@@ -1,6 +1,4 @@
-"""Numbers and foreign text as readers of a page see them."""
-
-from sdxl_finetune.printable import printable
+"""Numbers as readers of a page see them."""
 
 
 def percent(share: float) -> str:
@@ -15,8 +13,3 @@ def percent(share: float) -> str:
 def number(count: int, one: str, several: str | None = None) -> str:
     """A number with its noun, such as `1 image` or `5,000 images`."""
     return f"{count:,} {one if count == 1 else several or one + 's'}"
-
-
-def shown(text: object, letters: int | None = None) -> str:
-    """Foreign text in one line. Control characters and bytes that are not UTF-8 are shown as \\x.. or \\u...."""
-    return printable(text, letters)

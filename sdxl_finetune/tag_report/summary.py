@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sdxl_finetune.pages.words import number, percent, shown
+from sdxl_finetune.pages.words import number, percent
+from sdxl_finetune.printable import printable
 from sdxl_finetune.tag_report.tables import TagRow, median_exposures
 from sdxl_finetune.tag_report.trends import Moment
 from sdxl_finetune.tag_report.underfitted import MOST_REPEATS, Suggestions
@@ -86,7 +87,7 @@ def _seen(rows: Sequence[TagRow], few: Sequence[TagRow], suggestions: Suggestion
     whom = "the median learned tag" if suggestions.is_learned else "the most frequent tag"
     alike = [row for row in rows if row.state == "learned"] if suggestions.is_learned else list(suggestions.satisfied)
     if len(alike) == 1:
-        whom = f"“{shown(alike[0].tag, 40)}”"
+        whom = f"“{printable(alike[0].tag, 40)}”"
     subject = "it" if len(few) == 1 else "them"
     return f"{subject} {own} times, and {whom} {target:,.0f} times"
 
@@ -151,7 +152,7 @@ def _on_images(rows: Sequence[TagRow]) -> Iterator[Remark]:
 
 def _names(tags: Sequence[TagRow], *, quantity: bool = False) -> str:
     """The first tags by name, and the number of the others. `quantity` puts the number of several tags before them."""
-    names = ", ".join(f"“{shown(row.tag, 40)}”" for row in tags[:NAMED])
+    names = ", ".join(f"“{printable(row.tag, 40)}”" for row in tags[:NAMED])
     if len(tags) > NAMED:
         names += f" and {len(tags) - NAMED:,} more"
     return f"{len(tags):,} tags ({names})" if quantity and len(tags) > 1 else names

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sdxl_finetune.pages.words import shown
+from sdxl_finetune.printable import printable
 from sdxl_finetune.tag_report.gallery import worst_first
 from sdxl_finetune.tag_report.schema import Report, report_name
 from sdxl_finetune.tag_report.summary import summarize
@@ -46,7 +46,7 @@ def table(rows: Sequence[TagRow]) -> Iterator[str]:
 def _cells(row: TagRow) -> tuple[str, ...]:
     images = f"{row.images} ({row.held_out} held out)" if row.held_out else f"{row.images}"
     return (
-        shown(row.tag),
+        printable(row.tag),
         row.state,
         images,
         "?" if row.exposures is None else f"{row.exposures:,}",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sdxl_finetune.data.tags import comparable
 from sdxl_finetune.files import atomic_path
-from sdxl_finetune.pages.words import shown
+from sdxl_finetune.printable import printable
 from sdxl_finetune.tag_report.schema import Facts
 from sdxl_finetune.tag_report.tables import TagRow, median_exposures
 
@@ -106,7 +106,7 @@ def path_in_config(path: Path) -> str:
 
 def _lines(path: Path, rows: Sequence[TagRow], suggestions: Suggestions, facts: Facts) -> Iterator[str]:
     step = "" if facts.step is None else f" after {facts.step:,} steps"
-    yield f"# Repeats for the underfitted tags of {shown(facts.model)}{step}. Set in the config:"
+    yield f"# Repeats for the underfitted tags of {printable(facts.model)}{step}. Set in the config:"
     yield f"#     image_weights = {_toml_string(path_in_config(path))}"
     if suggestions.target is None:
         yield f"# Exposures are not known, so each of these tags is used {LEAST_REPEATS} times as often."
@@ -134,7 +134,7 @@ def _lines(path: Path, rows: Sequence[TagRow], suggestions: Suggestions, facts: 
     yield from _comments(rows, "unclear", "Unclear tags. Measure more images of them before you decide.")
     if suggestions.satisfied:
         yield "\n# Seen as often as any other tag, while no tag is learned. Train on instead of repeating them."
-        yield from (f"#     {shown(row.tag)}: {describe(row)}" for row in suggestions.satisfied)
+        yield from (f"#     {printable(row.tag)}: {describe(row)}" for row in suggestions.satisfied)
 
 
 def _comments(rows: Sequence[TagRow], state: str, heading: str) -> Iterator[str]:
@@ -142,7 +142,7 @@ def _comments(rows: Sequence[TagRow], state: str, heading: str) -> Iterator[str]
     if tags := [row for row in rows if row.state == state]:
         yield ""
         yield from (f"# {sentence}" for sentence in heading.replace(". ", ".\n").split("\n"))
-        yield from (f"#     {shown(row.tag)}: {describe(row)}" for row in tags)
+        yield from (f"#     {printable(row.tag)}: {describe(row)}" for row in tags)
 
 
 def describe(row: TagRow) -> str:

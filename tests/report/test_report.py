@@ -22,8 +22,7 @@ from sdxl_finetune.commands.data import main as data_tool
 from sdxl_finetune.errors import Problem, Tally, UserError
 from sdxl_finetune.pages.rendering import script_json
 from sdxl_finetune.pages.thumbnails import thumbnail
-from sdxl_finetune.pages.words import shown
-from sdxl_finetune.printable import CONTROL
+from sdxl_finetune.printable import CONTROL, printable
 from sdxl_finetune.report.collect import Report, collect, find_unusable
 from tests.browser import CHROMIUM, Page
 
@@ -209,8 +208,8 @@ def test_text_in_a_script_element_cannot_end_it() -> None:
     value = {"a": "</script><!-- <script>"}
     assert "<" not in script_json(value)
     assert json.loads(script_json(value)) == value
-    assert shown("a\nb\udce9") == "a\\nb\\udce9"
-    assert shown("abcdef", 4) == "abc…"
+    assert printable("a\nb\udce9") == "a\\nb\\udce9"
+    assert printable("abcdef", 4) == "abc…"
 
 
 def test_a_folder_without_captions_has_a_page(tmp_path, write_images) -> None:
