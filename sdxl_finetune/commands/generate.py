@@ -176,12 +176,10 @@ def trained_size(file: TensorFile) -> tuple[int, int]:
     """Width and height in pixels at which a checkpoint says that it was trained; SDXL's if it says nothing usual."""
     size, said = read_declared(file).size, file.metadata.get("modelspec.resolution")
     if size is None and said:
-        usual = f"sides from {LEAST_SIDE} to {MOST_SIDE} pixels, such as 1024x1024"
-        message = (
-            "modelspec.resolution = %s in the model is not believed, because it does not name %s: images have %dx%d"
-        )
         logger.warning(
-            f"{message} pixels unless --width and --height say another size", said[:MOST_SHOWN], usual, *SDXL_SIZE
+            "modelspec.resolution = %s in the model is not believed, because it does not name sides from %d to %d "
+            "pixels, such as 1024x1024: images have %dx%d pixels unless --width and --height say another size",
+            *(said[:MOST_SHOWN], LEAST_SIDE, MOST_SIDE, *SDXL_SIZE),
         )
     return size or SDXL_SIZE
 

@@ -155,6 +155,7 @@ def write_text(path: Path, text: str, mount: Path | None = None) -> None:
     `mount` is the place where the disk of the log was mounted at the start.
     """
     with said_if_it_fails(path):
-        check_mounted(mount) if mount else None
+        if mount:
+            check_mounted(mount)
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
