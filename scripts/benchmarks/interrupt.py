@@ -34,6 +34,8 @@ from sdxl_finetune.training.loop import train  # noqa: F401 (imported early, so 
 STYLE = Path(__file__).parents[2] / "configs" / "style.toml"
 MEASURED = {"images_per_second", "data_wait_seconds", "peak_memory_bytes"}
 """Values in the logs that differ from run to run."""
+MARK = "INTERRUPTED_RUN"
+"""Environment variable of all processes of a run, by which they are found when their main process has ended."""
 OPTIONS = [
     *("--resolution", "96", "--min_bucket_reso", "64", "--max_bucket_reso", "128", "--max_data_loader_n_workers", "0"),
     *("--mixed_precision", "no", "--no-full_bf16", "--sample_every_n_epochs", "0", "--sample_prompts", ""),
@@ -52,12 +54,16 @@ class Process:
 
     def __init__(self, arguments: list[str], processes: int, log: Path) -> None:
         self.log = log
+        mark = {MARK: str(log.resolve())}
         if processes > 1:
             launcher = str(Path(sys.executable).with_name("accelerate"))
             launch = [launcher, "launch", "--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
             with log.open("a") as out:
                 command = [*launch, "-m", "sdxl_finetune", *arguments]
-                self._launched: Any = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+                environment = {**os.environ, **mark}
+                self._launched: Any = subprocess.Popen(
+                    command, stdout=out, stderr=out, start_new_session=True, env=environment
+                )
             self.pid = self._launched.pid
             return
         self._launched = None
@@ -66,6 +72,7 @@ class Process:
             descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            os.environ.update(mark)
             sys.argv = ["sdxl-train", *arguments]
             try:
                 cli.train()
@@ -94,6 +101,29 @@ class Process:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
         self.wait()
+
+    def outlived_by(self, seconds: float = 120) -> list[str]:
+        """Returns the command lines of processes of this ended run that still live after so many seconds. Kills them.
+
+        A forked main process itself is never among them, because Linux shows the environment it was started with.
+        """
+        end = time.monotonic() + seconds
+        while (living := self._marked()) and time.monotonic() < end:
+            time.sleep(0.1)
+        lines = []
+        for process in living:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                lines.append(" ".join(process.cmdline()))
+                process.kill()
+        return lines
+
+    def _marked(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == str(self.log.resolve()) and process.is_running():
+                    found.append(process)
+        return found
 
     def terminate(self) -> None:
         os.kill(self.pid, signal.SIGTERM)

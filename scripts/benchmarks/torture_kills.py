@@ -2,7 +2,7 @@
 
 The run encodes latents, trains with two data-loader workers, validates, draws previews and saves. A trial kills the
 whole run, or its main process alone, or one of its workers. A run without a worker must go on by itself. A killed run
-is resumed. It must end with the files of the undisturbed run.
+is resumed. It must end with the files of the undisturbed run. No process of a run may outlive it.
 """
 
 import os
@@ -14,7 +14,7 @@ import psutil
 
 from scripts.benchmarks.interrupt import Process, sleep
 from scripts.benchmarks.torture import Trial
-from scripts.benchmarks.torture_runs import finish, phase, prepare, randoms, start, table, torn, trial_folder
+from scripts.benchmarks.torture_runs import finish, outlived, phase, prepare, randoms, start, table, torn, trial_folder
 
 WORKERS = ["--max_data_loader_n_workers", "2"]
 
@@ -45,7 +45,7 @@ def try_once(number: int, seed: int, folder: Path) -> Trial:
             os.kill(run.pid, signal.SIGKILL)
             run.wait()
             faults = torn(name)
-        faults = faults or finish(name, 1, *WORKERS)
+        faults = faults + outlived(run) or finish(name, 1, *WORKERS)
         trial = Trial(number, f"{victim}, {when}", "; ".join(faults) or None)
         if faults:
             Path(name).rename(f"failed{number}")

@@ -1,7 +1,7 @@
 """Trials that kill one of the two processes of a run with kill -9 at a random instant (see torture.py).
 
 The launcher must end the run by itself. The run is resumed on two processes, and must end with the files of an
-undisturbed run of two processes.
+undisturbed run of two processes. No process of a run may outlive it.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import psutil
 
 from scripts.benchmarks.interrupt import Process, sleep
 from scripts.benchmarks.torture import Trial
-from scripts.benchmarks.torture_runs import finish, phase, prepare, randoms, start, table, torn, trial_folder
+from scripts.benchmarks.torture_runs import finish, outlived, phase, prepare, randoms, start, table, torn, trial_folder
 
 PROCESSES = 2
 
@@ -37,7 +37,7 @@ def try_once(number: int, seed: int, folder: Path) -> Trial:
                 victim.kill()
             status = run.wait(1800)
             faults = torn(name) if status else []
-        faults = faults or finish(name, PROCESSES)
+        faults = faults + outlived(run) or finish(name, PROCESSES)
         if faults:
             Path(name).rename(f"failed{number}")
     return Trial(number, what, "; ".join(faults) or None)

@@ -48,7 +48,7 @@ def prepare(processes: int, *more: str) -> float:
         shutil.rmtree("undisturbed", ignore_errors=True)
         write_photos(Path("images"))
         Path("prompts.txt").write_text("a red house --w 64 --h 64 --s 2 --d 1\na lake --w 64 --h 64 --s 2 --d 2\n")
-        model_tool(["init", "base.safetensors", "--seed", "3"])
+        model_tool(["init", "base.safetensors", "--seed", "3", "--overwrite"])
         began = time.monotonic()
         run = start("undisturbed", processes, *more)
         assert run.wait(PATIENCE) == 0, run.log.read_text()[-4000:]
@@ -94,6 +94,11 @@ def torn(name: str) -> list[str]:
     return found
 
 
+def outlived(run: Process) -> list[str]:
+    """A fault for each process of an ended run that still lives."""
+    return [f"a process lives on: {line}" for line in run.outlived_by()]
+
+
 def pictures(name: str) -> set[tuple[str, str]]:
     """The previews of a run: each name without its time, and the hash of its pixels. They may be drawn twice."""
     found = set()
@@ -118,11 +123,12 @@ def finish(name: str, processes: int, *more: str) -> list[str]:
     """Resumes a killed run to its end. Returns what is wrong with it."""
     log = Path(f"{name}.log")
     before = len(log.read_bytes()) if log.exists() else 0
-    status = start(name, processes, *more).wait(PATIENCE)
+    run = start(name, processes, *more)
+    status = run.wait(PATIENCE)
     said = log.read_bytes()[before:].decode(errors="replace")
     if status:
         return [f"the resumed run ended with status {status}: {said[-2000:]}"]
-    return faults_at_the_end(name, said)
+    return faults_at_the_end(name, said) + outlived(run)
 
 
 def randoms(seed: int, number: int) -> random.Random:

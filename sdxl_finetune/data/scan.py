@@ -9,14 +9,12 @@ grow in proportion to the number of images (scripts/benchmarks/scale.py).
 import hashlib
 import logging
 import os
-import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +24,7 @@ import pyarrow.compute
 from jaxtyping import Bool, Int64, Shaped
 
 from sdxl_finetune.config.dataset import Subset, holds_tars
+from sdxl_finetune.data.child_processes import process_pool
 from sdxl_finetune.data.contents import absolute
 from sdxl_finetune.data.inspection import Contents, Files, Stats, look_at, read, stat_of_missing
 from sdxl_finetune.data.listing import list_all, say_missing_captions
@@ -371,7 +370,7 @@ def _executor(new_images: int) -> Iterator[Executor | None]:
             yield None
         return
     processes = max(1, min(os.cpu_count() or 1, new_images // CHUNK, MOST_PROCESSES))
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker) as pool:
+    with process_pool(processes) as pool:
         yield pool
 
 
@@ -391,9 +390,3 @@ def _run_ahead(
             yield first, result.result() if isinstance(result, Future) else result
     for first, result in waiting:
         yield first, result.result() if isinstance(result, Future) else result
-
-
-def _start_worker() -> None:
-    """Leaves Ctrl-C to the main process, and hides warnings of image libraries."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")

@@ -23,6 +23,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from sdxl_finetune.data.child_processes import end_with_parent
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -177,6 +179,8 @@ def _signals_apart() -> Iterator[None]:
 
 
 def _start_worker(_number: int) -> None:
+    # torch's worker looks for the death of its parent only between two items, and not before it has started itself.
+    end_with_parent()
     # Python ends threads that are in C++ code at its own exit, and C++ then aborts the process. The thread that sends
     # batches may be there if the main process ends the workers early.
     atexit.register(_exit_at_once)

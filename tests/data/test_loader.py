@@ -6,18 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data._utils import signal_handling
 
 from sdxl_finetune.batch import Batch, Position, to_images
 from sdxl_finetune.config import Config, NoiseOptions, PairingOptions
@@ -26,12 +23,13 @@ from sdxl_finetune.data.images import load_image, resize_and_crop
 from sdxl_finetune.data.index import Index, build_index
 from sdxl_finetune.data.loader import LoadedBatch, TrainingDataset, load_batches
 from sdxl_finetune.data.tokens import Tokenizer
-from sdxl_finetune.data.workers import WorkersDied, make_ahead
+from sdxl_finetune.data.workers import WorkersDied
 from sdxl_finetune.diffusion.pairing import draw_paired_noise
 from sdxl_finetune.diffusion.timesteps import draw_timesteps as draw_timesteps_of_options
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.model.latent_scale import LatentScale
 from sdxl_finetune.seeding import position_normal, position_rng
+from tests.data.test_workers import spawned
 
 SIZES = {"a.png": (64, 64), "b.jpg": (200, 180), "c.png": (70, 64), "d.webp": (64, 90), "e.png": (90, 70)}
 
@@ -253,7 +251,7 @@ def test_workers_give_the_same_batches_in_order(index: Index, cached: TrainingDa
         cached, plan(index).micro_batches(0, steps), workers=2, pin_memory=False, on_bad_image="stop"
     )
     loaded_batches = [next(batches)]
-    workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    workers = spawned()
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
@@ -262,11 +260,6 @@ def test_workers_give_the_same_batches_in_order(index: Index, cached: TrainingDa
     assert all(same(left, right) for left, right in zip(loaded_batches, expected, strict=True))
     assert {batch.position.epoch for batch in loaded_batches} == {0, 1}
     assert torch.equal(before, torch.random.get_rng_state()), "the global generator of the main process is unchanged"
-
-
-def spawned() -> list[psutil.Process]:
-    """The data-loader workers of this process."""
-    return [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,29 +299,6 @@ def test_a_killed_worker_is_replaced_until_a_batch_kills_each(
         assert "killed by SIGKILL, 3 times in a row, while it made the batch of step 4" in said
         assert str(index[int(micro_batch.rows[0])].path) in said and "max_data_loader_n_workers" in said
     assert not spawned() and signal.getsignal(signal.SIGCHLD) is handler
-
-
-class Tenfold(torch.utils.data.Dataset):
-    def __getitem__(self, place: int) -> Tensor:
-        return torch.tensor(10 * place)
-
-
-def test_a_worker_that_is_killed_while_workers_are_started_is_replaced(monkeypatch) -> None:
-    """torch asks for the first places while it starts the workers, and has an own handler of SIGCHLD by then."""
-    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as in a new process
-
-    def places() -> Iterator[int]:
-        for place in range(6):
-            if place == 1:
-                worker = spawned()[0]
-                worker.kill()
-                while worker.status() != psutil.STATUS_ZOMBIE:  # the library of the workers takes its exit status
-                    time.sleep(0.01)
-            yield place
-
-    items = make_ahead(Tenfold(), places(), workers=2, pin_memory=False, describe=str)
-    assert [int(item) for item in items] == [0, 10, 20, 30, 40, 50]
-    assert not spawned()
 
 
 def test_an_unreadable_image_stops_the_run(index: Index, loaded) -> None:

@@ -1,7 +1,9 @@
 """A slice of the trials that kill runs, and proof that their judgement finds incomplete files and differences."""
 
 import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from scripts.benchmarks.interrupt import MARK, Process
 from scripts.benchmarks.torture_runs import pictures, torn
 from sdxl_finetune.training.state import TrainingState, save_state
 
@@ -21,6 +24,19 @@ def test_killed_runs_end_like_undisturbed_ones(tmp_path: Path, kind: str, trials
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("as it must be") == trials
     assert f"| **all** | {trials} | 0 |" in done.stdout
+
+
+def test_a_process_that_outlives_its_run_is_found(tmp_path: Path) -> None:
+    """A child of the main process is of the run, and one that runs beside it is not."""
+    with subprocess.Popen(["sleep", "600"]) as other:
+        run = Process(["--help"], 2, tmp_path / "run.log")
+        run.wait()
+        assert run.outlived_by() == []
+        with subprocess.Popen(["sleep", "500"], env={**os.environ, MARK: str(run.log.resolve())}) as worker:
+            assert run.outlived_by(1) == ["sleep 500"]
+            assert worker.wait() == -signal.SIGKILL
+        assert other.poll() is None
+        other.kill()
 
 
 def test_incomplete_files_are_found(tmp_path: Path, base: Path) -> None:

@@ -327,6 +327,7 @@ def test_each_kind_of_refused_save_has_its_own_clock(tmp_path, monkeypatch) -> N
 def test_a_refused_save_that_a_file_asked_for_stays_once_it_is_made(work, on_message, monkeypatch) -> None:
     """Storage refuses the save after step 1 and takes it after step 2. The state after step 4 replaces neither."""
     monkeypatch.setattr(failed_saves, "RETRY_AFTER", 0.0)
+    monkeypatch.setattr(signals, "LOOK_EVERY", 0.0)  # the file is found in step 1, however quick that is
     out = Vanishing(Path("one/out"))
     on_message("training unet:", Path("one/out/save").touch)
     on_message("one/out/save: a checkpoint and a training state are saved", out.hide)

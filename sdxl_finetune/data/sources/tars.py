@@ -12,20 +12,18 @@ import json
 import math
 import os
 import re
-import signal
-import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, product
-from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute
 
 from sdxl_finetune.config.dataset import TAR_SUFFIX, Subset
+from sdxl_finetune.data.child_processes import process_pool
 from sdxl_finetune.data.contents import absolute, container_version
 from sdxl_finetune.data.images import image_extensions
 from sdxl_finetune.data.sources.beside import Wanted, captions_of, wanted_of
@@ -142,7 +140,7 @@ def _pool(folder: Location, jobs: Sequence["Job"]) -> contextlib.AbstractContext
     if not isinstance(folder, Path) and len(jobs) > 1:
         return ThreadPoolExecutor(THREADS)
     if isinstance(folder, Path) and len(jobs) > 1 and sum(job.tar.size for job in jobs) > IN_PROCESS:
-        return ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), get_context("spawn"), start_worker)
+        return process_pool(min(len(jobs), os.cpu_count() or 1))
     return contextlib.nullcontext()
 
 
@@ -202,9 +200,3 @@ def run_ahead(pool: Executor | None, jobs: Sequence[Job]) -> Iterator[Members]:
             problem = problem or Problem("the tar file was changed while it was read", file=str(job.location))
             members = Members(schema(job.wanted).empty_table(), Tally([problem]), Counter())
         yield members
-
-
-def start_worker() -> None:
-    """Leaves Ctrl-C to the main process, and hides warnings of image libraries."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")

@@ -1,0 +1,40 @@
+"""Processes that a run starts to work beside it: a pool of them, and what ends each if the run is killed."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+
+
+def end_with_parent() -> None:
+    """Ends this process, started by `multiprocessing`, as soon as the process that started it has ended.
+
+    No signal tells of a parent that was killed. Its children may wait for its next task for ever: each of them holds
+    both ends of the pipe of tasks, which therefore never closes. The parent may be gone before this function is called.
+    """
+    threading.Thread(target=_wait_and_exit, name="end with parent", daemon=True).start()
+
+
+def _wait_and_exit() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)  # a normal exit would wait until the parent has taken all results
+
+
+def process_pool(processes: int) -> ProcessPoolExecutor:
+    """A pool of processes that are new Python interpreters. They leave Ctrl-C to this process and give no warnings.
+
+    If a process is killed, the pool raises BrokenProcessPool. The pool starts all processes before it begins to look
+    for killed ones: as it starts them one by one, a process killed meanwhile raises OSError in some versions of Python.
+    """
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_start)
+    pool._safe_to_dynamically_spawn_children = False  # type: ignore[attr-defined]
+    return pool
+
+
+def _start() -> None:
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
