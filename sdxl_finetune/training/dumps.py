@@ -36,6 +36,7 @@ from sdxl_finetune.output.metadata import versions
 from sdxl_finetune.output.watch import Watch
 from sdxl_finetune.printable import encodable
 from sdxl_finetune.training.every import Timeline
+from sdxl_finetune.training.failed_saves import FailedSaves
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,11 @@ class Dump:
 class StepFiles:
     """Images and dumps of the steps of a run (a StepSource of output/watch.py)."""
 
-    def __init__(self, config: Config, seed: int, dataset: TrainingDataset, timeline: Timeline) -> None:
+    def __init__(
+        self, config: Config, seed: int, dataset: TrainingDataset, timeline: Timeline, failed_saves: FailedSaves
+    ) -> None:
         self._config, self._seed, self._dataset, self._timeline = config, seed, dataset, timeline
-        self._written = 0
+        self._failed_saves, self._written = failed_saves, 0
 
     def images(self, step: int) -> list[str]:
         index = self._dataset.index
@@ -92,6 +95,7 @@ class StepFiles:
         folder = self._config.output_folder / FOLDER / step_name(self._config, step)
         try:
             if self._dataset.rank == 0:
+                self._failed_saves.check_disk()
                 _write(folder, self._config, self._dump(step, losses))
         except (OSError, SafetensorError, UserError) as error:
             return f"the step could not be dumped ({error})"
@@ -126,11 +130,16 @@ class StepFiles:
 
 
 def build_watch(
-    config: Config, seed: int, dataset: TrainingDataset, timeline: Timeline, parameters: TrainedParameters
+    config: Config,
+    seed: int,
+    dataset: TrainingDataset,
+    timeline: Timeline,
+    parameters: TrainedParameters,
+    failed_saves: FailedSaves,
 ) -> Watch:
     """Builds the watch of a run, which names the images of steps and dumps steps whose numbers went wrong."""
     names = [name for name, _ in parameters.named()]
-    return Watch(config, StepFiles(config, seed, dataset, timeline), names, timeline.first)
+    return Watch(config, StepFiles(config, seed, dataset, timeline, failed_saves), names, timeline.first)
 
 
 def _write(folder: Path, config: Config, dump: Dump) -> None:

@@ -63,13 +63,18 @@ class _Pending:
 class FailedSaves:
     """The saves of one run that storage has refused, and when they are tried again."""
 
-    def __init__(self, config: Config, first_step: int) -> None:
-        """`first_step` is the number of steps made before this run."""
-        self._config, self._first_step, self._began = config, first_step, time.monotonic()
+    def __init__(self, config: Config) -> None:
+        """Remembers where the disks of the save folders are mounted."""
+        self._config = config
+        self.begin(0)
         asked = config.save_retry_minutes
         self._minutes = RETRY_MINUTES if asked is None else asked
         self._mounts = {folder: mount_of(folder) for folder in config.save_folders}
         self._weights = self._states = _Pending()
+
+    def begin(self, first_step: int) -> None:
+        """Starts the clock of a run, before which `first_step` steps were made."""
+        self._first_step, self._began = first_step, time.monotonic()
 
     def write(self, name: str, size: float, write: Callable[[Path], T]) -> T | None:
         """Calls `write` with the folder of `output_dir`, and if storage refuses, with `save_fallback_dir`.
@@ -104,6 +109,26 @@ class FailedSaves:
                 f"it is saved in {next_folder} instead" if next_folder else advice,
             )
             return None
+
+    def check_disk(self) -> None:
+        """Raises OSError if the disk of `output_dir` is not mounted any more."""
+        check_mounted(self._mounts[self._config.output_folder])
+
+    def has_disk(self, what: str, step: int) -> bool:
+        """True if the disk of `output_dir` is still mounted. Otherwise it is said that `what` of this step is left out.
+
+        All ranks call this together, and receive the answer of the first one.
+        """
+        reason = ""
+        try:
+            self.check_disk()
+        except OSError as error:
+            reason = str(error.strerror)
+        shared = [reason]
+        broadcast_object_list(shared)
+        if shared[0]:
+            logger.error("no %s after step %d: %s. Training goes on", what, step, shared[0])
+        return not shared[0]
 
     def note(self, step: int, due: Due, refused: Refused) -> Refused:
         """Notes what became of the saves of a step on the first rank. All ranks call it, and receive the same."""

@@ -105,7 +105,7 @@ def _places(run: Run) -> list[Path]:
 def preview_if_due(run: Run, moment: Moment) -> None:
     """Draws the previews that are due at this moment, and shows them in the log."""
     every = previews_every(run.config)
-    if not (run.prompts and every.is_due(moment)):
+    if not (run.prompts and every.is_due(moment) and run.failed_saves.has_disk("previews", moment.step)):
         return
     run.log.flush()
     shared = [(_current_prompts(run), datetime.now())]

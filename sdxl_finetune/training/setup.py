@@ -171,6 +171,7 @@ def _read_inputs(config: Config, accelerator: Accelerator, start: Start | None, 
 
 
 def _build(config: Config, accelerator: Accelerator, start: Start | None, log: Log, requests: Requests) -> Run:
+    failed_saves = FailedSaves(config)  # it remembers the disks before images are encoded, which may take hours
     seed = _run_seed(config, start)
     torch.manual_seed(seed)  # for code outside of our control that draws, such as a user's own optimizer
     inputs = _read_inputs(config, accelerator, start, Problems())
@@ -198,10 +199,11 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         rank=accelerator.process_index,
         ranks=ranks,
     )
-    log.watch = build_watch(config, seed, dataset, timeline, learner.parameters)
+    log.watch = build_watch(config, seed, dataset, timeline, learner.parameters, failed_saves)
     _log_beginning(config, log, index, timeline, learner, prompts)
     _log_captions(index, tokenizer, accelerator)
     uploads, stored = build_uploads(config, accelerator)
+    failed_saves.begin(timeline.first)
     return Run(
         config=config,
         options=saved_options(config),
@@ -223,7 +225,7 @@ def _build(config: Config, accelerator: Accelerator, start: Start | None, log: L
         stages=begin_stage(config, start, index, accelerator),
         uploads=uploads,
         stored=stored,
-        failed_saves=FailedSaves(config, timeline.first),
+        failed_saves=failed_saves,
         requests=requests,
     )
 

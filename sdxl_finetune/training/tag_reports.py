@@ -61,6 +61,8 @@ def report_tags(run: Run, job: Job, moment: Moment, stop: StopRequest) -> None:
     )
     if run.start and moment.is_first and (job.folder / f"{report_name(facts)}{TAGS_ENDING}").exists():
         return
+    if not run.failed_saves.has_disk("tag report", moment.step):
+        return
     subject = Subject(
         sdxl=learner.sdxl,
         vae=learner.vae,

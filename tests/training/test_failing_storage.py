@@ -1,14 +1,12 @@
 """Storage that fails: a disk that fills up, a folder that is gone. Training goes on, and no earlier save is lost."""
 
-import errno
-import logging
 import math
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,55 +15,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from scripts.benchmarks.interrupt import OPTIONS, STYLE, differences, same, saved_names
-from sdxl_finetune.config import Config, load_config
+from scripts.benchmarks.interrupt import differences, same, saved_names
+from sdxl_finetune.config import Config
 from sdxl_finetune.errors import UserError
 from sdxl_finetune.files import free_bytes
 from sdxl_finetune.output.checkpoints import Save
-from sdxl_finetune.output.log_file import LogFile
 from sdxl_finetune.runtime import signals
 from sdxl_finetune.training import failed_saves
-from sdxl_finetune.training.loop import train
 from sdxl_finetune.training.requests import Requests
 from sdxl_finetune.training.saves import Due, Refused
 from sdxl_finetune.training.state import load_state
-
-DISK = 480 << 20
-"""Bytes of the small disk. A run of 4 steps saves less."""
-SMALL = ["--optimizer_type", "SGD", "--learning_rate", "0.01", "--ema_half_life", "", "--save_precision", "bf16"]
-SMALL += ["--resolution", "64", "--max_bucket_reso", "64", "--gradient_accumulation_steps", "1"]
-"""Options of runs that save little: no optimizer state, no EMA, and checkpoints in two bytes."""
-
-
-def run(folder: str, *more: str) -> int:
-    """A run of 4 steps that saves weights and states after every second one and at the end."""
-    places = ["--output_dir", f"{folder}/out", "--logging_dir", f"{folder}/logs", "--seed", "5"]
-    places += ["--cache_dir", "cache"]
-    length = ["--max_train_epochs", "", "--max_train_steps", "4", "--save_every_n_steps", "2"]
-    length += ["--save_last_n_steps", ""]
-    config = load_config(["--config", str(STYLE), *OPTIONS, *length, *SMALL, *places, *more], program="sdxl-train")
-    assert config is not None
-    try:
-        return train(config)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def mount(folder: Path) -> bool:
-    """Mounts a file system of DISK bytes. Returns False if this process may not do that."""
-    folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(folder)]
-    return shutil.which("mount") is not None and not subprocess.run(command, capture_output=True).returncode
-
-
-@pytest.fixture
-def disk(work) -> Iterator[Path]:
-    """A file system of DISK bytes, as the folder `disk`."""
-    folder = work / "disk"
-    if not mount(folder):
-        pytest.skip("this process may not mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+from tests.training.small_runs import DISK, mount, run
 
 
 class Filling:
@@ -111,34 +71,6 @@ def filling(work) -> Iterator[Filling]:
     filling = Filling(work / "disk")
     yield filling
     filling.close()
-
-
-class Watch(logging.Handler):
-    """Calls a function at the nth message that holds a text."""
-
-    def __init__(self, text: str, number: int, act: Callable[[], None]) -> None:
-        super().__init__()
-        self._text, self._left, self._act = text, number, act
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._text in record.getMessage():
-            self._left -= 1
-            if self._left == 0:
-                self._act()
-
-
-@pytest.fixture
-def on_message() -> Iterator[Callable[..., None]]:
-    """on_message(text, act, number=1): calls `act` at the nth message that holds the text."""
-    logger, watches = logging.getLogger("sdxl_finetune"), []
-
-    def watch(text: str, act: Callable[[], None], number: int = 1) -> None:
-        watches.append(Watch(text, number, act))
-        logger.addHandler(watches[-1])
-
-    yield watch
-    for one in watches:
-        logger.removeHandler(one)
 
 
 def forget(folder: str, *names: str) -> None:
@@ -275,7 +207,7 @@ def test_a_file_stop_ends_the_wait_of_a_finished_run(filling, on_message, capsys
 def test_a_signal_and_max_train_hours_end_the_wait(tmp_path) -> None:
     """They end it even if there is no bound of minutes. Before, the run waits until the next attempt is due."""
     config = Config(output_dir=tmp_path, save_retry_minutes=math.inf)
-    saves, stop = failed_saves.FailedSaves(config, 0), signals.StopRequest()
+    saves, stop = failed_saves.FailedSaves(config), signals.StopRequest()
     try:
         accelerator = Accelerator(cpu=True)
         requests = Requests(config, accelerator, stop)
@@ -305,7 +237,7 @@ def test_states_that_are_saved_do_not_put_off_a_refused_checkpoint(work, on_mess
 
 def test_each_kind_of_refused_save_has_its_own_clock(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(failed_saves, "RETRY_AFTER", 0.0)
-    saves = failed_saves.FailedSaves(Config(output_dir=tmp_path, output_name="m"), 0)
+    saves = failed_saves.FailedSaves(Config(output_dir=tmp_path, output_name="m"))
     both = Due([Save(name="m-step00000010")], [Save(name="m-step00000010-state")])
     try:
         Accelerator(cpu=True)
@@ -344,52 +276,3 @@ def test_a_disk_without_room_for_one_save_is_named_before_the_first_step(disk) -
     with pytest.raises(UserError, match=wanted):
         run("disk")
     assert [path.stat().st_size for path in Path("disk/logs").glob("*/metrics.jsonl")] == [0]
-
-
-def test_a_mount_that_is_gone_is_not_written_beneath(disk) -> None:
-    """Nothing is written into the empty folder that is left where a disk was mounted."""
-    saves = failed_saves.FailedSaves(Config(output_dir=disk / "out"), 0)
-    subprocess.run(["umount", str(disk)], check=True)
-    try:
-        assert saves.write("m", 10, lambda folder: folder) is None
-        assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["mount", "-t", "tmpfs", "none", str(disk)], check=True)
-    assert saves.write("m", 10, lambda folder: folder) == disk / "out"
-
-
-def test_a_fallback_whose_mount_is_gone_is_not_written_beneath(disk, work) -> None:
-    config = Config(output_dir=work / "out", save_fallback_dir=disk / "saves")
-    saves = failed_saves.FailedSaves(config, 0)
-
-    def write(folder: Path) -> Path:
-        if folder == config.output_dir:
-            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-        folder.mkdir()
-        return folder
-
-    subprocess.run(["umount", str(disk)], check=True)
-    try:
-        assert saves.write("m", 10, write) is None
-        assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["mount", "-t", "tmpfs", "none", str(disk)], check=True)
-    assert saves.write("m", 10, write) == disk / "saves"
-
-
-def test_a_log_whose_mount_is_gone_for_a_while_keeps_all_its_records(disk) -> None:
-    """What is written beneath would be lost. The file of the disk would then be cut to the size of the other one."""
-    place = disk.with_name("place")
-    place.mkdir()
-    subprocess.run(["mount", "--bind", str(disk), str(place)], check=True)
-    file = LogFile(place / "logs" / "log")
-    file.write(b"1\n" * 100)
-    subprocess.run(["umount", "-l", str(place)], check=True)
-    file.write(b"2\n")
-    assert list(place.iterdir()) == []
-    subprocess.run(["mount", "--bind", str(disk), str(place)], check=True)
-    try:
-        file.close()
-        assert (disk / "logs" / "log").read_bytes() == b"1\n" * 100 + b"2\n"
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
