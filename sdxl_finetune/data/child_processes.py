@@ -26,8 +26,8 @@ def _wait_and_exit() -> None:
 def process_pool(processes: int) -> ProcessPoolExecutor:
     """A pool of processes that are new Python interpreters. They leave Ctrl-C to this process and give no warnings.
 
-    If a process is killed, the pool raises BrokenProcessPool. The pool starts all processes before it begins to look
-    for killed ones: as it starts them one by one, a process killed meanwhile raises OSError in some versions of Python.
+    If a process is killed, the pool raises BrokenProcessPool. All processes are started before the pool begins to look
+    for killed ones. Otherwise a process that is killed during the start raises OSError in some versions of Python.
     """
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_start)
     pool._safe_to_dynamically_spawn_children = False  # type: ignore[attr-defined]

@@ -9,38 +9,77 @@ import itertools
 import json
 import logging
 import os
+import shutil
 from datetime import datetime
 from pathlib import Path
 
-from sdxl_finetune.config import LoggingOptions
-from sdxl_finetune.parsing import parse_json
+from sdxl_finetune.config import Config
+from sdxl_finetune.files import is_same_folder
+from sdxl_finetune.parsing import parse_json, parse_toml_text
 from sdxl_finetune.runtime.locks import holder
 
 logger = logging.getLogger(__name__)
 
-SAVES, METRICS, LOCK = "saves.jsonl", "metrics.jsonl", ".lock"
+SAVES, METRICS, LOCK, CONFIG = "saves.jsonl", "metrics.jsonl", ".lock", "config.toml"
 
 
-def run_directory(config: LoggingOptions, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
+def run_directory(config: Config, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
     """The directory of a run's log: `logging_dir/{log_prefix}{timestamp}`; None without `logging_dir`.
 
     `resumed` is the name of an old log folder, and the step from which the run resumes. If this folder has a record of
     the save, the run continues in it, and the log is cut back to that step. Only one rank calls this function.
 
-    A log that another run is writing is left alone. Runs that start in the same second get folders of their own.
+    The log of another run is left as it is, and continued in a copy. A run is another one if it still goes on, or if it
+    saved under another name or elsewhere. Runs that start in the same second get folders of their own.
     """
     if config.logging_dir is None:
         return None
-    if resumed:
-        name, step = resumed
-        old = config.logging_dir / name
-        if other := holder(old / LOCK):
-            logger.warning("%s is the log of %s; a new log is started", old, other)
-        elif go_back(old, step):
-            return old
-        else:
-            logger.warning("%s has no log of the run up to step %d; a new log is started", old, step)
-    return _new_directory(config.logging_dir / f"{config.log_prefix or ''}{now:%Y%m%d%H%M%S}")
+    new = config.logging_dir / f"{config.log_prefix or ''}{now:%Y%m%d%H%M%S}"
+    if resumed is None:
+        return _new_directory(new)
+    name, step = resumed
+    old = config.logging_dir / name
+    other = holder(old / LOCK) or _other_run(old, config)
+    if other and (copy := _copied(old, _new_directory(new), step)):
+        logger.warning("%s is the log of %s, and stays as it is: this run continues in %s, a copy", old, other, copy)
+        return copy
+    if not other and go_back(old, step):
+        return old
+    logger.warning("%s has no log of the run up to step %d; a new log is started", old, step)
+    return _new_directory(new)
+
+
+def _other_run(old: Path, config: Config) -> str:
+    """Names the run that wrote an old log if it did not save where this run saves; empty if it did.
+
+    The log's copy of the config says where it saved. Without it, the log counts as this run's own.
+    """
+    try:
+        groups = parse_toml_text((old / CONFIG).read_text(encoding="utf-8")).values()
+    except (OSError, ValueError):
+        return ""
+    options = {name: value for group in groups if isinstance(group, dict) for name, value in group.items()}
+    name, folder = options.get("output_name"), str(options.get("output_dir"))
+    is_here = folder == str(config.output_dir) or is_same_folder(Path(folder), config.output_folder)
+    if name == config.output_name and is_here:
+        return ""
+    return f"another run (output_name = {name!r}, output_dir = {folder!r})"
+
+
+def _copied(old: Path, new: Path, step: int) -> Path | None:
+    """Copies the growing files of a log to a new folder, and cuts them back to `step`. None if that cannot be done."""
+    try:
+        for path in [old / METRICS, old / SAVES, *_event_files(old)]:
+            target = new / path.relative_to(old)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    except OSError:
+        pass
+    else:
+        if go_back(new, step):
+            return new
+    shutil.rmtree(new, ignore_errors=True)
+    return None
 
 
 def _new_directory(path: Path) -> Path:

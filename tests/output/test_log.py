@@ -215,9 +215,32 @@ def test_the_log_of_a_run_that_goes_on_is_not_cut_by_a_run_that_resumes_from_its
         log.record(step(0, loss=torch.ones(())))
         assert run_directory(config, now, resumed=("old", 0)) == tmp_path / "20260102030405"
         assert f"old is the log of another run (process {os.getpid()} on" in caplog.text
-    assert [row["step"] for row in rows(tmp_path / "old")] == [1]
+    assert [row["step"] for row in rows(tmp_path / "old")] == [1] and not rows(tmp_path / "20260102030405")
     assert run_directory(config, now, resumed=("old", 0)) == tmp_path / "old" and not rows(tmp_path / "old")
     assert not (tmp_path / "old" / ".lock").exists()
+
+
+@pytest.mark.parametrize("changed", [{"output_name": "branch"}, {"output_dir": Path("elsewhere")}], ids=str)
+def test_a_run_that_saves_elsewhere_continues_in_a_copy_of_the_log(tmp_path: Path, monkeypatch, changed: dict) -> None:
+    """The log of the other run stays as it is. The same folder by another spelling is no other run."""
+    monkeypatch.chdir(tmp_path)
+    config = Config(logging_dir=tmp_path / "logs", output_dir=Path("out"), output_name="style")
+    old, now = tmp_path / "logs" / "old", datetime(2026, 1, 2, 3, 4, 5)
+    with Log(config, old, rank=0) as log:
+        log.begin(steps=2, steps_per_epoch=2)
+        for number in range(2):
+            log.record(step(number, loss=torch.ones(())))
+            log.note_save(number + 1)
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    branch = config.model_copy(update=changed)
+    copy = run_directory(branch, now, resumed=("old", 1))
+    assert copy == tmp_path / "logs" / "20260102030405" and [row["step"] for row in rows(copy)] == [1]
+    assert len(list(copy.rglob("events.*"))) == 1
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+    new = run_directory(branch, now, resumed=("old", 7))
+    assert new == tmp_path / "logs" / "20260102030405-2" and not list(new.iterdir())
+    same = config.model_copy(update={"output_dir": tmp_path / "x" / ".." / "out"})
+    assert run_directory(same, now, resumed=("old", 1)) == old and [row["step"] for row in rows(old)] == [1]
 
 
 def test_trackers_take_their_name_and_arguments(tmp_path: Path) -> None:
