@@ -148,7 +148,11 @@ def _storage_problem(error: Exception, reason: str) -> Problem:
 def _say_failure_of_rank(error: Exception, secrets: Sequence[str]) -> None:
     """Prints the traceback of a process that failed, but not of a process that only lost its connection to it."""
     if any(words in str(error) for words in LOST_CONNECTION):
-        say_errors("another process of this run has ended: see the error message of that process", cause=False)
+        message = (
+            "another process of this run has ended. It has said why, or it was killed, as the system does when memory"
+        )
+        message += " runs out: the launcher's report names it. Start the run again with resume = auto"
+        say_errors(message, cause=False)
     else:
         traceback.print_exc()
         say_errors(redacted(f"{type(error).__name__}: {error}", secrets))

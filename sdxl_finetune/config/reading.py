@@ -124,6 +124,8 @@ def parse_toml(path: Location) -> tuple[dict[str, Any], str]:
         line = text.split("\n")[int(numbers[1:].partition(":")[0]) - 1] if numbers else ""
         if re.search(r'"[^"]*\\', line):
             message += ". In double quotes a backslash begins an escape: put a Windows path into single quotes"
+        elif message.startswith("Illegal character '\\n'"):
+            message += ". Is the closing quote missing?"
         raise UserError(Problem(f"not valid TOML: {message}", file=f"{path}{numbers}")) from None
     except UnicodeDecodeError:
         raise UserError(Problem("not a UTF-8 text file: save it as UTF-8", file=str(path))) from None

@@ -5,6 +5,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.compute
 
 from sdxl_finetune.config.dataset import Subset
 from sdxl_finetune.data.tables import one_chunk
-from sdxl_finetune.errors import Tally, UserError
+from sdxl_finetune.errors import Tally, UserError, counted
 from sdxl_finetune.storage import Location
 
 EXAMPLES = 3
@@ -113,7 +114,10 @@ def remark_on_faces(table: pa.Table, subsets: Sequence[Subset]) -> None:
 def report_bad_images(problems: Tally, on_bad_image: str) -> None:
     """Raises UserError with the problems if `on_bad_image` is "stop", or names them in one warning if it is "skip"."""
     if problems and on_bad_image == "stop":
-        raise UserError(problems.problems())
+        *others, last = problems.problems()
+        advice = "" if "on_bad_image" in last.message else '. To train without such files, set on_bad_image = "skip"'
+        raise UserError([*others, replace(last, message=last.message + advice)])
     if problems:
         lines = "\n".join(str(problem) for problem in problems.problems())
-        logger.warning("%d files are skipped (on_bad_image = skip):\n%s", len(problems), lines)
+        verb = "is" if len(problems) == 1 else "are"
+        logger.warning("%s %s skipped (on_bad_image = skip):\n%s", counted(len(problems), "file"), verb, lines)

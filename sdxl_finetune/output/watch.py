@@ -32,9 +32,14 @@ class WrongNumbers(ArithmeticError):
 class NonFiniteLoss(WrongNumbers):
     """The loss of `step`, or the norm of its gradients, is infinite or NaN."""
 
-    def __init__(self, step: int, value: float, name: str = "loss", details: Sequence[str] = ()) -> None:
+    def __init__(
+        self, step: int, value: float, name: str = "loss", details: Sequence[str] = (), *, is_changed: bool = True
+    ) -> None:
+        """`is_changed` is True if steps of this run have changed the weights before."""
         self.step = step
         advice = "resume from the last checkpoint with a lower learning rate, or look for broken images"
+        if not is_changed:
+            advice = "no step of this run had changed the weights before: look for a broken model, or broken images"
         text = "".join(f"; {detail}" for detail in details)
         super().__init__(f"the {name} of step {step} is {value}; nothing was saved after it{text}: {advice}")
 
@@ -81,7 +86,7 @@ class Watch:
         self._options, self._source, self._parameters = options, source, parameters
         self._spikes = Spikes(options.loss_spike_factor)
         self._in_a_row = 0
-        self._ranks_agreed_at = first_step
+        self._first_step = self._ranks_agreed_at = first_step
         self._has_raised = False
 
     def check(
@@ -139,7 +144,7 @@ class Watch:
             if self._in_a_row > 1:
                 said.append(f"{self._in_a_row} such steps in a row are more than max_non_finite_steps allows")
             self._has_raised = True
-            raise NonFiniteLoss(step, value, name, said)
+            raise NonFiniteLoss(step, value, name, said, is_changed=step - self._in_a_row > self._first_step)
         was_made = math.isfinite(scalars["grad_norm"])
         text = "its gradients are finite, so it was made" if was_made else "it was left out"
         logger.warning("the %s of step %d is %s; %s", name, step, value, "; ".join([text, *said]))
@@ -161,7 +166,7 @@ class Watch:
         spoiled = [name for name, norm in zip(self._parameters, norms, strict=False) if not math.isfinite(norm)]
         if not spoiled:
             return None
-        first = max(reversed(spoiled), key=_depth)  # the backward pass begins with the last layer of the U-Net
+        first = max(reversed(spoiled), key=depth)  # the backward pass begins with the last layer of the U-Net
         return f"{len(spoiled)} of {counted(len(norms), 'gradient')} are not finite, the first in {first}"
 
     def _warn_of_spike(self, step: int, ratios: Mapping[int, float], timesteps: Sequence[float]) -> None:
@@ -173,7 +178,7 @@ class Watch:
         logger.warning(message, step, listed(named, NAMED))
 
 
-def _depth(name: str) -> tuple[int, int]:
+def depth(name: str) -> tuple[int, int]:
     """The place of a parameter in the forward pass: text encoders, then the parts of the U-Net, by block number."""
     parts = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out.")
     if not name.startswith("unet."):

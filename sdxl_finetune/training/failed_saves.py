@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from sdxl_finetune.config import Config
@@ -25,6 +26,7 @@ from sdxl_finetune.errors import listed
 from sdxl_finetune.files import check_mounted, free_bytes, mount_of, size_text
 from sdxl_finetune.output.checkpoints import Save, step_name
 from sdxl_finetune.runtime.signals import LOOK_EVERY, Interrupt, Wish
+from sdxl_finetune.training.requests import STOP
 from sdxl_finetune.training.saves import STATE_SUFFIX, Due, Refused
 
 logger = logging.getLogger(__name__)
@@ -86,8 +88,9 @@ class FailedSaves:
             result = self._try(name, folder, size, write, next_folder)
             if result is not None:
                 if folder != folders[0]:
-                    message = "%s stands in %s (save_fallback_dir) and is not uploaded. Move it when there is room"
-                    logger.warning(message, name, folder)
+                    is_uploaded = self._config.output_address or self._config.huggingface_repo_id
+                    missing = " and is not uploaded" if is_uploaded else ""
+                    logger.warning("%s stands in %s (save_fallback_dir)%s", name, folder, missing)
                 return result
         return None
 
@@ -126,7 +129,7 @@ class FailedSaves:
             reason = str(error.strerror)
         shared = [reason]
         broadcast_object_list(shared)
-        if shared[0]:
+        if shared[0] and PartialState().is_main_process:
             logger.error("no %s after step %d: %s. Training goes on", what, step, shared[0])
         return not shared[0]
 
@@ -193,7 +196,8 @@ class FailedSaves:
                 return str(source)
             if not is_said:
                 most = "" if self._minutes == math.inf else f" at most {self._minutes:g} minutes"
-                logger.info("the run waits%s for storage to take its last saves (%s)", most, OPTION)
+                message = "the run waits%s for storage to take its last saves (%s). A file %s or a signal ends the wait"
+                logger.info(message, most, OPTION, self._config.output_folder / STOP)
                 is_said = True
             time.sleep(max(0.0, min(LOOK_EVERY, next_attempt - now, end - now)))
 

@@ -62,7 +62,8 @@ def begin(run: Run) -> None:
         for folder in run.config.save_folders:
             for path in remove_leftovers(folder, lambda name: is_saved_name(run.config, name)):
                 logger.info("removed %s, which an earlier run left half-written", path)
-    on_first_rank(run.accelerator, lambda: check_space(run.config, run.learner, run.timeline))
+    if run.timeline.first < run.timeline.steps:  # the last saves alone may be less than those of a step
+        on_first_rank(run.accelerator, lambda: check_space(run.config, run.learner, run.timeline))
     if run.start is None:
         if message := overwritten(run.config, run.save_as):
             logger.warning("%s", message)
@@ -197,9 +198,13 @@ def save_if_due(run: Run, moment: Moment) -> Due:
 def save_final(run: Run) -> None:
     """Saves the final checkpoint, and the training state if the options ask for one.
 
-    Raises SaveFailed if storage does not take them until the end of `save_retry_minutes`.
+    A run that resumes from this state does not save it again. Raises SaveFailed if storage does not take the saves
+    until the end of `save_retry_minutes`.
     """
-    state = final_state(run.config)
+    state, start = final_state(run.config), run.start
+    is_at_the_end = start is not None and start.state.step == run.timeline.steps
+    if state and start and is_at_the_end and start.path.name == state.name and start.is_in(run.config):
+        state = None
     final = Due([Save(name=checkpoints.final_name(run.config))], [state] if state else [])
     _save_at_the_end(run, run.failed_saves.at_the_end(run.timeline.steps, final), run.timeline.steps)
 

@@ -65,7 +65,9 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
     reports = tag_reports.build_reports(run)
     hooks.begin(run)
     tag_reports.begin_reports(run, reports, stop)
-    stop.check()
+    if cause := stop.cause:
+        logger.warning("%s before the first step: there is nothing new to save", cause)
+        raise cause
     for step in training_steps(run.learner, run.batches(), stop):
         moment = run.timeline.after(step.number)
         run.log.record(step)

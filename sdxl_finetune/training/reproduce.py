@@ -24,7 +24,7 @@ from sdxl_finetune.errors import counted, listed
 from sdxl_finetune.model.vae import batch_latents, latent_size
 from sdxl_finetune.output.console import console
 from sdxl_finetune.output.log import Step
-from sdxl_finetune.output.watch import WrongNumbers
+from sdxl_finetune.output.watch import WrongNumbers, depth
 from sdxl_finetune.printable import printable
 from sdxl_finetune.runtime.processes import Autocast, build_accelerator, on_every_rank
 from sdxl_finetune.runtime.signals import Interrupt, StopRequest, stop_on_signals
@@ -60,7 +60,7 @@ class Findings:
     module: str | None = None
     """The first module in the forward pass with such an output."""
     gradients: list[str] = field(default_factory=list)
-    """Parameters with such a gradient or gradient norm, in the order of the backward pass as far as it is known."""
+    """Parameters with such a gradient or gradient norm, in the order of the backward pass by `depth`."""
 
     @property
     def is_wrong(self) -> bool:
@@ -134,10 +134,11 @@ def examine(learner: Learner, batches: Sequence[DumpedBatch]) -> Findings:
     del values
     for dumped in batches:
         findings.inputs += [name for name, value in vars(dumped.batch).items() if not _is_finite(value)]
-        with _first_wrong_output(learner.sdxl, findings):
+        with _first_wrong_output(learner.sdxl, named, findings):
             norms = _gradient_norms(learner, dumped, findings)
         found = {name for (name, _), norm in zip(named, norms, strict=True) if not _is_finite(norm)}
         findings.gradients += [name for name, _ in reversed(named) if name in found - set(findings.gradients)]
+    findings.gradients.sort(key=depth, reverse=True)  # parameters of one depth stay in their order
     _say_findings(findings, len(named))
     return findings
 
@@ -158,13 +159,20 @@ def _gradient_norms(learner: Learner, dumped: DumpedBatch, findings: Findings) -
 
 
 @contextmanager
-def _first_wrong_output(model: nn.Module, findings: Findings) -> Iterator[None]:
-    """Within the context, notes the first module with an output that is not finite. Inner modules come first."""
+def _first_wrong_output(
+    model: nn.Module, named: Sequence[tuple[str, nn.Parameter]], findings: Findings
+) -> Iterator[None]:
+    """Within the context, notes the first module with an output that is not finite. Inner modules come first.
+
+    Its name is that of its trained parameters, or else its place in the model.
+    """
+    names = {id(parameter): name.rpartition(".")[0] for name, parameter in named}
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def note(module: nn.Module, _inputs: Any, output: Any) -> None:
             if findings.module is None and not _is_finite(output):
-                findings.module = name
+                own = [names[id(each)] for each in module.parameters(recurse=False) if id(each) in names]
+                findings.module = own[0] if own else name
 
         return note
 

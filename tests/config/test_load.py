@@ -154,6 +154,7 @@ def test_a_refused_value_is_reported_only_once(folder):
     [
         ("a = 1\nbad = = 1\n", "c.toml:2:7: not valid TOML: Invalid value"),
         ("seed = 1\nseed = 2\n", "c.toml:2:9: not valid TOML: Cannot overwrite a value"),
+        ('a = "b\nc = 1\n', "c.toml:1:7: not valid TOML: Illegal character '\\n'. Is the closing quote missing?"),
         (b"seed = '\xff'", "c.toml: not a UTF-8 text file: save it as UTF-8"),
         (None, "c.toml: cannot be read: No such file or directory"),
     ],

@@ -67,6 +67,19 @@ def test_the_message_names_images_without_a_finite_loss_and_the_first_gradient_o
         watch.check(3, BROKEN, timesteps, vectors([math.nan] * 4, [math.inf, 1, 1, 1, 1]))
 
 
+@pytest.mark.parametrize(
+    ("first", "advice"), [(4, "no step of this run had changed the weights"), (3, "lower learning")]
+)
+def test_numbers_that_are_wrong_from_the_first_step_on_point_at_the_model(first: int, advice: str) -> None:
+    """Also if steps were left out before. Nothing that this run did has changed the weights then."""
+    watch = Watch(Config(non_finite_steps="skip", max_non_finite_steps=1), Source(), PARAMETERS, first_step=first)
+    for step in range(first + 1, 5):
+        watch.check(step, FINE, [1.0] * 4)
+    watch.check(5, BROKEN, [1.0] * 4)
+    with pytest.raises(NonFiniteLoss, match=advice):
+        watch.check(6, BROKEN, [1.0] * 4)
+
+
 def test_a_gradient_that_overflows_names_all_images_of_the_step() -> None:
     watch = Watch(Config(), Source(), PARAMETERS)
     with pytest.raises(NonFiniteLoss, match="the gradient norm of step 7 is inf") as caught:

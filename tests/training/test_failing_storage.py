@@ -256,6 +256,17 @@ def test_each_kind_of_refused_save_has_its_own_clock(tmp_path, monkeypatch) -> N
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_a_resumed_run_needs_room_for_no_more_than_it_has_to_save(disk, caplog) -> None:
+    """All steps are made, and the final checkpoint alone is missing. It takes a third of the saves of a step."""
+    length = ["--save_every_n_steps", "9", "--save_state_on_train_end"]
+    assert run("disk", *length) == 0
+    weights = load_file("disk/out/style.safetensors")
+    forget("disk", "style.safetensors")
+    (disk / "ballast").write_bytes(bytes(int(free_bytes(disk)) - (60 << 20)))
+    assert run("disk", *length, "--resume", "auto") == 0
+    assert same(load_file("disk/out/style.safetensors"), weights) and "could not be saved" not in caplog.text
+
+
 def test_a_refused_save_that_a_file_asked_for_stays_once_it_is_made(work, on_message, monkeypatch) -> None:
     """Storage refuses the save after step 1 and takes it after step 2. The state after step 4 replaces neither."""
     monkeypatch.setattr(failed_saves, "RETRY_AFTER", 0.0)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdxl_finetune.config import Config, load_config
 from sdxl_finetune.errors import UserError
@@ -90,6 +91,23 @@ def test_a_run_stops_and_names_image_parameter_and_dump(work, capsys) -> None:
     assert f"step {number} with the weights of " in report
     assert "images/chelsea.jpg, timestep " in report and "gradients are not finite" in report
     assert report.endswith("\nreproduced\n") and "training steps" not in report, "the batch alone shows it"
+
+
+def test_a_weight_that_is_no_number_is_named_alike_by_the_run_and_by_its_reproduction(work, capsys) -> None:
+    """The gradients of U-Net and text encoders are all NaN. The last layer of the U-Net has the first of them."""
+    model = load_file("base.safetensors")
+    broken = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    model[broken].view(-1)[0] = math.nan
+    save_file(model, "base.safetensors")
+    assert run("--max_train_steps", "2", "--train_text_encoder") == 1
+    told = capsys.readouterr().err
+    assert "no step of this run had changed the weights before: look for a broken model" in told
+    first = re.search(r"the first in (\S+);", told)
+    assert first and first[1].startswith("unet.model.diffusion_model.out.")
+    report = reproduce(next(Path("out/dumps").iterdir()), capsys)
+    assert f"weights that are not finite: unet.{broken}" in report and f"the first in {first[1]}\n" in report
+    layer = broken.rpartition(".")[0]
+    assert f"first layer with an output that is not finite: unet.{layer}\n" in report
 
 
 def test_a_step_is_left_out_as_if_it_had_not_been_there(work, caplog) -> None:
