@@ -148,10 +148,8 @@ def _storage_problem(error: Exception, reason: str) -> Problem:
 def _say_failure_of_rank(error: Exception, secrets: Sequence[str]) -> None:
     """Prints the traceback of a process that failed, but not of a process that only lost its connection to it."""
     if any(words in str(error) for words in LOST_CONNECTION):
-        message = (
-            "another process of this run has ended. It has said why, or it was killed, as the system does when memory"
-        )
-        message += " runs out: the launcher's report names it. Start the run again with resume = auto"
+        message = "another process of this run has ended: its own message, or the launcher's report, says why."
+        message += " The system kills processes when memory runs out. Start the run again with resume = auto"
         say_errors(message, cause=False)
     else:
         traceback.print_exc()

@@ -127,7 +127,7 @@ def finish(name: str, processes: int, *more: str) -> list[str]:
     status = run.wait(PATIENCE)
     said = log.read_bytes()[before:].decode(errors="replace")
     if status:
-        return [f"the resumed run ended with status {status}: {said[-2000:]}"]
+        return [f"the resumed run ended with status {status}: {said[-2000:]}", *outlived(run)]
     return faults_at_the_end(name, said) + outlived(run)
 
 

@@ -124,7 +124,7 @@ def parse_toml(path: Location) -> tuple[dict[str, Any], str]:
         line = text.split("\n")[int(numbers[1:].partition(":")[0]) - 1] if numbers else ""
         if re.search(r'"[^"]*\\', line):
             message += ". In double quotes a backslash begins an escape: put a Windows path into single quotes"
-        elif message.startswith("Illegal character '\\n'"):
+        elif re.match(r"(Illegal|Found invalid) character '\\n'|Unterminated string|Expected \"'\"", message):
             message += ". Is the closing quote missing?"
         raise UserError(Problem(f"not valid TOML: {message}", file=f"{path}{numbers}")) from None
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Processes that a run starts to work beside it: a pool of them, and what ends each if the run is killed."""
+"""Processes that work beside the main process: a pool of them, and how they end if the main process is killed."""
 
 import multiprocessing
 import os
@@ -11,8 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 def end_with_parent() -> None:
     """Ends this process, started by `multiprocessing`, as soon as the process that started it has ended.
 
-    No signal tells of a parent that was killed. Its children may wait for its next task for ever: each of them holds
-    both ends of the pipe of tasks, which therefore never closes. The parent may be gone before this function is called.
+    No signal tells a child that its parent was killed, and it would wait for the next task for ever. Each child holds
+    both ends of the pipe of tasks, so the pipe never closes. The parent may be gone before this function is called.
     """
     threading.Thread(target=_wait_and_exit, name="end with parent", daemon=True).start()
 

@@ -115,7 +115,8 @@ def report_bad_images(problems: Tally, on_bad_image: str) -> None:
     """Raises UserError with the problems if `on_bad_image` is "stop", or names them in one warning if it is "skip"."""
     if problems and on_bad_image == "stop":
         *others, last = problems.problems()
-        advice = "" if "on_bad_image" in last.message else '. To train without such files, set on_bad_image = "skip"'
+        is_said = any("on_bad_image" in problem.message for problem in (*others, last))
+        advice = "" if is_said else '. To train without such files, set on_bad_image = "skip"'
         raise UserError([*others, replace(last, message=last.message + advice)])
     if problems:
         lines = "\n".join(str(problem) for problem in problems.problems())

@@ -37,7 +37,7 @@ from sdxl_finetune.output.curve import draw_curve
 from sdxl_finetune.output.delayed_scalars import Arrived, DelayedScalars
 from sdxl_finetune.output.histograms import EDGES, PERIOD, TimestepCounts
 from sdxl_finetune.output.log_file import LogFile, MessageFile, said_if_it_fails, write_text
-from sdxl_finetune.output.log_history import CONFIG, LOCK, METRICS, SAVES, last_losses, note_save
+from sdxl_finetune.output.log_history import LOCK, METRICS, SAVES, last_losses, note_save
 from sdxl_finetune.output.metadata import shareable, versions
 from sdxl_finetune.output.trackers import build_trackers
 from sdxl_finetune.output.watch import Watch, WrongNumbers
@@ -133,7 +133,7 @@ class Log:
             self._file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", config))
             logging.getLogger().addHandler(self._file)
         if directory and rank == 0:
-            write_text(directory / CONFIG, f"# sdxl_finetune {__version__}\n{to_toml(config)}")
+            write_text(directory / "config.toml", f"# sdxl_finetune {__version__}\n{to_toml(config)}")
             write_text(directory / "versions.json", json.dumps(versions(), indent=2) + "\n")
             with said_if_it_fails(directory / "ended.json"):
                 (directory / "ended.json").unlink(missing_ok=True)

@@ -5,6 +5,7 @@ files off at these sizes. This removes everything that the interrupted run wrote
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -13,24 +14,26 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from sdxl_finetune.config import Config
-from sdxl_finetune.files import is_same_folder
-from sdxl_finetune.parsing import parse_json, parse_toml_text
+from sdxl_finetune.config import LoggingOptions
+from sdxl_finetune.files import atomic_path
+from sdxl_finetune.parsing import parse_json
 from sdxl_finetune.runtime.locks import holder
 
 logger = logging.getLogger(__name__)
 
-SAVES, METRICS, LOCK, CONFIG = "saves.jsonl", "metrics.jsonl", ".lock", "config.toml"
+SAVES, METRICS, LOCK = "saves.jsonl", "metrics.jsonl", ".lock"
 
 
-def run_directory(config: Config, now: datetime, *, resumed: tuple[str, int] | None = None) -> Path | None:
+def run_directory(
+    config: LoggingOptions, now: datetime, *, resumed: tuple[str, int] | None = None, is_own: bool = True
+) -> Path | None:
     """The directory of a run's log: `logging_dir/{log_prefix}{timestamp}`; None without `logging_dir`.
 
     `resumed` is the name of an old log folder, and the step from which the run resumes. If this folder has a record of
     the save, the run continues in it, and the log is cut back to that step. Only one rank calls this function.
 
-    The log of another run is left as it is, and continued in a copy. A run is another one if it still goes on, or if it
-    saved under another name or elsewhere. Runs that start in the same second get folders of their own.
+    A log belongs to another run if that run still writes it, or if `is_own` is False. It then stays as it is, and this
+    run continues in a copy. Runs that start in the same second get folders of their own.
     """
     if config.logging_dir is None:
         return None
@@ -39,47 +42,34 @@ def run_directory(config: Config, now: datetime, *, resumed: tuple[str, int] | N
         return _new_directory(new)
     name, step = resumed
     old = config.logging_dir / name
-    other = holder(old / LOCK) or _other_run(old, config)
+    other = holder(old / LOCK) or ("" if is_own else "another run")
     if other and (copy := _copied(old, _new_directory(new), step)):
-        logger.warning("%s is the log of %s, and stays as it is: this run continues in %s, a copy", old, other, copy)
+        logger.warning("%s is the log of %s, and stays as it is: this run continues in a copy, %s", old, other, copy)
         return copy
     if not other and go_back(old, step):
         return old
-    logger.warning("%s has no log of the run up to step %d; a new log is started", old, step)
+    logger.warning("%s has no log of the run up to step %d that can be used; a new log is started", old, step)
     return _new_directory(new)
 
 
-def _other_run(old: Path, config: Config) -> str:
-    """Names the run that wrote an old log if it did not save where this run saves; empty if it did.
-
-    The log's copy of the config says where it saved. Without it, the log counts as this run's own.
-    """
-    try:
-        groups = parse_toml_text((old / CONFIG).read_text(encoding="utf-8")).values()
-    except (OSError, ValueError):
-        return ""
-    options = {name: value for group in groups if isinstance(group, dict) for name, value in group.items()}
-    name, folder = options.get("output_name"), str(options.get("output_dir"))
-    is_here = folder == str(config.output_dir) or is_same_folder(Path(folder), config.output_folder)
-    if name == config.output_name and is_here:
-        return ""
-    return f"another run (output_name = {name!r}, output_dir = {folder!r})"
-
-
 def _copied(old: Path, new: Path, step: int) -> Path | None:
-    """Copies the growing files of a log to a new folder, and cuts them back to `step`. None if that cannot be done."""
+    """Copies the growing files of a log to a new, empty folder, cut back to `step`. None if that cannot be done."""
     try:
-        for path in [old / METRICS, old / SAVES, *_event_files(old)]:
-            target = new / path.relative_to(old)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-    except OSError:
-        pass
-    else:
-        if go_back(new, step):
-            return new
-    shutil.rmtree(new, ignore_errors=True)
-    return None
+        if any(new.iterdir()):
+            return None
+        with atomic_path(new) as temporary:
+            for path in [old / METRICS, old / SAVES, *_event_files(old)]:
+                target = temporary / path.relative_to(old)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            if not go_back(temporary, step):
+                raise FileNotFoundError(errno.ENOENT, f"it has no record of step {step}")
+    except OSError as error:
+        logger.warning("%s is the log of another run and cannot be copied (%s)", old, error.strerror)
+        with contextlib.suppress(OSError):  # it has files of another run
+            new.rmdir()
+        return None
+    return new
 
 
 def _new_directory(path: Path) -> Path:

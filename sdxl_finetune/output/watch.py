@@ -33,12 +33,12 @@ class NonFiniteLoss(WrongNumbers):
     """The loss of `step`, or the norm of its gradients, is infinite or NaN."""
 
     def __init__(
-        self, step: int, value: float, name: str = "loss", details: Sequence[str] = (), *, is_changed: bool = True
+        self, step: int, value: float, name: str = "loss", details: Sequence[str] = (), *, has_trained: bool = True
     ) -> None:
-        """`is_changed` is True if steps of this run have changed the weights before."""
+        """`has_trained` is False if no earlier step of this run has changed the weights."""
         self.step = step
         advice = "resume from the last checkpoint with a lower learning rate, or look for broken images"
-        if not is_changed:
+        if not has_trained:
             advice = "no step of this run had changed the weights before: look for a broken model, or broken images"
         text = "".join(f"; {detail}" for detail in details)
         super().__init__(f"the {name} of step {step} is {value}; nothing was saved after it{text}: {advice}")
@@ -86,8 +86,8 @@ class Watch:
         self._options, self._source, self._parameters = options, source, parameters
         self._spikes = Spikes(options.loss_spike_factor)
         self._in_a_row = 0
-        self._first_step = self._ranks_agreed_at = first_step
-        self._has_raised = False
+        self._ranks_agreed_at = first_step
+        self._has_raised = self._has_trained = False
 
     def check(
         self,
@@ -107,7 +107,7 @@ class Watch:
         self._check_ranks(step, vectors.get(RANK_DIFFERENCES, ()))
         losses = vectors.get(IMAGE_LOSSES, ())
         if math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"]):
-            self._in_a_row = 0
+            self._in_a_row, self._has_trained = 0, True
             if found := self._spikes.add(timesteps, losses):
                 self._warn_of_spike(step, found, timesteps)
         elif math.isfinite(scalars["loss"]) and scalars.get("loss_scale", 0.0) >= SMALLEST_LOSS_SCALE:
@@ -144,8 +144,9 @@ class Watch:
             if self._in_a_row > 1:
                 said.append(f"{self._in_a_row} such steps in a row are more than max_non_finite_steps allows")
             self._has_raised = True
-            raise NonFiniteLoss(step, value, name, said, is_changed=step - self._in_a_row > self._first_step)
+            raise NonFiniteLoss(step, value, name, said, has_trained=self._has_trained)
         was_made = math.isfinite(scalars["grad_norm"])
+        self._has_trained |= was_made
         text = "its gradients are finite, so it was made" if was_made else "it was left out"
         logger.warning("the %s of step %d is %s; %s", name, step, value, "; ".join([text, *said]))
 

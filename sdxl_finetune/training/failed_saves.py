@@ -118,7 +118,7 @@ class FailedSaves:
         check_mounted(self._mounts[self._config.output_folder])
 
     def has_disk(self, what: str, step: int) -> bool:
-        """True if the disk of `output_dir` is still mounted. Otherwise it is said that `what` of this step is left out.
+        """True if the disk of `output_dir` is still mounted. If not, logs that `what` of this step is left out.
 
         All ranks call this together, and receive the answer of the first one.
         """

@@ -198,15 +198,22 @@ def save_if_due(run: Run, moment: Moment) -> Due:
 def save_final(run: Run) -> None:
     """Saves the final checkpoint, and the training state if the options ask for one.
 
-    A run that resumes from this state does not save it again. Raises SaveFailed if storage does not take the saves
-    until the end of `save_retry_minutes`.
+    Raises SaveFailed if storage does not take them until the end of `save_retry_minutes`.
     """
-    state, start = final_state(run.config), run.start
-    is_at_the_end = start is not None and start.state.step == run.timeline.steps
-    if state and start and is_at_the_end and start.path.name == state.name and start.is_in(run.config):
-        state = None
-    final = Due([Save(name=checkpoints.final_name(run.config))], [state] if state else [])
+    state = final_state(run.config)
+    states = [state] if state and not _is_saved(run, state) else []
+    final = Due([Save(name=checkpoints.final_name(run.config))], states)
     _save_at_the_end(run, run.failed_saves.at_the_end(run.timeline.steps, final), run.timeline.steps)
+
+
+def _is_saved(run: Run, state: Save) -> bool:
+    """True if the run has resumed from this final state. A run that uploads counts none, and uploads it once more."""
+    config, start = run.config, run.start
+    if start is None or start.state.step < run.timeline.steps or config.output_address or config.huggingface_repo_id:
+        return False
+    shared = [start.is_in(config) and start.path.name == state.name]
+    broadcast_object_list(shared)  # each machine has its own paths
+    return shared[0]
 
 
 def save_stopped(run: Run, moment: Moment, written: Due = NOTHING, cause: Interrupt | None = None) -> None:

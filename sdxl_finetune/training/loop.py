@@ -65,7 +65,7 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
     reports = tag_reports.build_reports(run)
     hooks.begin(run)
     tag_reports.begin_reports(run, reports, stop)
-    if cause := stop.cause:
+    if cause := run.requests.early_cause():
         logger.warning("%s before the first step: there is nothing new to save", cause)
         raise cause
     for step in training_steps(run.learner, run.batches(), stop):

@@ -101,6 +101,10 @@ class Requests:
         self._answered = self.stop.number, self.stop.reason
         return next(cause for cause in gather_object([own]) if cause)
 
+    def early_cause(self) -> Interrupt | None:
+        """The cause for which a rank was asked to stop before the first step. All ranks call this together."""
+        return next((cause for cause in gather_object([self.stop.cause]) if cause), None)
+
     def end_of_wait(self) -> str:
         """Returns the name of what ends this rank's wait for storage at the end of a run; empty if nothing does.
 

@@ -30,7 +30,7 @@ from sdxl_finetune.storage import Address, StorageError, list_files, read
 from sdxl_finetune.storage.folders import fetch, fetch_to, files_at
 from sdxl_finetune.training.option_files import saved_options
 from sdxl_finetune.training.saves import STATE_SUFFIX
-from sdxl_finetune.training.state import OPTIMIZER, WEIGHTS, TrainingState, load_state, peek_state
+from sdxl_finetune.training.state import OPTIMIZER, WEIGHTS, TrainingState, is_saved_name, load_state, peek_state
 from sdxl_finetune.training.stored_saves import find_stored
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,10 @@ class Start:
         if self.address and self.address.parent == config.output_address:
             return True
         return self.path.resolve().parent in [folder.resolve() for folder in config.save_folders]
+
+    def is_of(self, config: Config) -> bool:
+        """True if a run with these options saves under this name, in this place."""
+        return self.is_in(config) and is_saved_name(config, self.path.name)
 
     @property
     def weights(self) -> Path:

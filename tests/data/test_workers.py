@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import psutil
 import pytest
@@ -110,5 +109,4 @@ def test_a_process_of_a_pool_that_is_killed_while_others_start_is_named() -> Non
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     {"load": load, "wait_for_work": wait_for_work}[sys.argv[1]]()

@@ -220,11 +220,9 @@ def test_the_log_of_a_run_that_goes_on_is_not_cut_by_a_run_that_resumes_from_its
     assert not (tmp_path / "old" / ".lock").exists()
 
 
-@pytest.mark.parametrize("changed", [{"output_name": "branch"}, {"output_dir": Path("elsewhere")}], ids=str)
-def test_a_run_that_saves_elsewhere_continues_in_a_copy_of_the_log(tmp_path: Path, monkeypatch, changed: dict) -> None:
-    """The log of the other run stays as it is. The same folder by another spelling is no other run."""
-    monkeypatch.chdir(tmp_path)
-    config = Config(logging_dir=tmp_path / "logs", output_dir=Path("out"), output_name="style")
+def test_another_run_continues_in_a_copy_of_the_log(tmp_path: Path, caplog) -> None:
+    """The log of the first run stays as it is. Without a record of the step, nothing is copied."""
+    config = Config(logging_dir=tmp_path / "logs")
     old, now = tmp_path / "logs" / "old", datetime(2026, 1, 2, 3, 4, 5)
     with Log(config, old, rank=0) as log:
         log.begin(steps=2, steps_per_epoch=2)
@@ -232,15 +230,15 @@ def test_a_run_that_saves_elsewhere_continues_in_a_copy_of_the_log(tmp_path: Pat
             log.record(step(number, loss=torch.ones(())))
             log.note_save(number + 1)
     before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
-    branch = config.model_copy(update=changed)
-    copy = run_directory(branch, now, resumed=("old", 1))
+    copy = run_directory(config, now, resumed=("old", 1), is_own=False)
     assert copy == tmp_path / "logs" / "20260102030405" and [row["step"] for row in rows(copy)] == [1]
     assert len(list(copy.rglob("events.*"))) == 1
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
-    new = run_directory(branch, now, resumed=("old", 7))
+    new = run_directory(config, now, resumed=("old", 7), is_own=False)
     assert new == tmp_path / "logs" / "20260102030405-2" and not list(new.iterdir())
-    same = config.model_copy(update={"output_dir": tmp_path / "x" / ".." / "out"})
-    assert run_directory(same, now, resumed=("old", 1)) == old and [row["step"] for row in rows(old)] == [1]
+    assert "it has no record of step 7" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["20260102030405", new.name, "old"]
+    assert run_directory(config, now, resumed=("old", 1)) == old and [row["step"] for row in rows(old)] == [1]
 
 
 def test_trackers_take_their_name_and_arguments(tmp_path: Path) -> None:

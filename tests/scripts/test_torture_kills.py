@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scripts.benchmarks.interrupt import MARK, Process
 from scripts.benchmarks.torture_runs import pictures, torn
 from sdxl_finetune.training.state import TrainingState, save_state
 
@@ -26,17 +25,35 @@ def test_killed_runs_end_like_undisturbed_ones(tmp_path: Path, kind: str, trials
     assert f"| **all** | {trials} | 0 |" in done.stdout
 
 
-def test_a_process_that_outlives_its_run_is_found(tmp_path: Path) -> None:
-    """A child of the main process is of the run, and one that runs beside it is not."""
-    with subprocess.Popen(["sleep", "600"]) as other:
-        run = Process(["--help"], 2, tmp_path / "run.log")
-        run.wait()
-        assert run.outlived_by() == []
-        with subprocess.Popen(["sleep", "500"], env={**os.environ, MARK: str(run.log.resolve())}) as worker:
-            assert run.outlived_by(1) == ["sleep 500"]
-            assert worker.wait() == -signal.SIGKILL
-        assert other.poll() is None
-        other.kill()
+LEAVE = """
+import subprocess
+import sys
+from pathlib import Path
+from scripts.benchmarks import interrupt
+
+interrupt.cli.train = lambda: sys.exit(bool(subprocess.Popen(["sleep", "500"]).returncode))
+subprocess.Popen(["sleep", "400"])
+for _ in range(2):
+    run = interrupt.Process([], 1, Path("run.log"))
+    print(run.wait(), run.outlived_by(1), run.outlived_by(1))
+"""
+
+
+def test_a_process_that_outlives_its_run_is_found_and_ended(tmp_path: Path) -> None:
+    """A run of one process is forked. A process beside the run is none of its own."""
+    command, root = [sys.executable, "-c", LEAVE], str(Path(__file__).parents[2])
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        start_new_session=True,
+    ) as program:
+        try:
+            assert program.stdout and [program.stdout.readline() for _ in range(2)] == ["0 ['sleep 500'] []\n"] * 2
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
 
 
 def test_incomplete_files_are_found(tmp_path: Path, base: Path) -> None:

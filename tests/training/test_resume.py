@@ -143,6 +143,19 @@ def test_what_was_finished_stays_as_it_is(work, caplog) -> None:
     assert [row["step"] for row in read_metrics(Path("one"))] == list(range(1, 8))
 
 
+def test_a_run_of_another_name_leaves_the_log_of_the_first_as_it_is(work, caplog) -> None:
+    options = [*SGD, *NO_AVERAGE]
+    assert run("one", *options) == 0
+    (first,) = Path("one/logs").iterdir()
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    assert run("one", *options, "--output_name", "branch", "--resume", "one/out/style-step00000003-state") == 0
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    (second,) = set(Path("one/logs").iterdir()) - {first}
+    assert f"{first} is the log of another run, and stays as it is" in caplog.text
+    metrics = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (first, second)]
+    assert [json.loads(line)["loss"] for line in metrics[0]] == [json.loads(line)["loss"] for line in metrics[1]]
+
+
 def test_a_damaged_state_is_named_and_not_taken(work, caplog) -> None:
     assert run("one", "--save_state_on_train_end") == 0
     state = Path("one/out/style-step00000006-state")
