@@ -5,7 +5,6 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -112,12 +111,13 @@ def remark_on_faces(table: pa.Table, subsets: Sequence[Subset]) -> None:
 
 
 def report_bad_images(problems: Tally, on_bad_image: str) -> None:
-    """Raises UserError with the problems if `on_bad_image` is "stop", or names them in one warning if it is "skip"."""
+    """Raises UserError with the problems if `on_bad_image` is "stop", or names them in one warning if it is "skip".
+
+    Before the error, a warning names the other choice.
+    """
     if problems and on_bad_image == "stop":
-        *others, last = problems.problems()
-        is_said = any("on_bad_image" in problem.message for problem in (*others, last))
-        advice = "" if is_said else '. To train without such files, set on_bad_image = "skip"'
-        raise UserError([*others, replace(last, message=last.message + advice)])
+        logger.warning('on_bad_image = "skip" would train without the files that cannot be used')
+        raise UserError(problems.problems())
     if problems:
         lines = "\n".join(str(problem) for problem in problems.problems())
         verb = "is" if len(problems) == 1 else "are"
