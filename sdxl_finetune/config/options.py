@@ -151,6 +151,11 @@ class Config(
         return self.output_dir if isinstance(self.output_dir, Address) else None
 
     @property
+    def uploads_saves(self) -> bool:
+        """True if saves are uploaded, to an object store or to the Hugging Face hub."""
+        return bool(self.output_address or self.huggingface_repo_id)
+
+    @property
     def local_folder(self) -> Path:
         """Local folder for parts of what is kept at addresses."""
         return self.cache_dir_local or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sdxl_finetune")

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from sdxl_finetune.config import Config
@@ -88,8 +87,7 @@ class FailedSaves:
             result = self._try(name, folder, size, write, next_folder)
             if result is not None:
                 if folder != folders[0]:
-                    is_uploaded = self._config.output_address or self._config.huggingface_repo_id
-                    missing = " and is not uploaded" if is_uploaded else ""
+                    missing = " and is not uploaded" if self._config.uploads_saves else ""
                     logger.warning("%s stands in %s (save_fallback_dir)%s", name, folder, missing)
                 return result
         return None
@@ -118,20 +116,13 @@ class FailedSaves:
         check_mounted(self._mounts[self._config.output_folder])
 
     def has_disk(self, what: str, step: int) -> bool:
-        """True if the disk of `output_dir` is still mounted. If not, logs that `what` of this step is left out.
-
-        All ranks call this together, and receive the answer of the first one.
-        """
-        reason = ""
+        """True if the disk of `output_dir` is still mounted. If not, logs that `what` of this step is left out."""
         try:
             self.check_disk()
         except OSError as error:
-            reason = str(error.strerror)
-        shared = [reason]
-        broadcast_object_list(shared)
-        if shared[0] and PartialState().is_main_process:
-            logger.error("no %s after step %d: %s. Training goes on", what, step, shared[0])
-        return not shared[0]
+            logger.error("no %s after step %d: %s. Training goes on", what, step, error.strerror)
+            return False
+        return True
 
     def note(self, step: int, due: Due, refused: Refused) -> Refused:
         """Notes what became of the saves of a step on the first rank. All ranks call it, and receive the same."""

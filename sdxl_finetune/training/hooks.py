@@ -100,13 +100,15 @@ def _has_checkpoint(run: Run, name: str, start: Start) -> bool:
 def _places(run: Run) -> list[Path]:
     """The folders in which a save of an earlier run counts. What is uploaded has to stand in `output_dir`."""
     config = run.config
-    return [run.output_dir] if config.output_address or config.huggingface_repo_id else config.save_folders
+    return [run.output_dir] if config.uploads_saves else config.save_folders
 
 
 def preview_if_due(run: Run, moment: Moment) -> None:
     """Draws the previews that are due at this moment, and shows them in the log."""
     every = previews_every(run.config)
-    if not (run.prompts and every.is_due(moment) and run.failed_saves.has_disk("previews", moment.step)):
+    if not (run.prompts and every.is_due(moment)):
+        return
+    if not on_first_rank(run.accelerator, lambda: run.failed_saves.has_disk("previews", moment.step)):
         return
     run.log.flush()
     shared = [(_current_prompts(run), datetime.now())]
@@ -209,11 +211,9 @@ def save_final(run: Run) -> None:
 def _is_saved(run: Run, state: Save) -> bool:
     """True if the run has resumed from this final state. A run that uploads counts none, and uploads it once more."""
     config, start = run.config, run.start
-    if start is None or start.state.step < run.timeline.steps or config.output_address or config.huggingface_repo_id:
+    if start is None or start.state.step < run.timeline.steps or config.uploads_saves:
         return False
-    shared = [start.is_in(config) and start.path.name == state.name]
-    broadcast_object_list(shared)  # each machine has its own paths
-    return shared[0]
+    return on_first_rank(run.accelerator, lambda: start.is_in(config) and start.path.name == state.name)
 
 
 def save_stopped(run: Run, moment: Moment, written: Due = NOTHING, cause: Interrupt | None = None) -> None:

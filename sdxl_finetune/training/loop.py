@@ -65,7 +65,7 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
     reports = tag_reports.build_reports(run)
     hooks.begin(run)
     tag_reports.begin_reports(run, reports, stop)
-    if cause := run.requests.early_cause():
+    if cause := run.requests.cause():
         logger.warning("%s before the first step: there is nothing new to save", cause)
         raise cause
     for step in training_steps(run.learner, run.batches(), stop):
@@ -78,8 +78,7 @@ def train_and_save(run: Run, stop: StopRequest) -> None:
         hooks.draw_weights_if_due(run, moment)
         written = hooks.save_if_due(run, moment)
         tag_reports.report_tags_if_due(run, reports, moment, stop)
-        if run.requests.is_stop_due:
-            cause = run.requests.cause()
+        if run.requests.is_stop_due and (cause := run.requests.cause()):
             hooks.save_stopped(run, moment, written, cause)
             raise cause
     hooks.save_final(run)

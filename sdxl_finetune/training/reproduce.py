@@ -132,13 +132,14 @@ def examine(learner: Learner, batches: Sequence[DumpedBatch]) -> Findings:
     values = [(name, learner.parameters.value(parameter)) for name, parameter in named]
     findings.weights = [name for name, value in values if not _is_finite(value)]
     del values
+    wrong = set[str]()
     for dumped in batches:
         findings.inputs += [name for name, value in vars(dumped.batch).items() if not _is_finite(value)]
         with _first_wrong_output(learner.sdxl, named, findings):
             norms = _gradient_norms(learner, dumped, findings)
-        found = {name for (name, _), norm in zip(named, norms, strict=True) if not _is_finite(norm)}
-        findings.gradients += [name for name, _ in reversed(named) if name in found - set(findings.gradients)]
-    findings.gradients.sort(key=depth, reverse=True)  # parameters of one depth stay in their order
+        wrong |= {name for (name, _), norm in zip(named, norms, strict=True) if not _is_finite(norm)}
+    # Of one depth, the last parameter has its gradient first.
+    findings.gradients = sorted((name for name, _ in reversed(named) if name in wrong), key=depth, reverse=True)
     _say_findings(findings, len(named))
     return findings
 

@@ -95,15 +95,11 @@ class Requests:
         """True if the run stops after the current step. Several ranks stop together, one step after a request."""
         return self._is_stop_agreed if self._ranks > 1 else self.stop.cause is not None
 
-    def cause(self) -> Interrupt:
-        """The cause for which one of the ranks was asked to stop. All ranks call this together once a stop is due."""
+    def cause(self) -> Interrupt | None:
+        """The cause for which one of the ranks was asked to stop; None if none was. All ranks call this together."""
         own = self.stop.cause
         self._answered = self.stop.number, self.stop.reason
-        return next(cause for cause in gather_object([own]) if cause)
-
-    def early_cause(self) -> Interrupt | None:
-        """The cause for which a rank was asked to stop before the first step. All ranks call this together."""
-        return next((cause for cause in gather_object([self.stop.cause]) if cause), None)
+        return next((cause for cause in gather_object([own]) if cause), None)
 
     def end_of_wait(self) -> str:
         """Returns the name of what ends this rank's wait for storage at the end of a run; empty if nothing does.

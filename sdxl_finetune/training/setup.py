@@ -278,8 +278,8 @@ def _share_index(config: Config, accelerator: Accelerator, build: Callable[[], I
 def _open_log(config: Config, accelerator: Accelerator, start: Start | None) -> Log:
     resumed = (start.state.log, start.state.step) if start and start.state.log else None
     is_own = start is None or start.is_of(config)
-    choose = partial(run_directory, config, resumed=resumed, is_own=is_own)
-    directory = on_first_rank(accelerator, lambda: choose(now=datetime.now()))
+    find = partial(run_directory, config, datetime.now(), resumed=resumed, is_own=is_own)
+    directory = on_first_rank(accelerator, find)
     done = start.state.step if start else 0
     return Log(config, directory, rank=accelerator.process_index, done=done)
 

@@ -6,9 +6,8 @@ a warning says why and training goes on. A stopped run leaves its unfinished rep
 
 import logging
 
-from accelerate.utils import broadcast_object_list
-
 from sdxl_finetune.diffusion.loss_weights import UNWEIGHTED
+from sdxl_finetune.runtime.processes import on_first_rank
 from sdxl_finetune.runtime.signals import StopRequest
 from sdxl_finetune.tag_report.choice import choose
 from sdxl_finetune.tag_report.making import Job, make_report, write_page_of
@@ -61,9 +60,13 @@ def report_tags(run: Run, job: Job, moment: Moment, stop: StopRequest) -> None:
     facts = job.facts(
         f"{run.config.output_name or 'last'}.safetensors", step=moment.step, epoch=epochs + (steps_into_epoch > 0)
     )
-    is_made = [run.start and moment.is_first and (job.folder / f"{report_name(facts)}{TAGS_ENDING}").exists()]
-    broadcast_object_list(is_made)  # each machine has its own folder
-    if is_made[0] or not run.failed_saves.has_disk("tag report", moment.step):
+    path = job.folder / f"{report_name(facts)}{TAGS_ENDING}"
+
+    def is_wanted() -> bool:
+        is_made = run.start and moment.is_first and path.exists()
+        return not is_made and run.failed_saves.has_disk("tag report", moment.step)
+
+    if not on_first_rank(run.accelerator, is_wanted):
         return
     subject = Subject(
         sdxl=learner.sdxl,
